@@ -85,7 +85,7 @@ def serve(instance: ModelledInstance, server: RpcServer) -> None:
 
     def streaming(session: Any) -> Any:
         async def items(request: Any) -> Any:
-            stream: Stream[Any] = Stream(lambda _: None)
+            stream: Stream[Any] = Stream(asyncio.get_running_loop(), lambda _: None)
             stream.session = session(instance, request, stream)
             async with stream:
                 async for item in stream:

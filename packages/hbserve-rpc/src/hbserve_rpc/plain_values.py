@@ -55,6 +55,8 @@ def plain_scalar(value: object) -> Any:
 
 def plain_int(name: str, value: object, low: int, high: int = LARGEST_INT) -> int:
     """Raises InvalidRequest: names the field, the value and the range."""
+    if type(value) is int and low <= value <= high:  # nearly always, and several times for each request
+        return value
     value = plain_scalar(value)
     if isinstance(value, int) and not isinstance(value, bool):
         number = int.__int__(value)  # of a subclass, whose comparisons may be others
@@ -65,7 +67,8 @@ def plain_int(name: str, value: object, low: int, high: int = LARGEST_INT) -> in
 
 def plain_bool(name: str, value: object) -> bool:
     """Raises InvalidRequest: neither True nor False, of numpy or torch either."""
-    value = plain_scalar(value)
+    if type(value) is not bool:
+        value = plain_scalar(value)
     if not isinstance(value, bool):
         raise InvalidRequest(f"{name}={shown(value)}: expected True or False")
     return value
@@ -104,6 +107,8 @@ def plain_text(name: str, text: object) -> str:
     if not isinstance(text, str):
         raise InvalidRequest(f"{name}={shown(text)}: expected a string")
     text = str.__str__(text)
+    if text.isascii():
+        return text
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -128,6 +133,8 @@ def plain_token_ids(name: str, value: object, vocab_size: int = LARGEST_TOKEN_ID
         InvalidRequest: something in it is no token id, or none of such a vocabulary; says what, and at which place.
     """
     if isinstance(value, (list, tuple)):
+        if not value:  # as the output of a request that is new
+            return []
         # One pass that is not Python's over what is right, as it mostly is.
         with suppress(msgspec.ValidationError):
             ids: list[int] = msgspec.convert(value, _ids_below(vocab_size))

@@ -89,18 +89,19 @@ class WaitingRequests(Sequence[ScheduledRequest]):
         if priority not in self._levels:
             self._levels[priority], self._tokens[priority] = OrderedDict(), 0
             insort(self._priorities, priority)
-        self.by_id[entry.request.request_id] = self._levels[priority][entry.request.request_id] = entry
-        self._tokens[priority] += entry.num_tokens
-        self.num_tokens += entry.num_tokens
+        request_id, num_tokens = entry.request.request_id, entry.num_tokens
+        self.by_id[request_id] = self._levels[priority][request_id] = entry
+        self._tokens[priority] += num_tokens
+        self.num_tokens += num_tokens
 
     def remove(self, entry: ScheduledRequest) -> None:
         """Raises ValueError: it does not wait."""
         if entry not in self:
             raise ValueError(f"request {entry.request.request_id!r} does not wait")
-        priority = entry.request.params.priority
+        priority, num_tokens = entry.request.params.priority, entry.num_tokens
         del self.by_id[entry.request.request_id], self._levels[priority][entry.request.request_id]
-        self._tokens[priority] -= entry.num_tokens
-        self.num_tokens -= entry.num_tokens
+        self._tokens[priority] -= num_tokens
+        self.num_tokens -= num_tokens
         if not self._levels[priority]:
             del self._levels[priority], self._tokens[priority]
             self._priorities.pop(bisect_left(self._priorities, priority))

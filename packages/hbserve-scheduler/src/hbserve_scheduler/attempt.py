@@ -4,8 +4,7 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Coroutine, Iterator
-from types import TracebackType
+from collections.abc import Coroutine
 from typing import Any
 
 from hbserve_rpc import EngineFailed, HBServeRpcError, InvalidRequest, Overloaded, PeerDied, PeerLost, RemoteError
@@ -31,7 +30,6 @@ from hbserve_scheduler.instances import InstanceHandle, Placement
 from hbserve_scheduler.request import ScheduledRequest
 
 logger = logging.getLogger(__name__)
-_NOTHING = contextlib.nullcontext()
 
 VERDICT_TIMEOUT_S = 0.08
 """How long the failure of one leg waits for what the other leg has to say. Then that is cancelled: within 0.1 s."""
@@ -47,7 +45,8 @@ class Attempt:
     def __init__(self, entry: ScheduledRequest, placement: Placement) -> None:
         self._entry = entry
         self._placement = placement
-        self._record = AttemptRecord(entry.since_submit_s())
+        self._loop = asyncio.get_running_loop()
+        self._record = AttemptRecord(self._since_submit_s())
         entry.attempts.append(self._record)
         self._transfer_id = os.urandom(16).hex()
         self._moving: LinkCounts | None = None
@@ -60,8 +59,15 @@ class Attempt:
         self._first_token = asyncio.Event()
         self._decoding = False
         """D has all it needs: it has sent tokens."""
-        self._decided = asyncio.Event()
-        """The last token is there, or a leg has failed."""
+        self._decided = self._loop.create_future()
+        """Has a result when the last token is there, or a leg has failed."""
+
+    def _since_submit_s(self) -> float:
+        return self._loop.time() - self._entry.submitted_s
+
+    def _decide(self) -> None:
+        if not self._decided.done():
+            self._decided.set_result(None)
 
     async def run(self) -> None:
         """Raises HBServeRpcError if it fails; what was delivered until then stays delivered."""
@@ -78,12 +84,12 @@ class Attempt:
             raise
         finally:
             self._end_transfer("aborted")
-            self._record.ended_s = self._entry.since_submit_s()
+            self._record.ended_s = self._since_submit_s()
 
     def _debug(self, what: str, *details: object) -> None:
         """By phase: where a request is that has not ended."""
         if logger.isEnabledFor(logging.DEBUG):
-            at = self._entry.request.request_id, len(self._entry.attempts), 1e3 * self._entry.since_submit_s()
+            at = self._entry.request.request_id, len(self._entry.attempts), 1e3 * self._since_submit_s()
             logger.debug(f"request %s, attempt %d, %.1f ms: {what}", *at, *details)
 
     def _end_transfer(self, outcome: str) -> None:
@@ -106,8 +112,10 @@ class Attempt:
             self._record.decode_instance = ""
             self._placement.granted()
             await self._prefill(place.prefill, b"")
-            with self._naming(place.prefill):
+            try:
                 self._expect_end()
+            except RemoteError as error:
+                raise self._named(place.prefill, error) from error
         else:
             await self._pair(place.prefill, place.decode)
 
@@ -121,11 +129,15 @@ class Attempt:
             [*entry.output],
             left_s=entry.left_s(),
         )
-        with self._naming(instance):
+        try:
             async with instance.client.stream(GENERATE, request) as events:
-                with self._ending_choices(instance):
-                    await events.each(self._take)
+                self._tell_ends_of_choices(instance)
+                await events.each(self._take)
             self._expect_end()
+        except HBServeRpcError as error:
+            raise self._named(instance, error) from error
+        finally:
+            entry.on_choice_ended = None
 
     def _take(self, event: Granted | TokenEvent) -> bool:
         """Deliver it; returns whether it is the last one that is wanted."""
@@ -136,12 +148,10 @@ class Attempt:
         # Of choices none may be left: the instance may not know, and wait for those that were ended here.
         return bool(self._entry.choices) and self._entry.finish_reason is not None
 
-    def _ending_choices(self, instance: InstanceHandle) -> "contextlib.AbstractContextManager[None]":
-        """Tell an instance of choices that are not wanted any more, while it computes them."""
-        return self._telling_ends(instance) if self._entry.choices else _NOTHING
-
-    @contextlib.contextmanager
-    def _telling_ends(self, instance: InstanceHandle) -> Iterator[None]:
+    def _tell_ends_of_choices(self, instance: InstanceHandle) -> None:
+        """Tell an instance of choices that are not wanted any more, from now on."""
+        if not self._entry.choices:
+            return
 
         def tell(choice: int) -> None:
             with contextlib.suppress(PeerLost):
@@ -151,15 +161,11 @@ class Attempt:
             if each.finish_reason is not None:
                 tell(each.choice)
         self._entry.on_choice_ended = tell
-        try:
-            yield
-        finally:
-            self._entry.on_choice_ended = None
 
     def _deliver(self, event: TokenEvent) -> None:
         self._entry.deliver(event)
         if self._record.first_token_s is None and event.token_ids:
-            self._record.first_token_s = self._entry.since_submit_s()
+            self._record.first_token_s = self._since_submit_s()
             self._debug("first token")
 
     def _expect_end(self) -> None:
@@ -191,14 +197,16 @@ class Attempt:
 
     async def _reserve(self, decode: InstanceHandle, events: InstanceStream[Granted | TokenEvent]) -> bytes:
         """Wait for room on D; returns the grant."""
-        with self._naming(decode):
+        try:
             granted = await anext(events, None)
             if granted is None:
                 raise RemoteError("ended the stream before its grant")
             if not isinstance(granted, Granted):
                 raise RemoteError(f"sent {type(granted).__name__} before its grant")
+        except HBServeRpcError as error:
+            raise self._named(decode, error) from error
         self._is_granted = True
-        self._record.granted_s = self._entry.since_submit_s()
+        self._record.granted_s = self._since_submit_s()
         self._moving = self._entry.figures.link(self._record.prefill_instance, self._record.decode_instance)
         self._moving.active += 1
         self._debug("room on %s, %d tokens cached", self._record.decode_instance, granted.num_cached_tokens)
@@ -222,15 +230,17 @@ class Attempt:
             await self._first_token.wait()  # or P's failure, which ends this leg
             self._entry.computed_on = prefill.instance_id
             raise
-        with self._naming(prefill):
+        try:
             prefill.client.notify(GRANT, GrantRequest(self._request_id, grant))
+        except HBServeRpcError as error:
+            raise self._named(prefill, error) from error
         await self._decode(decode, events)
 
     async def _both(self, *legs: Coroutine[Any, Any, None]) -> None:
         """P's leg and D's. One of them may fail only because the other has ended, well or not, and be heard first."""
-        prefill, decode = tasks = [asyncio.create_task(self._deciding(leg)) for leg in legs]
+        prefill, decode = tasks = [self._loop.create_task(self._deciding(leg)) for leg in legs]
         try:
-            await self._decided.wait()
+            await self._decided
             # Before the grant neither knows why the other has failed, nor does D before the first token why P has.
             others_know = self._is_granted and (self._first_token.is_set() or not prefill.done())
             if others_know and not (prefill.done() and decode.done()):
@@ -252,7 +262,7 @@ class Attempt:
         try:
             await leg
         except BaseException:
-            self._decided.set()
+            self._decide()
             raise
 
     async def _prefill(self, instance: InstanceHandle, grant: bytes, *, grant_follows: bool = False) -> None:
@@ -267,11 +277,18 @@ class Attempt:
             grant_follows,
             left_s=entry.left_s(),
         )
-        with self._naming(instance), self._holding_ends() if entry.choices else _NOTHING:
+        entry.is_prefilling = True
+        try:
             async with instance.client.stream(PREFILL, request) as events:
                 await events.each(self._take_prefilled)
             if not self._first_token.is_set():
                 raise RemoteError("ended the stream before the first token")
+        except HBServeRpcError as error:
+            raise self._named(instance, error) from error
+        finally:
+            entry.is_prefilling = False
+            if entry.finish_reason is None:
+                entry.tell_ends()
         self._lives = [life for life in self._lives if life[0] is not instance]  # it has nothing of it any more
         self._placement.prefilled()
 
@@ -288,25 +305,15 @@ class Attempt:
         if event.choice == entry.request.params.n - 1:  # they come in order
             self._first_token.set()
         if entry.finish_reason is not None:
-            self._decided.set()
+            self._decide()
         return False
-
-    @contextlib.contextmanager
-    def _holding_ends(self) -> Iterator[None]:
-        self._entry.is_prefilling = True
-        try:
-            yield
-        finally:
-            self._entry.is_prefilling = False
-            if self._entry.finish_reason is None:
-                self._entry.tell_ends()
 
     def _note_moved(self, done: TransferDone) -> None:
         if self._moving is not None:
             self._moving.num_bytes += done.num_bytes
             self._moving.time_s += done.time_s
         self._end_transfer("completed")
-        now_s = self._record.kv_moved_s = self._entry.since_submit_s()
+        now_s = self._record.kv_moved_s = self._since_submit_s()
         self._debug("%d bytes of KV moved in %d parts, %.1f ms", done.num_bytes, done.num_parts, 1e3 * done.time_s)
         self._record.computed = [(now_s - each.age_s, each.count) for each in done.computed]
         self._record.pushed = [(now_s - each.age_s, each.count) for each in done.pushed]
@@ -325,7 +332,8 @@ class Attempt:
                 return True
             return self._take_decoded(event)
 
-        with self._naming(instance), self._ending_choices(instance):
+        self._tell_ends_of_choices(instance)
+        try:
             await events.each(take)
             while early:
                 await self._first_token.wait()
@@ -335,11 +343,15 @@ class Attempt:
             if self._entry.finish_reason is None:
                 await self._first_token.wait()
             self._expect_end()
-        self._decided.set()
+        except HBServeRpcError as error:
+            raise self._named(instance, error) from error
+        finally:
+            self._entry.on_choice_ended = None
+        self._decide()
 
     def _take_decoded(self, event: TokenEvent) -> bool:
         if not self._decoding:
-            self._decoding, self._record.decoding_s = True, self._entry.since_submit_s()
+            self._decoding, self._record.decoding_s = True, self._since_submit_s()
             self._debug("decodes")
         return self._take(event)
 
@@ -349,12 +361,13 @@ class Attempt:
         if prefill is not None and prefill.links.get(self._decode_epoch):
             del prefill.links[self._decode_epoch]
 
-    def _naming(self, instance: InstanceHandle) -> "_Naming":
-        """Errors say whose they are; a lost instance is not used again until it has answered."""
-        return _Naming(self, instance)
-
-    def failed_on(self, instance: InstanceHandle, error: HBServeRpcError) -> None:
-        """It is the instance's."""
+    def _named(self, instance: InstanceHandle, error: HBServeRpcError) -> HBServeRpcError:
+        """The same with the name of the instance whose error it is, of which it is taken note: one that is lost is not
+        used again until it has answered."""
+        problem = f"{instance.instance_id}: {error}"
+        if isinstance(error, Overloaded):
+            instance.refused()
+            return Overloaded(problem, error.retry_after_s)
         self._entry.failed_on.add(instance.instance_id)
         self._doubt_link()
         if isinstance(error, EngineFailed | PeerDied):
@@ -362,25 +375,4 @@ class Attempt:
                 instance.note_death(epoch)
         if isinstance(error, PeerLost):
             instance.lost(str(error))
-
-
-class _Naming:
-    """Context in which errors say whose they are. No generator of contextlib's, of which a request would make four."""
-
-    __slots__ = ("_attempt", "_instance")
-
-    def __init__(self, attempt: Attempt, instance: InstanceHandle) -> None:
-        self._attempt, self._instance = attempt, instance
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        instance = self._instance
-        if isinstance(error, Overloaded):
-            instance.refused()
-            raise Overloaded(f"{instance.instance_id}: {error}", error.retry_after_s) from error
-        if isinstance(error, HBServeRpcError):
-            self._attempt.failed_on(instance, error)
-            raise type(error)(f"{instance.instance_id}: {error}") from error
+        return type(error)(problem)

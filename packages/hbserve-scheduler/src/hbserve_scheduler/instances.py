@@ -302,9 +302,10 @@ class Placement:
 
     def end(self) -> None:
         """Give back what is still taken."""
+        if not self._decoding:  # which is given back last
+            return
         self.granted()
         self.prefilled()
-        if self._decoding:
-            self._decoding = False
-            self.decode.load -= self._num_choices
-            self.decode.changed()
+        self._decoding = False
+        self.decode.load -= self._num_choices
+        self.decode.changed()

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import entry_points
 from itertools import islice
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Protocol, overload
 
@@ -55,9 +56,8 @@ def round_robin(instance: InstanceHandle) -> Rank:
     return (instance.turn,)
 
 
-def least_loaded(instance: InstanceHandle) -> Rank:
-    """The one with the least work; among equals in turn, so that an idle deployment uses all of its instances."""
-    return instance.load, instance.turn
+least_loaded: Callable[[InstanceHandle], Rank] = attrgetter("load", "turn")
+"""The one with the least work; among equals in turn, so that an idle deployment uses all of its instances."""
 
 
 class LowestRank:
@@ -67,7 +67,7 @@ class LowestRank:
         self.rank = rank
 
     def choose(self, candidates: Sequence[InstanceHandle], prompt: PromptShape) -> InstanceHandle:
-        return candidates.first() if isinstance(candidates, Available) else min(candidates, key=self.rank)
+        return candidates.first() if type(candidates) is Available else min(candidates, key=self.rank)
 
 
 class PowerOfTwo:

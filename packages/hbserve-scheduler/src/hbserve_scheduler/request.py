@@ -24,7 +24,7 @@ from hbserve_scheduler.figures import Figures, longest_pause
 from hbserve_scheduler.instances import InstanceHandle
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class ScheduledRequest:
     """A request from `submit` to its end. Times are of its event loop, as all in the scheduler."""
 
@@ -312,10 +312,11 @@ class ScheduledRequest:
 
     def limit_time(self, most_s: float | None, on_end: "Callable[[ScheduledRequest], None]") -> None:
         """Call `on_end` with it unless it has ended by `most_s` or its own `timeout_s` after it was submitted."""
-        limits = {"request_timeout_s": most_s, "timeout_s": self.request.params.timeout_s}
-        known = {name: limit_s for name, limit_s in limits.items() if limit_s is not None}
-        if not known:
+        own_s = self.request.params.timeout_s
+        if most_s is None and own_s is None:  # as mostly
             return
+        limits = {"request_timeout_s": most_s, "timeout_s": own_s}
+        known = {name: limit_s for name, limit_s in limits.items() if limit_s is not None}
         name = min(known, key=known.__getitem__)
         self.time_limit = f"{name}={known[name]}"
         self.deadline_s = self.submitted_s + known[name]

@@ -8,7 +8,6 @@ answer over a socket or from a thread, has no time there: nothing waits for it, 
 """
 
 import asyncio
-import itertools
 from collections import deque
 from collections.abc import Callable
 from contextvars import Context, copy_context
@@ -17,7 +16,7 @@ from heapq import heappop, heappush
 from typing import Any, TypeVarTuple
 
 Ts = TypeVarTuple("Ts")
-CALLBACK, ARGUMENTS = 2, 3
+CALLBACK, ARGUMENTS, TIME = 0, 1, 3
 """Places in a _Callback."""
 
 
@@ -33,21 +32,20 @@ class VirtualTimeLoop(asyncio.BaseEventLoop):
         super().__init__()
         self._now_s = 0.0
         self._soon: deque[_Callback] = deque()
-        self._later: list[_Callback] = []
-        """A heap, by time and then in the order in which they came."""
-        self._numbers = itertools.count()
+        self._later: dict[float, list[_Callback]] = {}
+        """By time, those of the same time in the order in which they came: in a fleet thousands are due together."""
+        self._times: list[float] = []
+        """A heap of these times."""
         # In place of methods in Python, which would be called for each task and future.
         self.get_debug: Callable[[], bool] = bool
         self.create_future: Callable[[], asyncio.Future[Any]] = partial(asyncio.Future, loop=self)
-
-    def create_task(self, coro: Any, **kwargs: Any) -> Any:
-        return asyncio.Task(coro, loop=self, **kwargs)
+        self.create_task: Callable[..., asyncio.Task[Any]] = partial(asyncio.Task, loop=self)
 
     def time(self) -> float:
         return self._now_s
 
     def call_soon(self, callback: Callable[[*Ts], object], *args: *Ts, context: Context | None = None) -> Any:
-        handle = _Callback((self._now_s, 0, callback, args, copy_context() if context is None else context))
+        handle = _Callback((callback, args, copy_context() if context is None else context, self._now_s))
         self._soon.append(handle)
         return handle
 
@@ -64,11 +62,14 @@ class VirtualTimeLoop(asyncio.BaseEventLoop):
     def call_at(
         self, when: float, callback: Callable[[*Ts], object], *args: *Ts, context: Context | None = None
     ) -> Any:
-        handle = _Callback((when, next(self._numbers), callback, args, copy_context() if context is None else context))
-        if when > self._now_s:
-            heappush(self._later, handle)
-        else:
+        handle = _Callback((callback, args, copy_context() if context is None else context, when))
+        if when <= self._now_s:
             self._soon.append(handle)
+        elif (due := self._later.get(when)) is not None:
+            due.append(handle)
+        else:
+            self._later[when] = [handle]
+            heappush(self._times, when)
         return handle
 
     def _run_once(self) -> None:
@@ -77,19 +78,14 @@ class VirtualTimeLoop(asyncio.BaseEventLoop):
 
         Raises RuntimeError: all wait for each other, and there is no timer that would end it.
         """
-        soon, later, next_one = self._soon, self._later, self._soon.popleft
+        soon, next_one = self._soon, self._soon.popleft
         while not self._stopping:  # type: ignore[attr-defined]  # BaseEventLoop's
-            if soon:
-                _, _, callback, args, context = next_one()
-            elif later:
-                when_s, _, callback, args, context = heappop(later)
-                if callback is None:
-                    continue
-                self._now_s = when_s
-                while later and later[0][0] == when_s:
-                    soon.append(heappop(later))
-            else:
-                raise RuntimeError("virtual time: everything waits, and nothing is left that could happen")
+            if not soon:
+                if not self._times:
+                    raise RuntimeError("virtual time: everything waits, and nothing is left that could happen")
+                self._now_s = heappop(self._times)
+                soon.extend(self._later.pop(self._now_s))
+            callback, args, context, _ = next_one()
             if callback is None:
                 continue
             try:
@@ -101,10 +97,9 @@ class VirtualTimeLoop(asyncio.BaseEventLoop):
 
 
 class _Callback(list[Any]):
-    """What call_soon and call_at return, as asyncio.TimerHandle: time, number, callback, arguments and context.
+    """What call_soon and call_at return, as asyncio.TimerHandle: callback, arguments, context and time.
 
-    A list, which is made and compared without a line of Python; its number is its own, so that nothing else is.
-    """
+    A list, which is made without a line of Python."""
 
     __slots__ = ()
 
@@ -115,5 +110,5 @@ class _Callback(list[Any]):
         return self[CALLBACK] is None
 
     def when(self) -> float:
-        when_s: float = self[0]
+        when_s: float = self[TIME]
         return when_s

@@ -59,6 +59,7 @@ class SimulatedClient:
     def __init__(self, hosts: Mapping[str, Host], address: str, **_: float) -> None:
         self._host = hosts[address.partition(":")[0]]
         self._open: dict[Stream[Any], None] = {}
+        self._loop = asyncio.get_running_loop()
         self.on_lost: Callable[[PeerLost], None] = lambda why: None
         self.on_doubt: Callable[[str], None] = lambda why: None
 
@@ -98,7 +99,7 @@ class SimulatedClient:
         instance.grant(request, instance.loop.time() + instance.profile.message_s)
 
     def stream(self, method: Any, request: Any) -> Stream[Any]:
-        stream: Stream[Any] = Stream(self._forget)
+        stream: Stream[Any] = Stream(self._loop, self._forget)
         instance = self._host.instance
         if instance is None:
             stream.fail(PeerLost("it is not there"))

@@ -20,8 +20,11 @@ from hbserve.simulator.profile import StepLaw
 from hbserve_core.engine.step_times import MOST_OVERTAKERS, ChunkSizes, StepWork
 from hbserve_rpc.messages import Role
 
+GAPS_PER_S = 10_000
+"""Parts of a second in which times between two tokens are counted."""
 
-@dataclass(eq=False)
+
+@dataclass(eq=False, slots=True)
 class PromptWork:
     """A prompt that is computed chunk by chunk."""
 
@@ -53,7 +56,7 @@ class PromptWork:
         return self.num_computed_tokens > self._cached
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class DecodeWork:
     """A sequence that gets a token in each step."""
 
@@ -74,8 +77,12 @@ class EngineFigures:
     busy_s: float = 0.0
     prompt_tokens: int = 0
     output_tokens: int = 0
-    gaps_s: Counter[float] = field(default_factory=Counter)
-    """Times between two tokens of a sequence, to a tenth of a millisecond, and how many of each."""
+    gaps: Counter[int] = field(default_factory=Counter)
+    """Times between two tokens of a sequence, in tenths of a millisecond, and how many of each."""
+
+    @property
+    def gaps_s(self) -> Counter[float]:
+        return Counter({gap / GAPS_PER_S: count for gap, count in self.gaps.items()})
 
 
 class _Chunks:
@@ -256,7 +263,8 @@ class ModelledEngine:
         for work in joined:
             if work.remaining > 1:
                 work.on_first(first_end_s)
-        self._queue_missed()
+        if self._missed:
+            self._queue_missed()
         self._end_at(end_s)
 
     def _queue_missed(self) -> None:
@@ -337,7 +345,8 @@ class ModelledEngine:
 
     def _end(self) -> None:
         self._end_s = math.inf  # who is added by what ends here goes on in the next step
-        self.settle()
+        if len(self._planned) > 1:
+            self.settle()
         now_s = self._loop.time()
         chunks: Sequence[tuple[PromptWork, int]] = ()
         if self._planned:
@@ -345,7 +354,8 @@ class ModelledEngine:
             self._count(1, self.batch, now_s - self._began_s, chunks)
             self._step += bool(self.batch)
             self.keys += self.batch
-        self._pass_first()
+        if self._first_end_s is not None:
+            self._pass_first()
         if self._steps_under_way:
             self._count_decodes(self._steps_under_way, now_s)
         ended = []
@@ -358,7 +368,8 @@ class ModelledEngine:
                 ended.append(work)
         for work in ended:
             work.on_done()
-        self._end_chunks(chunks)
+        if chunks:
+            self._end_chunks(chunks)
         self._begin(behind_prompts=bool(chunks))
 
     def _count(self, count: int, batch: int, took_s: float, chunks: Iterable[tuple[PromptWork, int]]) -> None:
@@ -366,8 +377,10 @@ class ModelledEngine:
         figures.busy_s += took_s
         if batch:
             figures.output_tokens += count * batch
-            figures.gaps_s[round(took_s / count, 4)] += count * batch
-        num_tokens = sum([chunk for _, chunk in chunks])
+            figures.gaps[int(took_s / count * GAPS_PER_S + 0.5)] += count * batch
+        num_tokens = 0
+        for _, chunk in chunks:
+            num_tokens += chunk
         figures.prompt_tokens += num_tokens
         self._launch_times.ended(count, took_s / count, batch, num_tokens)
 

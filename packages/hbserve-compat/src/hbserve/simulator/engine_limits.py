@@ -2,10 +2,12 @@
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 from hbserve_rpc.settings import EngineSettings
 
+MOST_REMEMBERED = 4096
 FEWEST_ROWS_MORE, MOST_ROWS_MORE = 32, 128
 """As hbserve_core/cuda_runner/step_packer.py has them: between the rows of two graphs of steps with prompts."""
 
@@ -37,7 +39,12 @@ class EngineLimits:
 
     def graph_rows(self, num_tokens: int) -> int:
         """What a step with prompts and so many tokens is padded to on a GPU, and computes."""
-        if num_tokens > self.most_graph_tokens:
-            return num_tokens
-        more = max(FEWEST_ROWS_MORE, min(MOST_ROWS_MORE, (1 << (num_tokens.bit_length() - 1)) // 4))
-        return min(self.most_graph_tokens, math.ceil(num_tokens / more) * more)
+        return _graph_rows(num_tokens, self.most_graph_tokens)
+
+
+@lru_cache(MOST_REMEMBERED)
+def _graph_rows(num_tokens: int, most_graph_tokens: int) -> int:
+    if num_tokens > most_graph_tokens:
+        return num_tokens
+    more = max(FEWEST_ROWS_MORE, min(MOST_ROWS_MORE, (1 << (num_tokens.bit_length() - 1)) // 4))
+    return min(most_graph_tokens, math.ceil(num_tokens / more) * more)

@@ -5,7 +5,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from hbserve.simulator.engine import ModelledEngine
 from hbserve.simulator.engine_limits import EngineLimits
@@ -20,8 +20,7 @@ LONGEST = 1 << 20
 VOCAB_SIZE = 1 << 17
 
 
-@dataclass(frozen=True)
-class Shape:
+class Shape(NamedTuple):
     """What is known of a prompt beside its length."""
 
     hash_ids: tuple[int, ...] = ()

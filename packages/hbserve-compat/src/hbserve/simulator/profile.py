@@ -102,14 +102,10 @@ class StepLaw:
     def fewest_steps(self, time_s: float, batch: int, keys: int, most: int) -> int:
         """How many of these steps take at least so long; of `most`, which do."""
         first_s, more_s = self.step_s(batch, 0, keys), self.key_s * batch
-        low, high = 1, most
-        while low < high:
-            middle = (low + high) // 2
-            if middle * first_s + more_s * middle * (middle - 1) / 2 >= time_s:
-                high = middle
-            else:
-                low = middle + 1
-        return low
+        count = min(most, int(time_s / first_s) + 1)  # as many as if they did not get longer, or a few less
+        while count > 1 and (count - 1) * first_s + more_s * (count - 1) * (count - 2) / 2 >= time_s:
+            count -= 1
+        return count
 
 
 class Line:

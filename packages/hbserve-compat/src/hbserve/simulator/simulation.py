@@ -19,6 +19,7 @@ from hbserve.simulator.instance import Fabric, ModelledInstance, Tokens
 from hbserve.simulator.profile import Profile, StepLaw
 from hbserve.simulator.workload import SimulatedRequest
 from hbserve_rpc import HBServeRpcError, SamplingParams
+from hbserve_rpc.counts import Histogram
 from hbserve_rpc.messages import GenerateRequest, Role
 from hbserve_rpc.prompt_shape import PromptShape
 from hbserve_rpc.records import RequestRecord
@@ -73,7 +74,7 @@ class Deployment:
         return named
 
 
-@dataclass
+@dataclass(repr=False)  # which asyncio's runner asks for, of the task that has them: it would print millions of times
 class Results:
     """What became of the requests, in the order in which they ended. Times are in seconds."""
 
@@ -101,11 +102,18 @@ class Results:
     """When each attempt was placed, of which request, on which prefill and decode instance; only if that is wanted."""
 
 
+class _Unread(Histogram):
+    """Counts nothing."""
+
+    def observe_all(self, values: Iterable[float]) -> None: ...
+
+
 class _Collecting(Figures):
     """In place of the scheduler's figures of requests, which nobody reads here, what a simulation is about."""
 
     def __init__(self, results: Results) -> None:
         super().__init__()
+        self.between_tokens = _Unread.over([])
         self._results = results
         self.left = 0
         self.ended_s = 0.0

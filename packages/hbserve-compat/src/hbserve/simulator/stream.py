@@ -19,8 +19,9 @@ class Stream(Generic[T]):
     """An InstanceStream. Nothing runs for it but its reader, whom each `put` wakes once: an asynchronous generator in
     its place, with its own waits, was a third of a simulation."""
 
-    def __init__(self, on_left: "Callable[[Stream[T]], object]") -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, on_left: "Callable[[Stream[T]], object]") -> None:
         """on_left: called when its reader has gone."""
+        self._loop = loop
         self.session: Session | None = None
         self._on_left = on_left
         self._items: deque[T | None] = deque()
@@ -70,7 +71,7 @@ class Stream(Generic[T]):
     async def __anext__(self) -> T:
         while self._error is None:
             if not self._items:
-                self._reader = asyncio.get_running_loop().create_future()
+                self._reader = self._loop.create_future()
                 await self._reader
                 continue
             item = self._items[0]
@@ -91,7 +92,7 @@ class Stream(Generic[T]):
             if take(item):
                 return True
         if self._error is None:
-            self._take, self._reader = take, asyncio.get_running_loop().create_future()
+            self._take, self._reader = take, self._loop.create_future()
             try:
                 await self._reader
             finally:

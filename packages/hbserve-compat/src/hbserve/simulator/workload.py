@@ -4,11 +4,11 @@ import itertools
 import math
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from hbserve.load.prompts import MOONCAKE_BLOCK, read_timed_trace
-from hbserve.simulator.instance import Shape
+from hbserve.simulator.instance import NO_SHAPE, Shape
 
 CONVERSATION_TURNS, CONVERSATION_PAUSE_S = 4.0, 60.0
 """Turns of a conversation, and seconds between them, on average."""
@@ -19,14 +19,13 @@ SPREAD = 0.8
 """Of lengths, as the standard deviation of their logarithm."""
 
 
-@dataclass(frozen=True)
-class SimulatedRequest:
+class SimulatedRequest(NamedTuple):
     """One request that is to be submitted."""
 
     at_s: float
     input_len: int
     output_len: int
-    shape: Shape = Shape()  # noqa: RUF009  frozen
+    shape: Shape = NO_SHAPE
     session: int = 0
     """By which a load balancer in front of several cells would choose one."""
 
