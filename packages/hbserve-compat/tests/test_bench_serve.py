@@ -104,7 +104,7 @@ class Scripted:
                 return
             writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
             for part in parts:
-                if isinstance(part, Exception):
+                if isinstance(part, Exception) or writer.is_closing():
                     writer.transport.abort()
                     raise ConnectionError
                 if isinstance(part, float):
@@ -186,6 +186,24 @@ async def test_no_more_requests_run_than_are_allowed_and_their_wait_is_not_the_s
     assert len(scripted.connections) <= 4, "connections are kept"
     assert result["p99_client_queue_time_ms"] > 2 * 20, "the last ones have waited for three others"
     assert result["median_e2el_ms"] < result["p99_client_queue_time_ms"]
+
+
+async def test_one_that_is_cut_short_tells_of_the_requests_that_have_ended(scripted, tmp_path, capsys):
+    scripted.answers = [ANSWER, ANSWER, ANSWER, [event("a"), *[0.02, b": on\n\n"] * 10_000]]  # the first one warms up
+    files = {"save_result": True, "result_dir": tmp_path, "result_filename": "r.json"}
+    running = asyncio.create_task(bench(scripted, num_prompts=9, max_concurrency=1, **files))
+    async with asyncio.timeout(30):
+        while len(scripted.asked) < 4:
+            await asyncio.sleep(0.01)
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    said = capsys.readouterr()
+    assert "cut short: of 9 requests 2 have ended" in said.err
+    assert "Successful requests:                     2" in said.out
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert (result["was_cut"], result["completed"], result["failed"], result["num_prompts"]) == (True, 2, 0, 9)
+    assert result["total_output_tokens"] == 6
 
 
 async def test_what_fails_is_counted_and_said_and_is_in_no_latency(scripted, capsys):

@@ -98,6 +98,16 @@ def test_a_path_of_the_servers_section_may_begin_with_the_home(config, monkeypat
     )  # fmt: skip
 
 
+def test_a_port_beside_the_path_that_is_served_in_its_place_is_refused(config):
+    for given in ({"uds": "/tmp/a.sock", "port": 8000}, {"uds": "/tmp/a.sock", "host": "::1", "port": 1}):
+        with pytest.raises(ConfigError, match=r"^--(port|host): expected none with .* --uds, "):
+            ServeArgs(config(), None, "INFO", given).deployment()
+    with pytest.raises(ConfigError, match=r"^--port: expected none with server\.uds"):
+        ServeArgs(config(server={"uds": "/tmp/a.sock"}), None, "INFO", {"port": 8000}).deployment()
+    beside = ServeArgs(config(server={"port": 8001}), None, "INFO", {"uds": "/tmp/a.sock"})
+    assert beside.deployment().server.uds == "/tmp/a.sock", "a file's port may wait for another day"
+
+
 def test_an_instance_may_be_told_who_and_where_it_is_also_if_the_file_does_not_have_it(config):
     def told(instance_id: str, **given: Any) -> tuple[Any, Any]:
         return InstanceArgs(config(), instance_id, "INFO", given).deployment()

@@ -138,8 +138,13 @@ def test_an_address_for_kv_that_this_machine_does_not_have_is_one_line(launch):
 
 BAD_CONFIGURATIONS = {
     b"": 'there is none; expected one line of JSON, such as {"instance_id": ',
-    b'{"model_path": 3}': "Expected `str`, got `int` - at `$.model_path`",
-    b'{"model_path": "m", "chunk_sise": 3}': "unknown field `chunk_sise`",
+    b"{}": "model_path: missing",
+    b"[]": "all of it=[]: expected `object`, got `array`",
+    b'{"model_path": 3}': "model_path=3: expected `str`, got `int`",
+    b'{"model_path": "m", "role": "prefil"}': "role='prefil': expected one of prefill, decode, hybrid",
+    b'{"model_path": "m", "chunk_sise": 3}': "chunk_sise: unknown key; did you mean 'chunk_size'? expected one of ",
+    b'{"model_path": "m", "schedulers": [3]}': "schedulers[0]=3: expected `str`, got `int`",
+    b'{"model_path": "m", "kv_transfer": {"bakend": "ipc"}}': "kv_transfer.bakend: unknown key; did you mean 'backend'",
     b'{"model_path": "m", "chunk_size": 0}': "chunk_size=0: expected at least 1",
     b'{"model_path": "m", "num_blocks": 0}': "num_blocks=0: expected at least 1",
     b'{"model_path": "m", "gpu_memory_utilization": 1.5}': "gpu_memory_utilization=1.5: expected 0.01 to 1",
@@ -172,7 +177,7 @@ def test_a_process_with_such_a_configuration_ends_with_that_status_and_line():
     status, errors = Process(b'{"model_path": "m", "chunk_sise": 3}').end()
     assert status == 2
     assert len(errors) == 1
-    assert "unknown field `chunk_sise`" in errors[0]
+    assert "chunk_sise: unknown key; did you mean 'chunk_size'" in errors[0]
 
 
 @pytest.mark.warm

@@ -140,7 +140,7 @@ async def test_who_is_called_back_while_it_leaves_stays(serve, pair, ask, collec
 
 
 async def test_what_one_that_leaves_has_not_finished_in_time_goes_on_elsewhere(
-    serve, make_instance, pair, ask, collect, until
+    serve, make_instance, pair, ask, collect, until, caplog
 ):
     other = await make_instance("decode", "d1")
     server, remote = await serve(*pair, other)
@@ -152,6 +152,7 @@ async def test_what_one_that_leaves_has_not_finished_in_time_goes_on_elsewhere(
     ends = [(await collect(each))[1] for each in streams]
     assert {each.decode_instance for each in ends} == {"d1"}
     assert sorted(each.num_attempts for each in ends) == [1, 2]
+    assert f"{pair[1].address}: it was told to leave, and had 0 s to finish what it had" in caplog.text
 
 
 async def test_one_that_is_not_reached_leaves_at_once(serve, pair, until):

@@ -79,6 +79,10 @@ class ServeArgs:
             model = msgspec.structs.replace(config.model, path=str(self.model))
             config = msgspec.structs.replace(config, model=model)
         server = msgspec.structs.replace(config.server, **self.server)
+        if server.uds is not None and (ignored := sorted({"host", "port"} & self.server.keys())):
+            raise ConfigError(
+                f"--{ignored[0]}: expected none with server.uds or --uds, {server.uds!r}: it serves there alone"
+            )
         given = {name: getattr(server, name) for name in ("uds", "ssl_keyfile", "ssl_certfile")}
         paths = {name: os.path.expanduser(path) for name, path in given.items() if path is not None}
         config = msgspec.structs.replace(config, server=msgspec.structs.replace(server, **paths))

@@ -25,7 +25,7 @@ class KVTransferBackend(StrEnum):
     """For each pair the first that works: ipc on one host, mooncake where there is RDMA, nccl."""
 
 
-class KVTransferConfig(KVTransferSettings, frozen=True, kw_only=True):
+class KVTransferConfig(KVTransferSettings, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How one instance moves KV."""
 
     host: str = "127.0.0.1"

@@ -1,6 +1,5 @@
 """Checks of a configuration: types, ranges, and what must fit together. Every problem is one ConfigError line."""
 
-import difflib
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -9,6 +8,7 @@ from typing import Any
 import msgspec
 
 from hbserve_rpc import InvalidAddress, InvalidRequest, canonical_host, check_host, check_peer_host
+from hbserve_rpc.misfits import describe_misfit
 from hbserve_rpc.plain_values import LARGEST_INT, plain_text, shown
 from hbserve_rpc.settings import PORT, out_of_bounds
 from hbserve_scheduler.config import DeploymentConfig, InstanceSection
@@ -30,7 +30,7 @@ def convert(content: Any) -> DeploymentConfig:
     try:
         config = msgspec.convert(content, DeploymentConfig)
     except msgspec.ValidationError as error:
-        raise ConfigError(_explain(str(error), content)) from None
+        raise ConfigError(describe_misfit(error, content, DeploymentConfig, "the file")) from None
     except UnicodeEncodeError:  # msgspec does not say where
         _require_plain(content)
         raise
@@ -221,47 +221,3 @@ def parse_size(path: str, value: int | str) -> int:
     if not 0 < size <= LARGEST_INT:
         raise ConfigError(f'{path}={shown(value)}: expected a number of bytes, or a text like "512MiB" or "1GiB"')
     return size
-
-
-def _explain(message: str, content: Any) -> str:
-    """msgspec's message, with the path in YAML's words, the value, and a guess at a misspelt key."""
-    what, _, place = message.partition(" - at ")
-    keys = re.findall(r"\.(\w+)|\[(\d+)\]", place)
-    path = "".join(f".{name}" if name else f"[{index}]" for name, index in keys).lstrip(".")
-    if unknown := re.search(r"unknown field `(\w+)`", what):
-        allowed = _fields_at(path)
-        close = difflib.get_close_matches(unknown[1], allowed, 1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        return f"{path + '.' if path else ''}{unknown[1]}: unknown key; {hint}expected one of {', '.join(allowed)}"
-    if missing := re.search(r"missing required field `(\w+)`", what):
-        return f"{path}.{missing[1]}: missing; every entry needs it"
-    value = content
-    for name, index in keys:
-        value = value[name] if name else value[int(index)]
-    allowed_values = _choices_at(path)
-    or_number = "`int`, or " if int in getattr(_type_at(path) if path else None, "__args__", ()) else ""
-    one_of_them = f"expected {or_number}one of {', '.join(allowed_values)}"
-    detail = one_of_them if allowed_values else what[:1].lower() + what[1:]
-    return f"{path or 'the file'}={shown(value)}: {detail}"
-
-
-def _type_at(path: str) -> Any:
-    """The annotated type of a key of DeploymentConfig."""
-    found: Any = DeploymentConfig
-    for name in re.findall(r"[a-z_0-9]*[a-z_][a-z_0-9]*", path):
-        found = next(field.type for field in msgspec.structs.fields(found) if field.name == name)
-        found = found.__origin__ if hasattr(found, "__metadata__") else found
-        found = getattr(found, "__args__", [found])[0] if getattr(found, "__origin__", None) is list else found
-    return found
-
-
-def _fields_at(path: str) -> list[str]:
-    return [field.name for field in msgspec.structs.fields(_type_at(path))]
-
-
-def _choices_at(path: str) -> list[str]:
-    found = _type_at(path) if path else None
-    choices = getattr(found, "__args__", ())
-    # Of a number that may be a word instead, the words are one level deeper.
-    nested = [word for choice in choices for word in getattr(choice, "__args__", ())]
-    return [str(choice) for choice in (*choices, *nested) if isinstance(choice, str)]

@@ -80,12 +80,13 @@ class Fleet:
         if self._started:
             await handle.start()
 
-    async def remove(self, instance_id: str) -> None:
+    async def remove(self, instance_id: str, why: str = "it was removed") -> None:
+        """What it has not finished fails, with `why` as the cause."""
         handle = self.handles.pop(instance_id)
-        handle.lost("it was removed", level=logging.INFO)
+        handle.lost(why, level=logging.INFO)
         self._available[handle.role].forget(handle)
         self.on_members()
-        await handle.close()
+        await handle.close(why)
 
     def drain(self, instance_id: str, epoch: str) -> None:
         """Give it no new requests while it is in this life; with "", give it some again."""
@@ -120,7 +121,7 @@ class Fleet:
             self._asking.cancel()
             await asyncio.gather(self._asking, return_exceptions=True)
         for handle in self.handles.values():
-            await handle.close()
+            await handle.close("this scheduler has ended")
 
     @property
     def digest_block_size(self) -> int:

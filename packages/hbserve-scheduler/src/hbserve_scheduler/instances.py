@@ -95,12 +95,12 @@ class InstanceHandle:
         self.health.why += self.client.problem
         self._following = asyncio.create_task(self._follow())
 
-    async def close(self) -> None:
+    async def close(self, why: str) -> None:
         following, self._following = self._following, None
         if following is not None:
             following.cancel()
             await asyncio.gather(following, return_exceptions=True)
-        await self.client.close()
+        await self.client.close(why)
 
     @property
     def status(self) -> InstanceStatus:

@@ -214,14 +214,18 @@ class Membership:
         return instance_id not in self._fleet.handles
 
     async def _see_off(self, instance_id: str, within_s: float | None) -> None:
-        handle = self._fleet.handles[instance_id]
-        with contextlib.suppress(TimeoutError, HBServeRpcError):
+        handle, why = self._fleet.handles[instance_id], "it was removed"
+        try:
             async with asyncio.timeout(within_s):
                 while await self._until_empty(handle):
                     pass
+        except TimeoutError:
+            why = f"it was told to leave, and had {within_s:g} s to finish what it had"
+        except HBServeRpcError:
+            pass  # it is not reached, and has nothing that could end
         del self._leaving[instance_id]
         if self._fleet.handles.get(instance_id) is handle:
-            await self._fleet.remove(instance_id)
+            await self._fleet.remove(instance_id, why)
             logger.info("%s has left", instance_id)
 
     async def _until_empty(self, handle: InstanceHandle) -> int:

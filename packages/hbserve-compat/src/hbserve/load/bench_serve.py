@@ -35,20 +35,28 @@ SAMPLING = ("temperature", "top_p", "top_k", "min_p", "frequency_penalty", "pres
 async def bench_serve(args: BenchServeArgs) -> dict[str, Any]:
     """Send a load, print its report, and write what files are wanted; returns what is in the JSON file.
 
+    A cancellation while requests run ends it with the report of those that have ended: the file has `was_cut` then.
+
     Raises what `measure` raises.
     """
     result, load, wanted = await measure(args)
+    if load.was_cut:
+        result["was_cut"] = True
+        sys.stderr.write(f"cut short: of {result['num_prompts']} requests {len(load.outcomes)} have ended; of these:\n")
     sys.stdout.writelines(f"{line}\n" for line in lines(result, wanted))
     for each in list(dict.fromkeys(each.error for each in load.outcomes if each.error))[:MOST_ERRORS]:
         sys.stderr.write(f"error: {each}\n")
     if problem := complaint(load):
         sys.stderr.write(f"warning: {problem}: these figures are about it as much as about the server\n")
     _write(args, result, load, wanted)
+    if load.was_cut:
+        raise asyncio.CancelledError
     return result
 
 
 async def measure(args: BenchServeArgs) -> tuple[dict[str, Any], Load, Wanted]:
-    """Send a load; returns its figures, what became of each request, and what was asked for.
+    """Send a load; returns its figures, what became of each request, and what was asked for. Of a load that was cut the
+    caller raises the cancellation again.
 
     Raises:
         InvalidRequest: options that cannot be, or a dataset that cannot be read.

@@ -167,7 +167,9 @@ async def _load(args: CompareArgs, url: str, rate: float, seed: int) -> dict[str
         ready_check_timeout_sec=args.ready_timeout_s,
         seed=seed,
     )
-    result, _, _ = await measure(load)
+    result, sent, _ = await measure(load)
+    if sent.was_cut:
+        raise asyncio.CancelledError
     return result
 
 

@@ -68,6 +68,8 @@ class Load:
     outcomes: list[Outcome]
     duration_s: float
     watch: Watch
+    was_cut: bool = False
+    """By a cancellation: then it is about the requests that had ended by then."""
 
 
 async def send_load(
@@ -80,25 +82,30 @@ async def send_load(
 ) -> Load:
     """Send request `i` by `send(i)` at `times_s[i]`, at most so many at once, and wait for all.
 
-    `send` fills `outcomes[i]`, and raises nothing.
+    `send` fills `outcomes[i]`, and raises nothing. A cancellation ends it early, and is for the caller to raise again
+    when it has told what is known by then: `was_cut`.
     """
     places = asyncio.Semaphore(max_concurrency) if max_concurrency else contextlib.nullcontext()
-    watch = Watch()
+    watch, ended = Watch(), list[Outcome]()
 
     async def one(i: int) -> None:
         outcomes[i].ready_s = time.perf_counter()
         watch.send_lags_s.append(max(0.0, outcomes[i].ready_s - outcomes[i].planned_s))
         async with places:
             await send(i)
+        ended.append(outcomes[i])
         on_end()
 
     async with watch.watching():
-        began_s = time.perf_counter()
-        async with asyncio.TaskGroup() as group:
-            for i, at_s in enumerate(times_s):
-                outcomes[i].planned_s = began_s + at_s
-                # One that is due has its turn before the next is made: else all of a burst would wait for the last.
-                await asyncio.sleep(max(0.0, outcomes[i].planned_s - time.perf_counter()))
-                group.create_task(one(i))
+        began_s, was_cut = time.perf_counter(), False
+        try:
+            async with asyncio.TaskGroup() as group:
+                for i, at_s in enumerate(times_s):
+                    outcomes[i].planned_s = began_s + at_s
+                    # One that is due has its turn before the next is made: else all of a burst would wait for the last.
+                    await asyncio.sleep(max(0.0, outcomes[i].planned_s - time.perf_counter()))
+                    group.create_task(one(i))
+        except asyncio.CancelledError:
+            was_cut = True
         duration_s = time.perf_counter() - began_s
-    return Load(list(outcomes), duration_s, watch)
+    return Load(ended if was_cut else list(outcomes), duration_s, watch, was_cut)

@@ -26,6 +26,7 @@ from hbserve_core.instance.nccl_interface import keep_nccl_to
 from hbserve_core.instance.registration import keep_registered
 from hbserve_rpc import own_process
 from hbserve_rpc.address import look_up
+from hbserve_rpc.misfits import describe_misfit
 from hbserve_rpc.parent_watch import when_launcher_ends
 
 logger = logging.getLogger(__name__)
@@ -115,6 +116,9 @@ def _read_config() -> InstanceConfig:
         raise ValueError(f"configuration on stdin: there is none; expected {EXPECTED}")
     try:
         return msgspec.json.decode(line, type=InstanceConfig)
+    except msgspec.ValidationError as error:
+        problem = describe_misfit(error, msgspec.json.decode(line), InstanceConfig, "all of it")
+        raise ValueError(f"configuration on stdin: {problem}") from error
     except (msgspec.DecodeError, RecursionError) as error:
         raise ValueError(f"configuration on stdin: {error}") from error
 

@@ -1,0 +1,56 @@
+"""Data that does not fit a struct: msgspec's finding, in words of whoever has written the data."""
+
+import difflib
+import re
+from typing import Any
+
+import msgspec
+
+from hbserve_rpc.plain_values import shown
+
+
+def describe_misfit(error: msgspec.ValidationError, content: Any, kind: type[msgspec.Struct], whole: str) -> str:
+    """One line: the path of the key, its value, and what may be there; with a guess at a misspelt key.
+
+    content: the data, as plain Python. kind: the struct that it was to be. whole: what all of it is called.
+    """
+    what, _, place = str(error).partition(" - at ")
+    keys = re.findall(r"\.(\w+)|\[(\d+)\]", place)
+    path = "".join(f".{name}" if name else f"[{index}]" for name, index in keys).lstrip(".")
+    if unknown := re.search(r"unknown field `(\w+)`", what):
+        allowed = [field.name for field in msgspec.structs.fields(_type_at(kind, path))]
+        close = difflib.get_close_matches(unknown[1], allowed, 1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        return f"{path + '.' if path else ''}{unknown[1]}: unknown key; {hint}expected one of {', '.join(allowed)}"
+    if missing := re.search(r"missing required field `(\w+)`", what):
+        return f"{path + '.' if path else ''}{missing[1]}: missing; it has no default"
+    if not path and not what.startswith("Expected `"):  # of a check of the struct's own, in its words
+        return what
+    value = content
+    for name, index in keys:
+        value = value[name] if name else value[int(index)]
+    found = _type_at(kind, path) if path else None
+    words = _words(found)
+    or_number = "`int`, or " if int in getattr(found, "__args__", ()) else ""
+    detail = f"expected {or_number}one of {', '.join(words)}" if words else what[:1].lower() + what[1:]
+    return f"{path or whole}={shown(value)}: {detail}"
+
+
+def _type_at(kind: type[msgspec.Struct], path: str) -> Any:
+    """The annotated type of a key."""
+    found: Any = kind
+    for name in re.findall(r"[a-z_0-9]*[a-z_][a-z_0-9]*", path):
+        found = next(field.type for field in msgspec.structs.fields(found) if field.name == name)
+        found = found.__origin__ if hasattr(found, "__metadata__") else found
+        found = getattr(found, "__args__", [found])[0] if getattr(found, "__origin__", None) is list else found
+        structs = [each for each in getattr(found, "__args__", ()) if hasattr(each, "__struct_fields__")]
+        found = structs[0] if structs else found
+    return found
+
+
+def _words(found: Any) -> list[str]:
+    """That a key of this type may have."""
+    choices = getattr(found, "__args__", ())
+    # Of a number that may be a word instead, the words are one level deeper.
+    nested = [word for choice in choices for word in getattr(choice, "__args__", ())]
+    return [str(choice) for choice in (*choices, *nested) if isinstance(choice, str)]
