@@ -1,5 +1,6 @@
 """KV between addresses of every kind that works, and words for each that does not."""
 
+import asyncio
 import os
 import socket
 import subprocess
@@ -14,7 +15,7 @@ from hbserve_kv import AddressNotAvailable, BackendUnavailable, KVTransferConfig
 from hbserve_kv.memory.layout import HeadRange
 from hbserve_kv.protocol import messages
 from hbserve_kv.protocol.handshake import Identity, check
-from hbserve_kv.protocol.messages import Grant, Handshake
+from hbserve_kv.protocol.messages import Grant, Handshake, join_grants
 from hbserve_rpc import InvalidAddress, InvalidRequest
 
 
@@ -176,3 +177,7 @@ async def test_a_grant_that_is_none_is_refused_as_one(managers):
             await sender.open_link(junk)
         with pytest.raises(TransferFailed, match="a grant that is none"):
             await sender.open_send("t", junk)
+    for of_nobody in ([], join_grants([]), [join_grants([]), join_grants([])]):
+        async with asyncio.timeout(10):
+            with pytest.raises(TransferFailed, match="transfer t: its grant is of no receiver"):
+                await sender.open_send("t", of_nobody)

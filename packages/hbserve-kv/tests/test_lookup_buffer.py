@@ -3,10 +3,18 @@
 import asyncio
 import time
 
+import msgspec
 import pytest
 import torch
 
-from hbserve_kv import BufferTooLarge, BufferTooSmall, KVTransferConfig, KVTransferManager, TransferTimeout
+from hbserve_kv import (
+    BufferTooLarge,
+    BufferTooSmall,
+    KVTransferConfig,
+    KVTransferManager,
+    TransferFailed,
+    TransferTimeout,
+)
 from hbserve_kv.memory.memory import Memory
 from hbserve_kv.receiving.lookup_buffer import LookupBuffer
 
@@ -136,3 +144,90 @@ async def test_a_manager_that_is_closed_has_given_the_buffers_memory_back(pair):
     await sender.send_kv_cache("r", torch.ones(4), 1)
     await receiver.close()
     assert receiver._memory.arena.numel() == receiver.stats().buffered_bytes == 0
+
+
+async def test_an_id_that_is_sent_again_before_it_was_received_is_refused_and_takes_no_room(pair):
+    sender, receiver = await pair(expiry_s=0.5)
+    await sender.send_kv_cache("r", torch.ones(3), 1)
+    with pytest.raises(TransferFailed, match="transfer r has begun already, or waits to be received"):
+        await sender.send_kv_cache("r", 2 * torch.ones(3), 1)
+    assert torch.equal(await receiver.receive_kv_cache("r", 0), torch.ones(3))
+    assert receiver.stats().buffered_bytes == 0
+    await sender.send_kv_cache("r", 3 * torch.ones(3), 1)
+    assert torch.equal(await receiver.receive_kv_cache("r", 0), 3 * torch.ones(3)), "the id is free again"
+
+
+async def test_a_tensor_is_for_one_receive_and_another_hears_so_at_once(pair):
+    """Both would give its room back: then two later ones would have the same."""
+    sender, receiver = await pair()
+    first = asyncio.create_task(receiver.receive_kv_cache("r", 0))
+    await asyncio.sleep(0)
+    with pytest.raises(TransferFailed, match="another receive waits for it already"):
+        await receiver.receive_kv_cache("r", 0)
+    await sender.send_kv_cache("r", torch.ones(3), 1)
+    assert torch.equal(await first, torch.ones(3))
+    free = receiver._memory._free
+    assert len(set(free)) == len(free)
+
+
+async def test_a_receive_that_is_cancelled_as_its_tensor_comes_leaves_it_to_the_next(pair, monkeypatch):
+    sender, receiver = await pair()
+    first = asyncio.create_task(receiver.receive_kv_cache("r", 0))
+    await asyncio.sleep(0)
+    wake = receiver._buffer._wake
+
+    def wake_and_cancel(request_id: str) -> None:
+        wake(request_id)
+        first.cancel()
+
+    monkeypatch.setattr(receiver._buffer, "_wake", wake_and_cancel)
+    await sender.send_kv_cache("r", torch.ones(3), 1)
+    with pytest.raises(asyncio.CancelledError):
+        await first
+    assert torch.equal(await receiver.receive_kv_cache("r", 0), torch.ones(3))
+
+
+async def test_who_waits_for_a_tensor_hears_at_once_that_the_receiver_is_closed(pair):
+    _, receiver = await pair(timeout_s=60)
+    waiting = asyncio.create_task(receiver.receive_kv_cache("r", 0))
+    await asyncio.sleep(0)
+    await receiver.close()
+    async with asyncio.timeout(10):
+        with pytest.raises(TransferFailed, match="r: the receiver was closed"):
+            await waiting
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"dtype": "foo", "shape": [3]},
+        {"dtype": "nn", "shape": [3]},
+        {"dtype": "Tensor", "shape": [3]},
+        {"dtype": "float32", "shape": [-3]},
+        {"dtype": "float32", "shape": [385]},
+        {"dtype": "float32", "shape": [0]},
+        {"dtype": "float32", "shape": [1 << 62, 1 << 62]},
+        {"dtype": "float32"},
+        7,
+    ],
+)
+async def test_a_sender_that_says_what_cannot_be_fails_that_receive_only(pair, monkeypatch, said):
+    """One block of 384 floats has come. Of more of them, the last would be what was there before."""
+    sender, receiver = await pair()
+    monkeypatch.setattr("hbserve_kv.manager.shape_of", lambda _: msgspec.msgpack.encode(said))
+    await sender.send_kv_cache("r", torch.ones(3), 1)
+    with pytest.raises(TransferFailed, match="r: what its sender says of it"):
+        await receiver.receive_kv_cache("r", 0)
+    monkeypatch.undo()
+    await sender.send_kv_cache("r", torch.ones(3), 1)
+    assert torch.equal(await receiver.receive_kv_cache("r", 0), torch.ones(3))
+    assert receiver.stats().buffered_bytes == 0
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 4), ()])
+async def test_a_tensor_without_numbers_and_one_without_dimensions_arrive_as_they_were(pair, shape):
+    sender, receiver = await pair()
+    await sender.send_kv_cache("r", torch.ones(shape), 1)
+    received = await receiver.receive_kv_cache("r", 0)
+    assert (received.shape, received.dtype) == (torch.Size(shape), torch.float32)
+    assert torch.equal(received, torch.ones(shape))

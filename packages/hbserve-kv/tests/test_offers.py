@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from hbserve_kv import Outcome, PoolLayout
-from hbserve_kv.protocol.messages import FETCH, KEEP, Fetch, Keep
+from hbserve_kv.memory.layout import HeadRange
+from hbserve_kv.protocol.messages import FETCH, KEEP, Fetch, Keep, Offered, join_grants
+from hbserve_kv.receiving.claims import SourceRank
 from hbserve_kv.testing import is_empty
-from hbserve_rpc import InvalidRequest, RpcClient
+from hbserve_rpc import InvalidRequest, RpcClient, RpcServer
 from hbserve_testing.narrowing import present
 
 
@@ -197,15 +199,19 @@ async def test_an_offer_is_for_one_receiver_and_is_fetched_once(pair):
     assert sender.stats().dropped_messages == 2
 
 
-async def test_a_grant_that_is_none_fails_the_transfer_on_both_sides(pair):
+@pytest.mark.parametrize(
+    ("grant", "why"),
+    [(b"nonsense", "a grant that is none"), (join_grants([]), "transfer t: its grant is of no receiver")],
+)
+async def test_a_grant_that_is_none_fails_the_transfer_on_both_sides(pair, grant, why):
     sender, _, _, _ = pair
     offer = offered(sender)
     async with RpcClient(sender.address) as client:
         stream = client.stream(KEEP, Keep("t"))
         await anext(stream)
-        await client.call(FETCH, Fetch("t", b"nonsense"), timeout_s=10)
-        assert "a grant that is none" in (await offer.wait()).error
-        with pytest.raises(InvalidRequest, match="a grant that is none"):
+        await client.call(FETCH, Fetch("t", grant), timeout_s=10)
+        assert why in (await offer.wait()).error
+        with pytest.raises(InvalidRequest, match=why):
             await anext(stream)
 
 
@@ -281,3 +287,29 @@ async def test_a_checksum_covers_what_was_fetched(managers):
     offered(sender)
     posted = receiver.claim("t", sender.address, sender.epoch).fetch([1, 2, 3])
     assert (await posted.wait()).outcome is Outcome.COMPLETED
+
+
+@pytest.mark.parametrize("num_sources", [1, 2])
+async def test_a_sender_that_offers_a_transfer_twice_fails_it_and_does_not_count_for_another(managers, num_sources):
+    async def offers_twice(keep):
+        yield Offered(HeadRange())
+        yield Offered(HeadRange())
+        await asyncio.Event().wait()
+
+    async def is_silent(keep):
+        await asyncio.Event().wait()
+        yield Offered(HeadRange())
+
+    receiver = await managers(1, "ipc")
+    servers = [RpcServer("127.0.0.1", 0) for _ in range(num_sources)]
+    for server, handler in zip(servers, (offers_twice, is_silent), strict=False):
+        server.serve_stream(KEEP, handler)
+        await server.start()
+    try:
+        claim = receiver.claim("t", [SourceRank(server.address) for server in servers])
+        async with asyncio.timeout(10):
+            result = await claim.fetch([1]).wait()
+        assert "offers it a second time" in result.error
+    finally:
+        await receiver.close()
+        await asyncio.gather(*(server.stop() for server in servers))

@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import math
 import uuid
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self
@@ -20,7 +19,7 @@ from hbserve_kv.protocol.messages import ALIVE, Alive, Begin, Grant, Nothing, re
 from hbserve_kv.protocol.stats import LinkInfo, TransferStats
 from hbserve_kv.protocol.transfer_state import Outcome, TransferResult
 from hbserve_kv.receiving.claims import Claim, Senders, SourceRank
-from hbserve_kv.receiving.lookup_buffer import LookupBuffer
+from hbserve_kv.receiving.lookup_buffer import LookupBuffer, shape_of, tensor_of
 from hbserve_kv.receiving.receiver import Receiver
 from hbserve_kv.receiving.transfer import PostedReceive
 from hbserve_kv.sending.offers import Offer, Offers
@@ -35,13 +34,6 @@ if TYPE_CHECKING:
     import torch
 
 logger = logging.getLogger(__name__)
-
-
-class _Shape(msgspec.Struct, frozen=True):
-    """What a tensor was, beside its bytes."""
-
-    dtype: str
-    shape: list[int]
 
 
 class KVTransferManager(KVTransferBase):
@@ -262,6 +254,8 @@ class KVTransferManager(KVTransferBase):
     async def _open(self, begin: Begin, receivers: Sequence[tuple[str, str]]) -> SendTransfer:
         if self._closed:
             raise TransferFailed(f"transfer {begin.transfer_id}: this manager is closed")
+        if not receivers:
+            raise TransferFailed(f"transfer {begin.transfer_id}: its grant is of no receiver")
         transfer = SendTransfer(begin, self._memory, self._peers, receivers)
         self._outgoing.add(transfer)
         asyncio.gather(*transfer.tasks).add_done_callback(lambda _: self._outgoing.discard(transfer))
@@ -323,8 +317,7 @@ class KVTransferManager(KVTransferBase):
                 arena[block_id, : piece.numel()].copy_(piece)
             transfer = await self._open(Begin(request_id, "", flat.numel()), [(self._addresses[target_rank], "")])
             transfer.push(block_ids, 0)
-            shape = _Shape(str(kv_buffer.dtype).removeprefix("torch."), list(kv_buffer.shape))
-            result = await transfer.commit(msgspec.msgpack.encode(shape))
+            result = await transfer.commit(shape_of(kv_buffer))
         finally:
             await self._buffer.free(block_ids)
         if result.outcome is not Outcome.COMPLETED:
@@ -335,21 +328,14 @@ class KVTransferManager(KVTransferBase):
 
         Raises:
             TransferTimeout: nothing came before the deadline.
-            TransferFailed: its sender failed.
+            TransferFailed: its sender failed, or says of it what cannot be; or another call waits for this id already.
         """
-        import torch
-
         block_ids, result = await self._buffer.take(request_id)
         try:
-            what = msgspec.msgpack.decode(result.payload, type=_Shape)
-            dtype: Any = getattr(torch, what.dtype)
-            num_bytes = math.prod(what.shape) * dtype.itemsize
-            flat = self._memory.arena[block_ids].reshape(-1)[:num_bytes] if block_ids else None
+            blocks = self._memory.arena[block_ids]
         finally:
             await self._buffer.free(block_ids)
-        if flat is None:
-            return torch.empty(what.shape, dtype=dtype, device=self._memory.device)
-        return flat.view(dtype).view(what.shape)
+        return tensor_of(request_id, result.payload, blocks)
 
     # ---- figures -------------------------------------------------------------------------------------------------
 

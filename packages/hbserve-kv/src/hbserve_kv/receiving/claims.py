@@ -145,9 +145,12 @@ class Claim:
 
     async def _keep(self, source: SourceRank) -> None:
         """Hold one sender to it until it has ended there."""
-        keep = Keep(self.transfer_id, source.epoch, source.num_receivers)
+        keep, has_offered = Keep(self.transfer_id, source.epoch, source.num_receivers), False
         async with self._senders.use(source.address) as client, client.stream(messages.KEEP, keep) as kept:
             async for offered in kept:
+                if has_offered:  # or it would be counted for a source that is silent
+                    raise TransferFailed(f"transfer {self.transfer_id}: {source.address} offers it a second time")
+                has_offered = True
                 self._num_silent -= 1
                 if source.num_receivers:
                     self._clients.append(client)

@@ -6,11 +6,19 @@ neither the order of requests nor a forgotten one can do harm.
 
 import asyncio
 import logging
+import math
+from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from hbserve_kv.errors import BufferTooSmall, TransferFailed, TransferTimeout
 from hbserve_kv.memory.memory import Memory
+from hbserve_kv.protocol.messages import NotNegative
 from hbserve_kv.protocol.transfer_state import Outcome, TransferResult
 from hbserve_kv.receiving.transfer import IncomingTransfer
+
+if TYPE_CHECKING:
+    import torch
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +30,10 @@ class LookupBuffer:
         self._memory = memory
         self._timeout_s = timeout_s
         self._expiry_s = expiry_s
-        self._arrived: dict[str, asyncio.Future[tuple[list[int], TransferResult]]] = {}
+        self._arrived: dict[str, tuple[list[int], TransferResult]] = {}
+        """What nobody has taken yet."""
+        self._waiting: dict[str, asyncio.Future[None]] = {}
+        """Of who would take what has not arrived; done when it has."""
         self._room = asyncio.Condition()
         self._keeping: set[asyncio.Task[None]] = set()
 
@@ -54,6 +65,10 @@ class LookupBuffer:
             self._memory.free(block_ids)
             self._room.notify_all()
 
+    def __contains__(self, request_id: str) -> bool:
+        """Whether there is a message of this name, which nobody has taken."""
+        return request_id in self._arrived
+
     def keep(self, transfer: IncomingTransfer) -> None:
         """Follow an arriving message until somebody takes it, or it expires, or it failed and is drained."""
         task = asyncio.create_task(self._keep(transfer))
@@ -61,27 +76,25 @@ class LookupBuffer:
         task.add_done_callback(self._keeping.discard)
 
     async def close(self) -> None:
-        """Tell who waits for a message that is still arriving."""
+        """Tell who waits for a message that nothing comes any more."""
         for task in self._keeping:
             task.cancel()
         await asyncio.gather(*self._keeping, return_exceptions=True)
+        for request_id in self._waiting:
+            self._wake(request_id, TransferFailed(f"{request_id}: the receiver was closed"))
 
     async def _keep(self, transfer: IncomingTransfer) -> None:
         request_id = transfer.transfer_id
-        try:
-            result = await asyncio.shield(transfer.result)
-            if result.outcome is not Outcome.COMPLETED:
-                logger.warning("message %s was lost: %s", request_id, result.error)
-                self._fail(request_id, TransferFailed(f"{request_id}: {result.error}"))
-                await transfer.drained.wait()
-                await self.free(transfer.block_ids)
-                return
-        except asyncio.CancelledError:
-            self._fail(request_id, TransferFailed(f"{request_id}: the receiver was closed"))
-            raise
-        arrived = self._future(request_id)
-        if not arrived.done():
-            arrived.set_result((transfer.block_ids, result))
+        result = await asyncio.shield(transfer.result)
+        if result.outcome is not Outcome.COMPLETED:
+            # A failure that nobody waits for is only logged, because the sender may try again.
+            logger.warning("message %s was lost: %s", request_id, result.error)
+            self._wake(request_id, TransferFailed(f"{request_id}: {result.error}"))
+            await transfer.drained.wait()
+            await self.free(transfer.block_ids)
+            return
+        arrived = self._arrived[request_id] = transfer.block_ids, result
+        self._wake(request_id)
         await asyncio.sleep(self._expiry_s)
         if self._arrived.get(request_id) is arrived:
             logger.warning("message %s was dropped: nobody asked for it within %s s", request_id, self._expiry_s)
@@ -93,24 +106,62 @@ class LookupBuffer:
 
         Raises:
             TransferTimeout: nothing came.
-            TransferFailed: its sender failed.
+            TransferFailed: its sender failed, or somebody else waits for it already.
         """
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                found = await asyncio.shield(self._future(request_id))
-        except TimeoutError:
-            raise TransferTimeout(f"{request_id}: nothing arrived within {self._timeout_s} s") from None
-        finally:
-            self._arrived.pop(request_id, None)
-        return found
-
-    def _future(self, request_id: str) -> asyncio.Future[tuple[list[int], TransferResult]]:
+        if request_id in self._waiting:
+            raise TransferFailed(f"{request_id}: another receive waits for it already")
         if request_id not in self._arrived:
-            self._arrived[request_id] = asyncio.get_running_loop().create_future()
-        return self._arrived[request_id]
+            waiting = self._waiting[request_id] = asyncio.get_running_loop().create_future()
+            try:
+                async with asyncio.timeout(self._timeout_s):
+                    await waiting
+            except TimeoutError:
+                raise TransferTimeout(f"{request_id}: nothing arrived within {self._timeout_s} s") from None
+            finally:
+                del self._waiting[request_id]
+        return self._arrived.pop(request_id)
 
-    def _fail(self, request_id: str, error: TransferFailed) -> None:
-        """Tell whoever waits; a failure that nobody waits for is only logged, because the sender may try again."""
-        waiting = self._arrived.get(request_id)
-        if waiting is not None and not waiting.done():
+    def _wake(self, request_id: str, error: TransferFailed | None = None) -> None:
+        waiting = self._waiting.get(request_id)
+        if waiting is None or waiting.done():
+            return
+        if error is not None:
             waiting.set_exception(error)
+        else:
+            waiting.set_result(None)
+
+
+class _Shape(msgspec.Struct, frozen=True):
+    """What a tensor was, beside its bytes."""
+
+    dtype: str
+    shape: list[NotNegative]
+
+
+def shape_of(tensor: "torch.Tensor") -> bytes:
+    """What is committed with a tensor's bytes."""
+    return msgspec.msgpack.encode(_Shape(str(tensor.dtype).removeprefix("torch."), list(tensor.shape)))
+
+
+def tensor_of(request_id: str, shape: bytes, blocks: "torch.Tensor") -> "torch.Tensor":
+    """The tensor whose bytes came in these blocks, and whose sender says that it had this shape.
+
+    blocks: uint8 (num_blocks, block_bytes), contiguous; the tensor is a view of them.
+
+    Raises:
+        TransferFailed: no tensor of as many blocks has such a shape.
+    """
+    import torch
+
+    num_blocks, block_bytes = blocks.shape
+    try:
+        what = msgspec.msgpack.decode(shape, type=_Shape)
+        dtype: Any = getattr(torch, what.dtype)
+        num_bytes = math.prod(what.shape) * dtype.itemsize
+        if -(-num_bytes // block_bytes) != num_blocks:
+            raise ValueError(f"{num_bytes} bytes in {num_blocks} blocks of {block_bytes}")
+        return blocks.view(-1)[:num_bytes].view(dtype).view(what.shape)
+    except (msgspec.DecodeError, AttributeError, TypeError, ValueError, RuntimeError) as error:
+        raise TransferFailed(
+            f"{request_id}: what its sender says of it is not of a tensor that came: {error}"
+        ) from error

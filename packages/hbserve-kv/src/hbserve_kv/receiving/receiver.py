@@ -206,11 +206,10 @@ class Receiver:
         if not link.link.mine.is_whole or not link.link.peer.is_whole:
             raise InvalidRequest("whole tensors need blocks of the same size and heads on both sides")
         block_ids = await self._buffer.place(begin.transfer_id, begin.num_bytes)
-        try:
-            transfer = self.expect(begin.transfer_id, "arena", block_ids)
-        except ValueError:
+        if begin.transfer_id in self.transfers or begin.transfer_id in self._buffer:
             await self._buffer.free(block_ids)
-            self._drop_message(f"transfer {begin.transfer_id} has begun already")
+            self._drop_message(f"transfer {begin.transfer_id} has begun already, or waits to be received")
+        transfer = self.expect(begin.transfer_id, "arena", block_ids)
         self._buffer.keep(transfer)
         return transfer
 
