@@ -525,8 +525,8 @@ def fewer_programs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def one_kernel_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton's interpreter is not made for threads; nor is Python 3.11's `ast.parse` (python/cpython#106905), by which it
-    rewrites a kernel at its first launch."""
+    """Triton's interpreter is not made for threads; nor is Python 3.11's `ast.parse` (python/cpython#106905), by which
+    it rewrites a kernel at its first launch."""
     import threading
 
     from triton.runtime.interpreter import InterpretedFunction
