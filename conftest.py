@@ -218,11 +218,18 @@ def until_empty() -> Callable[[Any], Awaitable[Stats]]:
     return wait
 
 
-WARM_STARTS = WarmStarts()
+WARM_STARTS = WarmStarts.of_this_process()
 
 
 def pytest_configure() -> None:
     WARM_STARTS.install()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes(config: pytest.Config) -> None:
+    """Workers of all tests are warm, too: each would import torch, and again for a forkserver of its own. Of a few, it
+    is not known that they need it."""
+    WARM_STARTS.switch(config.args_source is pytest.Config.ArgsSource.TESTPATHS)
 
 
 def pytest_unconfigure() -> None:

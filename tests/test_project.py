@@ -26,29 +26,46 @@ def project(package: Path) -> dict:
     return tomllib.loads((package / "pyproject.toml").read_text())
 
 
-@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
-def test_files_and_functions_stay_short_enough_to_read(source):
-    text = source.read_text()
-    assert len(text.splitlines()) <= MOST_FILE_LINES, f"{source}: split it by concept"
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            body = [line for line in text.splitlines()[node.lineno - 1 : node.end_lineno] if line.strip()]
-            docstring = ast.get_docstring(node, clean=False)
-            length = len(body) - (len([line for line in docstring.splitlines() if line.strip()]) if docstring else 0)
-            assert length <= MOST_FUNCTION_LINES, f"{source}:{node.lineno} {node.name} has {length} lines"
+@pytest.fixture(scope="module")
+def texts() -> dict[Path, str]:
+    """Of all source files. A test looks at all of them: two thousand tests took longer to begin than to run."""
+    return {source: source.read_text() for source in SOURCES}
 
 
-@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
-def test_nothing_is_packed_by_hand_to_seem_short(source):
+@pytest.fixture(scope="module")
+def trees(texts: dict[Path, str]) -> dict[Path, ast.Module]:
+    return {source: ast.parse(text) for source, text in texts.items()}
+
+
+def test_files_are_short_enough_to_read(texts):
+    too_long = {source: n for source, text in texts.items() if (n := len(text.splitlines())) > MOST_FILE_LINES}
+    assert too_long == {}, "split them by concept"
+
+
+def test_functions_are_short_enough_to_read(texts, trees):
+    too_long = []
+    for source, text in texts.items():
+        for node in ast.walk(trees[source]):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                body = [line for line in text.splitlines()[node.lineno - 1 : node.end_lineno] if line.strip()]
+                docstring = ast.get_docstring(node, clean=False) or ""
+                length = len(body) - len([line for line in docstring.splitlines() if line.strip()])
+                if length > MOST_FUNCTION_LINES:
+                    too_long.append(f"{source}:{node.lineno} {node.name} has {length} lines")
+    assert too_long == []
+
+
+def test_nothing_is_packed_by_hand_to_seem_short(texts):
     """A kernel's arguments are a table, with a group on each line."""
-    assert source.parent.name == "kernels" or "# fmt: skip" not in source.read_text()
+    packed = [each for each, text in texts.items() if each.parent.name != "kernels" and "# fmt: skip" in text]
+    assert packed == []
 
 
-@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
-def test_a_module_says_what_it_is_and_does_not_begin_with_a_question_word(source):
-    docstring = ast.get_docstring(ast.parse(source.read_text()))
-    assert docstring, f"{source} has no docstring"
-    assert not re.match(r"(What|Which|How|Whether|Who|Whose|When|Where|Why)\b", docstring), docstring.splitlines()[0]
+def test_a_module_says_what_it_is_and_does_not_begin_with_a_question_word(trees):
+    docstrings = {source: ast.get_docstring(tree) or "" for source, tree in trees.items()}
+    assert [source for source, docstring in docstrings.items() if not docstring] == [], "without a docstring"
+    question = re.compile(r"(What|Which|How|Whether|Who|Whose|When|Where|Why)\b")
+    assert {source: each.splitlines()[0] for source, each in docstrings.items() if question.match(each)} == {}
 
 
 def test_every_member_builds_with_the_same_backend():
@@ -164,14 +181,14 @@ def test_the_site_has_every_page():
     assert sorted(named) == sorted([*there, "index.md", "zh/index.md"])
 
 
-@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
-def test_nothing_loses_a_cancellation_in_wait_for(source):
-    assert "asyncio.wait_for(" not in source.read_text(), "use asyncio.timeout; see docs/rationale.md"
+def test_nothing_loses_a_cancellation_in_wait_for(texts):
+    losing = [source for source, text in texts.items() if "asyncio.wait_for(" in text]
+    assert losing == [], "use asyncio.timeout; see docs/rationale.md"
 
 
-@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
-def test_a_home_that_there_is_not_is_told_by_whoever_opens_the_path(source):
-    assert ".expanduser()" not in source.read_text(), "it raises without a path: use os.path.expanduser, as shells do"
+def test_a_home_that_there_is_not_is_told_by_whoever_opens_the_path(texts):
+    raising = [source for source, text in texts.items() if ".expanduser()" in text]
+    assert raising == [], "it raises without a path: use os.path.expanduser, as shells do"
 
 
 def test_tests_of_ctrl_c_work_also_where_pytest_was_started_with_sigint_ignored():

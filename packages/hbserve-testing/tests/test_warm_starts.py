@@ -65,6 +65,26 @@ sys.exit(7)
     assert sorted(done.stdout.split()) == sorted(["from", "C", "handler", "object"])
 
 
+def test_what_it_prints_is_there_at_once_if_it_is_told_to_hold_nothing_back():
+    code = "import os, signal; print('caf\u00e9', end=''); os.kill(os.getpid(), signal.SIGKILL)"
+    for options, expected in (([], b""), (["-u"], "caf\u00e9".encode()), (["-P", "-u"], "caf\u00e9".encode())):
+        done = subprocess.run([sys.executable, *options, "-c", code], capture_output=True, timeout=60)
+        assert (done.returncode, done.stdout) == (-signal.SIGKILL, expected)
+
+
+def test_it_knows_how_it_starts_others_as_a_worker_of_pytest_must_that_is_one_itself():
+    code = """
+import subprocess, sys
+from hbserve_testing.warm_starts import WarmStarts
+warm_starts = WarmStarts.of_this_process()
+warm_starts.install()
+for is_on in (False, True):
+    warm_starts.switch(is_on)
+    subprocess.run([sys.executable, "-c", "import sys; print('torch' in sys.modules)"], check=True)
+"""
+    assert subprocess.check_output([sys.executable, "-c", code], text=True, timeout=60) == "False\nTrue\n"
+
+
 def test_it_and_what_it_starts_find_modules_where_they_are_told_to_look(tmp_path):
     (tmp_path / "told.py").write_text("found = True")
     code = """
@@ -108,6 +128,14 @@ async def test_asyncio_waits_for_it_as_for_any_other():
     )
     assert await process.communicate(b"41\n") == (b"42\n", None)
     assert process.returncode == 5
+
+
+def test_whether_kernels_are_interpreted_is_not_known_before_it_runs():
+    code = "import os, sys; print('torch' in sys.modules, 'triton' in sys.modules, os.environ['TRITON_INTERPRET'])"
+    for chosen in "01":
+        environment = os.environ | {"TRITON_INTERPRET": chosen}
+        said = subprocess.check_output([sys.executable, "-c", code], text=True, env=environment, timeout=60)
+        assert said == f"True False {chosen}\n"
 
 
 @pytest.mark.parametrize("options", [{"env": os.environ | {"PYTHONHASHSEED": "1"}}, {"preexec_fn": lambda: None}])

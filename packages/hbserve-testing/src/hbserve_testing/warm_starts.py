@@ -9,9 +9,10 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Mapping
+from itertools import takewhile
 from typing import Any
 
-from hbserve_testing.forkserver import NUM_THREADS, SEARCHED, Program, ask, server_command
+from hbserve_testing.forkserver import NUM_THREADS, SAFE_PATH, SEARCHED, UNBUFFERED, Program, ask, server_command
 
 _PR_SET_CHILD_SUBREAPER = 36
 _PIPES = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
@@ -19,8 +20,9 @@ _ONLY_COLD = ("executable", "preexec_fn", "pass_fds", "shell", "gid", "gids", "u
 """What of Popen's arguments a forkserver does not do."""
 _ELSEWHERE = ["ip", "netns", "exec"]
 """Before a namespace and a program: it needs no process in between that would run it."""
-_READ_AT_START = ("PYTHON", "LD_", "OMP_", "MKL_", "KMP_", "CUDA_", "TRITON_")
-"""Beginnings of variables that an interpreter, or a library in it, reads once: who changes one gets a cold process."""
+_READ_AT_START = ("PYTHON", "LD_", "OMP_", "MKL_", "KMP_", "CUDA_")
+"""Beginnings of variables that an interpreter, or a library in it, reads once: who changes one gets a cold process. Not
+Triton's, which no fork has loaded."""
 _MAY_DIFFER = (NUM_THREADS, "OMP_WAIT_POLICY", SEARCHED)
 """torch is told the number of threads, and a fork has none yet that could wait in one way or another; it looks for
 modules that are not there yet where it is told to."""
@@ -40,6 +42,12 @@ class WarmStarts:
         self._cold = subprocess.Popen._execute_child  # type: ignore[attr-defined]
         self._signature = inspect.signature(self._cold)
 
+    @staticmethod
+    def of_this_process() -> "WarmStarts":
+        """Those that are installed, as in a program that was started warm itself; or else new ones, which are not."""
+        installed: WarmStarts | None = getattr(subprocess.Popen._execute_child, "warm_starts", None)  # type: ignore[attr-defined]
+        return installed or WarmStarts()
+
     def install(self) -> None:
         """For the life of this process."""
         warm = self
@@ -52,6 +60,7 @@ class WarmStarts:
             else:
                 warm._start(popen, program, given)
 
+        execute_child.warm_starts = self  # type: ignore[attr-defined]
         subprocess.Popen._execute_child = execute_child  # type: ignore[attr-defined]
 
     def switch(self, is_on: bool) -> None:
@@ -78,12 +87,14 @@ class WarmStarts:
         words = list(map(os.fsdecode, given["args"]))
         namespace = words[3] if words[:3] == _ELSEWHERE else ""
         interpreter, *arguments = words[4 if namespace else 0 :]
-        what = next((each for each in arguments if each != "-P"), "-") if interpreter == sys.executable else "-"
+        options = list(takewhile((UNBUFFERED, SAFE_PATH).__contains__, arguments))
+        arguments = arguments[len(options) :]
+        what = arguments[0] if arguments and interpreter == sys.executable else "-"
         environment = dict(os.environ if given["env"] is None else given["env"])
         if (what[0] == "-" and what not in ("-m", "-c")) or _read_once(environment) != _read_once(self._environment):
             return None
         folder = os.path.abspath(os.fsdecode(given["cwd"] or "."))
-        return Program(arguments, folder, environment, given["start_new_session"], namespace)
+        return Program(options, arguments, folder, environment, given["start_new_session"], namespace)
 
     def _start(self, popen: Any, program: Program, given: Mapping[str, Any]) -> None:
         assert self._connection is not None
