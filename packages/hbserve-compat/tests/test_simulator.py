@@ -794,3 +794,23 @@ def test_profile_measures_an_instance_into_a_file_that_simulations_read(small_mo
     assert len(results.ttfts_s) == 20
     for option in ("--prompt-lens", "--batch-sizes", "--contexts", "--megabytes"):
         assert f"{option}='1,x'" in invoke("profile", "-o", file, "--model", small_model("qwen3"), option, "1,x").stderr
+
+
+def test_ranks_of_an_instance_move_their_parts_of_the_bytes_at_the_same_time(small_model, tmp_path, monkeypatch):
+    async def transfers(*_):
+        return [(1 << 20, 0.001), (8 << 20, 0.004)], 0.002
+
+    async def message_s(_):
+        return 0.0001
+
+    fields = {
+        "device": "cpu", "kv_bytes_per_token": 64, "kv_tokens": 1000,
+        "prefill": [(8, 0.1)], "decode": [(1, 8, 0.1)],
+    }  # fmt: skip
+    monkeypatch.setattr("hbserve.simulator.measuring._engine", lambda *_: (fields, "float32"))
+    monkeypatch.setattr("hbserve.simulator.measuring._transfers", transfers)
+    monkeypatch.setattr("hbserve.simulator.measuring._message_s", message_s)
+    file, model = tmp_path / "ranks.json", small_model("qwen3")
+    result = invoke("profile", "--model", model, "-o", file, "--tensor-parallel-size", 2, "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    assert load_profile(str(file)).transfer == [(2 << 20, 0.001), (16 << 20, 0.004)], "of all ranks, as a token's KV is"

@@ -66,7 +66,7 @@ def measure_profile(args: ProfileArgs) -> None:
         name=args.name or f"{folder.name} on {device}",
         source=f"hbserve profile, {date.today()}: {folder.name}, {dtype}",
         tensor_parallel_size=args.tensor_parallel_size,
-        transfer=moving,
+        transfer=[(num_bytes * args.tensor_parallel_size, time_s) for num_bytes, time_s in moving],
         handoff_s=beside_s,
         message_s=message_s,
         **of_engine,
@@ -162,7 +162,8 @@ async def _transfers(
     bar: Any, backend: str, device: str, megabytes: Sequence[int]
 ) -> tuple[list[tuple[int, float]], float]:
     """Time in which bytes move, by bytes; and what there is beside that from computed blocks to a receiver that has
-    them, in seconds. To one other process, whose start takes longer than all of them."""
+    them, in seconds. To one other process, whose start takes longer than all of them. So of an instance it is one rank:
+    the others move as much at the same time, each of its own GPU."""
     moving, beside = [], []
     bar.set_description("Transfers")
     settings = kv_bench.Settings(backend, device, num_blocks=2 * megabytes[-1], block_bytes=BLOCK_BYTES)
