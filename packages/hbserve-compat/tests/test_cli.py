@@ -20,6 +20,8 @@ from hbserve_rpc.messages import FinishReason
 from hbserve_scheduler import SchedulerConfig
 from hbserve_testing.processes import alive, children_of
 
+pytestmark = pytest.mark.warm
+
 DEADLINE_S = 90
 CUT = "cut at the longest sequence that is served"
 
@@ -36,7 +38,6 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.warm
 def test_one_prompt_is_streamed_and_ends_with_one_summary(config):
     done = hbserve("generate", "Hello", "--config", config(), "--max-tokens", 12)
     assert done.returncode == 0, done.stderr
@@ -46,7 +47,6 @@ def test_one_prompt_is_streamed_and_ends_with_one_summary(config):
         assert part in summary
 
 
-@pytest.mark.warm
 def test_an_answer_that_is_cut_at_the_longest_sequence_says_so(config):
     # Known elsewhere: vLLM #655, #1312.
     done = hbserve("generate", "x" * 500, "--config", config(), "--max-tokens", 400)
@@ -61,7 +61,6 @@ def test_the_ends_of_several_answers_are_counted():
     assert counted(reasons[:1]) == "stopped"
 
 
-@pytest.mark.warm
 def test_several_prompts_are_answered_in_order(config):
     done = hbserve("generate", "one", "two", "--config", config(), "--max-tokens", 4)
     assert done.returncode == 0, done.stderr
@@ -69,13 +68,13 @@ def test_several_prompts_are_answered_in_order(config):
     assert "Generating: 100%" in done.stderr
 
 
-@pytest.mark.warm
 def test_of_several_prompts_the_one_that_is_too_long_is_named(config):
     done = hbserve("generate", "one", "x" * 600, "--config", config())
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: prompts[1]: prompt: 600 tokens; the instances take at most 511\n"
 
 
+@pytest.mark.cold
 def test_bytes_that_are_no_text_are_named_before_anything_starts(config):
     # Known elsewhere: simonw/llm #768.
     done = hbserve("generate", "fine", os.fsdecode(b"caf\xe9"), "--config", config())
@@ -111,13 +110,13 @@ def test_a_model_folder_that_is_not_there_is_one_line(tmp_path):
     assert "nowhere' does not exist" in line
 
 
+@pytest.mark.cold
 def test_bad_parameters_are_one_line(config):
     done = hbserve("generate", "Hello", "--config", config(), "--temperature", "-1")
     (line,) = done.stderr.strip().splitlines()
     assert (done.returncode, line) == (2, "error: temperature=-1.0: expected a number >= 0")
 
 
-@pytest.mark.warm
 def test_a_port_in_use_is_named(config):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -132,7 +131,6 @@ def test_a_port_in_use_is_named(config):
     assert "prefill-0" in error
 
 
-@pytest.mark.warm
 def test_an_unknown_backend_lists_those_that_there_are(config):
     done = hbserve("generate", "Hello", "--config", config(), "--kv-transfer-backend", "nixl")
     assert done.returncode == 1
@@ -191,6 +189,7 @@ def test_a_deployment_of_the_demo_model_is_asked_with_that_ones_tokenizer(tmp_pa
     assert "no instance" in done.stderr
 
 
+@pytest.mark.cold
 def test_connect_to_nobody_says_what_it_waits_for():
     with socket.create_server(("127.0.0.1", 0)) as held:
         address = f"127.0.0.1:{held.getsockname()[1]}"
@@ -222,7 +221,6 @@ def start_generating(config: Path) -> tuple[subprocess.Popen[str], list[int]]:
     return client, children_of(client.pid)
 
 
-@pytest.mark.warm
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
 def test_neither_ctrl_c_nor_a_kill_leaves_a_process_or_shared_memory(config, number, status):
     before = set(os.listdir("/dev/shm"))
