@@ -156,7 +156,7 @@ def test_a_sender_that_could_not_be_asked_what_it_writes_is_refused(address):
 @pytest.mark.parametrize(
     ("field", "value", "named"),
     [
-        ("protocol_version", 0, f"protocol is 0 on rank 1 and {messages.PROTOCOL_VERSION} on rank 0"),
+        ("protocol_version", 0, f"protocol of hbserve_kv is 0 on rank 1 and {messages.PROTOCOL_VERSION} on rank 0"),
         ("fingerprint", {"m": "other"}, "m is 'other' on rank 1 and 'm' on rank 0"),
         ("fingerprint", {"m": "m", "more": 1}, "more is 1 on rank 1 and None on rank 0"),
         ("heads", HeadRange(1, 1, 2), "num_kv_heads is 2 on rank 1 and 1 on rank 0"),

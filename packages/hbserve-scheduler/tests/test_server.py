@@ -14,6 +14,7 @@ from hbserve_rpc import (
     RemoteError,
     RpcServer,
     SamplingParams,
+    wire,
 )
 from hbserve_rpc.messages import GenerateRequest, TokenEvent
 from hbserve_scheduler import CpuScheduler, NotReady, RemoteScheduler, SchedulerConfig, SchedulerServer
@@ -121,6 +122,15 @@ async def test_stats_do_not_wait_for_a_dead_instance(serve, pair):
     await pair[1].server.stop()
     stats = await remote.fetch_stats()
     assert [each.instance_id for each in stats.instances] == ["p0", "d0"]
+
+
+async def test_a_scheduler_of_another_version_is_told_at_once_and_not_waited_for(serve, pair):
+    _, remote = await serve(*pair)
+    refused = asyncio.create_task(remote.find(600))
+    await asyncio.sleep(0)
+    remote._client._handle(wire.Refused(99, "epoch"), b"")
+    with pytest.raises(NotReady, match=f"^{remote.address} speaks version 99 of the protocol, this side"):
+        await refused
 
 
 async def test_find_says_by_name_that_nobody_answers():

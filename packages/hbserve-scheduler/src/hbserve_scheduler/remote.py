@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Mapping
 from typing import Literal
 
-from hbserve_rpc import HBServeRpcError, Keys, NotAllowed, RpcClient, RpcStream
+from hbserve_rpc import HBServeRpcError, Keys, NotAllowed, ProtocolMismatch, RpcClient, RpcStream
 from hbserve_rpc.members import (
     SCHEDULER_DRAIN,
     SCHEDULER_FLIP,
@@ -75,7 +75,7 @@ class RemoteScheduler:
         """Wait until the scheduler answers. Requests wait there for instances that are not ready yet.
 
         Raises:
-            NotReady: not in time; at once, if the scheduler does not let this side in.
+            NotReady: not in time; at once, if the scheduler does not let this side in, or speaks another protocol.
         """
         deadline_s = asyncio.get_running_loop().time() + timeout_s
         problem = "no answer"
@@ -85,7 +85,7 @@ class RemoteScheduler:
                 self._infos = [each for each in info.instances if each.status == "ready"]
                 self.digest_block_size = info.digest_block_size
                 return info
-            except NotAllowed as error:
+            except (NotAllowed, ProtocolMismatch) as error:
                 raise NotReady(str(error)) from error
             except HBServeRpcError as error:
                 problem = str(error)

@@ -11,6 +11,9 @@ from hbserve_kv.protocol.messages import Handshake
 from hbserve_kv.transports.base import Transport
 from hbserve_rpc import InvalidAddress, InvalidRequest, parse_address
 
+KV_PROTOCOL = "protocol of hbserve_kv"
+"""As it is called where two are compared; hbserve_rpc has another one."""
+
 
 @dataclass(frozen=True)
 class Identity:
@@ -37,8 +40,8 @@ def check(hello: Handshake, me: Identity) -> HeadRange:
         parse_address(hello.address)
     except InvalidAddress as error:
         raise InvalidRequest(f"address={error}") from None
-    mine = me.fingerprint | {"protocol": messages.PROTOCOL_VERSION, "num_kv_heads": me.heads.total}
-    theirs = hello.fingerprint | {"protocol": hello.protocol_version, "num_kv_heads": hello.heads.total}
+    mine = me.fingerprint | {KV_PROTOCOL: messages.PROTOCOL_VERSION, "num_kv_heads": me.heads.total}
+    theirs = hello.fingerprint | {KV_PROTOCOL: hello.protocol_version, "num_kv_heads": hello.heads.total}
     for name in sorted(mine.keys() | theirs.keys()):
         if mine.get(name) != theirs.get(name):
             raise _mismatch(name, theirs.get(name), hello.rank, mine.get(name), me.rank)
