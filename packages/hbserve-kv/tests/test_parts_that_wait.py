@@ -400,6 +400,37 @@ async def test_an_event_watch_asks_about_all_at_once_and_stops_asking_when_all_h
     assert await watch.until(event, since=Event()) == pytest.approx(0.007)
 
 
+async def test_an_event_may_be_watched_from_another_thread_for_a_future_that_is_there():
+    watch, loop = EventWatch(), asyncio.get_running_loop()
+    early, late = Event(), Event()
+    early.happen()
+    futures = [loop.create_future() for _ in range(3)]
+    async with asyncio.timeout(20):
+        for future, event in zip(futures, (early, late, late), strict=True):
+            await asyncio.to_thread(watch.tell, future, event, Event())
+        assert await futures[0] == pytest.approx(0.007)
+        futures[1].cancel()  # whoever waited
+        late.happen()
+        assert await futures[2] == pytest.approx(0.007)
+
+
+async def test_events_that_follow_each_other_are_asked_about_by_one_thread():
+    watch, threads = EventWatch(), set()
+    async with asyncio.timeout(20):
+        for _ in range(3):
+            event = Event()
+            waiting = watch.until(event)
+            threads |= {thread.ident for thread in threading.enumerate() if thread.name == "kv-events"}
+            event.happen()
+            await waiting
+        assert len(threads) == 1
+        await until(lambda: not watch._is_running)
+        event = Event()
+        waiting = watch.until(event)
+        event.happen()
+        await waiting
+
+
 class RecordedEvent(Event):
     """A CUDA event of a device that does everything at once."""
 
@@ -471,6 +502,20 @@ async def test_what_is_queued_for_a_device_moves_every_block(way, managers, monk
             assert torch.equal(target[[5, 6, 9, 1]], source[given])
     block = source[0].nbytes
     assert engine_copies == ([block, block, block, block, 2 * block, block, block] if "engine" in way else [])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the checks of test_conformance.py show more")
+async def test_a_part_of_several_messages_comes_whole(managers, monkeypatch, without_cuda):
+    source, target = torch.rand(64, 2, 3, 64), torch.zeros(64, 2, 3, 64)
+    monkeypatch.setattr(nccl, "NCCL_MESSAGE_BYTES", 3 * source[0].nbytes)
+    sender, receiver = await managers(0, "nccl", source), await managers(1, "nccl", target)
+    blocks, granted = [1, 7, 30, 31, 32, 9, 2, 50], [5, 3, 8, 20, 21, 22, 60, 4]  # the second message is of neighbours
+    async with asyncio.timeout(20):
+        posted = receiver.post_receive("t", granted)
+        transfer = await sender.open_send("t", posted.grant)
+        transfer.push(blocks, 0)
+        assert (await transfer.commit()).outcome is (await posted.wait()).outcome is Outcome.COMPLETED
+    assert torch.equal(target[granted], source[blocks])
 
 
 @pytest.mark.gpu

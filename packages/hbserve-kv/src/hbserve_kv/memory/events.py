@@ -9,6 +9,9 @@ from typing import Any
 
 INTERVAL_S = 1e-4
 """Between two looks. The control messages of a transfer take ten times as long."""
+LINGER_S = 0.5
+"""How long the thread that looks stays when nothing is left. To start one takes whoever starts it until the new one has
+had its turn of the interpreter: in the event loop of a busy instance longer than to look."""
 
 
 @contextlib.contextmanager
@@ -26,14 +29,15 @@ def on_stream(stream: Any) -> Iterator[None]:
 
 
 class EventWatch:
-    """Asks about events until they have happened: one thread for all, which is there while there are any.
+    """Asks about events until they have happened: one thread for all, which is there while there are any, and a moment
+    longer.
 
     Nobody waits inside CUDA for one event, because another may happen first: of two transfers to one peer, that whose
     step ends later must not hold up the other.
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()
         self._watched: list[tuple[Any, Any, asyncio.Future[float]]] = []
         self._is_running = False
 
@@ -41,13 +45,20 @@ class EventWatch:
         """A future of the running loop, done when `event` has happened: seconds from the event `since` on, both of
         which then have timing, else 0. Fails by what the device raises."""
         future: asyncio.Future[float] = asyncio.get_running_loop().create_future()
-        if not self._has_settled(event, since, future):
-            with self._lock:
-                self._watched.append((event, since, future))
-                if not self._is_running:
-                    self._is_running = True
-                    threading.Thread(target=self._look, name="kv-events", daemon=True).start()
+        self.tell(future, event, since)
         return future
+
+    def tell(self, future: asyncio.Future[float], event: Any, since: Any = None) -> None:
+        """The same for a future that is there, from any thread."""
+        if self._has_settled(event, since, future):
+            return
+        with self._changed:
+            self._watched.append((event, since, future))
+            if self._is_running:
+                self._changed.notify()
+                return
+            self._is_running = True
+        threading.Thread(target=self._look, name="kv-events", daemon=True).start()
 
     @staticmethod
     def has_happened(event: Any) -> bool:
@@ -59,16 +70,18 @@ class EventWatch:
 
     def _look(self) -> None:
         while True:
-            time.sleep(INTERVAL_S)
-            with self._lock:
-                watched = list(self._watched)
-            settled = [each for each in watched if self._has_settled(*each)]
-            with self._lock:
-                for each in settled:
-                    self._watched.remove(each)
-                if not self._watched:
+            with self._changed:
+                if not self._watched and not self._changed.wait(LINGER_S) and not self._watched:
                     self._is_running = False
                     return
+                watched = list(self._watched)
+            settled = [each for each in watched if self._has_settled(*each)]
+            with self._changed:
+                for each in settled:
+                    self._watched.remove(each)
+                is_over = not self._watched
+            if not is_over:
+                time.sleep(INTERVAL_S)
 
     @staticmethod
     def _has_settled(event: Any, since: Any, future: asyncio.Future[float]) -> bool:

@@ -173,6 +173,7 @@ class Rows:
             num_bytes = (side.num_units - 1) * piece.source_block + piece.length
             flat = tensor_at(self._start + piece.source, num_bytes, self.device)
             self._whole = flat.as_strided((side.num_units, piece.length), (piece.source_block, 1))
+            self._wide = _wide(self._whole)
 
     def neighbours(self, units: Sequence[int]) -> "torch.Tensor | None":
         """A contiguous view of these, if they are neighbours in this order."""
@@ -197,7 +198,7 @@ class Rows:
         if self.device is not None and self._whole is not None:
             import torch
 
-            return _wide(self._whole).index_select(0, _indices(units, self.device)).view(torch.uint8)
+            return self._wide.index_select(0, _indices(units, self.device)).view(torch.uint8)
         blocks = self.empty(len(units))
         if self.device is None:
             copy_on_host(self._plan, self._start, units, blocks.data_ptr(), range(len(units)))
@@ -207,13 +208,18 @@ class Rows:
             copy_pieces(self._plan, self._memory, units, blocks, range(len(units)))
         return blocks
 
-    def scatter(self, units: Sequence[int], blocks: "torch.Tensor") -> None:
-        """Write what `gather` gave: uint8, of any shape, contiguous, on the same device."""
+    def places(self, units: Sequence[int]) -> Any:
+        """These units as `scatter` takes them too, and any slice of them: told to a GPU once for several calls."""
+        return units if self.device is None or self._whole is None else _indices(units, self.device)
+
+    def scatter(self, units: Any, blocks: "torch.Tensor") -> None:
+        """Write what `gather` gave: uint8, of any shape, contiguous, on the same device. units: or `places` of
+        them."""
         if self.device is None:
             copy_on_host(self._plan.reversed, blocks.data_ptr(), range(len(units)), self._start, units)
         elif self._whole is not None:
-            new = blocks.view(len(units), -1)
-            self._scatter_whole(self._whole, units, new)
+            new = blocks if blocks.dim() == 2 else blocks.view(len(units), -1)
+            _write(self._whole, self._wide, _indices(units, self.device), new)
         else:
             from hbserve_kv.memory.block_copy import copy_pieces
 
@@ -223,7 +229,8 @@ class Rows:
         """Have a GPU load what `gather` and `scatter` run, which takes longer than to run it. Changes nothing."""
         if self._whole is not None:
             for units in ([0] * 2, [0] * _MANY_UNITS):
-                self._scatter_whole(self._whole[:1].clone(), units, self.gather(units))
+                some = self._whole[:1].clone()
+                _write(some, _wide(some), _indices(units, self.device), self.gather(units))
         elif self.device is not None:
             from hbserve_kv.memory.block_copy import copy_pieces
 
@@ -231,11 +238,14 @@ class Rows:
             copy_pieces(self._plan, self._memory, [], room, [])
             copy_pieces(self._plan.reversed, room, [], self._memory, [])
 
-    def _scatter_whole(self, whole: "torch.Tensor", units: Sequence[int], new: "torch.Tensor") -> None:
-        rows, wide = _wide(whole), _wide(new)
-        if rows.dtype != wide.dtype:
-            rows, wide = whole, new
-        rows.index_copy_(0, _indices(units, self.device), wide)
+
+def _write(rows: "torch.Tensor", wide: "torch.Tensor", places: "torch.Tensor", new: "torch.Tensor") -> None:
+    """New rows (len(places), row_bytes) over some of `rows`, which are `wide` too."""
+    new_wide = _wide(new)
+    if wide.dtype == new_wide.dtype:
+        wide.index_copy_(0, places, new_wide)
+    else:
+        rows.index_copy_(0, places, new)
 
 
 def _wide(blocks: "torch.Tensor") -> "torch.Tensor":
@@ -246,8 +256,10 @@ def _wide(blocks: "torch.Tensor") -> "torch.Tensor":
     return blocks.view(torch.int64) if is_even and blocks.data_ptr() % 8 == 0 else blocks
 
 
-def _indices(units: Sequence[int], device: Any) -> "torch.Tensor":
+def _indices(units: "Sequence[int] | torch.Tensor", device: Any) -> "torch.Tensor":
     """On the device, behind what its current stream does: the host waits for nothing."""
     import torch
 
+    if isinstance(units, torch.Tensor):
+        return units
     return torch.tensor(units, pin_memory=True).to(device, non_blocking=True)

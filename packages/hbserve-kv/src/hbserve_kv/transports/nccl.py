@@ -198,15 +198,27 @@ class NcclTransport(Transport):
         if group.stream is None or not group.on_gpu:
             await link.run(on_host if group.stream is None else staged, group, rows, part)
             return None
+        moving: asyncio.Future[float] = asyncio.get_running_loop().create_future()
         try:
-            began, ended = await link.run(_queue, on_gpu, group, rows, part)
+            await link.run(self._queue, on_gpu, group, rows, part, moving)
         except asyncio.CancelledError:
+            moving.cancel()
             await link.run(group.stream.synchronize)  # what was queued ends when `disconnect` aborts the group
             raise
-        moving = self._memory.events.until(ended, since=began)
         group.moving.add(moving)
         moving.add_done_callback(group.moving.discard)
         return moving
+
+    def _queue(self, way: _Way, group: _Group, rows: Rows, part: Part, moving: asyncio.Future[float]) -> None:
+        """On the group's stream. `moving` is told of its end from here: the loop is a change of threads away."""
+        import torch
+
+        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        with on_stream(group.stream):
+            began.record()
+            way(group, rows, part)
+            ended.record()
+        self._memory.events.tell(moving, ended, since=began)
 
     def _push_from_host(self, group: _Group, rows: Rows, part: Part) -> None:
         sent = []
@@ -236,20 +248,23 @@ class NcclTransport(Transport):
 
     def _accept_on_gpu(self, group: _Group, rows: Rows, part: Part) -> None:
         """A message is scattered while the next one comes. Blocks that are neighbours are received in place."""
-        moving: deque[tuple[Any, torch.Tensor, list[int], bool]] = deque()
+        moving: deque[tuple[Any, torch.Tensor, int, int, bool]] = deque()
+        places: Any = None
 
         def land() -> None:
-            work, received, block_ids, is_there = moving.popleft()
+            nonlocal places
+            work, received, start, end, is_there = moving.popleft()
             work.wait()
             if not is_there:
-                rows.scatter(block_ids, received.to(rows.device, non_blocking=True))
+                places = rows.places(part.block_ids) if places is None else places  # the first is on its way by now
+                new = received if group.on_gpu else received.to(rows.device, non_blocking=True)
+                rows.scatter(places[start:end], new)
 
         for start, end in _messages(group, rows, part.block_ids):
-            block_ids = part.block_ids[start:end]
-            own = rows.neighbours(block_ids) if group.on_gpu else None
-            received = own if own is not None else _staging(rows, len(block_ids), group.on_gpu)
+            own = rows.neighbours(part.block_ids[start:end]) if group.on_gpu else None
+            received = own if own is not None else _staging(rows, end - start, group.on_gpu)
             work = group.process_group.recv([received], SENDER, 0)
-            moving.append((work, received, block_ids, own is not None))
+            moving.append((work, received, start, end, own is not None))
             if len(moving) > MESSAGES_AT_ONCE:
                 land()
         while moving:
@@ -353,23 +368,10 @@ def _pieces(block_bytes: int, target_block_ids: list[int]) -> Iterator[tuple[int
         yield start, end
 
 
-def _queue(way: _Way, group: _Group, rows: Rows, part: Part) -> tuple[Any, Any]:
-    """Events of the group's stream before and after a part."""
-    import torch
-
-    began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    with on_stream(group.stream):
-        began.record()
-        way(group, rows, part)
-        ended.record()
-    return began, ended
-
-
 def _warm_up_nccl(group: _Group, rows: Rows, is_sender: bool) -> None:
     """NCCL connects at its first use, and at theirs the device loads the kernels that gather and scatter, and makes
     room for messages: together 0.15 s. A first transfer goes through none of it, because one block of zeros has."""
-    num_blocks = max(1, NCCL_MESSAGE_BYTES // rows.unit_bytes)
-    room = [_staging(rows, num_blocks, True) for _ in range(MESSAGES_AT_ONCE + 1)]
+    room = [_staging(rows, max(1, NCCL_MESSAGE_BYTES // rows.unit_bytes), True) for _ in range(MESSAGES_AT_ONCE + 1)]
     block = room[0][:1].zero_()
     rows.load_kernels()
     process_group = group.process_group
