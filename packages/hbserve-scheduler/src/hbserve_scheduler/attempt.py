@@ -46,6 +46,7 @@ class Attempt:
         self._entry = entry
         self._placement = placement
         self._loop = asyncio.get_running_loop()
+        self._is_debugged = logger.isEnabledFor(logging.DEBUG)
         self._record = AttemptRecord(self._since_submit_s())
         entry.attempts.append(self._record)
         self._transfer_id = os.urandom(16).hex()
@@ -88,7 +89,7 @@ class Attempt:
 
     def _debug(self, what: str, *details: object) -> None:
         """By phase: where a request is that has not ended."""
-        if logger.isEnabledFor(logging.DEBUG):
+        if self._is_debugged:
             at = self._entry.request.request_id, len(self._entry.attempts), 1e3 * self._since_submit_s()
             logger.debug(f"request %s, attempt %d, %.1f ms: {what}", *at, *details)
 

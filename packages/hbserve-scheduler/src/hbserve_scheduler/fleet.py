@@ -176,7 +176,9 @@ class Fleet:
 
     def has_room(self) -> bool:
         there = self._available
-        return bool(there["hybrid"] or (there["decode"] and (there["prefill"] or self._has_no_prefill())))
+        if there["hybrid"].members:
+            return True
+        return bool(there["decode"].members and (there["prefill"].members or self._has_no_prefill()))
 
     def place(
         self,
@@ -197,10 +199,10 @@ class Fleet:
         local = self._choose_local(num_tokens, avoid, shape)
         if local is not None:
             decode = local
-        elif there["prefill"] and there["decode"]:
+        elif there["prefill"].members and there["decode"].members:
             prefill = self._choose_prefill(num_tokens, avoid, computed_on, shape)
             decode = self._choose_decode(prefill, avoid, shape)
-        elif there["hybrid"]:
+        elif there["hybrid"].members:
             decode = there["hybrid"].choose(shape, _others(there["hybrid"], avoid) if avoid else None)
         else:
             return None
@@ -231,7 +233,7 @@ class Fleet:
         """A decode instance that is to compute the prompt itself: little of it is not in its cache, or there is nobody
         else. None: none is."""
         available, most = self._available["decode"], self._config.local_prefill_tokens
-        if not available:
+        if not available.members:
             return None
         if self._has_no_prefill():
             able = [each for each in _others(available, avoid) if _computes_prompts(each)]

@@ -142,11 +142,14 @@ class InstanceHandle:
         """Hear what it says of itself, as soon as it is there, and until it is lost."""
         await asyncio.sleep(pause_s)
         complaint = asyncio.get_running_loop().call_later(SAY_AFTER_S, self._complain)
+
+        def take(report: InstanceInfo | InstanceReport) -> None:
+            complaint.cancel()
+            self._take(report)
+
         try:
             async with self.client.stream(REPORTS, ReportsRequest(self._config.heartbeat_interval_s)) as reports:
-                async for report in reports:
-                    complaint.cancel()
-                    self._take(report)
+                await reports.each(take)
             self.lost("it has ended its reports")
         except HBServeRpcError as error:
             self.lost(str(error))

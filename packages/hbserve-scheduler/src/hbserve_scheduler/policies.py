@@ -10,7 +10,7 @@ import logging
 import random
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import entry_points
 from itertools import islice
 from operator import attrgetter
@@ -197,9 +197,11 @@ class Ranking:
 
     def first(self) -> InstanceHandle:
         """There must be one."""
-        while self._ranks.get(self._heap[0][1]) != self._heap[0][0]:
+        while True:
+            rank, handle = self._heap[0]
+            if self._ranks.get(handle) is rank:
+                return handle
             heapq.heappop(self._heap)
-        return self._heap[0][1]
 
 
 class Available(Sequence[InstanceHandle]):
@@ -214,7 +216,9 @@ class Available(Sequence[InstanceHandle]):
         self._is_ours = isinstance(policy, LowestRank | PowerOfTwo | LeastLoadedUnlessShared | PrefixAware)
         self._has_room = has_room
         self._members: list[InstanceHandle] = []
-        self._place_of: dict[InstanceHandle, int] = {}
+        self.members: dict[InstanceHandle, int] = {}
+        """The same, and where each is among `_members`. Whether one is there, or any, is asked without a call: several
+        times for each request."""
         self._by_load = Ranking(least_loaded)
         self._by_rank = self._by_load
         self._shared: set[InstanceHandle] = set()
@@ -229,8 +233,8 @@ class Available(Sequence[InstanceHandle]):
         if handle.health.state != "ready" or handle.is_full or not self._has_room(handle):
             self._leave(handle)
             return
-        if handle not in self._place_of:
-            self._place_of[handle] = len(self._members)
+        if handle not in self.members:
+            self.members[handle] = len(self._members)
             self._members.append(handle)
         self._by_load.look(handle)
         if self._by_rank is not self._by_load:
@@ -242,12 +246,12 @@ class Available(Sequence[InstanceHandle]):
         self._leave(handle)
 
     def _leave(self, handle: InstanceHandle) -> None:
-        if (place := self._place_of.pop(handle, None)) is None:
+        if (place := self.members.pop(handle, None)) is None:
             return
         last = self._members.pop()
         if last is not handle:
             self._members[place] = last
-            self._place_of[last] = place
+            self.members[last] = place
         self._by_load.forget(handle)
         self._by_rank.forget(handle)
 
@@ -280,11 +284,6 @@ class Available(Sequence[InstanceHandle]):
         logger.error("%s cannot choose, so the least loaded one is taken: %s", type(self.policy).__name__, problem)
         return self._by_load.first() if among is None else min(among, key=least_loaded)
 
-    @property
-    def members(self) -> Mapping[InstanceHandle, int]:
-        """The same, in which to look for one is no call: of a request's instances several are looked for."""
-        return self._place_of
-
     @overload
     def __getitem__(self, place: int) -> InstanceHandle: ...
 
@@ -298,7 +297,7 @@ class Available(Sequence[InstanceHandle]):
         return len(self._members)
 
     def __contains__(self, handle: object) -> bool:
-        return handle in self._place_of
+        return handle in self.members
 
     def __iter__(self) -> Iterator[InstanceHandle]:
         return iter(self._members)

@@ -123,8 +123,8 @@ class ModelledEngine:
         self._joining: list[DecodeWork] = []
         self._ends: list[tuple[int, int, DecodeWork]] = []
         self._numbers = itertools.count()
-        self._planned: deque[tuple[float, list[tuple[PromptWork, int]]]] = deque()
-        """Steps with prompts, from the one that is under way on: when each ends, and its chunks."""
+        self._planned: deque[tuple[float, int, list[tuple[PromptWork, int]]]] = deque()
+        """Steps with prompts, from the one that is under way on: when each ends, its prompt tokens, and its chunks."""
         self._timer: asyncio.Handle | None = None
         self._end_s = math.inf
         """Of what is under way."""
@@ -193,10 +193,10 @@ class ModelledEngine:
 
     def settle(self) -> None:
         """Take in the chunks that have ended, for whoever depends on what was told of them."""
-        now_s = self._loop.time()
-        while len(self._planned) > 1 and self._planned[0][0] <= now_s:
-            end_s, chunks = self._planned.popleft()
-            self._count(1, 0, end_s - self._began_s, chunks)
+        now_s, planned = self._loop.time(), self._planned
+        while len(planned) > 1 and planned[0][0] <= now_s:
+            end_s, num_tokens, chunks = planned.popleft()
+            self._count(1, 0, end_s - self._began_s, num_tokens)
             self._began_s = end_s
             for work, count in chunks:
                 work.done += count
@@ -212,7 +212,7 @@ class ModelledEngine:
         if len(self._planned) > 1:
             end_s = self._planned[0][0]
             while len(self._planned) > 1:
-                for work, count in self._planned.pop()[1]:
+                for work, count in self._planned.pop()[2]:
                     work.num_computed_tokens -= count
             self._end_at(end_s)
         if self._steps_under_way > 1:
@@ -274,19 +274,18 @@ class ModelledEngine:
 
     def _plan(self, behind_prompts: bool) -> None:
         """The next step; without decodes, all up to the end of a prompt, unless somebody is to be in the one after."""
-        end_s = self._began_s
+        end_s, ends = self._began_s, self.batch > 0 or bool(self._missed)
         while True:
             chunks = self._choose_chunks()
-            new_tokens, pairs = self.batch, 0.0
-            ends = self.batch > 0 or bool(self._missed)
+            num_tokens, pairs = 0, 0.0
             for work, count in chunks:
-                new_tokens += count
+                num_tokens += count
                 pairs += count * (work.num_computed_tokens + count / 2)
                 work.num_computed_tokens += count
-                ends = ends or not work.num_uncomputed_tokens
-            end_s += self._prompts_step_s(new_tokens, pairs, is_behind=behind_prompts)
+                ends = ends or work.num_computed_tokens == work.num_tokens
+            end_s += self._prompts_step_s(self.batch + num_tokens, pairs, is_behind=behind_prompts)
             behind_prompts = True
-            self._planned.append((end_s, chunks))
+            self._planned.append((end_s, num_tokens, chunks))
             if ends or not chunks:
                 return
 
@@ -309,7 +308,7 @@ class ModelledEngine:
             self._count_decodes(1, end_s)
 
     def _count_decodes(self, count: int, end_s: float) -> None:
-        self._count(count, self.batch, end_s - self._began_s, ())
+        self._count(count, self.batch, end_s - self._began_s, 0)
         self._began_s = end_s
         self._step += count
         self.keys += count * self.batch
@@ -350,8 +349,8 @@ class ModelledEngine:
         now_s = self._loop.time()
         chunks: Sequence[tuple[PromptWork, int]] = ()
         if self._planned:
-            chunks = self._planned.popleft()[1]
-            self._count(1, self.batch, now_s - self._began_s, chunks)
+            _, num_tokens, chunks = self._planned.popleft()
+            self._count(1, self.batch, now_s - self._began_s, num_tokens)
             self._step += bool(self.batch)
             self.keys += self.batch
         if self._first_end_s is not None:
@@ -372,15 +371,13 @@ class ModelledEngine:
             self._end_chunks(chunks)
         self._begin(behind_prompts=bool(chunks))
 
-    def _count(self, count: int, batch: int, took_s: float, chunks: Iterable[tuple[PromptWork, int]]) -> None:
+    def _count(self, count: int, batch: int, took_s: float, num_tokens: int) -> None:
+        """So many steps, of this many decodes, and of prompt tokens if it is one."""
         figures = self.figures
         figures.busy_s += took_s
         if batch:
             figures.output_tokens += count * batch
             figures.gaps[int(took_s / count * GAPS_PER_S + 0.5)] += count * batch
-        num_tokens = 0
-        for _, chunk in chunks:
-            num_tokens += chunk
         figures.prompt_tokens += num_tokens
         self._launch_times.ended(count, took_s / count, batch, num_tokens)
 

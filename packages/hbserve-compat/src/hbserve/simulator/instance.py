@@ -202,6 +202,6 @@ class ModelledInstance:
 
     def move(self, num_bytes: int, at_s: float) -> tuple[float, float]:
         """Begin and end of a copy that begins at that time, or when those before it have ended."""
-        begin_s = max(self._link_free_s, at_s)
+        begin_s = self._link_free_s if self._link_free_s > at_s else at_s
         self._link_free_s = begin_s + self.law.transfer_s(num_bytes)
         return begin_s, self._link_free_s

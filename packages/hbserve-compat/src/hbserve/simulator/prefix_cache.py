@@ -1,7 +1,7 @@
 """Prefixes of prompts whose KV an instance keeps, known by the ids of their blocks."""
 
-from collections import OrderedDict
 from collections.abc import Sequence
+from itertools import islice
 
 
 class PrefixCache:
@@ -9,7 +9,8 @@ class PrefixCache:
 
     def __init__(self, num_blocks: int) -> None:
         self._num_blocks = num_blocks
-        self._blocks: OrderedDict[int, None] = OrderedDict()
+        self._blocks: dict[int, None] = {}
+        """The one that was not used for the longest time comes first. An OrderedDict takes half as long again."""
 
     def find(self, hash_ids: Sequence[int]) -> int:
         """How many of the first blocks are there."""
@@ -23,10 +24,9 @@ class PrefixCache:
 
     def add(self, hash_ids: Sequence[int]) -> None:
         blocks = self._blocks
-        for hash_id in reversed(hash_ids):  # the end of a prefix goes first: without its begin it is of no use
-            if hash_id in blocks:
-                blocks.move_to_end(hash_id)
-            else:
-                blocks[hash_id] = None
-        for _ in range(len(blocks) - self._num_blocks):
-            blocks.popitem(last=False)
+        for hash_id in hash_ids:
+            blocks.pop(hash_id, None)
+        blocks.update(dict.fromkeys(reversed(hash_ids)))  # the end goes first: without its begin it is of no use
+        if (too_many := len(blocks) - self._num_blocks) > 0:
+            for hash_id in [*islice(blocks, too_many)]:
+                del blocks[hash_id]

@@ -1,7 +1,6 @@
 """The stream of what a modelled instance says in answer to one request, to the one who reads it."""
 
 import asyncio
-from collections import deque
 from collections.abc import Callable
 from typing import Generic, Protocol, TypeVar
 
@@ -24,8 +23,8 @@ class Stream(Generic[T]):
         self._loop = loop
         self.session: Session | None = None
         self._on_left = on_left
-        self._items: deque[T | None] = deque()
-        """None for the end."""
+        self._items: list[T | None] = []
+        """Few; None for the end."""
         self._error: Exception | None = None
         self._reader: asyncio.Future[None] | None = None
         self._take: Callable[[T], object] | None = None
@@ -77,7 +76,7 @@ class Stream(Generic[T]):
             item = self._items[0]
             if item is None:
                 raise StopAsyncIteration
-            self._items.popleft()
+            del self._items[0]
             return item
         raise self._error
 
@@ -88,7 +87,7 @@ class Stream(Generic[T]):
             item = items[0]
             if item is None:
                 return False
-            items.popleft()
+            del items[0]
             if take(item):
                 return True
         if self._error is None:
