@@ -17,12 +17,12 @@ lint:  ## ruff, import-linter, deptry
 	uv run lint-imports
 	for package in $(PACKAGES); do (cd $$package && uv run deptry src) || exit 1; done
 
-type:  ## mypy, package by package: strict, and of tests and benchmarks what their mypy.ini says
+type:  ## mypy, package by package: strict, and of tests and benchmarks what tests/mypy.ini says
 	for package in $(PACKAGES); do uv run mypy $$package/src || exit 1; done
 	for tests in $(wildcard packages/*/tests) tests; do \
 		MYPYPATH=$$tests uv run mypy --config-file tests/mypy.ini $$tests || exit 1; \
 	done
-	MYPYPATH=packages/hbserve-compat/tests:packages/hbserve-kv/tests uv run mypy --config-file benchmarks/mypy.ini benchmarks
+	MYPYPATH=packages/hbserve-compat/tests:packages/hbserve-kv/tests uv run mypy --config-file tests/mypy.ini benchmarks
 
 test:  ## every test that this machine can run
 	uv run pytest
