@@ -69,7 +69,13 @@ async def test_one_that_waits_in_the_queue(make_scheduler, pair, ask, collect, l
 
 async def test_one_whose_decode_instance_has_no_room_for_long(make_scheduler, pair, ask, lines):
     pair[1].hold = {"grant"}
-    record = await slow(await make_scheduler(*pair), pair, ask, release_all(pair))
+
+    def release(held_s: float) -> None:
+        """Its prompt was computed before it waited, however late its prefill instance is heard."""
+        pair[0].transfer_age_s = 2 * held_s
+        pair[1].release()
+
+    record = await slow(await make_scheduler(*pair), pair, ask, release)
     assert (record.main_delay, lines()) == ("reservation", "waited N ms for room on d0")
 
 
