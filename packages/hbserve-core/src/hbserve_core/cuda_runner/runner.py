@@ -131,11 +131,11 @@ class CudaRunner:
         self._stream.synchronize()
         step = torch.cuda.max_memory_allocated(self.device) - before
         torch.cuda.empty_cache()
-        # Graphs keep memory of their own, for no more rows than the largest of them has.
-        in_graphs = (
-            max([1, *(shape.rows for shape in self._shapes.prefills)]) / shape.rows if config.cuda_graph_enabled else 0
-        )
-        return int(step * (1.1 + min(1.0, 2 * in_graphs)))
+        # Graphs share memory of their own, for no more rows than the largest of them has. What the last layer gives,
+        # each has by itself: of those with prompts it is in the factor, of decodes there may be a thousand.
+        shared = min(1.0, 2 * max([0, *(shape.rows for shape in self._shapes.prefills)]) / shape.rows)
+        row_bytes = self.model_config.hidden_size * self.dtype.itemsize
+        return int(step * (1.1 + shared)) + row_bytes * sum(shape.rows for shape in self._shapes.decodes)
 
     def close(self) -> None:
         """Nothing to end."""
