@@ -145,10 +145,12 @@ class Load:
     def end(self) -> dict[str, int]:
         """What is left in the deployment then."""
         assert self._client.stdin is not None
+        assert self._client.stdout is not None
         self._client.stdin.close()
-        while "leftovers" not in (said := self._next()):
-            pass
-        assert self._client.wait(timeout=60) == 0
+        with self._client.stdout:
+            while "leftovers" not in (said := self._next()):
+                pass
+            assert self._client.wait(timeout=60) == 0
         left: dict[str, int] = said["leftovers"]
         return left
 
