@@ -3,7 +3,8 @@
 The other tests run kernels in Triton's interpreter where there is no GPU, and that sees no types: a variable that gets
 another type in a branch, or a mask of integers, is found here. See compile_for_hopper.py for how. What the compiler
 makes of a kernel depends on its version. Bounds here hold for the lock's, 3.9, and for 3.6, compiled in the same way;
-what 3.6 gave on the card that docs/performance.md tells of was the same, as far as it was looked at: decode attention.
+what 3.6 gave on the card that docs/performance-kernels.md tells of was the same, as far as it was looked at: decode
+attention.
 """
 
 import ast

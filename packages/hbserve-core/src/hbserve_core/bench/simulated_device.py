@@ -33,7 +33,7 @@ class StepLaw:
 
 
 H100_8B = StepLaw(weights_s=5.3e-3, token_s=24.5e-6, key_s=4.8e-8, pair_s=0.5e-9)
-"""Qwen3-8B's shape in bfloat16, within some 15 % of what docs/performance.md has."""
+"""Qwen3-8B's shape in bfloat16, within some 15 % of what docs/performance-kernels.md has."""
 H100_06B = StepLaw(weights_s=0.4e-3, token_s=2.0e-6, key_s=3.7e-8, pair_s=0.23e-9, least_s=1.2e-3)
 """Qwen3-0.6B's shape, the same."""
 

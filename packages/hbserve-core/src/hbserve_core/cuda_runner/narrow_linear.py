@@ -7,7 +7,7 @@
     … 512       as above                                  tiles of rows
     513 …       as above                                  widened into a scratch, then cuBLAS
 Rows in 8-bit floats are multiplied by cuBLAS where it knows the weight's scales, else in tiles.
-benchmarks/narrow_products.py measures them; docs/performance.md has what it found.
+benchmarks/narrow_products.py measures them; docs/performance-narrow.md has what it found.
 """
 
 import torch

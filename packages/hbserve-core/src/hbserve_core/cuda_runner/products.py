@@ -10,8 +10,8 @@
 On Hopper, gates and ups of many rows are one product of 16-bit numbers with its gates: hopper_gated.py.
 What is not in cuBLAS has norms, gates and additions in it or near it, and starts before the kernel in front has ended.
 Weights that are narrower (narrow_linear.py) bring `skinny_linear` a kernel of their own, and their `Linear` computes
-what cuBLAS does here. benchmarks/cuda_products.py measures all others beside each other; docs/performance.md has what
-it found.
+what cuBLAS does here. benchmarks/cuda_products.py measures all others beside each other;
+docs/performance-kernels.md has what it found.
 Shapes: M rows, I inputs, O outputs, E hidden_size.
 """
 

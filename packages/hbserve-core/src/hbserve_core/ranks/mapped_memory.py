@@ -21,7 +21,7 @@ from hbserve_kv.memory import cuda_ipc
 logger = logging.getLogger(__name__)
 
 FEW_BYTES = 1 << 20
-"""Of two ranks: up to here a sum is one of few rows, as docs/performance.md has it."""
+"""Of two ranks: up to here a sum is one of few rows, as docs/performance-kernels.md has it."""
 MANY_BYTES = 64 << 20
 """Of two ranks: of many rows, which are summed in parts where they are more."""
 MANY_BYTES_OF_MORE = 32 << 20

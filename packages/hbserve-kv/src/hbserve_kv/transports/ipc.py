@@ -50,7 +50,7 @@ class _Description(msgspec.Struct, frozen=True):
 ENGINE_BLOCK_BYTES = 512 << 10
 """Pieces of blocks from this length on are copied by the GPU's copy engines, one call for each run of them; others by a
 kernel, which is some faster alone and takes processors from the computation: beside the products of a prefill, a
-gigabyte costs these 2.7 ms by a kernel and 1.0 ms by an engine, at the same rate (docs/performance.md)."""
+gigabyte costs these 2.7 ms by a kernel and 1.0 ms by an engine, at the same rate (docs/performance-handoff.md)."""
 
 
 @dataclass

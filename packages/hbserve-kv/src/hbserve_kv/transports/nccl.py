@@ -58,7 +58,7 @@ host memory, through which Gloo's go, is slow to make."""
 MOST_CTAS = 32
 """Of NCCL's kernels: each takes a processor of the GPU from a prefill or decode step for as long as a message moves,
 and the receiver's also while it waits for one. Half as many move half as much, and a gigabyte costs the products of a
-prefill more, 5.0 ms and not 3.3 (docs/performance.md). Both sides must have the same."""
+prefill more, 5.0 ms and not 3.3 (docs/performance-handoff.md). Both sides must have the same."""
 MESSAGES_AT_ONCE = 1
 """And one more that is gathered or scattered: two messages are a link's staging memory."""
 
