@@ -166,6 +166,20 @@ def test_the_newest_sequence_is_preempted_and_comes_back_first():
     assert [each.request_id for each in steps.scheduler.waiting] == ["new", "later"]
 
 
+def test_a_step_that_preempts_admits_nobody():
+    """Who came would take what was just made room for."""
+    steps = Steps(6, max_num_seqs=2)
+    steps.add("old", [1] * 8)
+    steps.add("new", [2] * 8)
+    steps.step()
+    steps.add("urgent", [3], priority=-1)
+    computed: dict[str, int] = {}
+    while not steps.scheduler.num_preemptions:
+        computed = steps.step()
+    assert computed == {"old": 1}
+    assert steps.step() == {"old": 1, "urgent": 1}
+
+
 def test_a_preempted_sequence_comes_before_those_that_wait_and_before_reservations():
     steps = Steps(6, max_num_seqs=2)
     steps.add("old", [1] * 8)

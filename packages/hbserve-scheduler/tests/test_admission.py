@@ -15,7 +15,7 @@ from hbserve_rpc.messages import GenerateRequest, InstanceInfo, TokenEvent
 from hbserve_rpc.prompt_shape import PromptShape
 from hbserve_rpc.reports import REPORTS
 from hbserve_scheduler import CpuScheduler, SchedulerConfig
-from hbserve_scheduler.admission import LEAST_S, MEMORY_S, BeginningRate
+from hbserve_scheduler.admission import LATEST_RETRY_S, LEAST_S, MEMORY_S, BeginningRate
 from hbserve_scheduler.instance_client import InstanceStream
 from hbserve_scheduler.virtual_time import VirtualTimeLoop
 
@@ -146,6 +146,19 @@ def test_at_twice_the_load_nobody_waits_longer_than_is_allowed_and_the_rest_is_r
         assert scheduler.stats().rejected_requests == len(refusals)
 
     in_virtual_time(job, max_queue_time_s=10)
+
+
+def test_where_nothing_begins_at_all_a_request_that_would_wait_is_refused_with_a_time_to_come_back():
+    async def job(scheduler: CpuScheduler) -> None:
+        streams = [scheduler.submit(request(number, 20_000)) for number in range(2)]
+        await asyncio.sleep(30)
+        with pytest.raises(Overloaded, match="of which 0 a second are begun") as refused:
+            scheduler.submit(request("late"))
+        assert refused.value.retry_after_s == LATEST_RETRY_S
+        for stream in streams:
+            await stream.aclose()
+
+    in_virtual_time(job, max_queue_time_s=5)
 
 
 def test_a_burst_waits_where_nobody_knows_how_fast_it_goes_and_one_that_nobody_waits_before_is_taken():
