@@ -87,6 +87,10 @@ def _serve(args: BenchServeArgs, log_level: LogLevel) -> None:
     """Send a load to a server of OpenAI's API, with the options of `vllm bench serve`, and report what clients felt."""
     from hbserve.load.bench_serve import bench_serve
 
+    is_saved = args.save_result or args.append_result
+    if not is_saved and (args.save_detailed or args.result_dir or args.result_filename):
+        raise typer.BadParameter("--save-detailed, --result-dir and --result-filename need --save-result")
+
     async def job() -> None:
         await bench_serve(args)
 

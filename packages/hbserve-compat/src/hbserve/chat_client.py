@@ -5,9 +5,9 @@ import json
 import ssl
 from collections.abc import AsyncIterator
 from typing import Any
-from urllib.parse import urlsplit
 
-from hbserve_rpc import InvalidAddress, PeerLost, RemoteError
+from hbserve.server_url import parse_url, require_header
+from hbserve_rpc import PeerLost, RemoteError
 
 CONNECT_TIMEOUT_S = 10.0
 
@@ -24,15 +24,11 @@ class ChatClient:
     """Asks a server by streams, over plain sockets: a command needs no HTTP library for that."""
 
     def __init__(self, url: str, api_key: str | None, **parameters: Any) -> None:
-        """`url` is a server's, with or without /v1. Raises InvalidAddress."""
-        parts = urlsplit(url if "://" in url else f"http://{url}")
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise InvalidAddress(f"--url={url!r}: expected http://HOST:PORT")
-        self._is_secure = parts.scheme == "https"
-        self._host = parts.hostname
-        self._port = parts.port or (443 if self._is_secure else 80)
-        self._path = parts.path.rstrip("/").removesuffix("/v1") + "/v1/chat/completions"
-        self._authority = parts.netloc.rpartition("@")[2]
+        """`url` is a server's, with or without /v1. Raises InvalidAddress, InvalidRequest."""
+        self._url = parse_url("--url", url)
+        self._path = self._url.path.removesuffix("/v1") + "/v1/chat/completions"
+        if api_key:
+            require_header("--api-key", "Authorization", api_key)
         self._api_key = api_key
         self._parameters = parameters
 
@@ -46,10 +42,12 @@ class ChatClient:
         body = json.dumps({"messages": messages, "stream": True, **self._parameters}).encode()
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
-                context = ssl.create_default_context() if self._is_secure else None
-                reader, writer = await asyncio.open_connection(self._host, self._port, ssl=context, limit=1 << 24)
+                context = ssl.create_default_context() if self._url.is_secure else None
+                reader, writer = await asyncio.open_connection(
+                    self._url.host, self._url.port, ssl=context, limit=1 << 24
+                )
         except (OSError, TimeoutError) as error:
-            raise PeerLost(f"--url: {why_not_connected(self._authority, error)}") from None
+            raise PeerLost(f"--url: {why_not_connected(self._url.authority, error)}") from None
         try:
             writer.write(self._head(len(body)) + body)
             status, is_chunked = await _read_head(reader)
@@ -59,14 +57,16 @@ class ChatClient:
             async for text in _texts(lines):
                 yield text
         except (asyncio.IncompleteReadError, ConnectionError) as error:
-            raise PeerLost(f"--url: {self._authority} has closed the connection") from error
+            raise PeerLost(f"--url: {self._url.authority} has closed the connection") from error
+        except (ValueError, LookupError, TypeError, AttributeError, asyncio.LimitOverrunError) as error:
+            raise RemoteError(f"--url: what is there does not answer as OpenAI's API does: {error!r}") from error
         finally:
             writer.close()
 
     def _head(self, length: int) -> bytes:
         lines = [
             f"POST {self._path} HTTP/1.1",
-            f"Host: {self._authority}",
+            f"Host: {self._url.authority}",
             "Content-Type: application/json",
             f"Content-Length: {length}",
             "Connection: close",
@@ -102,9 +102,10 @@ async def _texts(parts: AsyncIterator[bytes]) -> AsyncIterator[str]:
     async for part in parts:
         *lines, held = (held + part).split(b"\n")
         for line in lines:
-            if not line.startswith(b"data: ") or line.strip() == b"data: [DONE]":
+            field, _, value = line.partition(b":")
+            if field != b"data" or value.strip() == b"[DONE]":
                 continue
-            chunk = json.loads(line[len(b"data: ") :])
+            chunk = json.loads(value)
             if "error" in chunk:
                 raise RemoteError(chunk["error"]["message"])
             for choice in chunk["choices"]:

@@ -7,6 +7,8 @@ from typing import Annotated
 
 from typer import Argument, Option
 
+from hbserve.load.prompts import MOST_TOKENS
+
 
 class Backend(StrEnum):
     OPENAI = "openai"
@@ -30,8 +32,8 @@ class RampUp(StrEnum):
 
 Rate = Annotated[float, Option(min=0, help="Requests a second; inf is all at once.")]
 Rps = Annotated[float | None, Option(min=0)]
-Length = Annotated[int, Option(min=1)]
-Count = Annotated[int, Option(min=0)]
+Length = Annotated[int, Option(min=1, max=MOST_TOKENS)]
+Count = Annotated[int, Option(min=0, max=MOST_TOKENS)]
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class BenchServeArgs:
     )
     base_url: Annotated[str | None, Option(help="Of the server; else --host and --port.")] = None
     host: str = "127.0.0.1"
-    port: int = 8000
+    port: Annotated[int, Option(min=1, max=65535)] = 8000
     endpoint: Annotated[str | None, Option(help="Another path than the backend's.")] = None
     header: Annotated[list[str] | None, Option(metavar="NAME=VALUE", help="May be repeated.")] = None
     insecure: Annotated[bool, Option("--insecure", help="Believe any certificate.")] = False
@@ -57,20 +59,26 @@ class BenchServeArgs:
     dataset_path: Annotated[Path | None, Option(help="The file of a dataset that has one.")] = None
     num_prompts: Annotated[int | None, Option(min=1, help="1000, or all of a trace.")] = None
     seed: int = 0
-    input_len: Annotated[int | None, Option(min=1, help="In place of the dataset's own option.")] = None
-    output_len: Annotated[int | None, Option(min=1, help="In place of the dataset's own option.")] = None
+    input_len: Annotated[int | None, Option(min=1, max=MOST_TOKENS, help="In place of the dataset's own option.")] = (
+        None
+    )
+    output_len: Annotated[int | None, Option(min=1, max=MOST_TOKENS, help="In place of the dataset's own option.")] = (
+        None
+    )
     random_input_len: Length = 1024
     random_output_len: Length = 128
     random_range_ratio: Annotated[float, Option(min=0, max=0.99, help="Lengths are up to so much off.")] = 0.0
     random_prefix_len: Count = 0
-    sharegpt_output_len: Annotated[int | None, Option(min=1, help="Else the length of the answer there.")] = None
+    sharegpt_output_len: Annotated[
+        int | None, Option(min=1, max=MOST_TOKENS, help="Else the length of the answer there.")
+    ] = None
     prefix_repetition_prefix_len: Length = 256
     prefix_repetition_suffix_len: Length = 256
     prefix_repetition_num_prefixes: Length = 10
     prefix_repetition_output_len: Length = 128
-    timed_trace_chunk_hash_size: Annotated[int | None, Option(min=1, help="Tokens of a block; 512 in Mooncake's.")] = (
-        None
-    )
+    timed_trace_chunk_hash_size: Annotated[
+        int | None, Option(min=1, max=MOST_TOKENS, help="Tokens of a block; 512 in Mooncake's.")
+    ] = None
     timed_trace_sec_multiplier: Annotated[float | None, Option(min=0, help="Of timestamps; 0.001 in Mooncake's.")] = (
         None
     )
@@ -136,8 +144,8 @@ class CompareArgs:
         str,
         Option(metavar="4H,1P3D,2P2D,…", help="How many hybrid, or prefill and decode instances; a device for each."),
     ] = "2H,1P1D"
-    input_len: Annotated[int, Option(min=1)] = 1024
-    output_len: Annotated[int, Option(min=1)] = 128
+    input_len: Length = 1024
+    output_len: Length = 128
     num_prompts: Annotated[int, Option(min=1, help="Of each load.")] = 200
     ready_timeout_s: Annotated[float, Option("--ready-timeout", metavar="SECONDS", help="Until a layout serves.")] = (
         600.0

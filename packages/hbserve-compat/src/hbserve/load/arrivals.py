@@ -24,7 +24,7 @@ def arrival_times(
     """
     rng = random.Random(seed)
     rates = [_rate_at(i / max(count - 1, 1), rate, ramp, ramp_rates) for i in range(count)]
-    times = list(itertools.accumulate(_gap(rng, each, burstiness) for each in rates))
+    times = list(itertools.accumulate(gap_s(rng, each, burstiness) for each in rates))
     if ramp is None and times and times[-1] > 0:
         stretch = count / rate / times[-1]
         times = [each * stretch for each in times]
@@ -42,9 +42,9 @@ def _rate_at(progress: float, rate: float, ramp: Ramp | None, ramp_rates: tuple[
             return rate
 
 
-def _gap(rng: random.Random, rate: float, burstiness: float) -> float:
-    if math.isinf(rate):
-        return 0.0
-    if math.isinf(burstiness):
+def gap_s(rng: random.Random, rate: float, burstiness: float) -> float:
+    """Until the next request. A burstiness that is infinite, or so nearly that floats cannot say it, has gaps that
+    are all the same."""
+    if math.isinf(rate * burstiness):
         return 1 / rate
     return rng.gammavariate(burstiness, 1 / (rate * burstiness))

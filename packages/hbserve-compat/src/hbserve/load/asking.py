@@ -97,8 +97,8 @@ class Answering:
         now_s = self._last_s = time.perf_counter()
         *lines, self._held = (self._held + data).split(b"\n")
         for line in lines:
-            if line.startswith(b"data:") and not line.startswith(b"data: [DONE]"):
-                self._take(_DECODER.decode(line[5:]), now_s)
+            if line.startswith(b"data:") and (event := line[5:].strip()) != b"[DONE]":
+                self._take(_DECODER.decode(event), now_s)
 
     def _take(self, event: _Event, now_s: float) -> None:
         outcome = self._outcome

@@ -20,10 +20,13 @@ from hbserve.load.generator import Load, send_load
 from hbserve.load.http_stream import HttpClient
 from hbserve.load.prompts import Prompt, Vocabulary
 from hbserve.load.report import METRICS, Wanted, complaint, details, figures, goals_of, lines
+from hbserve.output_folder import require_folder_of
 from hbserve.plotting import require_plotting
 from hbserve.progress import progress_bar
+from hbserve.server_url import require_header, require_path
 from hbserve.tokenizer import load_tokenizer
 from hbserve_rpc import InvalidRequest, PeerLost, RemoteError, RequestTimeout
+from hbserve_rpc.plain_values import shown
 
 RETRY_S = 1.0
 USUAL_COUNT = 1000
@@ -64,20 +67,52 @@ async def measure(args: BenchServeArgs) -> tuple[dict[str, Any], Load, Wanted]:
         RemoteError: the server answers the first request with an error.
     """
     wanted, body, headers = _wanted(args), _body(args), _headers(args)
-    if args.plot is not None:
-        require_plotting(args.plot)
+    _require_possible(args)
     client = HttpClient(args.url, headers, verify=not args.insecure)
     try:
         model, root = await _find_model(client, args.ready_check_timeout_sec)
         body = {"model": args.served_model_name or args.model or model, **body}
         folder = args.tokenizer or Path(root)
         found, tokenizer = _prompts(args, folder)
+        times = _times(args, found)
         bodies = [_request(args, each, tokenizer, body) for each in found]
         await _warm_up(client, args, bodies[: max(1, args.num_warmups)])
-        load = await _send(client, args, found, bodies)
+        load = await _send(client, args, found, bodies, times)
     finally:
         client.close()
     return _head(args, body["model"], folder, len(found)) | figures(load, wanted), load, wanted
+
+
+def _require_possible(args: BenchServeArgs) -> None:
+    """What can be known before a server is asked, and minutes of a load are lost. Raises InvalidRequest, OSError, and
+    what `require_plotting` raises."""
+    require_path("--endpoint", args.path)
+    require_header("--request-id-prefix", "X-Request-Id", args.request_id_prefix)
+    for name in (*SAMPLING, "timed_trace_sec_multiplier", "ramp_up_start_rps", "ramp_up_end_rps"):
+        if not math.isfinite(getattr(args, name) or 0):
+            raise InvalidRequest(f"--{name.replace('_', '-')}={getattr(args, name)}: expected a finite number")
+    ramp_rates = args.ramp_up_start_rps or 0.0, args.ramp_up_end_rps or 0.0
+    if args.ramp_up_strategy is not None and (min(ramp_rates) <= 0 or math.isfinite(args.request_rate)):
+        problem = "needs --ramp-up-start-rps and --ramp-up-end-rps, above 0, and no --request-rate"
+        raise InvalidRequest(f"--ramp-up-strategy: {problem}")
+    if args.ramp_up_strategy is None and any(ramp_rates):
+        raise InvalidRequest("--ramp-up-start-rps and --ramp-up-end-rps need --ramp-up-strategy")
+    if args.request_rate <= 0:
+        raise InvalidRequest(f"--request-rate={args.request_rate:g}: expected more than 0")
+    if (args.dataset_path is None) != (args.dataset_name in (Dataset.RANDOM, Dataset.PREFIX_REPETITION)):
+        needs = "has no file" if args.dataset_path else "needs a file"
+        raise InvalidRequest(f"--dataset-path: --dataset-name {args.dataset_name.value} {needs}")
+    _pairs("--metadata", args.metadata, "=")
+    if args.plot is not None:
+        require_plotting(args.plot)
+    _require_result_file(args)
+
+
+def _require_result_file(args: BenchServeArgs) -> None:
+    if args.save_result or args.append_result:
+        folder = args.result_dir or Path()
+        folder.mkdir(parents=True, exist_ok=True)
+        require_folder_of("--result-filename", folder / (args.result_filename or "x.json"))
 
 
 # ---- what is asked -----------------------------------------------------------------------------------------------
@@ -106,17 +141,21 @@ def _wanted(args: BenchServeArgs) -> Wanted:
 
 def _headers(args: BenchServeArgs) -> dict[str, str]:
     key = os.environ.get("OPENAI_API_KEY") or os.environ.get("HBSERVE_API_KEY")
-    return ({"Authorization": f"Bearer {key}"} if key else {}) | _pairs("--header", args.header, "=")
+    if key:
+        require_header("OPENAI_API_KEY or HBSERVE_API_KEY", "Authorization", key)
+    own = _pairs("--header", args.header, "=")
+    for name, value in own.items():
+        require_header("--header", name, value)
+    return ({"Authorization": f"Bearer {key}"} if key else {}) | own
 
 
 def _body(args: BenchServeArgs) -> dict[str, Any]:
     """Of every request."""
+    given = args.extra_body or "{}"
     try:
-        extra = json.loads(args.extra_body or "{}")
-    except ValueError as error:
-        raise InvalidRequest(f"--extra-body={args.extra_body!r}: expected a JSON object: {error}") from None
-    if not isinstance(extra, dict):
-        raise InvalidRequest(f"--extra-body={args.extra_body!r}: expected a JSON object")
+        extra = msgspec.json.decode(given.encode(), type=dict[str, Any])
+    except (msgspec.DecodeError, UnicodeEncodeError, RecursionError) as error:
+        raise InvalidRequest(f"--extra-body={shown(given)}: expected a JSON object: {error}") from None
     sampling = {name: value for name in SAMPLING if (value := getattr(args, name)) is not None}
     ignoring = {"ignore_eos": True} if args.ignore_eos else {}
     return {"stream": True, "stream_options": {"include_usage": True}, **sampling, **ignoring, **extra}
@@ -151,8 +190,7 @@ def _prompts(args: BenchServeArgs, folder: Path) -> tuple[list[Prompt], Any]:
 
 def _prompts_of_file(args: BenchServeArgs, tokenizer: Any, vocabulary: Vocabulary) -> list[Prompt]:
     path, count = args.dataset_path, args.num_prompts or USUAL_COUNT
-    if path is None:
-        raise InvalidRequest(f"--dataset-path: --dataset-name {args.dataset_name.value} needs a file")
+    assert path is not None, "_require_possible"
     if args.dataset_name is Dataset.SHAREGPT:
         output_len = args.output_len or args.sharegpt_output_len
         return prompts.sharegpt(path, tokenizer, count, output_len=output_len, seed=args.seed)
@@ -160,7 +198,9 @@ def _prompts_of_file(args: BenchServeArgs, tokenizer: Any, vocabulary: Vocabular
         return prompts.burstgpt(path, vocabulary, count, seed=args.seed)
     is_mooncake = args.dataset_name is Dataset.MOONCAKE
     block_size = args.timed_trace_chunk_hash_size or (prompts.MOONCAKE_BLOCK if is_mooncake else 16)
-    unit_s = args.timed_trace_sec_multiplier or (1e-3 if is_mooncake else 1.0)
+    unit_s = args.timed_trace_sec_multiplier
+    if unit_s is None:
+        unit_s = 1e-3 if is_mooncake else 1.0
     return prompts.timed_trace(path, vocabulary, args.num_prompts, block_size=block_size, unit_s=unit_s)
 
 
@@ -180,22 +220,26 @@ def _times(args: BenchServeArgs, found: list[Prompt]) -> list[float]:
                 f"--self-timed: --dataset-name {args.dataset_name.value} does not say when requests came"
             )
         return times
-    ramp_rates = args.ramp_up_start_rps or 0.0, args.ramp_up_end_rps or 0.0
-    if args.ramp_up_strategy is not None and min(ramp_rates) <= 0:
-        raise InvalidRequest("--ramp-up-strategy: needs --ramp-up-start-rps and --ramp-up-end-rps, above 0")
-    if args.request_rate <= 0:
-        raise InvalidRequest(f"--request-rate={args.request_rate:g}: expected more than 0")
     return arrivals.arrival_times(
         len(found),
         args.request_rate,
         burstiness=args.burstiness,
         ramp=args.ramp_up_strategy and args.ramp_up_strategy.value,  # type: ignore[arg-type]  # a Literal of the same
-        ramp_rates=ramp_rates,
+        ramp_rates=(args.ramp_up_start_rps or 0.0, args.ramp_up_end_rps or 0.0),
         seed=args.seed,
     )
 
 
 # ---- the server --------------------------------------------------------------------------------------------------
+
+
+class _Model(msgspec.Struct):
+    id: str
+    root: str | None = None
+
+
+class _Models(msgspec.Struct):
+    data: list[_Model]
 
 
 async def _find_model(client: HttpClient, timeout_s: float) -> tuple[str, str]:
@@ -217,8 +261,12 @@ async def _find_model(client: HttpClient, timeout_s: float) -> tuple[str, str]:
         if status != 200:
             cure = "; OPENAI_API_KEY or HBSERVE_API_KEY has the one to send" if status == 401 else ""
             raise RemoteError(f"GET /v1/models: HTTP {status}: {text[:300].decode(errors='replace')}{cure}")
-        first = msgspec.json.decode(text)["data"][0]
-        return first["id"], first.get("root") or first["id"]
+        try:
+            first = msgspec.json.decode(text, type=_Models).data[0]
+        except (msgspec.DecodeError, UnicodeDecodeError, IndexError) as error:
+            what = shown(text[:60].decode(errors="replace"))
+            raise RemoteError(f"GET /v1/models: expected a list of models, as OpenAI's API has it: {what}") from error
+        return first.id, first.root or first.id
 
 
 async def _warm_up(client: HttpClient, args: BenchServeArgs, bodies: list[dict[str, Any]]) -> None:
@@ -230,9 +278,10 @@ async def _warm_up(client: HttpClient, args: BenchServeArgs, bodies: list[dict[s
             raise RemoteError(f"the first request: {outcome.error}")
 
 
-async def _send(client: HttpClient, args: BenchServeArgs, found: list[Prompt], bodies: list[dict[str, Any]]) -> Load:
+async def _send(
+    client: HttpClient, args: BenchServeArgs, found: list[Prompt], bodies: list[dict[str, Any]], times: list[float]
+) -> Load:
     outcomes = [Outcome(len(each.token_ids)) for each in found]
-    times = _times(args, found)
     with progress_bar(len(found), is_shown=not args.disable_tqdm, title="Requests") as bar:
 
         async def send(i: int) -> None:
@@ -272,10 +321,11 @@ def _write(args: BenchServeArgs, result: dict[str, Any], load: Load, wanted: Wan
     if args.save_result or args.append_result:
         concurrency = f"-concurrency{args.max_concurrency}" if args.max_concurrency else ""
         model = Path(result["model_id"]).name
-        usual = f"{args.label or args.backend.value}-{args.request_rate}qps{concurrency}-{model}-{result['date']}.json"
-        folder = args.result_dir or Path()
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / (args.result_filename or usual)).open("a" if args.append_result else "w") as file:
+        label = (args.label or args.backend.value).replace("/", "-")
+        usual = f"{label}-{args.request_rate}qps{concurrency}-{model}-{result['date']}.json"
+        with ((args.result_dir or Path()) / (args.result_filename or usual)).open(
+            "a" if args.append_result else "w"
+        ) as file:
             json.dump(result, file)
             file.write("\n")
     if args.plot is not None:

@@ -8,12 +8,12 @@ import asyncio
 import ssl
 from collections.abc import Callable
 from typing import Any
-from urllib.parse import urlsplit
 
 import httptools
 
 from hbserve.chat_client import why_not_connected
-from hbserve_rpc import InvalidAddress, PeerLost
+from hbserve.server_url import parse_url
+from hbserve_rpc import PeerLost
 
 CONNECT_TIMEOUT_S = 30.0
 
@@ -23,16 +23,14 @@ class HttpClient:
 
     def __init__(self, base_url: str, headers: dict[str, str], *, verify: bool = True) -> None:
         """Raises InvalidAddress."""
-        parts = urlsplit(base_url if "://" in base_url else f"http://{base_url}")
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise InvalidAddress(f"--base-url={base_url!r}: expected http://HOST:PORT")
+        url = parse_url("--base-url", base_url)
         self._ssl: ssl.SSLContext | None = None
-        if parts.scheme == "https":
+        if url.is_secure:
             self._ssl = ssl.create_default_context() if verify else ssl._create_unverified_context()
-        self._address = parts.hostname, parts.port or (443 if self._ssl else 80)
-        self.prefix = parts.path.rstrip("/")
+        self._address = url.host, url.port
+        self.prefix = url.path
         """Of every path."""
-        lines = {"Host": parts.netloc.rpartition("@")[2], "Content-Type": "application/json", **headers}
+        lines = {"Host": url.authority, "Content-Type": "application/json", **headers}
         self._head = "".join(f"{name}: {value}\r\n" for name, value in lines.items())
         self._idle: list[_Connection] = []
 

@@ -1,16 +1,17 @@
 """Prompts of a load, by the names of `vllm bench serve` for its datasets. The same seed gives the same prompts in every
 process."""
 
+import codecs
 import csv
-import json
-import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
 
 from hbserve.tokenizer import encode
 from hbserve_rpc import InvalidRequest
@@ -19,6 +20,9 @@ MOONCAKE_BLOCK = 512
 """Tokens for each id of `hash_ids` in Mooncake's traces, whose timestamps are milliseconds."""
 SHAREGPT_FEWEST, SHAREGPT_MOST_PROMPT, SHAREGPT_MOST = 4, 1024, 2048
 """Tokens of a ShareGPT prompt, of its answer, and of both: others are passed over, as vLLM does."""
+
+MOST_TOKENS = 10_000_000
+"""Of a prompt or an answer: no model has room for more, and a slip of the pen must not fill the memory."""
 
 
 @dataclass(frozen=True)
@@ -79,19 +83,21 @@ def prefix_repetition(
 
 
 def sharegpt(path: Path, tokenizer: Any, count: int, *, output_len: int | None, seed: int) -> list[Prompt]:
-    """First questions of ShareGPT's conversations, with the lengths of their answers.
+    """First questions of ShareGPT's conversations, with the lengths of their answers. Entries without two turns of text
+    are passed over.
 
     Raises:
         InvalidRequest: the file is not of this format, or has no conversation of a usable length.
     """
+    content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    problem = f"{path}: not ShareGPT's format, [{{conversations: [{{value}}]}}]"
     try:
-        turns = [
-            [each["value"] for each in entry["conversations"][:2]]
-            for entry in json.loads(path.read_text(encoding="utf-8"))
-        ]
-    except (ValueError, KeyError, TypeError) as error:
-        raise InvalidRequest(f"{path}: not ShareGPT's format, [{{conversations: [{{value}}]}}]: {error!r}") from None
-    turns = [each for each in turns if len(each) == 2]
+        entries = msgspec.json.decode(content, type=list[Any])
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise InvalidRequest(f"{problem}: {_why_not(error)}") from None
+    turns = [said for entry in entries if (said := _two_turns(entry))]
+    if not turns:
+        raise InvalidRequest(f"{problem}: none of {len(entries)} entries has two turns of text")
     random.Random(seed).shuffle(turns)
     found: list[Prompt] = []
     for question, answer in turns:
@@ -107,6 +113,21 @@ def sharegpt(path: Path, tokenizer: Any, count: int, *, output_len: int | None, 
     return [found[i % len(found)] for i in range(count)]
 
 
+def _two_turns(entry: Any) -> list[str]:
+    """What the first two turns of a conversation say; empty if there are not as many, or one is no text."""
+    turns = entry.get("conversations") if isinstance(entry, dict) else None
+    first = turns[:2] if isinstance(turns, list) else []
+    said = [each["value"] for each in first if isinstance(each, dict) and isinstance(each.get("value"), str)]
+    return said if len(said) == 2 else []
+
+
+def _why_not(error: Exception) -> str:
+    """In a few words, of what a decoder raises."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"byte {error.start} is no UTF-8 text"
+    return "it is nested too deep" if isinstance(error, RecursionError) else str(error)
+
+
 @dataclass(frozen=True)
 class TracedRequest:
     """A line of a trace: the shape of a request, and when it came."""
@@ -118,28 +139,43 @@ class TracedRequest:
     """One for each block of the prompt: equal blocks after equal beginnings have equal ids."""
 
 
+_Time = Annotated[float, msgspec.Meta(ge=-1e15, le=1e15)]
+_Tokens = Annotated[int, msgspec.Meta(ge=0, le=MOST_TOKENS)]
+
+
+class _Line(msgspec.Struct):
+    """Of a timed trace."""
+
+    timestamp: _Time
+    input_length: _Tokens
+    output_length: _Tokens
+    hash_ids: list[int] | None = None
+
+
 def read_timed_trace(path: Path, *, unit_s: float, most: int | None = None) -> Iterator[TracedRequest]:
     """Lines of `{"timestamp", "input_length", "output_length", "hash_ids"}`, as Mooncake's traces have them. Empty ones
     are passed over.
 
     Raises:
-        InvalidRequest: a line is not of this format; says which. Or there is none.
+        InvalidRequest: a line is not of this format, or comes before the one above it; says which. Or there is none.
     """
     first: float | None = None
-    with path.open(encoding="utf-8-sig") as file:
+    last = 0.0
+    decoder = msgspec.json.Decoder(_Line, strict=False)
+    with path.open("rb") as file:
         lines = ((number, line) for number, line in enumerate(file, 1) if line.strip())
         for number, line in islice(lines, most):
             try:
-                entry = json.loads(line)
-                at = float(entry["timestamp"])
-                lengths = int(entry["input_length"]), int(entry["output_length"])
-                hash_ids = tuple(map(int, entry.get("hash_ids", ())))
-                if not math.isfinite(at) or min(lengths) < 0:
-                    raise ValueError(f"timestamp {at:g}, lengths {lengths}")
-            except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-                raise InvalidRequest(f"{path}:{number}: not a line of a timed trace: {error!r}") from None
-            first = at if first is None else first
-            yield TracedRequest((at - first) * unit_s, *lengths, hash_ids)
+                entry = decoder.decode(line.removeprefix(codecs.BOM_UTF8))
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+                raise InvalidRequest(f"{path}:{number}: not a line of a timed trace: {_why_not(error)}") from None
+            first, last = (entry.timestamp,) * 2 if first is None else (first, last)
+            if entry.timestamp < last:
+                problem = f"timestamp {entry.timestamp:g} after {last:g}: expected lines in the order of their times"
+                raise InvalidRequest(f"{path}:{number}: {problem}")
+            last = entry.timestamp
+            at_s = (last - first) * unit_s
+            yield TracedRequest(at_s, entry.input_length, entry.output_length, tuple(entry.hash_ids or ()))
     if first is None:
         raise InvalidRequest(f"{path}: a timed trace without a line")
 
@@ -166,20 +202,37 @@ def burstgpt(path: Path, vocabulary: Vocabulary, count: int, *, seed: int) -> li
     """Lengths and times of BurstGPT's requests to GPT-4 that got an answer, from a random place of the file on.
 
     Raises:
-        InvalidRequest: the file has not BurstGPT's columns, or no such request.
+        InvalidRequest: the file has not BurstGPT's columns, a row is not of them (says which), or there is no such
+            request.
     """
-    with path.open(encoding="utf-8", newline="") as lines:
-        try:
-            rows = [
-                (float(row["Timestamp"]), int(row["Request tokens"]), int(row["Response tokens"]))
-                for row in csv.DictReader(lines)
-                if row["Model"] == "GPT-4" and int(row["Response tokens"]) > 0
-            ]
-        except (KeyError, ValueError, TypeError) as error:
-            raise InvalidRequest(f"{path}: not BurstGPT's columns: {error!r}") from None
-    if not rows:
+    found = [row for row in _rows(path) if row.given > 0]
+    if not found:
         raise InvalidRequest(f"{path}: has no request to GPT-4 with an answer")
     rng = random.Random(seed)
-    begin = rng.randrange(max(1, len(rows) - count + 1))
-    rows = rows[begin : begin + count]
-    return [Prompt(vocabulary.draw(rng, max(1, asked)), given, at_s - rows[0][0]) for at_s, asked, given in rows]
+    begin = rng.randrange(max(1, len(found) - count + 1))
+    rows = sorted(found[begin : begin + count], key=lambda row: row.at_s)
+    return [Prompt(vocabulary.draw(rng, max(1, row.asked)), row.given, row.at_s - rows[0].at_s) for row in rows]
+
+
+class _Row(msgspec.Struct):
+    """Of BurstGPT."""
+
+    at_s: _Time = msgspec.field(name="Timestamp")
+    asked: _Tokens = msgspec.field(name="Request tokens")
+    given: _Tokens = msgspec.field(name="Response tokens")
+
+
+def _rows(path: Path) -> Iterator[_Row]:
+    """Those about GPT-4."""
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, restkey="")
+        try:
+            missing = {"Timestamp", "Model", "Request tokens", "Response tokens"}.difference(reader.fieldnames or ())
+            if missing:
+                raise InvalidRequest(f"{path}: not BurstGPT's columns: there is no {min(missing)!r}")
+            for row in reader:
+                if row["Model"] == "GPT-4":
+                    yield msgspec.convert(row, _Row, strict=False)
+        except (msgspec.ValidationError, UnicodeDecodeError, csv.Error) as error:
+            place = f"{path}:{reader.line_num}"
+            raise InvalidRequest(f"{place}: not a row of BurstGPT's: {_why_not(error)}") from None

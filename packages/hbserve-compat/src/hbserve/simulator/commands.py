@@ -12,7 +12,7 @@ from typing import Annotated
 import msgspec
 from typer import Option
 
-from hbserve.load.prompts import MOONCAKE_BLOCK
+from hbserve.load.prompts import MOONCAKE_BLOCK, MOST_TOKENS
 from hbserve.load.report import goals_of
 from hbserve.output_folder import require_folder_of
 from hbserve.plotting import require_plotting
@@ -27,9 +27,12 @@ from hbserve_scheduler import SchedulerConfig, load_config
 
 POLLED_A_SECOND = 200
 """Instances whose figures are asked for in a second, of a large deployment: each has to wait longer for its turn."""
+MOST_MS = 1e9
+MOST_TURNS_A_SECOND = 1e6
+"""Of conversations, as many of which go on at a time as come in a minute."""
 ProfileOption = Annotated[str, Option(metavar="NAME|FILE", help=f"One of {', '.join(own_profiles())}, or a file.")]
 Count = Annotated[int, Option(min=0)]
-Length = Annotated[int, Option(min=1)]
+Length = Annotated[int, Option(min=1, max=MOST_TOKENS)]
 
 
 @dataclass(frozen=True)
@@ -90,10 +93,11 @@ class PlanArgs:
     input_len: Annotated[int, Option(min=1, help="Prompt tokens of a request.")]
     output_len: Annotated[int, Option(min=1, help="Tokens of an answer.")]
     rate: Annotated[float, Option(min=0.001, help="Requests a second.")]
-    ttft_ms: Annotated[float, Option(min=0.1, help="To be kept by the first token.")]
-    tpot_ms: Annotated[float, Option(min=0.1, help="To be kept by the mean time of each further token.")]
+    ttft_ms: Annotated[float, Option(min=0.1, max=MOST_MS, help="To be kept by the first token.")]
+    tpot_ms: Annotated[float, Option(min=0.1, max=MOST_MS, help="To be kept by the mean time of each further token.")]
     itl_ms: Annotated[
-        float | None, Option(min=0.1, help="To be kept by 99 of 100 times between two tokens; none by default.")
+        float | None,
+        Option(min=0.1, max=MOST_MS, help="To be kept by 99 of 100 times between two tokens; none by default."),
     ] = None
     profile: ProfileOption = "h100-qwen3-8b"
     attainment: Annotated[float, Option(min=0.01, max=1, help="The part of all requests that is to keep both.")] = 0.9
@@ -157,6 +161,8 @@ def _requests(args: SimulateArgs) -> Iterator[SimulatedRequest]:
     if args.trace is not None:
         return workload.trace(args.trace, block_size=MOONCAKE_BLOCK, unit_s=1e-3, speed=args.speed, repeat=args.repeat)
     if args.conversations:
+        if args.rate > MOST_TURNS_A_SECOND:
+            raise InvalidRequest(f"--rate={args.rate:g}: of --conversations expected at most {MOST_TURNS_A_SECOND:g}")
         return workload.conversations(args.num_requests, args.rate, seed=args.seed)
     lengths = args.input_len, args.output_len
     return workload.poisson(

@@ -14,8 +14,10 @@ from collections.abc import Sequence
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
+from msgspec import Meta
 
 from hbserve_rpc import InvalidRequest
 
@@ -24,6 +26,10 @@ OWN = resources.files("hbserve.simulator") / "profiles"
 MOST_REMEMBERED = 4096
 LONG_PROMPT = 4
 """Prompts of at least a part in so many of the longest that was measured tell what attention costs."""
+Count = Annotated[int, Meta(ge=1, le=10**12)]
+Span = Annotated[float, Meta(ge=0, le=1e6)]
+Step = Annotated[float, Meta(gt=0, le=1e6)]
+"""Times in seconds; those of steps take some."""
 
 
 class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -34,31 +40,31 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """Where and how it was measured, or what was assumed."""
     device: str
     """The card's name, or "cpu", whose steps are not padded."""
-    tensor_parallel_size: int = 1
-    kv_bytes_per_token: int
-    kv_tokens: int
+    tensor_parallel_size: Count = 1
+    kv_bytes_per_token: Count
+    kv_tokens: Count
     """That the instance's pool has room for."""
-    prefill: list[tuple[int, float]]
+    prefill: list[tuple[Count, Step]]
     """Tokens of a prompt that is computed alone, and the time until its token."""
-    decode: list[tuple[int, int, float]]
+    decode: list[tuple[Count, Count, Step]]
     """Sequences in a decode step, tokens of each, and the time of the step."""
-    transfer: list[tuple[int, float]]
+    transfer: list[tuple[Count, Step]]
     """Bytes that move from an instance to another, and how long that takes."""
-    handoff_s: float
+    handoff_s: Span
     """From a computed prompt until the other side has all of it, beside moving its last bytes: their end is noticed,
     and told in a message. Of profiles of before 2026-11-28 it is all of a transfer beside moving: some 1 ms more, in
     which a hand-off does not wait."""
-    message_s: float
+    message_s: Span
     """One way of a message between scheduler and instance."""
-    prefill_behind: list[tuple[int, float]] = []
+    prefill_behind: list[tuple[Count, Step]] = []
     """The same of one behind another, beside whose computation the host launches it, from token to token; a long one
     without a CUDA graph takes the host longest. None: as alone."""
-    launched_ahead_s: float = 0.0
+    launched_ahead_s: Span = 0.0
     """So long before the end of a step its engine launches the next one, and who comes later is in the step after that.
     0: it does not, or nobody has measured it."""
-    launched_ahead_mixed_s: float = 0.0
+    launched_ahead_mixed_s: Span = 0.0
     """The same while some steps have prompts beside decodes, and a CUDA graph: how long these take varies more."""
-    launched_ahead_eager_s: float = 0.0
+    launched_ahead_eager_s: Span = 0.0
     """The same while some steps have no CUDA graph, whose launches take the host longer, and are behind steps that are
     no shorter: on an instance that computes prompts only."""
 
@@ -169,9 +175,13 @@ def load_profile(name: str) -> Profile:
         raise InvalidRequest(f"--profile={name!r}: expected a file, or one of {names}")
     try:
         profile = msgspec.json.decode(own.read_bytes() if own.is_file() else file.read_bytes(), type=Profile)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidRequest(f"--profile={name!r}: {error}") from None
     for field in ("prefill", "decode", "transfer"):
         if not getattr(profile, field):
             raise InvalidRequest(f"--profile={name!r}: {field} has no rows")
+    for field in ("prefill", "prefill_behind", "transfer", "decode"):
+        places = [row[:-1] for row in getattr(profile, field)]
+        if twice := next((each for each in places if places.count(each) > 1), None):
+            raise InvalidRequest(f"--profile={name!r}: {field} has several rows of {', '.join(map(str, twice))}")
     return profile

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from hbserve.load.arrivals import gap_s
 from hbserve.load.prompts import MOONCAKE_BLOCK, read_timed_trace
 from hbserve.simulator.instance import NO_SHAPE, Shape
 
@@ -45,8 +46,7 @@ def poisson(
     rng = random.Random(seed)
     at_s = 0.0
     for i in range(count):
-        varies = math.isfinite(burstiness) and math.isfinite(rate)
-        at_s += rng.gammavariate(burstiness, 1 / (rate * burstiness)) if varies else 1 / rate
+        at_s += gap_s(rng, rate, burstiness)
         yield SimulatedRequest(at_s, _around(rng, input_len, spread), _around(rng, output_len, spread), session=i)
 
 

@@ -1,0 +1,58 @@
+"""Where a server is, by its URL, and what may stand in the head of a request to it."""
+
+import re
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from hbserve_rpc import InvalidAddress, InvalidRequest
+from hbserve_rpc.plain_values import shown
+
+
+@dataclass(frozen=True)
+class ServerUrl:
+    """The parts of a URL that a client needs."""
+
+    host: str
+    port: int
+    is_secure: bool
+    authority: str
+    """What the header Host says."""
+    path: str
+    """Of the URL, without a slash at its end."""
+
+
+def parse_url(option: str, url: str) -> ServerUrl:
+    """Parts of `url`, which this option gave; http is added where it has no scheme.
+
+    Raises:
+        InvalidAddress: it is no URL of a server.
+    """
+    try:
+        parts = urlsplit(url if "://" in url else f"http://{url}")
+        host, port = parts.hostname or "", parts.port
+        host.encode("idna")
+    except ValueError as error:
+        raise InvalidAddress(f"{option}={shown(url)}: expected http://HOST:PORT: {error}") from None
+    if parts.scheme not in ("http", "https") or not host or port == 0 or not _is_line(url, spaces=False):
+        raise InvalidAddress(f"{option}={shown(url)}: expected http://HOST:PORT")
+    is_secure = parts.scheme == "https"
+    authority = parts.netloc.rpartition("@")[2]
+    return ServerUrl(host, port or (443 if is_secure else 80), is_secure, authority, parts.path.rstrip("/"))
+
+
+def require_header(option: str, name: str, value: str) -> None:
+    """Raises InvalidRequest unless both can be a line of a request's head, and nothing but that line."""
+    if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name):
+        raise InvalidRequest(f"{option}={shown(name)}: is no name of a header")
+    if not _is_line(value):
+        raise InvalidRequest(f"{option}={shown(value)}: expected printable text, as a header has it")
+
+
+def require_path(option: str, path: str) -> None:
+    """Raises InvalidRequest unless a request may ask for it."""
+    if not path.startswith("/") or not path.isascii() or not _is_line(path, spaces=False):
+        raise InvalidRequest(f"{option}={shown(path)}: expected a path, as /v1/completions is one")
+
+
+def _is_line(text: str, *, spaces: bool = True) -> bool:
+    return text.isprintable() and (spaces or " " not in text)
