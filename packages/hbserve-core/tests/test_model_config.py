@@ -305,7 +305,11 @@ def test_frequencies_fall_with_the_dimension_and_the_factor(write, rope):
 @pytest.mark.parametrize(
     ("changes", "windows"),
     [
-        ({"sliding_window": 128, "layer_types": ["full_attention", "sliding_attention"]}, (0, 128)),
+        (
+            {"architectures": ["Qwen3ForCausalLM"], "use_sliding_window": True, "sliding_window": 128}
+            | {"layer_types": ["full_attention", "sliding_attention"]},
+            (0, 128),
+        ),
         (
             {"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True, "max_window_layers": 1}
             | {"sliding_window": 128},

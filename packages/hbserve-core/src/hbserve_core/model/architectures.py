@@ -178,7 +178,8 @@ def _qwen3_moe(raw: Mapping[str, Any]) -> Switches:
         renormalises=bool(raw["norm_topk_prob"]),
         layers=tuple(i for i in range(raw["num_hidden_layers"]) if i not in dense and (i + 1) % step == 0),
     )
-    return replace(_qwen3(raw), experts=experts)
+    windowed = tuple(range(raw["num_hidden_layers"])) if raw["use_sliding_window"] else ()
+    return replace(_qwen3(raw), experts=experts, windowed_layers=windowed)
 
 
 def _olmoe(raw: Mapping[str, Any]) -> Switches:
@@ -263,13 +264,19 @@ class Architecture:
     """Its own names in a config.json, and those of the others for the same."""
     only: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
     """Keys that may have one value, and what another one would need."""
+    by_layer: bool = False
+    """Its layer_types count; in others all layers have a window, or none."""
+    part_of_head: bool = False
+    """Its partial_rotary_factor counts."""
 
     def completed(self, raw: Mapping[str, Any]) -> dict[str, Any]:
         """A config.json with the names that all have, and with what it leaves out."""
-        return {**self.defaults, **{self.renamed.get(name, name): value for name, value in raw.items()}}
+        foreign = self.renamed.values()  # what others call it means nothing here
+        return {**self.defaults, **{self.renamed.get(name, name): raw[name] for name in raw if name not in foreign}}
 
 
 _QWEN = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
+_MISTRAL = {"num_key_value_heads": 8, "sliding_window": 4096}
 _GEMMA: dict[str, Any] = {
     "hidden_activation": "gelu_pytorch_tanh",
     "num_key_value_heads": 4,
@@ -280,29 +287,30 @@ _GEMMA: dict[str, Any] = {
 }
 ARCHITECTURES: dict[str, Architecture] = {
     # Qwen3's head size is 128 whatever the hidden size; the others' is the hidden size divided among the heads.
-    "Qwen3ForCausalLM": Architecture("qwen3", _qwen3, {"head_dim": 128, **_QWEN}),
-    "Qwen2ForCausalLM": Architecture("qwen2", _qwen2, _QWEN),
+    "Qwen3ForCausalLM": Architecture("qwen3", _qwen3, {"head_dim": 128, **_QWEN}, by_layer=True),
+    "Qwen2ForCausalLM": Architecture("qwen2", _qwen2, _QWEN, by_layer=True),
     "LlamaForCausalLM": Architecture("llama", _llama),
-    "MistralForCausalLM": Architecture("mistral", _mistral, {"num_key_value_heads": 8, "sliding_window": 4096}),
+    "MistralForCausalLM": Architecture("mistral", _mistral, _MISTRAL),
     "Phi3ForCausalLM": Architecture(
-        "phi3", _phi3, {"rms_norm_eps": 1e-5, "original_max_position_embeddings": 4096, "sliding_window": None}
+        "phi3",
+        _phi3,
+        {"rms_norm_eps": 1e-5, "original_max_position_embeddings": 4096, "sliding_window": None},
+        part_of_head=True,
     ),
     "SmolLM3ForCausalLM": Architecture(
         "smollm3",
         _smollm3,
-        {
-            "num_key_value_heads": 4,
-            "rope_theta": 2e6,
-            "no_rope_layer_interval": 4,
-            "tie_word_embeddings": True,
-            "use_sliding_window": False,
-            "sliding_window": None,
-        },
+        {"num_key_value_heads": 4, "rope_theta": 2e6, "no_rope_layer_interval": 4, "tie_word_embeddings": True}
+        | {"use_sliding_window": False, "sliding_window": None},
+        by_layer=True,
     ),
     "Olmo2ForCausalLM": Architecture("olmo2", _olmo2, {"rms_norm_eps": 1e-5}),
     # Where RoPE is scaled, it is so in layers that see all.
     "Olmo3ForCausalLM": Architecture(
-        "olmo3", _olmo3, {"rms_norm_eps": 1e-5, "sliding_window": 4096, "scales_windowed_layers": False}
+        "olmo3",
+        _olmo3,
+        {"rms_norm_eps": 1e-5, "sliding_window": 4096, "scales_windowed_layers": False},
+        by_layer=True,
     ),
     "OlmoeForCausalLM": Architecture(
         "olmoe",
@@ -310,7 +318,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         {"rms_norm_eps": 1e-5, "num_experts": 64, "num_experts_per_tok": 8, "norm_topk_prob": False},
         only={"clip_qkv": (None, "queries, keys and values that are clipped")},
     ),
-    "MinistralForCausalLM": Architecture("ministral", _mistral, {"num_key_value_heads": 8, "sliding_window": 4096}),
+    "MinistralForCausalLM": Architecture("ministral", _mistral, _MISTRAL, by_layer=True),
     "SeedOssForCausalLM": Architecture(
         "seed_oss",
         _seed_oss,
@@ -356,9 +364,13 @@ ARCHITECTURES: dict[str, Architecture] = {
             "use_parallel_residual": (False, "attention and MLP of the same input"),
             "qk_layernorm": (False, "layer norms of queries and keys"),
         },
+        part_of_head=True,
     ),
     "Gemma2ForCausalLM": Architecture(
-        "gemma2", _gemma2, _GEMMA | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
+        "gemma2",
+        _gemma2,
+        _GEMMA | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+        by_layer=True,
     ),
     "Gemma3ForCausalLM": Architecture(
         "gemma3_text",
@@ -366,6 +378,8 @@ ARCHITECTURES: dict[str, Architecture] = {
         _GEMMA
         | {"attn_logit_softcapping": None, "final_logit_softcapping": None, "sliding_window_pattern": 6}
         | {"rope_theta": 1e6, "rope_local_base_freq": 1e4},
+        only={"attn_logit_softcapping": (None, "scores that are capped, and transformers leaves them")},
+        by_layer=True,
     ),
 }
 

@@ -96,9 +96,9 @@ class _Values(msgspec.Struct):
     partial_rotary_factor: Number | None = None
     rope_scaling: _Rope | None = None
     rope_parameters: _Rope | None = None
-    embedding_multiplier: Number = 0
-    residual_multiplier: Number = 0
-    attention_multiplier: Number = 0
+    embedding_multiplier: Above0 = 1
+    residual_multiplier: Above0 = 1
+    attention_multiplier: Above0 = 1
     logits_scaling: Above0 = 1
     query_pre_attn_scalar: Above0 = 1
     attn_logit_softcapping: Number | None = None

@@ -123,7 +123,9 @@ def load_model_config(path: str | Path) -> ModelConfig:
     try:
         return _parse(folder, architecture, raw, _read_json(folder / "generation_config.json") or {})
     except KeyError as error:
-        raise UnsupportedModel(f"{folder / 'config.json'}: {error.args[0]!r} is missing") from error
+        own = {ours: theirs for theirs, ours in ARCHITECTURES[architecture].renamed.items()}
+        missing = own.get(error.args[0], error.args[0])
+        raise UnsupportedModel(f"{folder / 'config.json'}: {missing!r} is missing") from error
 
 
 def configured_model(path: str | Path, settings: EngineSettings) -> ModelConfig:
@@ -143,9 +145,11 @@ def _parse(folder: Path, architecture: str, raw: Mapping[str, Any], generation: 
     head_dim = raw.get("head_dim") or raw["hidden_size"] // num_heads
     _refuse_parts_that_do_not_fit(folder, raw["hidden_size"], num_heads, num_kv_heads, head_dim, switches.experts)
     rope, local_rope = read_rope_configs(folder, raw)
+    for each in {rope, local_rope or rope}:
+        _refuse_rotation(folder, architecture, each, head_dim)
     stated = raw["max_position_embeddings"]
     max_model_len = stated if local_rope else extended_length(rope, stated)  # with a local one, it is extended already
-    sliding = _sliding_layers(folder, raw, switches)
+    sliding = _sliding_layers(folder, architecture, raw, switches, max_model_len)
     window = raw["sliding_window"] if sliding and raw["sliding_window"] < max_model_len else 0
     return ModelConfig(
         path=folder,
@@ -200,7 +204,17 @@ def _refuse_parts_that_do_not_fit(
         raise UnsupportedModel(f"{folder}: num_experts_per_tok={experts.per_token}: there are {experts.count} experts")
 
 
-def _sliding_layers(folder: Path, raw: Mapping[str, Any], switches: Switches) -> tuple[int, ...]:
+def _refuse_rotation(folder: Path, architecture: str, rope: RopeConfig, head_dim: int) -> None:
+    if rope.partial != 1 and not ARCHITECTURES[architecture].part_of_head:
+        raise UnsupportedModel(
+            f"{folder}: partial_rotary_factor={rope.partial} of {architecture} is not supported; it rotates whole heads"
+        )
+    rope.check_fits(folder, head_dim)
+
+
+def _sliding_layers(
+    folder: Path, architecture: str, raw: Mapping[str, Any], switches: Switches, max_model_len: int
+) -> tuple[int, ...]:
     """Layers that look at a window of the context only. Many configs carry a window that they do not use."""
     count, kinds = raw["num_hidden_layers"], raw.get("layer_types")
     given = [] if kinds is None else list(kinds)
@@ -210,11 +224,25 @@ def _sliding_layers(folder: Path, raw: Mapping[str, Any], switches: Switches) ->
             f"{folder}: {len(given)} layer_types with {', '.join(unknown) or 'no unknown one'}: expected {count} of "
             "full_attention and sliding_attention; others need attention that this engine does not have"
         )
-    if raw.get("sliding_window") is None or not raw.get("use_sliding_window", True):
+    if raw.get("sliding_window") is None:
         return ()
-    if kinds is None:
-        return switches.windowed_layers
-    return tuple(i for i, kind in enumerate(given) if kind == "sliding_attention")
+    known, own = ARCHITECTURES[architecture], switches.windowed_layers
+    layers = own if kinds is None else tuple(i for i, kind in enumerate(given) if kind == "sliding_attention")
+    is_off = not raw.get("use_sliding_window", True)
+    contradiction = ""
+    if is_off and "max_window_layers" in known.defaults:
+        return ()
+    if raw["sliding_window"] < max_model_len:
+        if layers != own and not known.by_layer:
+            contradiction = "layer_types of its own"
+        elif layers and is_off:
+            contradiction = "use_sliding_window=false"
+    if contradiction:
+        raise UnsupportedModel(
+            f"{folder}: {contradiction} beside sliding_window={raw['sliding_window']} is not supported of "
+            f"{architecture}, where transformers looks at the latter alone; sliding_window=null means no window"
+        )
+    return layers
 
 
 def _checkpoint_dtype(folder: Path, raw: Mapping[str, Any]) -> str:

@@ -14,14 +14,9 @@ def inverse_frequencies(config: RopeConfig, head_dim: int) -> torch.Tensor:
     """Rotation per position of each pair of dimensions, float32 (D / 2,), on the CPU; 0 of pairs that do not rotate."""
     frequencies = torch.zeros(head_dim // 2, dtype=torch.float32, device="cpu")
     if config.rope_type != "none":
-        rotated = num_rotated(config, head_dim)
+        rotated = config.num_rotated(head_dim)
         frequencies[: rotated // 2] = _rotating(config, rotated)
     return frequencies
-
-
-def num_rotated(config: RopeConfig, head_dim: int) -> int:
-    """How many of a head's dimensions are rotated."""
-    return int(head_dim * config.partial) // 2 * 2
 
 
 def _rotating(config: RopeConfig, head_dim: int) -> torch.Tensor:
@@ -41,7 +36,7 @@ def _rotating(config: RopeConfig, head_dim: int) -> torch.Tensor:
 def _magnitudes(config: RopeConfig, head_dim: int) -> torch.Tensor:
     """What each pair of dimensions is multiplied by, float32 (D / 2,), on the CPU."""
     magnitudes = torch.ones(head_dim // 2, dtype=torch.float32, device="cpu")
-    magnitudes[: num_rotated(config, head_dim) // 2] = config.magnitude
+    magnitudes[: config.num_rotated(head_dim) // 2] = config.magnitude
     return magnitudes
 
 
@@ -51,7 +46,7 @@ def head_order(config: RopeConfig, head_dim: int) -> torch.Tensor | None:
     Dimension i is rotated with i + D / 2 here, in checkpoints with i + R / 2 if the first R of D dimensions are. Scores
     do not depend on the order.
     """
-    rotated = num_rotated(config, head_dim)
+    rotated = config.num_rotated(head_dim)
     if rotated == head_dim:
         return None
     places = torch.arange(head_dim, device="cpu")

@@ -56,6 +56,24 @@ class RopeConfig:
     def without_rotation(self) -> "RopeConfig":
         return RopeConfig("none", self.theta)
 
+    def num_rotated(self, head_dim: int) -> int:
+        """How many of a head's dimensions are rotated."""
+        return int(head_dim * self.partial)
+
+    def check_fits(self, folder: Path, head_dim: int) -> None:
+        """Raises UnsupportedModel unless pairs of a head's dimensions can be rotated so."""
+        rotated = self.num_rotated(head_dim)
+        if rotated < 2 or rotated % 2 or head_dim % 2:
+            raise UnsupportedModel(
+                f"{folder}: head_dim={head_dim}, of which partial_rotary_factor={self.partial} rotates {rotated}: "
+                "expected an even number of both"
+            )
+        if self.factors and len(self.factors) != rotated // 2:
+            raise UnsupportedModel(
+                f"{folder}: {len(self.factors)} long and short factors of longrope: expected {rotated // 2}, one for "
+                f"each pair of the {rotated} dimensions that are rotated"
+            )
+
     def within(self, max_model_len: int) -> "RopeConfig":
         """For an engine whose sequences are no longer than this."""
         is_short = self.rope_type == "longrope" and max_model_len <= self.original_max_position_embeddings

@@ -1,0 +1,88 @@
+"""Configs that contradict themselves, or that their family understands otherwise than others: served as transformers
+does, or refused by what they have."""
+
+import json
+
+import pytest
+
+from hbserve_core.errors import UnsupportedModel
+from hbserve_core.model.model_config import load_model_config
+
+SIZES = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+WINDOWED = {"sliding_window": 128, "layer_types": ["full_attention", "sliding_attention"]}
+LONGROPE = {"rope_type": "longrope", "long_factor": [1.0] * 4, "short_factor": [1.0] * 4, "factor": 2.0}
+
+
+@pytest.fixture
+def load(tmp_path):
+    def load(name, **changes):
+        (tmp_path / "config.json").write_text(json.dumps({"architectures": [f"{name}ForCausalLM"], **SIZES, **changes}))
+        return load_model_config(tmp_path)
+
+    return load
+
+
+@pytest.mark.parametrize("name", ["Llama", "Mistral", "Starcoder2"])
+def test_layer_types_that_transformers_does_not_read_are_refused(load, name):
+    """Of such a family it has a window in all layers, or in none."""
+    with pytest.raises(UnsupportedModel, match=f"layer_types of its own beside sliding_window=128 .* of {name}"):
+        load(name, **WINDOWED)
+    assert load(name, **WINDOWED | {"sliding_window": None}).windows == (0, 0)
+    assert load(name, **WINDOWED | {"sliding_window": 512}).windows == (0, 0)
+
+
+@pytest.mark.parametrize("name", ["Mistral", "Phi3", "Mixtral"])
+def test_a_window_that_another_familys_key_says_is_off_is_refused(load, name):
+    with pytest.raises(UnsupportedModel, match=r"use_sliding_window=false beside .*=128 .*=null means no"):
+        load(name, sliding_window=128, use_sliding_window=False)
+    assert load(name, sliding_window=128, use_sliding_window=True).windows == (128, 128)
+    assert load(name, sliding_window=512, use_sliding_window=False).windows == (0, 0)
+
+
+def test_a_mixture_of_qwen3_has_its_window_in_all_layers(load):
+    """transformers does not read max_window_layers there."""
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
+    found = load("Qwen3Moe", **experts, use_sliding_window=True, sliding_window=128, max_window_layers=1)
+    assert found.windows == (128, 128)
+    assert load("Qwen3Moe", **experts, use_sliding_window=False, sliding_window=128).windows == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "problem"),
+    [
+        ("Llama", {"head_dim": 7}, "head_dim=7, of which partial_rotary_factor=1.0 rotates 7: expected an even"),
+        ("Llama", {"head_dim": 1}, "head_dim=1, of which .* rotates 1"),
+        ("Phi3", {"head_dim": 6, "partial_rotary_factor": 0.5}, "head_dim=6, of which .*=0.5 rotates 3: expected an"),
+        ("StableLm", {"head_dim": 4, "partial_rotary_factor": 0.1}, "head_dim=4, of which .* rotates 0"),
+        ("Phi3", {"rope_scaling": LONGROPE}, "4 long and short factors of longrope: expected 8, one for each pair"),
+        ("Qwen2", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 of Qwen2For.* it rotates whole heads"),
+        ("Gemma3", {"head_dim": 16, "attn_logit_softcapping": 5.0}, "attn_logit_softcapping=5.0 of Gemma3ForCausalLM"),
+        *(
+            ("Granite", {f"{kind}_multiplier": value}, f"{kind}_multiplier={value}: expected `float` > 0")
+            for kind in ("residual", "attention", "embedding")
+            for value in (0, -0.5)
+        ),
+    ],
+)
+def test_what_cannot_be_computed_as_transformers_does_is_refused(load, name, changes, problem):
+    with pytest.raises(UnsupportedModel, match=problem) as caught:
+        load(name, **changes)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "own", "foreign"),
+    [("StableLm", "layer_norm_eps", "rms_norm_eps"), ("Starcoder2", "norm_epsilon", "rms_norm_eps")],
+)
+def test_another_familys_name_for_the_same_means_nothing(load, name, own, foreign):
+    assert load(name, **{own: 1e-3, foreign: 1e-6}).rms_norm_eps == 1e-3
+    assert load(name, **{foreign: 1e-6, own: 1e-3}).rms_norm_eps == 1e-3
+    assert load(name, **{foreign: 1e-6}).rms_norm_eps == 1e-5
