@@ -1,5 +1,6 @@
 """Checkpoints of AWQ and GPTQ beside the weights that they stand for, which are written next to them as floats."""
 
+import re
 import shutil
 
 import pytest
@@ -124,3 +125,31 @@ def test_a_packed_weight_that_is_not_whole_is_named(folders, tmp_path, part, ten
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(WeightsMismatch, match=rf"model\.layers\.1\.self_attn\.q_proj: {message}"):
         ModelRunner(InstanceConfig(model_path=str(folder), device="cpu", num_blocks=20))
+
+
+def test_an_order_of_inputs_that_is_missing_is_named(folders, tmp_path):
+    """Without it the weights would be other ones."""
+    folder = tmp_path / "model"
+    shutil.copytree(folders("llama", "gptq act-order")[0], folder)
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.self_attn.q_proj.g_idx"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(WeightsMismatch, match=r"model\.layers\.1\.self_attn\.q_proj: g_idx is missing"):
+        ModelRunner(InstanceConfig(model_path=str(folder), device="cpu", num_blocks=20))
+
+
+@pytest.mark.parametrize("layer", ["model.layers.2.self_attn.q_proj", "model.layers.1.self_attn.other"])
+def test_packed_weights_that_the_model_has_no_place_for_are_named(folders, tmp_path, layer):
+    """As plain ones are: config.json is of another model."""
+    folder = tmp_path / "model"
+    shutil.copytree(folders("llama", "awq")[0], folder)
+    weights = load_file(folder / "model.safetensors")
+    extra = {f"{layer}.{part}": weights[f"model.layers.1.self_attn.q_proj.{part}"] for part in ("qweight", "scales")}
+    whole = extra | {f"{layer}.qzeros": weights["model.layers.1.self_attn.q_proj.qzeros"]}
+    for added, named in (
+        (whole, f"unexpected: {layer}.weight"),
+        ({f"{layer}.scales": extra[f"{layer}.scales"]}, layer),
+    ):
+        save_file(weights | {k: v.clone() for k, v in added.items()}, folder / "model.safetensors", {"format": "pt"})
+        with pytest.raises(WeightsMismatch, match=re.escape(named)):
+            ModelRunner(InstanceConfig(model_path=str(folder), device="cpu", num_blocks=20))

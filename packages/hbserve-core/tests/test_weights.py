@@ -517,6 +517,18 @@ def test_8_bit_weights_give_the_tokens_of_transformers_which_widens_them_too(cop
     assert sequence.output_token_ids == expected[0, 30:].tolist()
 
 
+@pytest.mark.parametrize("shape", [(), (64,), (1, 64, 64), (0, 64)])
+def test_8_bit_weights_that_are_no_matrices_are_named(copy_of, shape):
+    folder = copy_of("llama")
+    quantised(folder, [32, 32], False)
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.1.self_attn.q_proj.weight"
+    changed = {**tensors, name: torch.zeros(shape, dtype=torch.float8_e4m3fn)}
+    save_file({k: v.clone() for k, v in changed.items()}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(WeightsMismatch, match=re.escape(f"{name} of shape {shape} has scales of shape (2, 2)")):
+        load(folder)
+
+
 def test_scales_that_are_missing_or_of_other_blocks_are_named(copy_of):
     folder = copy_of("llama")
     quantised(folder, [32, 32], False)

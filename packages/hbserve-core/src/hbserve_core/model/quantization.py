@@ -19,6 +19,8 @@ class Packing:
     """Inputs that share a scale; -1: all of them."""
     zero_offset: int
     """To be added to zeros as they are stored."""
+    is_ordered: bool = True
+    """Inputs that share a scale are neighbours; else each weight says which do."""
 
 
 def packing(folder: Path, raw: Mapping[str, Any]) -> Packing | None:
@@ -49,7 +51,7 @@ def packing(folder: Path, raw: Mapping[str, Any]) -> Packing | None:
             f"{folder}: quantization_config ({method}) has group_size={size!r}, expected a size or -1"
         )
     is_one_too_small = method == "gptq" and given.get("checkpoint_format", "gptq") == "gptq"
-    return Packing(method, size, int(is_one_too_small))
+    return Packing(method, size, int(is_one_too_small), size == -1 or not given.get("desc_act"))
 
 
 def scale_block(folder: Path, raw: Mapping[str, Any]) -> tuple[int, int] | None:

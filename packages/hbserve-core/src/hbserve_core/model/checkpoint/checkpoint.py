@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from hbserve_core.errors import WeightsMismatch
-from hbserve_core.model.checkpoint.packed_weights import PackedWeight, find_packed, is_part
+from hbserve_core.model.checkpoint.packed_weights import PackedWeight, find_packed, without_parts
 from hbserve_core.model.checkpoint.safetensors_file import DTYPES, SafetensorsFile, StoredTensor
 from hbserve_core.model.checkpoint.staged_reader import Read, StagedReader
 from hbserve_core.model.checkpoint.tensor_source import (
@@ -52,7 +52,7 @@ class Checkpoint:
             self._scales, problems = find_scales(self._stored, config.scale_block) if config.scale_block else ({}, [])
             if config.packing:
                 self._packed, problems = find_packed(self._stored, config.packing)
-                self._stored = {name: each for name, each in self._stored.items() if not is_part(name)}
+                self._stored = without_parts(self._stored)
             self._kv_scales, kv_problems = find_kv_scales(self._stored)
             self._check(config, shapes, problems + kv_problems)
             self._shapes = shapes
@@ -144,6 +144,7 @@ class Checkpoint:
 
     def _check(self, config: ModelConfig, shapes: Shapes, problems: list[str]) -> None:
         unexpected = [name for name in self._stored if name not in shapes and not _may_be_ignored(name, config)]
+        unexpected += [name for name in self._packed if name not in shapes]
         given = {name: each.shape for name, each in self._stored.items()}
         given |= {name: each.shape for name, each in self._packed.items()}
         problems = [*problems, *(f"missing: {name}" for name in shapes if name not in given)]

@@ -104,9 +104,11 @@ def find_packed(stored: Mapping[str, StoredTensor], packing: Packing) -> tuple[d
     return found, problems
 
 
-def is_part(name: str) -> bool:
-    """Whether a tensor of this name belongs to a packed weight."""
-    return name.rpartition(".")[2] in _PARTS
+def without_parts(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Those that do not belong to a packed weight."""
+    layers = {name.removesuffix(".qweight") for name in stored if name.endswith(".qweight")}
+    parts = {f"{layer}.{part}" for layer in layers for part in _PARTS}
+    return {name: each for name, each in stored.items() if name not in parts}
 
 
 def _shape(qweight: StoredTensor, packing: Packing) -> tuple[int, int]:
@@ -115,7 +117,8 @@ def _shape(qweight: StoredTensor, packing: Packing) -> tuple[int, int]:
 
 
 def _problem(parts: Mapping[str, StoredTensor], packing: Packing) -> str:
-    if missing := [name for name in ("qweight", "qzeros", "scales") if name not in parts]:
+    needed = ("qweight", "qzeros", "scales", *(() if packing.is_ordered else ("g_idx",)))
+    if missing := [name for name in needed if name not in parts]:
         return f"{missing[0]} is missing"
     dtypes = {name: "I32" for name in parts if name != "scales"}
     if wrong := [name for name, dtype in dtypes.items() if parts[name].dtype != dtype]:
