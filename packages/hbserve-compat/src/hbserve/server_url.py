@@ -1,4 +1,4 @@
-"""Where a server is, by its URL, and what may stand in the head of a request to it."""
+"""URLs of servers, and what may stand in the head of a request to one."""
 
 import re
 from dataclasses import dataclass
