@@ -19,6 +19,7 @@ import os
 import threading
 import zlib
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -37,7 +38,7 @@ from hbserve_kv import (
 from hbserve_kv.testing import is_empty
 from hbserve_kv.transports.ipc import IpcTransport
 from hbserve_kv.transports.mooncake.transport import MooncakeTransport
-from hbserve_kv.transports.nccl import NcclTransport
+from hbserve_kv.transports.nccl import RECEIVER, SENDER, NcclTransport
 from hbserve_rpc import RpcClient, RpcServer, RpcStream
 from hbserve_testing.namespaces import enter, set_namespace
 
@@ -282,6 +283,22 @@ class _Process:
 
     async def cancel(self, name: str) -> None:
         await self._posted[name].cancel("not wanted")
+
+
+def make_gloo(store: str, rank: int) -> Any:
+    """A group of two without a link, which waits for longer than a test may take."""
+    gloo: Any = torch.distributed.ProcessGroupGloo
+    options = gloo._Options()
+    options._timeout = timedelta(seconds=2 * DEADLINE_S)
+    options._devices = [gloo.create_device(hostname="127.0.0.1")]
+    return gloo(torch.distributed.FileStore(store, 2), rank, 2, options)
+
+
+def receive_by_gloo(control: Connection, store: str, num_bytes: int) -> None:
+    """One message. Says when it is wanted."""
+    work = make_gloo(store, RECEIVER).recv([torch.empty(num_bytes, dtype=torch.uint8)], SENDER, 0)
+    control.send("wanted")
+    work.wait()
 
 
 @contextlib.contextmanager

@@ -1,15 +1,21 @@
 """How parts are cut into messages of Gloo, and that every cut brings each block to its place."""
 
+import asyncio
 import errno
+import multiprocessing
+import os
 import random
+import signal
 import socket
 
+import hbserve_kv_victims as victims
 import pytest
 import torch
 
 from hbserve_kv import KVTransferManager, Outcome
 from hbserve_kv.transports import nccl, own_sockets
-from hbserve_kv.transports.nccl import LONGEST_BYTES, PACKED_BYTES, _pieces
+from hbserve_kv.transports.base import Link
+from hbserve_kv.transports.nccl import LONGEST_BYTES, PACKED_BYTES, RECEIVER, SENDER, _pieces
 from hbserve_kv.transports.own_sockets import _own_sockets
 from hbserve_rpc.address import is_own_address
 
@@ -97,3 +103,32 @@ async def test_what_gloo_listens_at_takes_no_connection_once_its_link_is_there_a
     for port in before:  # and others do
         socket.create_connection((host, port), 20).close()
     await one_transfer("second", sender, receiver)
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "frozen"])
+async def test_who_waits_for_a_half_written_message_to_a_dead_or_frozen_process_goes_on_when_the_link_is_given_up(
+    tmp_path, end
+):
+    """Gloo forgets it when the connection ends, and ends the wait after its timeout."""
+    mine, theirs = multiprocessing.Pipe()
+    num_bytes, store = 256 << 20, str(tmp_path / "store")  # more than sockets hold
+    peer = victims.start_process(victims.receive_by_gloo, theirs, store, num_bytes)
+    link = Link("key", True, RECEIVER, b"", *2 * [None])
+    try:
+        gloo = await asyncio.to_thread(victims.make_gloo, store, SENDER)
+        assert await asyncio.to_thread(mine.poll, victims.DEADLINE_S)
+        os.kill(peer.pid, signal.SIGSTOP)
+        sending = gloo.send([torch.empty(num_bytes, dtype=torch.uint8)], RECEIVER, 0)
+        group = nccl._Group(gloo, None, on_gpu=False, stream=None, link=link)
+        waiting = asyncio.create_task(link.run(nccl._wait, group, [sending]))
+        os.kill(peer.pid, end)
+        link.give_up()
+        async with asyncio.timeout(victims.DEADLINE_S / 2):
+            with pytest.raises((ConnectionError, RuntimeError)):
+                await waiting
+        with pytest.raises(RuntimeError):  # its sockets are closed
+            gloo.send([torch.empty(1)], RECEIVER, 0)
+    finally:
+        peer.kill()
+        await asyncio.to_thread(peer.join, victims.DEADLINE_S)
+        link.executor.shutdown(wait=False)

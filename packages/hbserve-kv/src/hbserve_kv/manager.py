@@ -149,7 +149,7 @@ class KVTransferManager(KVTransferBase):
         """End every transfer and leave no thread, socket or task behind. May be called twice.
 
         Peers are told, but have a second or two to answer. A part that is moving to a peer which has frozen is waited
-        for until its transport ends it (nccl on the CPU and mooncake: `timeout_s`), for it reads the pool.
+        for until its transport ends it (mooncake: `timeout_s`), for it reads the pool.
         """
         if self._closed:
             return

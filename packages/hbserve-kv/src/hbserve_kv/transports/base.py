@@ -3,11 +3,13 @@
 import asyncio
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Coroutine, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cached_property
+from queue import SimpleQueue
+from threading import Thread
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from hbserve_kv.memory.layout import CopyPlan, Side, agreement
@@ -141,6 +143,8 @@ class Link:
     executor: ThreadPoolExecutor = field(init=False)
     """Where blocking I/O of this link runs: a peer that hangs stops nobody else."""
     _plans: dict[tuple[object, ...], Any] = field(init=False, default_factory=dict)
+    _is_given_up: bool = field(init=False, default=False)
+    _told: "SimpleQueue[Exception | None]" = field(init=False, default_factory=SimpleQueue)  # see `each`
 
     def __post_init__(self) -> None:
         self.executor = ThreadPoolExecutor(1, thread_name_prefix=f"kv-{self.key[:8]}")
@@ -171,6 +175,24 @@ class Link:
             self._plans[key] = CopyPlan(source, memory.addresses[part.region], target, target_addresses)
         found: CopyPlan = self._plans[key]
         return found
+
+    def each(self, waits: Sequence[Callable[[], Any]]) -> Iterator[None]:
+        """In the link's thread: have these called, one after the other, and yield after each. Raises what one raises,
+        or ConnectionError once the link is given up: then a daemon thread may still wait."""
+        told: SimpleQueue[Exception | None] = SimpleQueue()
+        self._told = told
+        if self._is_given_up:
+            self.give_up()
+        Thread(target=_tell_each, args=[told, waits], name="kv-wait", daemon=True).start()
+        for _ in waits:
+            if (error := told.get()) is not None:
+                raise error
+            yield
+
+    def give_up(self) -> None:
+        """End what `each` waits for. May be called twice."""
+        self._is_given_up = True
+        self._told.put(ConnectionError("the link is closed"))
 
     async def idle(self) -> None:
         """Wait until the link's thread has nothing to do."""
@@ -340,6 +362,33 @@ class Transport(ABC):
 
 class DrainUnknown(Exception):
     """A push failed, and bytes may still be read or land, until `disconnect` has returned."""
+
+
+def _tell_each(told: "SimpleQueue[Exception | None]", waits: Sequence[Callable[[], Any]]) -> None:
+    try:
+        for wait in waits:
+            wait()
+            told.put(None)
+    except Exception as error:
+        told.put(error)
+
+
+async def abandonable(blocking: Callable[..., T], *arguments: Any) -> T:
+    """Run in a daemon thread of its own, which whoever is cancelled does not wait for.
+
+    Gloo and NCCL wait for a frozen peer until their timeout, and no call ends that wait. It touches no block meanwhile.
+    """
+    outcome: Future[T] = Future()
+    outcome.set_running_or_notify_cancel()  # from now on it takes a result, whether or not anybody waits for it
+
+    def run() -> None:
+        try:
+            outcome.set_result(blocking(*arguments))
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    Thread(target=run, name="kv-connect", daemon=True).start()
+    return await asyncio.wrap_future(outcome)
 
 
 async def disconnect(transport: Transport, link: Link) -> None:

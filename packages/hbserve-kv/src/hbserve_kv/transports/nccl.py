@@ -16,15 +16,13 @@ scatters a message in one kernel, wherever the pieces of its blocks lie.
 
 import asyncio
 import importlib
-import logging
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
-from threading import Thread
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -40,6 +38,7 @@ from hbserve_kv.transports.base import (
     Part,
     Rendezvous,
     Transport,
+    abandonable,
 )
 from hbserve_kv.transports.own_sockets import let_nobody_in
 from hbserve_rpc.address import look_up
@@ -47,10 +46,9 @@ from hbserve_rpc.address import look_up
 if TYPE_CHECKING:
     import torch
 
-T = TypeVar("T")
-logger = logging.getLogger(__name__)
-
 SENDER, RECEIVER = 0, 1
+CLOSING, AT_ONCE = 1, timedelta(milliseconds=1)
+"""Tag of a message that never comes, and how long that is waited for. Those of parts have tag 0."""
 PACKED_BYTES, LONGEST_BYTES = 1 << 20, 16 << 20
 NCCL_MESSAGE_BYTES, STAGED_MESSAGE_BYTES = 128 << 20, 32 << 20
 """Of GPU memory. NCCL needs 0.07 ms for a message besides its bytes, in which 25 MB could move between two GPUs; pinned
@@ -79,6 +77,7 @@ class _Group:
     """The group moves GPU memory itself; otherwise GPU blocks are staged through host memory."""
     stream: Any
     """CUDA stream of the link's own, or None on the CPU."""
+    link: Link
     moving: set[asyncio.Future[float]] = field(default_factory=set)
     """Parts that the GPU moves."""
 
@@ -137,7 +136,7 @@ class NcclTransport(Transport):
         # With a pool that is not of torch, under `auto`, only here: to import it takes seconds, and the loop goes on.
         await link.run(importlib.import_module, "torch.distributed")
         store = link_store(link.rendezvous, self._timeout.total_seconds())
-        self._groups[link] = await _abandonable(self._make_group, link, store)
+        self._groups[link] = await abandonable(self._make_group, link, store)
 
     def _make_group(self, link: Link, store: LinkValues) -> _Group:
         peer = _decode(link.peer_description)
@@ -147,11 +146,11 @@ class NcclTransport(Transport):
         link.detail = "NCCL" if on_gpu else "Gloo"
         if on_gpu:
             with on_stream(stream):
-                group = _Group(self._make_nccl(store, rank), store, True, stream)
+                group = _Group(self._make_nccl(store, rank), store, True, stream, link)
                 _warm_up_nccl(group, link.rows(self._memory, "pool"), link.is_sender)
                 stream.synchronize()
             return group
-        return _Group(self._make_gloo(store, rank), store, False, stream)
+        return _Group(self._make_gloo(store, rank), store, False, stream, link)
 
     def _new_stream(self) -> Any:
         import torch
@@ -225,8 +224,7 @@ class NcclTransport(Transport):
         for start, end in _pieces(rows.unit_bytes, part.target_block_ids):
             blocks = rows.gather(part.block_ids[start:end])
             sent.append((group.process_group.send([blocks], RECEIVER, 0), blocks))  # which must live until sent
-        for work, _ in reversed(sent):
-            work.wait()
+        _wait(group, [work for work, _ in reversed(sent)])
 
     def _push_from_gpu(self, group: _Group, rows: Rows, part: Part) -> None:
         """Queue it: a message is gathered while the one before it is sent."""
@@ -254,7 +252,7 @@ class NcclTransport(Transport):
         def land() -> None:
             nonlocal places
             work, received, start, end, is_there = moving.popleft()
-            work.wait()
+            _wait(group, [work])
             if not is_there:
                 places = rows.places(part.block_ids) if places is None else places  # the first is on its way by now
                 new = received if group.on_gpu else received.to(rows.device, non_blocking=True)
@@ -282,13 +280,9 @@ class NcclTransport(Transport):
             own = rows.neighbours(block_ids)
             blocks = own if own is not None else rows.empty(len(block_ids))
             moving.append((group.process_group.recv([blocks], SENDER, 0), block_ids, blocks, own is not None))
-        for work, block_ids, blocks, is_there in moving:
-            if not is_there:
-                work.wait()
-                rows.scatter(block_ids, blocks)
-        for work, _, _, is_there in reversed(moving):
-            if is_there:
-                work.wait()
+        packed = [each for each in moving if not each[3]]
+        works = [work for work, *_ in (*packed, *(each for each in reversed(moving) if each[3]))]
+        _wait(group, works, lambda i: rows.scatter(*packed[i][1:3]) if i < len(packed) else None)
 
     def _group(self, link: Link) -> _Group:
         if link not in self._groups:
@@ -299,13 +293,15 @@ class NcclTransport(Transport):
         group = self._groups.pop(link, None)
         if group is not None:
             group.process_group.abort()
+        link.give_up()
         await link.idle()
         if group is not None and group.moving:
             await asyncio.wait(group.moving)
 
     async def close(self) -> None:
-        for group in self._groups.values():
+        for link, group in self._groups.items():
             group.process_group.abort()
+            link.give_up()
         self._groups.clear()
 
 
@@ -313,22 +309,26 @@ def _decode(description: bytes) -> _Description:
     return msgspec.msgpack.decode(description, type=_Description)
 
 
-async def _abandonable(blocking: Callable[..., T], *arguments: Any) -> T:
-    """Run in a daemon thread of its own, which whoever is cancelled does not wait for.
+def _wait(group: _Group, works: list[Any], landed: Callable[[int], None] = lambda _: None) -> None:
+    """For messages, in this order. Of NCCL one is only queued, and an abort of its group ends it.
 
-    Gloo and NCCL wait for a frozen peer until their timeout, and no call ends that wait. It touches no block meanwhile.
+    When a connection ends, Gloo forgets whoever waits for a message that is half written or half read; when a peer
+    freezes it tells nobody. So the link gives such a wait up, and the sockets are closed, which only a wait does that
+    takes too long: nothing is read or written any more.
     """
-    outcome: Future[T] = Future()
-    outcome.set_running_or_notify_cancel()  # from now on it takes a result, whether or not anybody waits for it
+    if group.on_gpu:
+        works[0].wait()
+        return
+    import torch
 
-    def run() -> None:
-        try:
-            outcome.set_result(blocking(*arguments))
-        except BaseException as error:
-            outcome.set_exception(error)
-
-    Thread(target=run, name="kv-connect", daemon=True).start()
-    return await asyncio.wrap_future(outcome)
+    try:
+        for i, _ in enumerate(group.link.each([work.wait for work in works])):
+            landed(i)
+    except BaseException:
+        with suppress(RuntimeError):  # it does take too long, or they are closed already
+            peer = RECEIVER if group.link.is_sender else SENDER
+            group.process_group.recv([torch.empty(1)], peer, CLOSING).wait(AT_ONCE)
+        raise
 
 
 def _pieces(block_bytes: int, target_block_ids: list[int]) -> Iterator[tuple[int, int]]:
@@ -390,9 +390,9 @@ def _send_in_turn(group: _Group, messages: "Iterable[torch.Tensor]") -> None:
     for message in messages:
         moving.append((group.process_group.send([message], RECEIVER, 0), message))
         if len(moving) > MESSAGES_AT_ONCE:
-            moving.popleft()[0].wait()
+            _wait(group, [moving.popleft()[0]])
     while moving:
-        moving.popleft()[0].wait()
+        _wait(group, [moving.popleft()[0]])
 
 
 def _staging(rows: Rows, num_blocks: int, on_gpu: bool) -> "torch.Tensor":
