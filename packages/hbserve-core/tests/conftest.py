@@ -187,6 +187,15 @@ def _write_model(folder: Path, name: str) -> None:
     model.save_pretrained(folder, max_shard_size=shard_size)
 
 
+@pytest.fixture
+def little_to_measure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a device's limits are measured with is many times its cache's size, and takes seconds of a busy core."""
+    from hbserve_core.bench import device_limits
+
+    monkeypatch.setitem(device_limits._MEMORY_BYTES, "cpu", 1 << 22)
+    monkeypatch.setitem(device_limits._MATRIX_SIZE, "cpu", 128)
+
+
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Folder of a random float32 model by name (see MODELS). Token 2 ends a sequence; 512 tokens at most."""

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import pytest
@@ -19,7 +18,6 @@ from hbserve_core.bench.batch_sweep import (
     run_sweep,
     sweep_config,
 )
-from hbserve_core.bench.device_limits import measure_limits
 from hbserve_core.bench.model_work import DecodeLimit, decode_limit
 from hbserve_core.engine.step import StepResult
 from hbserve_core.errors import InvalidInstanceConfig
@@ -27,13 +25,7 @@ from hbserve_core.model.model_config import load_model_config
 from hbserve_core.ranks.make_runner import make_runner
 from hbserve_rpc import LogitsNotFinite
 
-measured_once = cache(measure_limits)
-
-
-@pytest.fixture(autouse=True)
-def limits_of_this_machine_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """That takes longer than all else here; test_device_limits.py is about it."""
-    monkeypatch.setattr(batch_sweep, "measure_limits", measured_once)
+pytestmark = pytest.mark.usefixtures("little_to_measure")
 
 
 def row(batch: int, step_ms: float, share: float, context: int = 512, longest_ms: float = 0.0) -> SweepRow:

@@ -15,6 +15,8 @@ from hbserve_core.bench.workloads import WORKLOADS, Sizes, bench_config, run_ben
 from hbserve_core.ranks.make_runner import make_runner
 from hbserve_rpc import LogitsNotFinite
 
+pytestmark = pytest.mark.usefixtures("little_to_measure")
+
 
 def test_all_workloads_run_and_say_what_they_reached(model_folder):
     sizes = Sizes().scaled(1 / 256)

@@ -9,7 +9,8 @@ import torch
 _REPEATS = 5
 _MEMORY_BYTES = {"cuda": 1 << 31, "cpu": 1 << 28}
 """Many times what a device's cache holds."""
-_READS_AT_ONCE = 4
+_READS_AT_ONCE = {"cuda": 4, "cpu": 1}
+"""Queued together, so that no launch is counted; a CPU has none."""
 _MATRIX_SIZE = {"cuda": 8192, "cpu": 1024}
 
 
@@ -37,7 +38,7 @@ def measure_limits(device: torch.device, dtype: torch.dtype, num_ranks: int = 1)
     Ranks have a GPU each, so the limits are `num_ranks` times as high; on a CPU they share the one there is.
     """
     memory = torch.ones(_MEMORY_BYTES[device.type], dtype=torch.uint8, device=device)
-    reading = min(_time_of(read, device, _READS_AT_ONCE) for read in _ways_to_read(memory))
+    reading = min(_time_of(read, device, _READS_AT_ONCE[device.type]) for read in _ways_to_read(memory))
     target, source = memory.chunk(2)
     copying = _time_of(lambda: target.copy_(source), device)
     size = _MATRIX_SIZE[device.type]
@@ -68,7 +69,7 @@ def _ways_to_read(memory: torch.Tensor) -> list[Callable[[], object]]:
 
 
 def _time_of(work: Callable[[], object], device: torch.device, at_once: int = 1) -> float:
-    """Seconds of one call, the best of several times. Short ones are queued `at_once`, so that no launch is counted."""
+    """Seconds of one call, the best of several times, of `at_once` calls each."""
 
     def once() -> float:
         _wait_for(device)
