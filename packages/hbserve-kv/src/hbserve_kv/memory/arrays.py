@@ -47,15 +47,26 @@ def is_tensor(found: Any) -> bool:
 
 def as_array(found: Any) -> Array:
     """Raises TypeError: it is no memory that this process can write, or on a GPU and no torch tensor; ValueError: it is
-    empty, or its strides are not above 0."""
+    empty, its strides are not above 0, or numbers share a place."""
     array = _of_tensor(found) if is_tensor(found) else _of_buffer(found) or _of_dlpack(found)
     steps = zip(array.shape, array.strides, strict=True)
-    if 0 in array.shape or any(stride <= 0 < size - 1 for size, stride in steps):
+    if 0 in array.shape or any(stride <= 0 < size - 1 for size, stride in steps) or _overlaps(array):
         raise ValueError(
             f"pool: expected memory that is not empty, with each number in a place of its own and in order, got shape "
             f"{array.shape} and strides of {array.strides} bytes"
         )
     return array
+
+
+def _overlaps(array: Array) -> bool:
+    """Whether a step along a dimension is shorter than what lies within it, as in windows over other memory."""
+    within = array.itemsize
+    for stride, size in sorted(zip(array.strides, array.shape, strict=True)):
+        if size > 1:
+            if stride < within:
+                return True
+            within += (size - 1) * stride
+    return False
 
 
 def _of_tensor(tensor: Any) -> Array:
@@ -87,6 +98,8 @@ def _of_buffer(found: Any) -> Array | None:
         return None
     if view.readonly:
         raise TypeError(f"pool: expected memory that can be written, got a read-only {type(found).__name__}")
+    if "O" in view.format:
+        raise TypeError("pool: expected numbers, got Python objects, which are nothing to another process")
     raw = _Buffer()
     # The view holds the memory for as long as it lives; this only asks where that is.
     api = ctypes.pythonapi
@@ -119,7 +132,10 @@ def _of_dlpack(found: Any) -> Array:
             f"pool: expected torch tensors, or writable memory with the buffer protocol or __dlpack__, got "
             f"{type(found).__name__}"
         )
-    capsule = found.__dlpack__()
+    try:
+        capsule = found.__dlpack__()
+    except BufferError as error:
+        raise TypeError(f"pool: the memory of {type(found).__name__} cannot be exported: {error}") from error
     pointer = ctypes.pythonapi.PyCapsule_GetPointer
     pointer.restype, pointer.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
     tensor = _DLTensor.from_address(pointer(capsule, b"dltensor"))

@@ -44,7 +44,9 @@ class Memory:
         arena = _make_arena(buffer_size, self.block_bytes, self.device if self.is_on_gpu else None)
         self.extents: dict[Region, list[Extent]] = {"pool": found.extents, "arena": extents_of(arena)}
         self.num_arena_blocks = buffer_size // self.block_bytes
-        self._free = list(range(self.num_arena_blocks - 1, -1, -1))
+        # With small blocks they are so many that a list of all would be larger than the arena.
+        self._num_used = 0
+        self._free: list[int] = []
         self.locate()
 
     def locate(self) -> None:
@@ -87,24 +89,26 @@ class Memory:
 
     @property
     def num_free(self) -> int:
-        return len(self._free)
+        return self.num_arena_blocks - self._num_used + len(self._free)
 
     def allocate(self, num_blocks: int) -> list[int]:
         """Blocks of the arena; the caller has seen that there is room."""
         assert num_blocks <= self.num_free
-        return [self._free.pop() for _ in range(num_blocks)]
+        again = [self._free.pop() for _ in range(min(num_blocks, len(self._free)))]
+        first, self._num_used = self._num_used, self._num_used + num_blocks - len(again)
+        return [*again, *range(first, self._num_used)]
 
     def free(self, block_ids: Sequence[int]) -> None:
         self._free.extend(block_ids)
 
     def release(self) -> None:
         """Give the arena's memory back."""
-        self.extents["arena"], self.addresses["arena"], self.num_arena_blocks = [], [], 0
+        self.extents["arena"], self.addresses["arena"], self.num_arena_blocks, self._num_used = [], [], 0, 0
         self._free.clear()
 
     @property
     def buffered_bytes(self) -> int:
-        return (self.num_arena_blocks - len(self._free)) * self.block_bytes
+        return (self.num_arena_blocks - self.num_free) * self.block_bytes
 
 
 def _make_arena(buffer_size: int, block_bytes: int, gpu: Any) -> Any:

@@ -35,6 +35,9 @@ class PoolLayout:
             raise ValueError(f"axes={axes!r}: expected different ones of {' '.join(AXES)!r}, with 'blocks'")
         self.axes = axes
         layers = [each if isinstance(each, list | tuple) else [each] for each in _one_by_one(tensors)]
+        counts = [len(layer) for layer in layers]
+        if not all(count == max(counts[0], 1) for count in counts):
+            raise ValueError(f"pool: layers of {counts} tensors: expected as many for each, one at least")
         groups = [[_Named(as_array(each), names) for each in layer] for layer in layers]
         found = [each for group in groups for each in group]
         first = found[0]
@@ -43,7 +46,7 @@ class PoolLayout:
                 raise ValueError(
                     f"pool: tensors on {first.array.device} and on {each.array.device}: expected one device"
                 )
-            for name in {"blocks", "layers", "tokens", "heads"}:
+            for name in ("blocks", "layers", "kv", "tokens", "heads"):
                 if each.size(name) != first.size(name):
                     raise ValueError(f"pool: tensors of {first.size(name)} and of {each.size(name)} {name}")
         self.device = first.array.device
