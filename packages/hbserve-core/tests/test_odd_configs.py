@@ -40,11 +40,15 @@ def test_layer_types_that_transformers_does_not_read_are_refused(load, name):
 
 
 @pytest.mark.parametrize("name", ["Mistral", "Phi3", "Mixtral"])
-def test_a_window_that_another_familys_key_says_is_off_is_refused(load, name):
-    with pytest.raises(UnsupportedModel, match=r"use_sliding_window=false beside .*=128 .*=null means no"):
-        load(name, sliding_window=128, use_sliding_window=False)
-    assert load(name, sliding_window=128, use_sliding_window=True).windows == (128, 128)
+def test_a_window_stays_although_another_familys_key_says_that_it_is_off(load, name):
+    assert load(name, sliding_window=128, use_sliding_window=False).windows == (128, 128)
     assert load(name, sliding_window=512, use_sliding_window=False).windows == (0, 0)
+
+
+def test_a_window_that_is_off_beside_layers_that_have_one_is_refused(load):
+    """transformers looks at the layers and the window alone."""
+    with pytest.raises(UnsupportedModel, match=r"use_sliding_window=false beside .*=128 .*=null means no"):
+        load("SmolLM3", **WINDOWED, use_sliding_window=False)
 
 
 def test_a_mixture_of_qwen3_has_its_window_in_all_layers(load):

@@ -260,8 +260,9 @@ class Architecture:
     """What names it where `architectures` does not."""
     switches: Callable[[Mapping[str, Any]], Switches]
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    """Of what a config.json leaves out. What is in `_OF_SOME` is read where it has a default only."""
     renamed: Mapping[str, str] = field(default_factory=dict)
-    """Its own names in a config.json, and those of the others for the same."""
+    """Its own names in a config.json, and those of the others for the same, which mean nothing in its own."""
     only: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
     """Keys that may have one value, and what another one would need."""
     by_layer: bool = False
@@ -270,11 +271,13 @@ class Architecture:
     """Its partial_rotary_factor counts."""
 
     def completed(self, raw: Mapping[str, Any]) -> dict[str, Any]:
-        """A config.json with the names that all have, and with what it leaves out."""
-        foreign = self.renamed.values()  # what others call it means nothing here
-        return {**self.defaults, **{self.renamed.get(name, name): raw[name] for name in raw if name not in foreign}}
+        """A config.json with the names that all have, with what it leaves out, and without what is of others."""
+        others = {*self.renamed.values(), *(_OF_SOME - self.defaults.keys())}
+        own = {self.renamed.get(name, name): value for name, value in raw.items() if name not in others}
+        return {**self.defaults, **own}
 
 
+_OF_SOME = {"use_sliding_window", "rope_local_base_freq"}
 _QWEN = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
 _MISTRAL = {"num_key_value_heads": 8, "sliding_window": 4096}
 _GEMMA: dict[str, Any] = {
@@ -309,7 +312,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "Olmo3ForCausalLM": Architecture(
         "olmo3",
         _olmo3,
-        {"rms_norm_eps": 1e-5, "sliding_window": 4096, "scales_windowed_layers": False},
+        {"rms_norm_eps": 1e-5, "rope_theta": 5e5, "sliding_window": 4096, "scales_windowed_layers": False},
         by_layer=True,
     ),
     "OlmoeForCausalLM": Architecture(

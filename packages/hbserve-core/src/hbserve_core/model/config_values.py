@@ -101,8 +101,8 @@ class _Values(msgspec.Struct):
     attention_multiplier: Above0 = 1
     logits_scaling: Above0 = 1
     query_pre_attn_scalar: Above0 = 1
-    attn_logit_softcapping: Number | None = None
-    final_logit_softcapping: Number | None = None
+    attn_logit_softcapping: Above0 | None = None
+    final_logit_softcapping: Above0 | None = None
     num_experts: Size = 1
     num_local_experts: Size = 1
     num_experts_per_tok: Size = 1

@@ -119,13 +119,13 @@ def load_model_config(path: str | Path) -> ModelConfig:
         raise ModelFilesMissing(f"model folder {str(folder)!r} has no config.json (it has: {found})")
     raw = checked_values(folder / "config.json", raw)
     architecture = find_architecture(folder, raw)
-    raw = ARCHITECTURES[architecture].completed(raw)
+    built = ARCHITECTURES[architecture]
     try:
-        return _parse(folder, architecture, raw, _read_json(folder / "generation_config.json") or {})
+        return _parse(folder, architecture, built.completed(raw), _read_json(folder / "generation_config.json") or {})
     except KeyError as error:
-        own = {ours: theirs for theirs, ours in ARCHITECTURES[architecture].renamed.items()}
-        missing = own.get(error.args[0], error.args[0])
-        raise UnsupportedModel(f"{folder / 'config.json'}: {missing!r} is missing") from error
+        own_names = {general: own for own, general in built.renamed.items()}
+        name = own_names.get(error.args[0], error.args[0])
+        raise UnsupportedModel(f"{folder / 'config.json'}: {name!r} is missing") from error
 
 
 def configured_model(path: str | Path, settings: EngineSettings) -> ModelConfig:
@@ -181,6 +181,7 @@ def _parse(folder: Path, architecture: str, raw: Mapping[str, Any], generation: 
 def _refuse_what_is_not_built(folder: Path, raw: Mapping[str, Any], architecture: str, switches: Switches) -> None:
     expected = "gelu_pytorch_tanh" if switches.activation == "gelu" else switches.activation
     activation = raw.get("hidden_activation") or raw.get("hidden_act") or expected
+    activation = "silu" if activation == "swish" else activation
     if activation != expected:
         raise UnsupportedModel(f"{folder}: hidden_act={activation!r} is not supported; supported: {expected!r}")
     if raw.get("use_bidirectional_attention"):

@@ -82,16 +82,23 @@ class RopeConfig:
 
 def read_rope_configs(folder: Path, raw: Mapping[str, Any]) -> tuple[RopeConfig, RopeConfig | None]:
     """Of a model's layers, and of those with a window, if theirs is another one (Gemma 3, OLMo 3). Raises what
-    `read_rope_config` raises."""
-    own = raw.get("rope_parameters") or {}
-    if "full_attention" in own and "sliding_attention" in own:
-        both = (
-            read_rope_config(folder, {**raw, "rope_parameters": own[f"{kind}_attention"]})
-            for kind in ("full", "sliding")
-        )
-        return next(both), next(both)
-    rope, local = read_rope_config(folder, raw), raw.get("rope_local_base_freq")
-    if local is None and not raw.get("scales_windowed_layers", True):
+    `read_rope_config` raises.
+
+    Of rope_parameters for each kind, rope_scaling is for layers that see all, as in transformers.
+    """
+    own, local = raw.get("rope_parameters") or {}, raw.get("rope_local_base_freq")
+    differs = local is not None or not raw.get("scales_windowed_layers", True)
+    kinds = [own[name] for name in ("full_attention", "sliding_attention") if own.get(name)]
+    if own and differs != (len(kinds) == 2):
+        expected = "those of full_attention and of sliding_attention" if differs else "the same for all layers"
+        raise UnsupportedModel(f"{folder}: rope_parameters={dict(own)} is not supported; expected {expected}")
+    if kinds:
+        full, sliding = ({**raw, "rope_scaling": None, "rope_parameters": each} for each in kinds)
+        if scaling := raw.get("rope_scaling"):
+            full["rope_scaling"] = {"rope_theta": kinds[0].get("rope_theta"), **scaling}
+        return read_rope_config(folder, full), read_rope_config(folder, sliding)
+    rope = read_rope_config(folder, raw)
+    if differs and local is None:
         local = rope.theta
     return rope, None if local is None else RopeConfig("default", float(local))
 
