@@ -31,6 +31,7 @@ import yaml
 from hbserve_rpc import HBServeRpcError, SamplingParams
 from hbserve_rpc.messages import GenerateRequest, RequestFinished, SchedulerStats
 from hbserve_scheduler import RemoteScheduler, load_config
+from hbserve_testing.processes import end_as_by_ctrl_c
 from hbserve_testing.small_models import write_small_model
 
 AT_ONCE = 20
@@ -350,6 +351,7 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.instance:
         return serve_instance()
+    end_as_by_ctrl_c()
     return 0 if asyncio.run(run(arguments.requests)) else 1
 
 

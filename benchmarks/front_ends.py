@@ -24,6 +24,7 @@ import msgspec
 from hbserve.load.compare import serving
 from hbserve_scheduler import DeploymentConfig
 from hbserve_scheduler.config import ModelSection, ServerSection
+from hbserve_testing.processes import end_as_by_ctrl_c
 
 READY_S = 900
 NAMES = {
@@ -158,7 +159,9 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=2048)
     parser.add_argument("--input", type=int, default=512)
     parser.add_argument("--output", type=int, default=512)
-    asyncio.run(main_async(parser.parse_args()))
+    arguments = parser.parse_args()
+    end_as_by_ctrl_c()
+    asyncio.run(main_async(arguments))
 
 
 if __name__ == "__main__":

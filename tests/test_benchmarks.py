@@ -1,6 +1,8 @@
 """Benchmarks that whoever measures this system runs by hand: that they run at all, and say what they are to say."""
 
+import asyncio
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from hbserve_testing.narrowing import present
+from hbserve_testing.processes import alive, children_of
+from hbserve_testing.waits import until
 
 pytestmark = pytest.mark.warm
 
@@ -97,3 +101,19 @@ def test_the_time_of_a_simulation_is_said_with_its_figures():
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert re.findall(r"^8 instances in (\d) cells, 40 requests: \d+ s", done.stdout, re.MULTILINE) == ["1", "2"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+async def test_a_deployment_under_chaos_ends_with_who_is_told_to_end(number):
+    nowhere = asyncio.subprocess.DEVNULL
+    command = [sys.executable, str(FOLDER / "deployment_chaos.py")]
+    chaos = await asyncio.create_subprocess_exec(*command, stdout=nowhere, stderr=nowhere)
+    try:
+        await until(lambda: len(children_of(chaos.pid)) == 5)  # a scheduler, and four instances
+        children = children_of(chaos.pid)
+    finally:
+        chaos.send_signal(number)
+        async with asyncio.timeout(60):
+            status = await chaos.wait()
+    assert status not in (0, -number)
+    assert [each for each in children if alive(each)] == []

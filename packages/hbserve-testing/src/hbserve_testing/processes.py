@@ -1,9 +1,16 @@
 """Processes of this host, as /proc shows them."""
 
 import os
+import signal
 from pathlib import Path
 
 from hbserve_testing.forkserver import TITLE
+
+
+def end_as_by_ctrl_c() -> None:
+    """Have SIGTERM and SIGHUP be a KeyboardInterrupt: a program that one ends at once leaves what it has started."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
 
 
 def state_of(pid: int) -> str:

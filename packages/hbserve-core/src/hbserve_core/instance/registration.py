@@ -26,12 +26,14 @@ async def _keep(instance_id: str, address: str, scheduler: str, keys: Keys | Non
     last = ""
     async with RpcClient(scheduler, keys=keys, server="scheduler") as client:
         while True:
+            level = logging.INFO
             try:
                 await client.call(SCHEDULER_JOIN, JoinRequest(address), timeout_s=TIMEOUT_S)
                 now = f"{instance_id} is registered with the scheduler at {scheduler}"
             except HBServeRpcError as error:
+                level = logging.WARNING  # it may never serve, for another version or keys: nobody else says so here
                 now = f"{instance_id} cannot be registered, and tries on: {error}"
             if now != last:
-                logger.info("%s", now)
+                logger.log(level, "%s", now)
                 last = now
             await asyncio.sleep(INTERVAL_S)
