@@ -4,6 +4,8 @@ line of ours; and what can be known before a load is told before it."""
 import asyncio
 import codecs
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -225,3 +227,20 @@ def test_a_plan_for_goals_that_are_none_is_refused(option, caplog):
     words = [f"{name}={value}" for name, value in goals.items()]
     result = invoke(["plan", "--input-len=64", "--output-len=8", "--rate=2", *words], caplog)
     assert result.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "closed", "problem"),
+    [
+        (["simulate", "--num-requests=3"], 1, b"stdout is closed"),
+        (["bench", "serve"], 1, b"stdout is closed"),
+        (["chat", "--url", "127.0.0.1:1"], 1, b"stdout is closed"),
+        (["chat", "--url", "127.0.0.1:1"], 0, b"stdin is closed"),
+    ],
+)
+def test_streams_that_are_closed_are_told_before_anything_is_done(words, closed, problem):
+    command = f"exec {sys.executable} -m hbserve {' '.join(words)} {closed}>&-"
+    done = subprocess.run(["sh", "-c", command], stderr=subprocess.PIPE, timeout=90)
+    (line,) = done.stderr.splitlines()
+    assert (done.returncode, line[:7]) == (1, b"error: ")
+    assert problem in line

@@ -179,7 +179,11 @@ def serve(
     server = {
         name: value for name, value in context.params.items() if name not in others and value not in (None, [], ())
     }
-    run(serve_all(ServeArgs(config, _one_model(named_model, model), log_level.value, server, ray)), log_level)
+    run(
+        serve_all(ServeArgs(config, _one_model(named_model, model), log_level.value, server, ray)),
+        log_level,
+        is_service=True,
+    )
 
 
 @app.command()
@@ -229,7 +233,11 @@ def instance(
 
     own = {"instance_type": instance_type and instance_type.value, "host": host, "port": port}
     given = {name: value for name, value in own.items() if value is not None}
-    run(serve_instance(InstanceArgs(config, instance_id, log_level.value, given, register or [])), log_level)
+    run(
+        serve_instance(InstanceArgs(config, instance_id, log_level.value, given, register or [])),
+        log_level,
+        is_service=True,
+    )
 
 
 @app.command()
@@ -237,7 +245,7 @@ def scheduler(config: ConfigOption, log_level: LogLevelOption = LogLevel.INFO) -
     """Run the scheduler of a deployment. Needs no torch."""
     from hbserve_scheduler.__main__ import serve_config
 
-    run(serve_config(config), log_level)
+    run(serve_config(config), log_level, is_service=True)
 
 
 ConnectOption = Annotated[str, typer.Option(metavar="HOST:PORT", help="Where its scheduler's RPC is.")]

@@ -40,6 +40,8 @@ class ChatArgs:
 
 async def chat(args: ChatArgs) -> None:
     """Raises whatever is wrong, before anything is started where that is possible."""
+    if sys.stdin is None:
+        raise OSError("stdin is closed: there is nobody to talk to")
     async with AsyncExitStack() as stack:
         answer = _asking(args) if args.url is not None else await _starting(args, stack)
         sys.stderr.write(HELP)

@@ -57,18 +57,24 @@ def taking(args: type[Any], job: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-def run(job: Coroutine[Any, Any, None], log_level: LogLevel) -> None:
-    with explaining(log_level):
-        asyncio.run(_until_signalled(job))
+def run(job: Coroutine[Any, Any, None], log_level: LogLevel, *, is_service: bool = False) -> None:
+    """Run a command. One that is a service has no answer to write, and may be without a stdout."""
+    try:
+        with explaining(log_level, is_service=is_service):
+            asyncio.run(_until_signalled(job))
+    finally:
+        job.close()
 
 
 @contextmanager
-def explaining(log_level: LogLevel) -> Iterator[None]:
+def explaining(log_level: LogLevel, *, is_service: bool = False) -> Iterator[None]:
     """Around the whole of a command. A problem that has a name is one line on stderr."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see `hbserve.entry`
         signal.signal(signal.SIGINT, signal.default_int_handler)
     logging.basicConfig(level=log_level.value, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
+        if sys.stdout is None and not is_service:
+            raise OSError("stdout is closed: the answers have nowhere to go")
         yield
         if sys.stdout is not None:
             sys.stdout.flush()  # here, where it is explained why it cannot be written

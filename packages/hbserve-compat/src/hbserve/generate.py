@@ -43,8 +43,6 @@ class GenerateArgs:
 
 async def generate_answers(args: GenerateArgs) -> None:
     """Raises whatever is wrong, before anything is started where that is possible."""
-    if sys.stdout is None:
-        raise OSError("stdout is closed: the answers have nowhere to go")
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that cannot show a character shows its number
         sys.stdout.reconfigure(errors="backslashreplace")
     params = SamplingParams(**args.sampling)
