@@ -179,11 +179,8 @@ def serve(
     server = {
         name: value for name, value in context.params.items() if name not in others and value not in (None, [], ())
     }
-    run(
-        serve_all(ServeArgs(config, _one_model(named_model, model), log_level.value, server, ray)),
-        log_level,
-        is_service=True,
-    )
+    args = ServeArgs(config, _one_model(named_model, model), log_level.value, server, ray)
+    run(serve_all(args), log_level, is_service=True)
 
 
 @app.command()
@@ -233,11 +230,8 @@ def instance(
 
     own = {"instance_type": instance_type and instance_type.value, "host": host, "port": port}
     given = {name: value for name, value in own.items() if value is not None}
-    run(
-        serve_instance(InstanceArgs(config, instance_id, log_level.value, given, register or [])),
-        log_level,
-        is_service=True,
-    )
+    args = InstanceArgs(config, instance_id, log_level.value, given, register or [])
+    run(serve_instance(args), log_level, is_service=True)
 
 
 @app.command()
