@@ -8,6 +8,7 @@ import pytest
 import zmq
 
 from hbserve_rpc import PeerLost, ProtocolMismatch, RemoteError, RpcServer, RpcTimeout, StreamMethod, wire
+from hbserve_rpc.messages import TokenEvent
 from hbserve_rpc.trace_context import TRACEPARENT, in_trace
 
 
@@ -276,6 +277,21 @@ async def test_an_item_of_another_type_ends_the_stream_on_both_sides(rpc, counti
         await anext(client.stream(other, rpc.Ask(10_000)))
     async with asyncio.timeout(20):
         await seen["closed"].wait()
+
+
+async def test_what_is_no_token_ends_the_stream_that_brings_it(rpc, start, connect):
+    server, tokens = RpcServer(), StreamMethod("test.tokens", rpc.Ask, TokenEvent)
+
+    async def tell(_):
+        yield TokenEvent(0, [0, 5])
+        yield TokenEvent(2, [5, -1])
+
+    server.serve_stream(tokens, tell)
+    await start(server)
+    stream = (await connect(server.address)).stream(tokens, rpc.Ask())
+    assert (await anext(stream)).token_ids == [0, 5]
+    with pytest.raises(ProtocolMismatch, match=r"test\.tokens with .*>= 0"):
+        await anext(stream)
 
 
 @pytest.mark.parametrize(("count", "is_whole"), [(2, True), (None, True), (3, False), (1, False)])

@@ -559,7 +559,6 @@ async def test_few_of_those_that_were_on_a_dead_instance_are_tried_at_a_time(mak
 IMPOSSIBLE = {
     "more than were asked for": TokenEvent(0, [5] * 5),
     "before the first": TokenEvent(-1, [5]),
-    "no token": TokenEvent(0, [-1]),
     "later ones": TokenEvent(2, [5]),
 }
 

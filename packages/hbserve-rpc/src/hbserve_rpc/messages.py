@@ -21,7 +21,8 @@ from hbserve_rpc.methods import Method, Notification, StreamMethod
 from hbserve_rpc.prompt_shape import DIGEST_BYTES, MOST_REPORTED, PromptIds, PromptShape
 from hbserve_rpc.sampling_params import LONGEST_TIMEOUT_S, SamplingParams
 
-TokenIds = Annotated[list[int], msgspec.Meta(max_length=1 << 22)]
+MOST_TOKENS = 1 << 22
+TokenIds = Annotated[list[int], msgspec.Meta(max_length=MOST_TOKENS)]
 """More than any model takes. A longer one is refused before it is decoded, which would take a second and a gigabyte."""
 LeftS = Annotated[float, msgspec.Meta(ge=0, le=LONGEST_TIMEOUT_S)] | None
 """Time until a request's deadline as the message was sent: clocks of two processes need not agree. The instance ends
@@ -170,7 +171,8 @@ class TokenEvent(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
 
     A receiver that already has these tokens drops them.
     """
-    token_ids: TokenIds
+    token_ids: Annotated[list[Annotated[int, msgspec.Meta(ge=0)]], msgspec.Meta(max_length=MOST_TOKENS)]
+    """Checked where they are read from a wire, and by nobody again."""
     finish_reason: FinishReason | None = None
     """Set on the last event of the choice, and only there."""
     logprobs: list[TokenLogprobs] = []

@@ -130,7 +130,7 @@ class ScheduledRequest:
             raise RemoteError(f"tokens {first} to {event.index - 1} are missing")
         tokens = event.token_ids[known:] if known else event.token_ids
         has_room = first + len(tokens) <= self.request.params.max_tokens
-        if event.index < 0 or not has_room or (tokens and min(tokens) < 0):
+        if event.index < 0 or not has_room:
             raise RemoteError(f"{len(tokens)} tokens from {event.index} on, which the request cannot have")
         if tokens or event.finish_reason:
             if tokens:
