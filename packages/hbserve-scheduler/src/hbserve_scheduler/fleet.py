@@ -274,8 +274,8 @@ class Fleet:
         available = self._available["decode"]
         if not avoid:
             members, decodes = available.members, self._decodes
-            linked = [decodes.get(epoch) for epoch, is_there in prefill.links.items() if is_there]
-            there = [each for each in linked if each is not None and each in members]
+            linked = [decodes[epoch] for epoch, is_there in prefill.links.items() if is_there and epoch in decodes]
+            there = [each for each in linked if each in members]
             if there and min([each.load for each in there]) <= available.least_load() + SPARE_REQUESTS:
                 return available.choose(prompt, there)
         candidates = connected_first(

@@ -10,14 +10,14 @@ answer over a socket or from a thread, has no time there: nothing waits for it, 
 import asyncio
 from collections import deque
 from collections.abc import Callable
-from contextvars import Context, copy_context
+from contextvars import Context
 from functools import partial
 from heapq import heappop, heappush
 from typing import Any, TypeVarTuple
 
+import msgspec
+
 Ts = TypeVarTuple("Ts")
-CALLBACK, ARGUMENTS, TIME = 0, 1, 3
-"""Places in a _Callback."""
 
 
 class VirtualTimeLoop(asyncio.BaseEventLoop):
@@ -45,7 +45,7 @@ class VirtualTimeLoop(asyncio.BaseEventLoop):
         return self._now_s
 
     def call_soon(self, callback: Callable[[*Ts], object], *args: *Ts, context: Context | None = None) -> Any:
-        handle = _Callback((callback, args, copy_context() if context is None else context, self._now_s))
+        handle = _Callback(callback, args, context, self._now_s)
         self._soon.append(handle)
         return handle
 
@@ -62,7 +62,7 @@ class VirtualTimeLoop(asyncio.BaseEventLoop):
     def call_at(
         self, when: float, callback: Callable[[*Ts], object], *args: *Ts, context: Context | None = None
     ) -> Any:
-        handle = _Callback((callback, args, copy_context() if context is None else context, when))
+        handle = _Callback(callback, args, context, when)
         if when <= self._now_s:
             self._soon.append(handle)
         elif (due := self._later.get(when)) is not None:
@@ -85,30 +85,35 @@ class VirtualTimeLoop(asyncio.BaseEventLoop):
                     raise RuntimeError("virtual time: everything waits, and nothing is left that could happen")
                 self._now_s = heappop(self._times)
                 soon.extend(self._later.pop(self._now_s))
-            callback, args, context, _ = next_one()
-            if callback is None:
+            handle = next_one()
+            if (callback := handle.callback) is None:
                 continue
             try:
-                context.run(callback, *args)
+                if (context := handle.context) is None:
+                    callback(*handle.args)
+                else:
+                    context.run(callback, *handle.args)
             except (SystemExit, KeyboardInterrupt):
                 raise
             except BaseException as error:
                 self.call_exception_handler({"message": f"{callback!r} failed", "exception": error})
 
 
-class _Callback(list[Any]):
-    """What call_soon and call_at return, as asyncio.TimerHandle: callback, arguments, context and time.
+class _Callback(msgspec.Struct, eq=False):
+    """What call_soon and call_at return, as asyncio.TimerHandle: made without a line of Python."""
 
-    A list, which is made without a line of Python."""
-
-    __slots__ = ()
+    callback: Callable[..., object] | None
+    """None: it was cancelled."""
+    args: tuple[Any, ...]
+    context: Context | None
+    """A task's own. Without one it runs in the loop's, where asyncio would copy that of whoever has asked for it."""
+    at_s: float
 
     def cancel(self) -> None:
-        self[CALLBACK], self[ARGUMENTS] = None, ()
+        self.callback, self.args = None, ()
 
     def cancelled(self) -> bool:
-        return self[CALLBACK] is None
+        return self.callback is None
 
     def when(self) -> float:
-        when_s: float = self[TIME]
-        return when_s
+        return self.at_s

@@ -24,8 +24,8 @@ class PrefixCache:
 
     def add(self, hash_ids: Sequence[int]) -> None:
         blocks = self._blocks
-        for hash_id in hash_ids:
-            blocks.pop(hash_id, None)
+        for hash_id in blocks.keys() & hash_ids:
+            del blocks[hash_id]
         blocks.update(dict.fromkeys(reversed(hash_ids)))  # the end goes first: without its begin it is of no use
         if (too_many := len(blocks) - self._num_blocks) > 0:
             for hash_id in [*islice(blocks, too_many)]:
