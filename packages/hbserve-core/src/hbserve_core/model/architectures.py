@@ -280,6 +280,7 @@ class Architecture:
 _OF_SOME = {"use_sliding_window", "rope_local_base_freq"}
 _QWEN = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
 _MISTRAL = {"num_key_value_heads": 8, "sliding_window": 4096}
+_PHI3 = {"rms_norm_eps": 1e-5, "original_max_position_embeddings": 4096, "sliding_window": None}
 _GEMMA: dict[str, Any] = {
     "hidden_activation": "gelu_pytorch_tanh",
     "num_key_value_heads": 4,
@@ -294,12 +295,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "Qwen2ForCausalLM": Architecture("qwen2", _qwen2, _QWEN, by_layer=True),
     "LlamaForCausalLM": Architecture("llama", _llama),
     "MistralForCausalLM": Architecture("mistral", _mistral, _MISTRAL),
-    "Phi3ForCausalLM": Architecture(
-        "phi3",
-        _phi3,
-        {"rms_norm_eps": 1e-5, "original_max_position_embeddings": 4096, "sliding_window": None},
-        part_of_head=True,
-    ),
+    "Phi3ForCausalLM": Architecture("phi3", _phi3, _PHI3, part_of_head=True),
     "SmolLM3ForCausalLM": Architecture(
         "smollm3",
         _smollm3,
