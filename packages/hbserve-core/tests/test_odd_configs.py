@@ -18,6 +18,8 @@ SIZES = {
     "max_position_embeddings": 512,
 }
 WINDOWED = {"sliding_window": 128, "layer_types": ["full_attention", "sliding_attention"]}
+EIGHT_BITS = {"config_groups": {"g": {"weights": {"num_bits": 8, "type": "float"}}}}
+ROTATED = {"quant_method": "compressed-tensors", "transform_config": {"config_groups": {"v": {}}}, **EIGHT_BITS}
 LONGROPE = {"rope_type": "longrope", "long_factor": [1.0] * 4, "short_factor": [1.0] * 4, "factor": 2.0}
 
 
@@ -68,6 +70,7 @@ def test_a_mixture_of_qwen3_has_its_window_in_all_layers(load):
         ("StableLm", {"head_dim": 4, "partial_rotary_factor": 0.1}, "head_dim=4, of which .* rotates 0"),
         ("Phi3", {"rope_scaling": LONGROPE}, "4 long and short factors of longrope: expected 8, one for each pair"),
         ("Qwen2", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 of Qwen2For.* it rotates whole heads"),
+        ("Llama", {"quantization_config": ROTATED}, r"\(compressed-tensors\) has transform_config; it needs rotations"),
         ("Gemma3", {"head_dim": 16, "attn_logit_softcapping": 5.0}, "attn_logit_softcapping=5.0 of Gemma3ForCausalLM"),
         *(
             ("Granite", {f"{kind}_multiplier": value}, f"{kind}_multiplier={value}: expected `float` > 0")
@@ -90,3 +93,8 @@ def test_another_familys_name_for_the_same_means_nothing(load, name, own, foreig
     assert load(name, **{own: 1e-3, foreign: 1e-6}).rms_norm_eps == 1e-3
     assert load(name, **{foreign: 1e-6, own: 1e-3}).rms_norm_eps == 1e-3
     assert load(name, **{foreign: 1e-6}).rms_norm_eps == 1e-5
+
+
+def test_what_exporters_write_where_there_is_no_rotation_is_none(load):
+    plain = {**ROTATED, "transform_config": {}}
+    assert load("Llama", quantization_config=plain).scale_block == (128, 128)

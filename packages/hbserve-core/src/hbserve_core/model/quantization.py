@@ -69,6 +69,11 @@ def scale_block(folder: Path, raw: Mapping[str, Any]) -> tuple[int, int] | None:
         return None
     if method == "fp8" and given.get("fmt", "e4m3") in ("e4m3", "float8_e4m3fn"):
         return _block(folder, given.get("weight_block_size"))
+    if given.get("transform_config"):
+        raise UnsupportedModel(
+            f"{folder}: quantization_config ({method}) has transform_config; it needs rotations of what comes into its "
+            "products: use weights without"
+        )
     if method == "compressed-tensors":
         groups = [group["weights"] for group in given.get("config_groups", {}).values() if group.get("weights")]
         if not groups and given.get("kv_cache_scheme"):  # of which the scales are read, whatever it says
