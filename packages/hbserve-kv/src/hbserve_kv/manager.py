@@ -11,21 +11,21 @@ import msgspec
 from hbserve_kv.base import KVTransferBase
 from hbserve_kv.config import GOODBYE_TIMEOUT_S, KVTransferConfig
 from hbserve_kv.errors import BackendUnavailable, FingerprintMismatch, TransferFailed
-from hbserve_kv.memory.layout import HeadRange
+from hbserve_kv.memory.layout import HeadRange, checked_blocks
 from hbserve_kv.memory.memory import Memory
 from hbserve_kv.memory.pool_layout import PoolLayout
 from hbserve_kv.protocol.handshake import Identity
-from hbserve_kv.protocol.messages import ALIVE, Alive, Begin, Grant, Nothing, read_grants
+from hbserve_kv.protocol.messages import ALIVE, Alive, Begin, Grant, Nothing, checked_id, read_grants
 from hbserve_kv.protocol.stats import LinkInfo, TransferStats
 from hbserve_kv.protocol.transfer_state import Outcome, TransferResult
 from hbserve_kv.receiving.claims import Claim, Senders, SourceRank
 from hbserve_kv.receiving.lookup_buffer import LookupBuffer, shape_of, tensor_of
 from hbserve_kv.receiving.receiver import Receiver
 from hbserve_kv.receiving.transfer import PostedReceive
-from hbserve_kv.sending.offers import Offer, Offers
+from hbserve_kv.sending.offers import Offer, Offers, checked_seconds
 from hbserve_kv.sending.peers import Peers
 from hbserve_kv.sending.to_itself import transfer_to_itself
-from hbserve_kv.sending.transfer import SendTransfer
+from hbserve_kv.sending.transfer import SendTransfer, require_loop
 from hbserve_kv.transports.base import Transport
 from hbserve_kv.transports.registry import make_transports
 from hbserve_rpc import RpcServer, parse_address
@@ -93,6 +93,8 @@ class KVTransferManager(KVTransferBase):
         self._sent = self._received = self._failed = 0
         self._busy_time_s = 0.0
         self._closed = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        """That `start` ran in."""
 
     def _make_peers(self, transports: Mapping[str, Transport]) -> Peers:
         """That are sent to by one of these."""
@@ -103,10 +105,14 @@ class KVTransferManager(KVTransferBase):
 
         Raises:
             AddressInUse, AddressNotAvailable, BackendUnavailable.
+            RuntimeError: it was started, or closed, before.
         """
-        await asyncio.to_thread(self.config.check_host)
+        if self._loop is not None or self._closed:
+            raise RuntimeError(f"this manager {'is closed' if self._closed else 'was started before'}")
+        self._loop = asyncio.get_running_loop()
         started: list[Transport] = []
         try:
+            await asyncio.to_thread(self.config.check_host)
             for name, transport in list(self._transports.items()):
                 try:
                     await transport.start(self._memory)
@@ -119,6 +125,7 @@ class KVTransferManager(KVTransferBase):
                 started.append(transport)
             await self._server.start()
         except BaseException:
+            self._loop = None
             for transport in started:
                 await transport.close()
             raise
@@ -153,6 +160,7 @@ class KVTransferManager(KVTransferBase):
         """
         if self._closed:
             return
+        require_loop(self._loop)
         self._closed = True
         self._offers.close()
         await asyncio.gather(*(claim.close() for claim in self._claims))
@@ -222,12 +230,11 @@ class KVTransferManager(KVTransferBase):
         Raises:
             ValueError: the id is in use, or a block is outside the pool or there twice.
         """
-        num_blocks = self._memory.layout.num_blocks
-        if len(set(block_ids)) != len(block_ids) or not all(0 <= block_id < num_blocks for block_id in block_ids):
-            raise ValueError(f"block_ids={list(block_ids)}: expected different ones from 0 to {num_blocks - 1}")
-        transfer = self._receiver.expect(
-            transfer_id, "pool", list(block_ids), may_be_partial=may_be_partial, sender=sender
-        )
+        self._require_open(transfer_id)
+        blocks = checked_blocks(block_ids, num_blocks := self._memory.layout.num_blocks)
+        if len(set(blocks)) != len(blocks):
+            raise ValueError(f"block_ids={blocks}: expected different ones from 0 to {num_blocks - 1}")
+        transfer = self._receiver.expect(transfer_id, "pool", blocks, may_be_partial=may_be_partial, sender=sender)
         transfer.result.add_done_callback(lambda done: self._count_received(done.result()))
         grant = Grant(transfer_id, self.address, self.epoch, self.heads)
         return PostedReceive(transfer, msgspec.msgpack.encode(grant))
@@ -251,9 +258,14 @@ class KVTransferManager(KVTransferBase):
         """Whether this rank holds heads that the grant is for: under tensor parallelism, not every pair does."""
         return any(self.heads.common(each.heads) for each in read_grants(grant))
 
-    async def _open(self, begin: Begin, receivers: Sequence[tuple[str, str]]) -> SendTransfer:
+    def _require_open(self, transfer_id: str) -> None:
+        require_loop(self._loop)
         if self._closed:
-            raise TransferFailed(f"transfer {begin.transfer_id}: this manager is closed")
+            raise TransferFailed(f"transfer {transfer_id}: this manager is closed")
+        checked_id(transfer_id)
+
+    async def _open(self, begin: Begin, receivers: Sequence[tuple[str, str]]) -> SendTransfer:
+        self._require_open(begin.transfer_id)
         if not receivers:
             raise TransferFailed(f"transfer {begin.transfer_id}: its grant is of no receiver")
         transfer = SendTransfer(begin, self._memory, self._peers, receivers)
@@ -274,7 +286,8 @@ class KVTransferManager(KVTransferBase):
         Raises:
             ValueError: the id is in use.
         """
-        return self._offers.make(transfer_id, lease_s)
+        self._require_open(transfer_id)
+        return self._offers.make(transfer_id, checked_seconds("lease_s", lease_s))
 
     def claim(self, transfer_id: str, address: str | Sequence[SourceRank], epoch: str = "") -> Claim:
         """Want what the manager at `address` offers under this id, and have it kept there until it is fetched.
@@ -284,6 +297,7 @@ class KVTransferManager(KVTransferBase):
         With an `epoch` it must be offered by that life of the manager, now or in a moment; without, it may be any time
         up to the manager's `expiry_s` until it is.
         """
+        self._require_open(transfer_id)
         sources = [SourceRank(address, epoch)] if isinstance(address, str) else address
         claim = Claim(transfer_id, sources, self.heads, self._senders, self.post_receive)
         self._claims.add(claim)

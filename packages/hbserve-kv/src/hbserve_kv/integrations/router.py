@@ -61,6 +61,9 @@ thousands of numbers is passed on and not looked at."""
 SEVERAL_PROMPTS = re.compile(rb"\s*\[\s*[^\s\d\]-]")
 """A list, but not of numbers."""
 
+UNREADABLE = (msgspec.DecodeError, ValueError, RecursionError)
+"""How bytes answer that are no JSON, no UTF-8 or too deep."""
+
 _read = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
 
@@ -98,9 +101,12 @@ def is_one_sequence(body: Mapping[str, Any]) -> bool:
     """Whether one prompt has one answer. Others would use a transfer id several times: they are decoded where they are
     prefilled."""
     is_list = SEVERAL_PROMPTS.match(body.get("prompt", b""))
-    n, best_of, use_beam_search = (
-        msgspec.json.decode(body.get(name, b"null")) for name in ("n", "best_of", "use_beam_search")
-    )
+    try:
+        n, best_of, use_beam_search = (
+            msgspec.json.decode(body.get(name, b"null")) for name in ("n", "best_of", "use_beam_search")
+        )
+    except UNREADABLE:
+        return False  # a server says what is wrong with it
     return not is_list and n in (1, None) and best_of in (1, None) and not use_beam_search
 
 
@@ -137,7 +143,7 @@ class Exchange:
                 raise Refused.of(answer, content, server)
         try:
             return msgspec.json.decode(content, type=dict[str, Any]).get("kv_transfer_params")
-        except msgspec.DecodeError as error:
+        except UNREADABLE as error:
             raise Refused.saying(502, f"{server.url} has answered what is no JSON object: {error}", server) from error
 
     async def pass_on(self, server: Server, body: Body, prefill: Server | None = None) -> web.StreamResponse:
@@ -239,7 +245,7 @@ class Router:
     async def _generate(self, request: web.Request) -> web.StreamResponse:
         try:
             body = _read(await request.read())
-        except msgspec.DecodeError as error:
+        except UNREADABLE as error:
             return _response(Refused.saying(400, f"the body is no JSON object: {error}"))
         return await self._answer(request, body)
 

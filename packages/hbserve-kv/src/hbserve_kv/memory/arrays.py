@@ -5,8 +5,9 @@ Structures: CPython's `Py_buffer` (PEP 3118), and `DLManagedTensor` of DLPack be
 """
 
 import ctypes
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +40,46 @@ class Array:
         steps = zip(self.shape, self.strides, strict=True)
         return self.itemsize + sum((size - 1) * stride for size, stride in steps)
 
+    @property
+    def dims(self) -> "Dims":
+        """Its dimensions, the widest stride first."""
+        named = [(stride, size) for stride, size in zip(self.strides, self.shape, strict=True) if size > 1]
+        return sorted(named, reverse=True)
+
+
+Dims = list[tuple[int, int]]
+"""(stride in bytes, size) of each dimension that has more than one place, the widest first."""
+_MOST_STEPS = 1 << 12
+"""Of a comparison of two arrays."""
+
+
+def have_common_bytes(one: Array, other: Array) -> bool:
+    """Whether two arrays overlap, and do not only lie in between each other. Of strides that have nothing to do with
+    each other it sees what it can within some milliseconds."""
+    steps = iter(range(_MOST_STEPS))
+    return _meet(other.address - one.address, one.dims, one.itemsize, other.dims, other.itemsize, steps)
+
+
+def _meet(distance: int, one: Dims, size: int, other: Dims, other_size: int, steps: Iterator[int]) -> bool:
+    """distance: from the first byte of one to that of the other."""
+    span, other_span = (
+        bytes_ + sum(s * (n - 1) for s, n in dims) for dims, bytes_ in ((one, size), (other, other_size))
+    )
+    if distance >= span or distance + other_span <= 0 or next(steps, None) is None:
+        return False
+    if not one and not other:
+        return True
+    if one and other and one[0][0] == other[0][0]:  # only how many such strides they are apart matters
+        stride, (rest, other_rest) = one[0][0], (one[1:], other[1:])
+        inner, other_inner = span - stride * (one[0][1] - 1), other_span - stride * (other[0][1] - 1)
+        least, most = -((distance + other_inner) // stride), -((distance - inner) // stride)
+        apart = range(max(least, 1 - one[0][1]), min(most, other[0][1] - 1) + 1)
+        return any(_meet(distance + k * stride, rest, size, other_rest, other_size, steps) for k in apart)
+    if not other or (one and one[0] > other[0]):
+        (stride, count), rest = one[0], one[1:]
+        return any(_meet(distance - i * stride, rest, size, other, other_size, steps) for i in range(count))
+    return _meet(-distance, other, other_size, one, size, steps)
+
 
 def is_tensor(found: Any) -> bool:
     torch = sys.modules.get("torch")
@@ -70,9 +111,15 @@ def _overlaps(array: Array) -> bool:
 
 
 def _of_tensor(tensor: Any) -> Array:
+    if str(tensor.layout) != "torch.strided":
+        raise TypeError(f"pool: expected dense tensors, got one of {tensor.layout}")
     size = tensor.element_size()
     strides = tuple(stride * size for stride in tensor.stride())
     return Array(tensor, tensor.data_ptr(), tuple(tensor.shape), strides, size, tensor.device)
+
+
+_REFERENCES = re.compile(r"(^|[^a-zA-Z])O($|:)")
+"""In a format of the struct module, as it is for records of numpy too."""
 
 
 class _Buffer(ctypes.Structure):
@@ -98,8 +145,10 @@ def _of_buffer(found: Any) -> Array | None:
         return None
     if view.readonly:
         raise TypeError(f"pool: expected memory that can be written, got a read-only {type(found).__name__}")
-    if "O" in view.format:
-        raise TypeError("pool: expected numbers, got Python objects, which are nothing to another process")
+    if _REFERENCES.search(view.format):
+        raise TypeError(
+            f"pool: expected numbers, got references to objects ({type(found).__name__} of {view.format!r})"
+        )
     raw = _Buffer()
     # The view holds the memory for as long as it lives; this only asks where that is.
     api = ctypes.pythonapi
@@ -132,13 +181,13 @@ def _of_dlpack(found: Any) -> Array:
             f"pool: expected torch tensors, or writable memory with the buffer protocol or __dlpack__, got "
             f"{type(found).__name__}"
         )
-    try:
-        capsule = found.__dlpack__()
-    except BufferError as error:
-        raise TypeError(f"pool: the memory of {type(found).__name__} cannot be exported: {error}") from error
     pointer = ctypes.pythonapi.PyCapsule_GetPointer
     pointer.restype, pointer.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
-    tensor = _DLTensor.from_address(pointer(capsule, b"dltensor"))
+    try:
+        capsule = found.__dlpack__()
+        tensor = _DLTensor.from_address(pointer(capsule, b"dltensor"))
+    except Exception as error:  # whatever its owner raises
+        raise TypeError(f"pool: the memory of {type(found).__name__} cannot be had by __dlpack__: {error}") from error
     if tensor.device_type not in (DLPACK_CPU, DLPACK_PINNED):
         raise TypeError("pool: memory of a GPU is taken as torch tensors: torch.from_dlpack makes them")
     shape = tuple(tensor.shape[: tensor.ndim])

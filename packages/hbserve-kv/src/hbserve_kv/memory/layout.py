@@ -18,11 +18,11 @@ instance may be cut differently: each prefill rank then sends to each decode ran
     P, 1 rank    |  0  1  2  3  |        D, 2 ranks   |  0  1  |  2  3  |
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
-from operator import mul
+from operator import index, mul
 from typing import Annotated, Any, NamedTuple
 
 import msgspec
@@ -335,3 +335,28 @@ def runs_of(sources: Sequence[int], targets: Sequence[int], length: int) -> Iter
         if is_end or sources[i] - sources[i - 1] != length or targets[i] - targets[i - 1] != length:
             yield sources[start], targets[start], (i - start) * length
             start = i
+
+
+def checked_blocks(block_ids: Iterable[int], num_blocks: int) -> list[int]:
+    """As whole numbers of Python: tensors of one number, for example, are all different from each other.
+
+    Raises:
+        TypeError: they are no whole numbers; ValueError: one is outside the pool.
+    """
+    try:
+        found = [index(each) for each in block_ids]
+    except TypeError:
+        raise TypeError(f"block_ids={block_ids!r}: expected whole numbers") from None
+    if found and not 0 <= min(found) <= max(found) < num_blocks:
+        raise ValueError(f"block_ids={found}: outside the pool: expected 0 to {num_blocks - 1}")
+    return found
+
+
+def checked_layers(layers: object, num_layers: int) -> None:
+    """Raises TypeError or ValueError: not neighbours, or not there."""
+    if layers is None:
+        return
+    if not isinstance(layers, range):
+        raise TypeError(f"layers={layers!r}: expected a range")
+    if layers.step != 1 or not 0 <= layers.start < layers.stop <= num_layers:
+        raise ValueError(f"layers={layers}: expected neighbours, of {num_layers}")

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hbserve_kv.memory.arrays import Array, as_array, contiguous_strides
+from hbserve_kv.memory.arrays import Array, as_array, contiguous_strides, have_common_bytes
 from hbserve_kv.memory.layout import HeadRange, Layout, Plane
 
 AXES = ("blocks", "layers", "kv", "tokens", "heads", "dim", "key+value")
@@ -30,9 +30,13 @@ class PoolLayout:
 
     def __init__(self, tensors: Any, axes: str) -> None:
         """Raises TypeError or ValueError, with the tensor or axis that is wrong."""
+        if not isinstance(axes, str):
+            raise TypeError(f"axes={axes!r}: expected names in one string, such as 'blocks tokens heads dim'")
         has_keys_beside_values, names = "key+value" in axes.split(), axes.replace("key+value", "dim").split()
         if len(set(names)) != len(names) or not {"blocks"} <= set(names) <= set(AXES):
             raise ValueError(f"axes={axes!r}: expected different ones of {' '.join(AXES)!r}, with 'blocks'")
+        if has_keys_beside_values and "kv" in names:
+            raise ValueError(f"axes={axes!r}: keys and values are in 'kv' or in 'key+value', not in both")
         self.axes = axes
         layers = [each if isinstance(each, list | tuple) else [each] for each in _one_by_one(tensors)]
         counts = [len(layer) for layer in layers]
@@ -49,7 +53,8 @@ class PoolLayout:
             for name in ("blocks", "layers", "kv", "tokens", "heads"):
                 if each.size(name) != first.size(name):
                     raise ValueError(f"pool: tensors of {first.size(name)} and of {each.size(name)} {name}")
-        self.device = first.array.device
+        _refuse_overlap([each.array for each in found])
+        self.device = _known(first.array.device)
         self.extents = _extents([each.array for each in found])
         planes = [plane for group in groups for plane in self._planes(group)]
         self.layout = Layout(
@@ -85,7 +90,7 @@ class PoolLayout:
                 f"pool: heads={heads} need a pool of shape (num_blocks, …, {heads.count}, head_dim), got {shape}"
             )
         made = cls.__new__(cls)
-        made.axes, made.device, made.extents = "blocks …", array.device, _extents([array])
+        made.axes, made.device, made.extents = "blocks …", _known(array.device), _extents([array])
         row = array.span // shape[0]
         head = shape[-1] * size if heads is not None else row
         num_heads = heads.count if heads is not None else 1
@@ -93,6 +98,24 @@ class PoolLayout:
         num_places = row // (num_heads * head)
         made.layout = Layout(shape[0], num_places, num_heads, 1, [plane], [array.span], is_opaque=True)
         return made
+
+
+def _known(device: Any) -> Any:
+    if device is not None and device.type not in ("cpu", "cuda"):
+        raise TypeError(f"pool: expected tensors in memory of the CPU or of a CUDA device, got one on {device}")
+    return device
+
+
+def _refuse_overlap(arrays: Sequence[Array]) -> None:
+    """A block that is received would be another one's, too. They may take turns in the same memory."""
+    ordered, near = sorted(arrays, key=lambda each: each.address), list[Array]()
+    for array in ordered:
+        near = [each for each in near if array.address < each.address + each.span]
+        if any(have_common_bytes(each, array) for each in near):
+            raise ValueError(
+                f"pool: a tensor of shape {array.shape} lies in the same place as another one: expected each once"
+            )
+        near.append(array)
 
 
 def _one_by_one(tensors: Any) -> Sequence[Any]:

@@ -67,12 +67,34 @@ def read_grants(grant: bytes) -> list[Grant]:
 
     Raises:
         TransferFailed: it is none.
+        TypeError: it is not even bytes.
     """
+    if not isinstance(grant, bytes | bytearray | memoryview):
+        raise TypeError(f"grant: expected bytes, or a list of such, got {type(grant).__name__}")
     try:
         found = msgspec.msgpack.decode(grant, type=Grant | list[Grant])
     except msgspec.DecodeError as error:
         raise TransferFailed(f"a grant that is none: {error}") from error
     return found if isinstance(found, list) else [found]
+
+
+def checked_id(transfer_id: object) -> str:
+    """Raises TypeError or ValueError: nobody could be told this id."""
+    if not isinstance(transfer_id, str):
+        raise TypeError(f"transfer_id={transfer_id!r}: expected a string")
+    if not transfer_id.isascii():
+        try:
+            transfer_id.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"transfer_id={transfer_id!r}: expected one that UTF-8 has") from None
+    return transfer_id
+
+
+def checked_payload(payload: object) -> bytes:
+    """Raises TypeError: it is not of bytes."""
+    if not isinstance(payload, bytes | bytearray | memoryview):
+        raise TypeError(f"payload: expected bytes, got {type(payload).__name__}")
+    return bytes(payload)
 
 
 class Handshake(msgspec.Struct, frozen=True, tag=True):

@@ -14,14 +14,16 @@ import contextlib
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any, NoReturn
 
 from hbserve_kv.errors import FingerprintMismatch, TransferFailed
+from hbserve_kv.memory.layout import checked_blocks
 from hbserve_kv.protocol import messages
 from hbserve_kv.protocol.handshake import Identity
-from hbserve_kv.protocol.messages import Fetch, Keep, Nothing, Offered
+from hbserve_kv.protocol.messages import Fetch, Keep, Nothing, Offered, checked_payload
 from hbserve_kv.protocol.transfer_state import Outcome, TransferResult
-from hbserve_kv.sending.transfer import SendTransfer
+from hbserve_kv.sending.transfer import SendTransfer, require_loop
 from hbserve_rpc import InvalidRequest, RpcServer, calling_peer
 
 MOST_ENDED = 1 << 12
@@ -78,10 +80,10 @@ class Offer:
             return
         if self._payload.done():
             raise ValueError(f"transfer {self.transfer_id}: blocks {list(block_ids)} after the commit")
-        if not all(0 <= block_id < self._num_pool_blocks for block_id in block_ids):
-            raise ValueError(f"block_ids={list(block_ids)}: outside the pool")
-        piece = (self._num_blocks, list(block_ids), ready)
-        self._num_blocks += len(block_ids)
+        require_loop(self.result.get_loop())
+        blocks = checked_blocks(block_ids, self._num_pool_blocks)
+        piece = (self._num_blocks, blocks, ready)
+        self._num_blocks += len(blocks)
         self._pushed.append(piece)
         if self._transfer is not None:
             self._forward(*piece)
@@ -89,7 +91,7 @@ class Offer:
     def commit(self, payload: bytes = b"") -> None:
         """Offer no more blocks. Returns at once."""
         if not self._payload.done():
-            self._payload.set_result(payload)
+            self._payload.set_result(checked_payload(payload))
             self._set_deadline()
 
     def restart(self) -> bool:
@@ -319,3 +321,10 @@ class Offers:
 
 def _why_ended(result: TransferResult) -> str:
     return result.error or "it was fetched"
+
+
+def checked_seconds(name: str, seconds: object) -> float:
+    """Raises ValueError: no time to wait for. (An event loop loses the order of its timers by a NaN.)"""
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not (isfinite(seconds) and seconds >= 0):
+        raise ValueError(f"{name}={seconds!r}: expected seconds, 0 or more")
+    return seconds

@@ -6,14 +6,28 @@ from collections.abc import Sequence
 from typing import Any
 
 from hbserve_kv.errors import FingerprintMismatch, TransferFailed
+from hbserve_kv.memory.layout import checked_blocks, checked_layers
 from hbserve_kv.memory.memory import Memory, Region
-from hbserve_kv.protocol.messages import AnnouncedPart, Begin
+from hbserve_kv.protocol.messages import AnnouncedPart, Begin, checked_payload
 from hbserve_kv.protocol.transfer_state import Outcome, Phase, SendState, TransferResult
 from hbserve_kv.sending.connection import Leg
 from hbserve_kv.sending.peers import Peers
 from hbserve_kv.transports.base import Part
 
 logger = logging.getLogger(__name__)
+
+
+def require_loop(loop: asyncio.AbstractEventLoop | None) -> None:
+    """Raises RuntimeError: this is another event loop or thread than `loop`'s, which would not hear of the call."""
+    try:
+        running = asyncio.get_running_loop()
+    except RuntimeError:
+        running = None
+    if loop is not None and running is not loop:
+        raise RuntimeError(
+            "transfers belong to the event loop that started their manager: call it there "
+            "(asyncio.run_coroutine_threadsafe, loop.call_soon_threadsafe)"
+        )
 
 
 class SendTransfer:
@@ -128,10 +142,9 @@ class SendTransfer:
             ValueError: more blocks than were granted, or one that this side does not have; or no such layers; or the
                 transfer is committed.
         """
-        if block_ids and not 0 <= min(block_ids) <= max(block_ids) < self._memory.num_blocks(self._region):
-            raise ValueError(f"block_ids={list(block_ids)}: outside the pool")
-        if layers is not None and not 0 <= layers.start < layers.stop <= self._memory.layout.num_layers:
-            raise ValueError(f"layers={layers}: of {self._memory.layout.num_layers}")
+        require_loop(self.result.get_loop())
+        block_ids = checked_blocks(block_ids, self._memory.num_blocks(self._region))
+        checked_layers(layers, self._memory.layout.num_layers)
         if self.state.phase in (Phase.COMMITTING, Phase.COMPLETED):
             raise ValueError(f"blocks [{first}, {first + len(block_ids)}) after the commit")
         if ready is None and self._memory.is_on_gpu:
@@ -176,7 +189,7 @@ class SendTransfer:
         """Wait for all parts, then hand the transfer over with `payload`. COMPLETED: the receiver has acknowledged,
         which it does for all blocks that it has granted, and for fewer only if it was posted so. The payload may have
         1 MiB."""
-        self.state.commit(payload)
+        self.state.commit(checked_payload(payload))
         return await self.wait()
 
     async def abort(self, reason: str) -> Outcome:

@@ -1,0 +1,122 @@
+"""What an engine may call with, when, and from where: all else is refused at once, and breaks nothing that is there."""
+
+import asyncio
+
+import pytest
+import torch
+
+from hbserve_kv import KVTransferConfig, KVTransferManager, Outcome, TransferFailed
+
+np = pytest.importorskip("numpy", reason="torch needs no numpy")
+
+pytestmark = pytest.mark.asyncio
+
+
+def manager(rank=0):
+    pool = torch.full((8, 16), float(rank))
+    config = KVTransferConfig(backend="ipc", buffer_size=1 << 12, timeout_s=30)
+    return KVTransferManager(rank=rank, pool=pool, fingerprint={"model": "m"}, config=config)
+
+
+async def move(sender, receiver, transfer_id="t"):
+    posted = receiver.post_receive(transfer_id, np.array([5, 2]))
+    transfer = await sender.open_send(transfer_id, posted.grant)
+    transfer.push(torch.tensor([1, 3]), first=0)
+    assert (await transfer.commit(bytearray(b"x"))).outcome is Outcome.COMPLETED
+    assert (await posted.wait()).payload == b"x"
+
+
+async def test_a_manager_that_is_started_again_goes_on_as_it_was():
+    async with manager() as receiver, manager(rank=1) as sender:
+        for each in (receiver, sender):
+            with pytest.raises(RuntimeError, match="was started before"):
+                await each.start()
+        await move(sender, receiver)
+    with pytest.raises(RuntimeError, match="this manager is closed"):
+        await receiver.start()
+
+
+async def test_nothing_begins_once_a_manager_is_closed():
+    async with manager() as closed:
+        pass
+    before = asyncio.all_tasks()
+    for call in (
+        lambda: closed.post_receive("t", [1]),
+        lambda: closed.offer("t"),
+        lambda: closed.claim("t", "127.0.0.1:9"),
+    ):
+        with pytest.raises(TransferFailed, match="transfer t: this manager is closed"):
+            call()
+    assert asyncio.all_tasks() == before
+
+
+async def test_another_loop_and_another_thread_are_refused_and_close_still_closes():
+    async with manager() as receiver, manager(rank=1) as sender:
+        posted = receiver.post_receive("t", [1])
+        transfer = await sender.open_send("t", posted.grant)
+        offer = sender.offer("o")
+        for call in (
+            lambda: receiver.post_receive("u", [2]),
+            lambda: receiver.claim("u", sender.address),
+            lambda: sender.offer("u"),
+            lambda: transfer.push([1], first=0),
+            lambda: offer.push([1]),
+            lambda: asyncio.run(sender.open_send("u", posted.grant)),
+            lambda: asyncio.run(sender.close()),
+        ):
+            with pytest.raises(RuntimeError, match="the event loop that started their manager"):
+                await asyncio.to_thread(call)
+        transfer.push([1], first=0)
+        assert (await transfer.commit()).outcome is Outcome.COMPLETED
+        offer.withdraw("not needed")
+        await move(sender, receiver)
+
+
+@pytest.mark.parametrize(
+    ("block_ids", "message"),
+    [
+        ([1.0], "expected whole numbers"),
+        (["1"], "expected whole numbers"),
+        (None, "block_ids=None: expected whole numbers"),
+        (torch.tensor([1, 1]), r"block_ids=\[1, 1\]: expected different ones from 0 to 7"),
+        (torch.tensor([1.5]), "expected whole numbers"),
+        ([2**70], "outside the pool: expected 0 to 7"),
+        (np.array([-1]), "outside the pool"),
+    ],
+)
+async def test_blocks_that_are_none_are_named(block_ids, message):
+    async with manager() as receiver, manager(rank=1) as sender:
+        with pytest.raises((TypeError, ValueError), match=message):
+            receiver.post_receive("t", block_ids)
+        if "different" not in message:  # a sender may send one block to several places
+            transfer = await sender.open_send("u", receiver.post_receive("u", [0, 1, 2]).grant)
+            with pytest.raises((TypeError, ValueError), match=message):
+                transfer.push(block_ids, first=0)
+            offer = sender.offer("o")
+            with pytest.raises((TypeError, ValueError), match=message):
+                offer.push(block_ids)
+            await transfer.abort("done")
+        await move(sender, receiver)
+
+
+async def test_layers_payloads_ids_and_leases_that_are_none_are_named():
+    async with manager() as receiver, manager(rank=1) as sender:
+        for transfer_id in (None, 3, b"t", "\ud800"):
+            for call in (lambda: receiver.post_receive(transfer_id, [1]), lambda: sender.offer(transfer_id)):  # noqa: B023
+                with pytest.raises((TypeError, ValueError), match=r"transfer_id=.*: expected"):
+                    call()
+        for lease_s in (float("nan"), -1, float("inf"), "x", True):
+            with pytest.raises(ValueError, match=r"lease_s=.*: expected seconds, 0 or more"):
+                sender.offer("o", lease_s=lease_s)
+        transfer = await sender.open_send("t", receiver.post_receive("t", [1]).grant)
+        for layers in (1, range(0), range(0, 1, 2), range(2), slice(0, 1)):
+            with pytest.raises((TypeError, ValueError), match="layers="):
+                transfer.push([1], first=0, layers=layers)
+        for payload in (None, "x", 3):
+            with pytest.raises(TypeError, match="payload: expected bytes"):
+                await transfer.commit(payload)
+        with pytest.raises(TypeError, match="grant: expected bytes"):
+            await sender.open_send("u", "a string")
+        transfer.push([1], first=0)
+        assert (await transfer.commit()).outcome is Outcome.COMPLETED
+        assert receiver.stats().active_transfers == sender.stats().num_offers == 0
