@@ -48,7 +48,7 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """Tokens of a prompt that is computed alone, and the time until its token."""
     decode: list[tuple[Count, Count, Step]]
     """Sequences in a decode step, tokens of each, and the time of the step."""
-    transfer: list[tuple[Count, Step]]
+    transfer: list[tuple[Annotated[int, Meta(ge=0, le=10**15)], Span]]
     """Bytes that move from an instance to another, and how long that takes."""
     handoff_s: Span
     """From a computed prompt until the other side has all of it, beside moving its last bytes: their end is noticed,
