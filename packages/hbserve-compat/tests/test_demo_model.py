@@ -191,3 +191,47 @@ def test_a_gguf_file_is_converted_once_and_again_when_it_has_changed(cache, conv
     file.write_bytes(b"GGUF of something new")
     with pytest.raises(conversion.ConversionFailed, match=r"cannot be converted: ValueError: GGUF model with archit"):
         demo_model.model_folder(file)
+
+
+def write_gguf(file: Path, num_layers: int, lacks: str = "") -> None:
+    """A tiny Llama of two layers that claims to have `num_layers`."""
+    gguf, np = pytest.importorskip("gguf"), pytest.importorskip("numpy")
+    writer = gguf.GGUFWriter(file, "llama")
+    hidden, inner, tokens = 32, 48, ["t", "1", "t1", *(f"x{i}" for i in range(61))]
+    for add, value in {
+        "block_count": num_layers, "context_length": 128, "embedding_length": hidden, "feed_forward_length": inner,
+        "head_count": 4, "head_count_kv": 2, "layer_norm_rms_eps": 1e-5, "rope_freq_base": 1e4,
+        "vocab_size": len(tokens), "tokenizer_model": "gpt2", "token_list": tokens, "token_merges": ["t 1"],
+        "token_types": [1] * len(tokens), "bos_token_id": 1, "eos_token_id": 2,
+    }.items():  # fmt: skip
+        getattr(writer, f"add_{add}")(value)
+    shapes = {"token_embd": (len(tokens), hidden), "output_norm": (hidden,), "output": (len(tokens), hidden)}
+    of_layer = {"attn_q": (hidden, hidden), "attn_k": (16, hidden), "attn_v": (16, hidden)} | {
+        "attn_output": (hidden, hidden), "ffn_gate": (inner, hidden), "ffn_up": (inner, hidden),
+        "ffn_down": (hidden, inner), "attn_norm": (hidden,), "ffn_norm": (hidden,),
+    }  # fmt: skip
+    shapes |= {f"blk.{i}.{name}": shape for i in range(2) for name, shape in of_layer.items()}
+    for name, shape in shapes.items():
+        if name != lacks:
+            writer.add_tensor(f"{name}.weight", np.ones(shape, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "lacks", "named"),
+    [
+        (2, "blk.1.ffn_down", r"missing tensors .model\.layers\.1\.mlp\.down_proj\.weight."),
+        (3, "", r"missing tensors .model\.layers\.2\.input_layernorm\.weight, "),
+    ],
+)
+def test_what_a_gguf_file_lacks_is_named_and_not_invented(tmp_path, num_layers, lacks, named):
+    pytest.importorskip("accelerate")
+    write_gguf(tmp_path / "x.gguf", num_layers, lacks)
+    with pytest.raises(ValueError, match=named):
+        conversion._write_model(tmp_path / "x.gguf", tmp_path / "folder")
+    write_gguf(tmp_path / "whole.gguf", 2)
+    conversion._write_model(tmp_path / "whole.gguf", tmp_path / "folder")
+    assert (tmp_path / "folder" / "model.safetensors").exists()

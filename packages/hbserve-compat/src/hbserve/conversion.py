@@ -20,6 +20,8 @@ CONVERSION = "2"
 """To be raised when the conversion changes: a folder of another one is not used."""
 POLL_S = 0.5
 _MAGIC = b"GGUF"
+_KEYS = ("missing_keys", "unexpected_keys", "mismatched_keys")
+"""Of transformers' report of what it has loaded."""
 
 
 class ConversionFailed(OSError):
@@ -104,7 +106,18 @@ def _write_model(file: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = {"gguf_file": file.name, "local_files_only": True}
-    model: Any = AutoModelForCausalLM.from_pretrained(file.parent, dtype="float32", **source)
+    model: Any
+    model, found = AutoModelForCausalLM.from_pretrained(
+        file.parent, dtype="float32", output_loading_info=True, **source
+    )
+    # transformers invents what a file lacks.
+    wrong = [
+        f"{kind.removesuffix('_keys')} tensors ({', '.join(sorted(map(str, found[kind]))[:4])})"
+        for kind in _KEYS
+        if found[kind]
+    ]
+    if wrong:
+        raise ValueError(f"it is not whole, or of another model than it says: {'; '.join(wrong)}")
     # The weights are plain numbers now; without this the folder would claim to be quantized.
     del model.config.quantization_config
     model.hf_quantizer = None
