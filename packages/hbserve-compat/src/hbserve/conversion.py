@@ -106,10 +106,8 @@ def _write_model(file: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = {"gguf_file": file.name, "local_files_only": True}
-    model: Any
-    model, found = AutoModelForCausalLM.from_pretrained(
-        file.parent, dtype="float32", output_loading_info=True, **source
-    )
+    loaded: Any = AutoModelForCausalLM.from_pretrained(file.parent, dtype="float32", output_loading_info=True, **source)
+    model, found = loaded
     # transformers invents what a file lacks.
     wrong = [
         f"{kind.removesuffix('_keys')} tensors ({', '.join(sorted(map(str, found[kind]))[:4])})"
