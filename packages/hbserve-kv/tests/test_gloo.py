@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import socket
+from typing import Any
 
 import hbserve_kv_victims as victims
 import pytest
@@ -113,13 +114,15 @@ async def test_who_waits_for_a_half_written_message_to_a_dead_or_frozen_process_
     mine, theirs = multiprocessing.Pipe()
     num_bytes, store = 256 << 20, str(tmp_path / "store")  # more than sockets hold
     peer = victims.start_process(victims.receive_by_gloo, theirs, store, num_bytes)
-    link = Link("key", True, RECEIVER, b"", *2 * [None])
+    nothing: Any = None
+    link = Link("key", True, RECEIVER, b"", nothing, nothing)
+    assert peer.pid is not None
     try:
         gloo = await asyncio.to_thread(victims.make_gloo, store, SENDER)
         assert await asyncio.to_thread(mine.poll, victims.DEADLINE_S)
         os.kill(peer.pid, signal.SIGSTOP)
         sending = gloo.send([torch.empty(num_bytes, dtype=torch.uint8)], RECEIVER, 0)
-        group = nccl._Group(gloo, None, on_gpu=False, stream=None, link=link)
+        group = nccl._Group(gloo, nothing, on_gpu=False, stream=None, link=link)
         waiting = asyncio.create_task(link.run(nccl._wait, group, [sending]))
         os.kill(peer.pid, end)
         link.give_up()

@@ -280,7 +280,8 @@ async def test_an_item_of_another_type_ends_the_stream_on_both_sides(rpc, counti
 
 
 async def test_what_is_no_token_ends_the_stream_that_brings_it(rpc, start, connect):
-    server, tokens = RpcServer(), StreamMethod("test.tokens", rpc.Ask, TokenEvent)
+    server = RpcServer()
+    tokens: StreamMethod[Any, TokenEvent] = StreamMethod("test.tokens", rpc.Ask, TokenEvent)
 
     async def tell(_):
         yield TokenEvent(0, [0, 5])
