@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -185,6 +186,19 @@ def _write_model(folder: Path, name: str) -> None:
             mean = 1.0 if "norm" in parameter_name else 0.0
             torch.nn.init.normal_(parameter, mean=mean, std=0.3)
     model.save_pretrained(folder, max_shard_size=shard_size)
+
+
+@pytest.fixture
+def load_small(tmp_path: Path) -> Callable[..., Any]:
+    """Called with an architecture's name and what differs from SMALL: the ModelConfig of such a config.json."""
+    from hbserve_core.model.model_config import load_model_config
+
+    def load(name: str, **changes: Any) -> Any:
+        content = SMALL | {"architectures": [f"{name}ForCausalLM"]} | changes
+        (tmp_path / "config.json").write_text(json.dumps(content))
+        return load_model_config(tmp_path)
+
+    return load
 
 
 @pytest.fixture

@@ -1,12 +1,10 @@
 """Values of a config.json that only some architectures read, or read otherwise: as transformers has it, or refused."""
 
-import json
 from typing import Any
 
 import pytest
 
 from hbserve_core.errors import UnsupportedModel
-from hbserve_core.model.model_config import load_model_config
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
 BY_KIND = {
@@ -16,24 +14,10 @@ BY_KIND = {
 
 
 @pytest.fixture
-def load(tmp_path):
-    def load_changed(name, **changes):
-        sizes = {
-            "vocab_size": 320,
-            "hidden_size": 64,
-            "intermediate_size": 96,
-            "ffn_dim": 96,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 4,
-            "max_position_embeddings": 512,
-            "sliding_window": 21,
-        }
-        content = sizes | {"architectures": [f"{name}ForCausalLM"]} | changes
-        (tmp_path / "config.json").write_text(json.dumps(content))
-        return load_model_config(tmp_path)
-
-    return load_changed
+def load(load_small):
+    """With what all of the families here need."""
+    sizes = {"num_hidden_layers": 4, "num_key_value_heads": 4, "ffn_dim": 96, "sliding_window": 21}
+    return lambda name, **changes: load_small(name, **sizes | changes)
 
 
 @pytest.mark.parametrize(

@@ -1,64 +1,43 @@
 """Configs that contradict themselves, or that their family understands otherwise than others: served as transformers
 does, or refused by what they have."""
 
-import json
-
 import pytest
 
 from hbserve_core.errors import UnsupportedModel
-from hbserve_core.model.model_config import load_model_config
 
-SIZES = {
-    "vocab_size": 320,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-}
 WINDOWED = {"sliding_window": 128, "layer_types": ["full_attention", "sliding_attention"]}
 EIGHT_BITS = {"config_groups": {"g": {"weights": {"num_bits": 8, "type": "float"}}}}
 ROTATED = {"quant_method": "compressed-tensors", "transform_config": {"config_groups": {"v": {}}}, **EIGHT_BITS}
 LONGROPE = {"rope_type": "longrope", "long_factor": [1.0] * 4, "short_factor": [1.0] * 4, "factor": 2.0}
 
 
-@pytest.fixture
-def load(tmp_path):
-    def load(name, **changes):
-        (tmp_path / "config.json").write_text(json.dumps({"architectures": [f"{name}ForCausalLM"], **SIZES, **changes}))
-        return load_model_config(tmp_path)
-
-    return load
-
-
 @pytest.mark.parametrize("name", ["Llama", "Mistral", "Starcoder2"])
-def test_layer_types_that_transformers_does_not_read_are_refused(load, name):
+def test_layer_types_that_transformers_does_not_read_are_refused(load_small, name):
     """Of such a family it has a window in all layers, or in none."""
     with pytest.raises(UnsupportedModel, match=f"layer_types of its own beside sliding_window=128 .* of {name}"):
-        load(name, **WINDOWED)
-    assert load(name, **WINDOWED | {"sliding_window": None}).windows == (0, 0)
-    assert load(name, **WINDOWED | {"sliding_window": 512}).windows == (0, 0)
+        load_small(name, **WINDOWED)
+    assert load_small(name, **WINDOWED | {"sliding_window": None}).windows == (0, 0)
+    assert load_small(name, **WINDOWED | {"sliding_window": 512}).windows == (0, 0)
 
 
 @pytest.mark.parametrize("name", ["Mistral", "Phi3", "Mixtral"])
-def test_a_window_stays_although_another_familys_key_says_that_it_is_off(load, name):
-    assert load(name, sliding_window=128, use_sliding_window=False).windows == (128, 128)
-    assert load(name, sliding_window=512, use_sliding_window=False).windows == (0, 0)
+def test_a_window_stays_although_another_familys_key_says_that_it_is_off(load_small, name):
+    assert load_small(name, sliding_window=128, use_sliding_window=False).windows == (128, 128)
+    assert load_small(name, sliding_window=512, use_sliding_window=False).windows == (0, 0)
 
 
-def test_a_window_that_is_off_beside_layers_that_have_one_is_refused(load):
+def test_a_window_that_is_off_beside_layers_that_have_one_is_refused(load_small):
     """transformers looks at the layers and the window alone."""
     with pytest.raises(UnsupportedModel, match=r"use_sliding_window=false beside .*=128 .*=null means no"):
-        load("SmolLM3", **WINDOWED, use_sliding_window=False)
+        load_small("SmolLM3", **WINDOWED, use_sliding_window=False)
 
 
-def test_a_mixture_of_qwen3_has_its_window_in_all_layers(load):
+def test_a_mixture_of_qwen3_has_its_window_in_all_layers(load_small):
     """transformers does not read max_window_layers there."""
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
-    found = load("Qwen3Moe", **experts, use_sliding_window=True, sliding_window=128, max_window_layers=1)
+    found = load_small("Qwen3Moe", **experts, use_sliding_window=True, sliding_window=128, max_window_layers=1)
     assert found.windows == (128, 128)
-    assert load("Qwen3Moe", **experts, use_sliding_window=False, sliding_window=128).windows == (0, 0)
+    assert load_small("Qwen3Moe", **experts, use_sliding_window=False, sliding_window=128).windows == (0, 0)
 
 
 @pytest.mark.parametrize(
@@ -79,9 +58,9 @@ def test_a_mixture_of_qwen3_has_its_window_in_all_layers(load):
         ),
     ],
 )
-def test_what_cannot_be_computed_as_transformers_does_is_refused(load, name, changes, problem):
+def test_what_cannot_be_computed_as_transformers_does_is_refused(load_small, name, changes, problem):
     with pytest.raises(UnsupportedModel, match=problem) as caught:
-        load(name, **changes)
+        load_small(name, **changes)
     assert "\n" not in str(caught.value)
 
 
@@ -89,12 +68,12 @@ def test_what_cannot_be_computed_as_transformers_does_is_refused(load, name, cha
     ("name", "own", "foreign"),
     [("StableLm", "layer_norm_eps", "rms_norm_eps"), ("Starcoder2", "norm_epsilon", "rms_norm_eps")],
 )
-def test_another_familys_name_for_the_same_means_nothing(load, name, own, foreign):
-    assert load(name, **{own: 1e-3, foreign: 1e-6}).rms_norm_eps == 1e-3
-    assert load(name, **{foreign: 1e-6, own: 1e-3}).rms_norm_eps == 1e-3
-    assert load(name, **{foreign: 1e-6}).rms_norm_eps == 1e-5
+def test_another_familys_name_for_the_same_means_nothing(load_small, name, own, foreign):
+    assert load_small(name, **{own: 1e-3, foreign: 1e-6}).rms_norm_eps == 1e-3
+    assert load_small(name, **{foreign: 1e-6, own: 1e-3}).rms_norm_eps == 1e-3
+    assert load_small(name, **{foreign: 1e-6}).rms_norm_eps == 1e-5
 
 
-def test_what_exporters_write_where_there_is_no_rotation_is_none(load):
+def test_what_exporters_write_where_there_is_no_rotation_is_none(load_small):
     plain = {**ROTATED, "transform_config": {}}
-    assert load("Llama", quantization_config=plain).scale_block == (128, 128)
+    assert load_small("Llama", quantization_config=plain).scale_block == (128, 128)

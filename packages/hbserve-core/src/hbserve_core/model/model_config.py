@@ -230,20 +230,20 @@ def _sliding_layers(
     known, own = ARCHITECTURES[architecture], switches.windowed_layers
     layers = own if kinds is None else tuple(i for i, kind in enumerate(given) if kind == "sliding_attention")
     is_off = not raw.get("use_sliding_window", True)
-    contradiction = ""
     if is_off and "max_window_layers" in known.defaults:
         return ()
-    if raw["sliding_window"] < max_model_len:
-        if layers != own and not known.by_layer:
-            contradiction = "layer_types of its own"
-        elif layers and is_off:
-            contradiction = "use_sliding_window=false"
-    if contradiction:
-        raise UnsupportedModel(
-            f"{folder}: {contradiction} beside sliding_window={raw['sliding_window']} is not supported of "
-            f"{architecture}, where transformers looks at the latter alone; sliding_window=null means no window"
-        )
-    return layers
+    if raw["sliding_window"] >= max_model_len:
+        return layers
+    if layers != own and not known.by_layer:
+        contradiction = "layer_types of its own"
+    elif layers and is_off:
+        contradiction = "use_sliding_window=false"
+    else:
+        return layers
+    raise UnsupportedModel(
+        f"{folder}: {contradiction} beside sliding_window={raw['sliding_window']} is not supported of "
+        f"{architecture}, where transformers looks at the latter alone; sliding_window=null means no window"
+    )
 
 
 def _checkpoint_dtype(folder: Path, raw: Mapping[str, Any]) -> str:

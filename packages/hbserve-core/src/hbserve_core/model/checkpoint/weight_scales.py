@@ -70,7 +70,7 @@ def find_scales(
         if scales is None or scales.dtype not in DTYPES:
             problems.append(f"{name} has dtype {FP8} and no scales in floats of 16 bits or more")
             continue
-        own = _block_of(weight.shape, scales.shape, block) if len(weight.shape) == 2 and 0 not in weight.shape else None
+        own = _block_of(weight.shape, scales.shape, block)
         if own is None:
             problems.append(f"{name} of shape {weight.shape} has scales of shape {scales.shape}, for blocks of {block}")
             continue
@@ -80,6 +80,8 @@ def find_scales(
 
 
 def _block_of(weight: tuple[int, ...], scales: tuple[int, ...], block: tuple[int, int]) -> tuple[int, int] | None:
+    if len(weight) != 2 or 0 in weight:
+        return None
     rows, columns = weight
     if prod(scales) == 1:
         return rows, columns
