@@ -102,11 +102,10 @@ def as_array(found: Any) -> Array:
 def _overlaps(array: Array) -> bool:
     """Whether a step along a dimension is shorter than what lies within it, as in windows over other memory."""
     within = array.itemsize
-    for stride, size in sorted(zip(array.strides, array.shape, strict=True)):
-        if size > 1:
-            if stride < within:
-                return True
-            within += (size - 1) * stride
+    for stride, size in reversed(array.dims):
+        if stride < within:
+            return True
+        within += (size - 1) * stride
     return False
 
 
