@@ -20,6 +20,9 @@ CONVERSION = "2"
 """To be raised when the conversion changes: a folder of another one is not used."""
 POLL_S = 0.5
 _MAGIC = b"GGUF"
+_ELSEWHERE = "set XDG_CACHE_HOME to a folder that can, or give the path of a Hugging Face folder"
+_NOT_WRITTEN = 3
+"""Exit status of the writing process, whose last line is why."""
 _KEYS = ("missing_keys", "unexpected_keys", "mismatched_keys")
 """Of transformers' report of what it has loaded."""
 
@@ -75,6 +78,9 @@ def convert(file: Path, folder: Path, duration: str, given_up: threading.Event) 
             writer.communicate()
     if writer.returncode != 0 and not given_up.is_set():
         last = complaint.strip().splitlines()[-1:] or [f"exit status {writer.returncode}"]
+        if writer.returncode == _NOT_WRITTEN:
+            reason = f"which the model does not fit into, or which failed ({last[0]})"
+            raise ConversionFailed(f"'{folder.parent}' cannot be written to, {reason}: {_ELSEWHERE}")
         raise ConversionFailed(f"'{file}' cannot be converted: {last[0]}; or give the path of a Hugging Face folder")
 
 
@@ -84,10 +90,8 @@ def _folder_beside(folder: Path) -> "tempfile.TemporaryDirectory[str]":
         folder.parent.mkdir(parents=True, exist_ok=True)
         return tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent, ignore_cleanup_errors=True)
     except OSError as error:
-        raise ConversionFailed(
-            f"'{folder.parent}' cannot be written to, where the model would be converted to, once ({error.strerror}): "
-            "set XDG_CACHE_HOME to a folder that can, or give the path of a Hugging Face folder"
-        ) from None
+        reason = f"where the model would be converted to, once ({error.strerror})"
+        raise ConversionFailed(f"'{folder.parent}' cannot be written to, {reason}: {_ELSEWHERE}") from None
 
 
 def _writer_command(file: Path, scratch: Path, folder: Path) -> list[str]:
@@ -119,8 +123,13 @@ def _write_model(file: Path, folder: Path) -> None:
     # The weights are plain numbers now; without this the folder would claim to be quantized.
     del model.config.quantization_config
     model.hf_quantizer = None
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(file.parent, **source).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, **source)
+    try:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # of libraries, which have errors of their own for a full disk
+        sys.stderr.write(f"{error}\n")
+        sys.exit(_NOT_WRITTEN)
 
 
 def write_main(file: Path, scratch: Path, folder: Path) -> None:

@@ -155,9 +155,13 @@ def save_keys(keys: Mapping[Party, Keys], folder: str | Path) -> list[Path]:
     for party, each in keys.items():
         path = _path(folder, party)
         descriptor, name = tempfile.mkstemp(dir=path.parent)  # which nobody else may read
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(msgspec.json.format(msgspec.json.encode(each)) + b"\n")
-        os.replace(name, path)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(msgspec.json.format(msgspec.json.encode(each)) + b"\n")
+            os.replace(name, path)
+        except OSError as error:
+            os.unlink(name)
+            raise OSError(error.errno, error.strerror, str(path)) from None  # of a full disk there is no name in it
         paths.append(path)
     return paths
 

@@ -14,7 +14,7 @@ from typer import Option
 
 from hbserve.load.prompts import MOONCAKE_BLOCK, MOST_TOKENS
 from hbserve.load.report import goals_of
-from hbserve.output_folder import require_folder_of
+from hbserve.output_file import require_folder_of, writing
 from hbserve.plotting import require_plotting
 from hbserve.simulator import plan_report, report, workload
 from hbserve.simulator.engine_limits import EngineLimits
@@ -121,7 +121,8 @@ def run_simulation(args: SimulateArgs) -> None:
     sys.stdout.writelines(f"{line}\n" for line in report.lines(found))
     sys.stderr.write(f"simulated in {time.process_time() - began_s:.1f} s of processor time\n")
     if args.json is not None:
-        args.json.write_text(json.dumps(found) + "\n", encoding="utf-8")
+        with writing(args.json):
+            args.json.write_text(json.dumps(found) + "\n", encoding="utf-8")
 
 
 def _deployment(args: SimulateArgs) -> Deployment:
