@@ -4,7 +4,9 @@ The commands run in this process, where a hundred of them take seconds; up to wh
 a deployment that runs already.
 """
 
+import errno
 import os
+import resource
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -22,6 +25,7 @@ import hbserve.demo_model
 import hbserve.serve
 import hbserve_core
 from hbserve.__main__ import app
+from hbserve.command import LogLevel, explaining
 from hbserve.output_file import writing
 from hbserve.pd_disagg import DisaggregatedLLM
 from hbserve.plotting import figure_of
@@ -271,6 +275,13 @@ def test_an_output_that_is_full_is_one_line(address, prompts):
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == b"error: [Errno 28] No space left on device"
     assert b"Traceback" not in done.stderr
+
+
+def test_too_few_files_are_told_with_their_cure(capsys):
+    with pytest.raises(typer.Exit), explaining(LogLevel.WARNING):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    assert capsys.readouterr().err == f"error: Too many open files: this process may open {most}; raise `ulimit -n`\n"
 
 
 @pytest.mark.parametrize(
