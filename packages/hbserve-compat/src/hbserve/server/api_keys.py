@@ -36,6 +36,8 @@ class ApiKeys:
         """Raises ConfigError: the file cannot be read, or has no key."""
         given = (settings.api_key, os.environ.get(VARIABLE))
         self._fixed = [_digest(key) for key in given if key]
+        if given[1] is not None and not given[1]:
+            logger.warning("%s is set, and empty: it asks for no key", VARIABLE)
         self._path = None if settings.api_key_file is None else Path(os.path.expanduser(settings.api_key_file))
         self._from_file: list[bytes] = []
         self._read_at: tuple[int, int] | None = None
