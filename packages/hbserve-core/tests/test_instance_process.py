@@ -87,15 +87,15 @@ import asyncio, gc, os, signal, sys
 from hbserve_core.instance import process
 
 class Instance:
-    def __init__(self, config):
-        self.config, self.address = config, ""
+    def __init__(self, config, *, before_ready):
+        self.config, self.address, self.before_ready = config, "", before_ready
 
     async def start(self): ...
-    async def wait_ready(self): ...
 
     async def wait_failed(self):
-        while not gc.get_freeze_count():
-            await asyncio.sleep(0.001)
+        gc.unfreeze()  # what the process may have been forked with
+        self.before_ready()
+        assert gc.get_freeze_count()
         print(sys.getswitchinterval(), flush=True)
         os.kill(os.getpid(), signal.SIGTERM)
         await asyncio.Event().wait()

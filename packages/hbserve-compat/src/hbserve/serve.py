@@ -230,10 +230,10 @@ class _Deployment:
         if self._front_end is not None:
             beginning.append(self._front_end.begin(self._name, self._folder, self._server))
         await together(*beginning)
+        own_process.freeze_heap()
         self._is_ready = True
         self._instances.restart_the_dead(self._ending.by_death, self._dial_again)
         self._server.scale = self._scaling.scale
-        own_process.freeze_heap()
         if self._front_end is not None:
             sys.stderr.write(self._how_to_ask(self._front_end))
 

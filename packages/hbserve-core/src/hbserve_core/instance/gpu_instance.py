@@ -67,8 +67,10 @@ END_TIMEOUT_S = 2.0
 class GpuInstance:
     """One prefill, decode or hybrid instance. Belongs to the event loop that ran `start`."""
 
-    def __init__(self, config: InstanceConfig) -> None:
+    def __init__(self, config: InstanceConfig, *, before_ready: Callable[[], object] = lambda: None) -> None:
+        """before_ready: called when the model is loaded, before anybody is told."""
         self.config = config
+        self._before_ready = before_ready
         self.epoch = uuid.uuid4().hex
         self.started_as = config.role
         self.status: InstanceStatus = "starting"
@@ -119,8 +121,6 @@ class GpuInstance:
             AddressInUse: the configured address is taken.
             AddressNotAvailable: this machine does not have the address for KV transfers.
         """
-        if self.config.role != "hybrid":
-            await asyncio.to_thread(self.config.kv_transfer.check_host)
         self._server.serve(DESCRIBE, self.reports.describe)
         self._server.serve(STATS, self.reports.stats)
         self._server.serve_stream(REPORTS, self.reports.follow)
@@ -128,6 +128,7 @@ class GpuInstance:
         self._server.serve_stream(GENERATE, self._generate)
         self._server.serve_notification(END_CHOICE, self._end_choice)
         if self.config.role != "hybrid":  # its role is which of these it is asked for
+            await asyncio.to_thread(self.config.kv_transfer.check_host)
             self._server.serve_stream(PREFILL, self._prefill)
             self._server.serve_notification(GRANT, self._grant)
             self._server.serve(CONNECT, self._connect)
@@ -162,8 +163,7 @@ class GpuInstance:
         await self._server.stop()
         if self.health is not None:
             await self.health.stop()
-        ends = list(self._ends)
-        if ends:
+        if ends := list(self._ends):
             await asyncio.wait(ends, timeout=END_TIMEOUT_S)
         if self.engine is None:
             await self._thread.stop()
@@ -197,6 +197,7 @@ class GpuInstance:
             return
         self.engine = engine
         if self.status == "starting":
+            self._before_ready()
             self.status = "ready"
             self.reports.tell()
             logger.info("%s: ready on %s", self.config.instance_id, self.address)
@@ -246,8 +247,7 @@ class GpuInstance:
         self.num_requests += 1
         logger.debug("%s: %s, trace %s", request.request_id, type(request).__name__, TRACEPARENT.get() or "none")
         self.reports.begin(request)
-        inbox = self._inboxes[request.request_id] = Inbox(request.left_s)
-        return inbox
+        return self._inboxes.setdefault(request.request_id, Inbox(request.left_s))
 
     def _end(self, job: Coroutine[Any, Any, None]) -> None:
         """Clean up in a task of its own: the handler's task may be cancelled, even again during cleanup."""
