@@ -37,6 +37,8 @@ class BlockManager:
         # Both in the order in which blocks became free: of the cached ones, the least recently used is evicted first.
         self._empty: OrderedDict[int, None] = OrderedDict.fromkeys(reversed(range(num_blocks)))
         self._cached: OrderedDict[int, None] = OrderedDict()
+        self._held_cached: dict[int, None] = {}
+        """Held blocks that are cached too: a report does not look through all blocks, while a step waits."""
         self.last_launched = self.last_ended = 0
         """Numbers of the last step launched and of the last that has ended. Counted by the engine."""
         self._last_steps = [0] * num_blocks
@@ -108,6 +110,7 @@ class BlockManager:
                 continue
             if self._references[block_id] == 0:
                 del self._cached[block_id]
+                self._held_cached[block_id] = None
             self._references[block_id] += 1
 
     def release(self, block_ids: Sequence[int]) -> None:
@@ -120,7 +123,11 @@ class BlockManager:
             self._references[block_id] -= 1
             if self._references[block_id] == 0:
                 self._last_steps[block_id] = self.last_launched
-                (self._cached if block_id in self._digest_of else self._empty)[block_id] = None
+                if block_id in self._digest_of:
+                    del self._held_cached[block_id]
+                    self._cached[block_id] = None
+                else:
+                    self._empty[block_id] = None
 
     def quarantine(self, block_ids: Sequence[int]) -> None:
         """Take over the caller's references: the blocks stay out of use until `end_quarantine`.
@@ -180,6 +187,7 @@ class BlockManager:
             if digest not in block_of and block_id not in digest_of:
                 block_of[digest] = block_id
                 digest_of[block_id] = digest
+                self._held_cached[block_id] = None
                 self._num_changes += 1
 
     def cached_digests(self, known: int = -1) -> tuple[int, bytes | None]:
@@ -190,10 +198,8 @@ class BlockManager:
         """
         if known == self._num_changes:
             return known, None
-        held = [digest for block_id, digest in self._digest_of.items() if self._references[block_id]]
-        free = (self._digest_of[block_id] for block_id in reversed(self._cached))
-        digests = islice(chain(held, free), MOST_REPORTED)
-        return self._num_changes, b"".join(digest[:DIGEST_BYTES] for digest in digests)
+        reported = islice(chain(self._held_cached, reversed(self._cached)), MOST_REPORTED)
+        return self._num_changes, b"".join([self._digest_of[block_id][:DIGEST_BYTES] for block_id in reported])
 
     def check_integrity(self, holders: Mapping[int, int] | None = None) -> None:
         """Raise AssertionError unless every block is in exactly one state and the cache is consistent.
@@ -209,6 +215,8 @@ class BlockManager:
                 expected = holders.get(block_id, 0) + self._quarantined[block_id]
                 assert count == expected, f"block {block_id}: {count} references, {expected} holders"
         assert {digest: block for block, digest in self._digest_of.items()} == self._block_of
+        assert {*self._held_cached, *self._cached} == set(self._digest_of), "a cached block is neither held nor free"
+        assert all(self._references[block_id] for block_id in self._held_cached)
         for free in (self._empty, self._cached):
             steps = [self._last_steps[block_id] for block_id in free]
             assert steps == sorted(steps), f"not in the order in which they became free: {list(free)}"
