@@ -364,8 +364,7 @@ async def test_a_key_is_asked_for_where_something_is_computed_and_read_again_whe
 
 async def test_a_variable_for_a_key_that_is_empty_is_told(tokenizer, monkeypatch, caplog):
     monkeypatch.setenv("HBSERVE_API_KEY", "")
-    server = FakeServer(tokenizer)
-    assert (await server.client.get("/v1/models")).status_code == 200
+    assert (await FakeServer(tokenizer).client.get("/v1/models")).status_code == 200
     assert "HBSERVE_API_KEY is set, and empty: it asks for no key" in caplog.text
 
 

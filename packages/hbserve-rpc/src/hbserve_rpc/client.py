@@ -289,7 +289,7 @@ class RpcClient:
                 pending.since_s = max(self._last_heard_s, pending.since_s + own_pause_s)
                 silent_s = now_s - pending.since_s
                 if silent_s > self._timeout_s:
-                    silent = f"was silent for {silent_s:.1f} s during {pending.method}{self.problem}"
+                    silent = f"was silent for {silent_s:.1f} s during {pending.method}{self.why_silent}"
                     pending.fail(PeerLost(f"{self.address} {silent}"))
                     self.send(wire.Close(pending.id))  # a frozen server reads it when it continues
 
