@@ -28,7 +28,8 @@ logger = logging.getLogger(__name__)
 logging.getLogger("uvicorn").setLevel(logging.WARNING)  # of its own beginning and end we tell ourselves
 
 KEEP_ALIVE_S = 120
-"""More than proxies have, so that it is they who close: else a request meets a connection that is being closed."""
+"""More than proxies have, so that it is they who close: else a request meets a connection that is being closed. Also
+for a client from which nothing comes of a request that is not whole."""
 BACKLOG = 2048
 MOST_HEAD_BYTES = 1 << 20
 TOO_LARGE = b"HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
@@ -42,13 +43,26 @@ STALL_TIMEOUT_S = 60.0
 
 
 class _Protocol(HttpToolsProtocol):
-    """Bounds what httptools does not: the head of a request, and what may follow its body. Lets answers be written
-    directly."""
+    """Bounds what httptools does not: the head of a request, and what may follow its body. Knows whether it waits for
+    one, and since when. Lets answers be written directly."""
 
     num_unbounded = 0
     """Bytes since anything of a request was complete, or of its body, which has a bound of its own."""
 
+    is_whole = False
+    """The last request has come to its end."""
+    heard_s: float
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # of uvicorn's own
+        self.heard_s = time.monotonic()
+        super().connection_made(transport)
+
+    def on_message_begin(self) -> None:
+        self.is_whole = False
+        super().on_message_begin()
+
     def data_received(self, data: bytes) -> None:
+        self.heard_s = time.monotonic()
         self.num_unbounded += len(data)
         super().data_received(data)
         if self.num_unbounded > MOST_HEAD_BYTES and not self.transport.is_closing():
@@ -66,6 +80,7 @@ class _Protocol(HttpToolsProtocol):
         super().on_body(body)
 
     def on_message_complete(self) -> None:
+        self.is_whole = True
         self.num_unbounded = 0
         super().on_message_complete()
 
@@ -144,7 +159,8 @@ class HttpServer:
         self._watching = asyncio.create_task(self._watch_stalled(self._server))
 
     async def _watch_stalled(self, server: _Uvicorn) -> None:
-        """What waits for clients that do not read is bounded for each, but there may be ever more of them."""
+        """What waits for clients that do not read, or do not write, is bounded for each, but there may be ever more of
+        them."""
         since_s: dict[uvicorn.server.Protocols, tuple[int, float]] = {}
         while True:
             await asyncio.sleep(STALL_TIMEOUT_S / 4)
@@ -160,6 +176,16 @@ class HttpServer:
                     connection.transport.abort()
                 elif num_bytes:
                     since_s[connection] = stands
+                elif isinstance(connection, _Protocol) and not connection.is_whole:
+                    self._end_silent(connection, now_s)
+
+    @staticmethod
+    def _end_silent(connection: _Protocol, now_s: float) -> None:
+        """uvicorn waits for ever for the first request of a connection, and for the rest of one."""
+        silent_s = now_s - connection.heard_s
+        if silent_s > KEEP_ALIVE_S:
+            logger.info("a client has sent nothing for %.0f s of a request; its connection ends", silent_s)
+            connection.transport.abort()
 
     @property
     def num_answering(self) -> int:
