@@ -354,7 +354,7 @@ async def test_a_key_is_asked_for_where_something_is_computed_and_read_again_whe
     other.write_text("second\n")
     other.replace(keys)
     assert [await status("first"), await status("second")] == [401, 200]
-    assert f"{keys} has changed: keys in it now: 1" in caplog.text
+    assert f"{keys} has changed; it has 1 keys now" in caplog.text
     keys.unlink()
     assert await status("second") == 200
     error = error_of(await server.complete(), 401)

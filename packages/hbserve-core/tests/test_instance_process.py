@@ -150,7 +150,7 @@ BAD_CONFIGURATIONS = {
     b'{"model_path": "m", "gpu_memory_utilization": 1.5}': "gpu_memory_utilization=1.5: expected 0.01 to 1",
     b'{"model_path": "m", "port": 65536}': "port=65536: expected 0 to 65535",
     b'{"model_path": "m", "kv_rank": -1}': "kv_rank=-1: expected at least 0",
-    b'{"model_path": "m", "host": "0.0.0.0"}': "host='0.0.0.0': is every address of a machine, and none at which peers",
+    b'{"model_path": "m", "host": "0.0.0.0"}': "host='0.0.0.0': means every address of a machine, so peers cannot",
     b'{"model_path": "m", "host": "[::1]"}': "host='[::1]': expected it without brackets, '::1'",
     b'{"model_path": "m", "log_level": "LOUD"}': "log_level='LOUD': expected one of DEBUG",
     b'{"model_path": "m", "kv_transfer": {"options": {"a": ' + b"[" * 5000: "maximum recursion depth",

@@ -135,7 +135,7 @@ async def test_another_loop_and_another_thread_are_refused_and_close_still_close
         ([1.0], "expected whole numbers"),
         (["1"], "expected whole numbers"),
         (None, "block_ids=None: expected whole numbers"),
-        (torch.tensor([1, 1]), r"block_ids=\[1, 1\]: expected different ones from 0 to 7"),
+        (torch.tensor([1, 1]), r"block_ids=\[1, 1\]: expected distinct ones from 0 to 7"),
         (torch.tensor([1.5]), "expected whole numbers"),
         ([2**70], "outside the pool: expected 0 to 7"),
         (np.array([-1]), "outside the pool"),

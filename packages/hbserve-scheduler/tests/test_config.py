@@ -286,7 +286,7 @@ def test_anchors_and_merge_keys_work(tmp_path: Path) -> None:
         ("model:\n  path: [1, 2\nengine: {}\n", ["line 3:"]),
         ("model: {}\nengine: {}\nmodel: {}\n", ["line 3:", "'model' is written twice"]),
         ("model:\n  path: a\n  path: b\n", ["line 3:", "'path' is written twice"]),
-        ('model: {}\nserver:\n  uds: "/tmp/a\\0b"\n', ["line 3:", "a text has a NUL character"]),
+        ('model: {}\nserver:\n  uds: "/tmp/a\\0b"\n', ["line 3:", "a string has a NUL character"]),
         ("model: !!python/object:os.system {}\n", ["line 1:", "python/object"]),
         ("? [a, b]\n: 1\n", ["line 1:"]),
         ("model: *nobody\n", ["line 1:", "nobody"]),

@@ -30,7 +30,7 @@ class LogLevel(StrEnum):
 LogLevelOption = Annotated[LogLevel, typer.Option("--log-level", case_sensitive=False)]
 KeysOption = Annotated[
     Path | None,
-    typer.Option("--keys", envvar="HBSERVE_KEYS", help="Folder of client.key, where the scheduler has keys."),
+    typer.Option("--keys", envvar="HBSERVE_KEYS", help="Folder with client.key, if the scheduler uses keys."),
 ]
 
 

@@ -42,7 +42,7 @@ def converted(file: Path, given_up: threading.Event | None = None) -> Path:
     """
     with file.open("rb") as opened:
         if opened.read(len(_MAGIC)) != _MAGIC:
-            raise ConversionFailed(f"'{file}' is no GGUF file: it does not begin with {_MAGIC.decode()}")
+            raise ConversionFailed(f"'{file}' is not a GGUF file: it does not begin with {_MAGIC.decode()}")
     for module in ("gguf", "accelerate"):
         if importlib.util.find_spec(module) is None:
             raise ConversionFailed(f"'{file}' needs the package {module} to be read: pip install gguf accelerate")
@@ -122,7 +122,7 @@ def _write_model(file: Path, folder: Path) -> None:
     # And it says nothing of what it leaves out.
     wrong += [f"{name} is of a layer that it does not count" for name in _surplus(file, model.config)[:1]]
     if wrong:
-        raise ValueError(f"it is not whole, or of another model than it says: {'; '.join(wrong)}")
+        raise ValueError(f"it is incomplete, or not of the model that it names: {'; '.join(wrong)}")
     # The weights are plain numbers now; without this the folder would claim to be quantized.
     del model.config.quantization_config
     model.hf_quantizer = None

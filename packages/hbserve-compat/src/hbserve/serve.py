@@ -81,7 +81,7 @@ class ServeArgs:
         server = msgspec.structs.replace(config.server, **self.server)
         if server.uds is not None and (ignored := sorted({"host", "port"} & self.server.keys())):
             raise ConfigError(
-                f"--{ignored[0]}: expected none with server.uds or --uds, {server.uds!r}: it serves there alone"
+                f"--{ignored[0]}: expected none with server.uds or --uds, {server.uds!r}: it serves only there"
             )
         given = {name: getattr(server, name) for name in ("uds", "ssl_keyfile", "ssl_certfile")}
         paths = {name: os.path.expanduser(path) for name, path in given.items() if path is not None}

@@ -243,7 +243,7 @@ class KVTransferManager(KVTransferBase):
         self._require_open(transfer_id)
         blocks = checked_blocks(block_ids, num_blocks := self._memory.layout.num_blocks)
         if len(set(blocks)) != len(blocks):
-            raise ValueError(f"block_ids={blocks}: expected different ones from 0 to {num_blocks - 1}")
+            raise ValueError(f"block_ids={blocks}: expected distinct ones from 0 to {num_blocks - 1}")
         transfer = self._receiver.expect(transfer_id, "pool", blocks, may_be_partial=may_be_partial, sender=sender)
         transfer.result.add_done_callback(lambda done: self._count_received(done.result()))
         grant = Grant(transfer_id, self.address, self.epoch, self.heads)
@@ -280,7 +280,7 @@ class KVTransferManager(KVTransferBase):
     async def _open(self, begin: Begin, receivers: Sequence[tuple[str, str]]) -> SendTransfer:
         self._require_open(begin.transfer_id)
         if not receivers:
-            raise TransferFailed(f"transfer {begin.transfer_id}: its grant is of no receiver")
+            raise TransferFailed(f"transfer {begin.transfer_id}: its grant names no receiver")
         transfer = SendTransfer(begin, self._memory, self._peers, receivers)
         self._outgoing.add(transfer)
         asyncio.gather(*transfer.tasks).add_done_callback(lambda _: self._outgoing.discard(transfer))

@@ -39,7 +39,7 @@ def parse_address(text: str) -> tuple[str, int]:
     if is_wildcard(host):
         here = format_address("::1" if ":" in host else "127.0.0.1", int(match["port"]))
         raise InvalidAddress(
-            f"{text!r}: {host} is where a server listens, and no place to reach it; on its own machine use {here}"
+            f"{text!r}: {host} is an address to listen on, not to connect to; on the same machine use {here}"
         )
     return host, int(match["port"])
 
@@ -63,7 +63,7 @@ def check_peer_host(host: str) -> None:
     check_host(host)
     if is_wildcard(host):
         raise InvalidAddress(
-            f"{host!r}: is every address of a machine, and none at which peers reach it; expected the one that they "
+            f"{host!r}: means every address of a machine, so peers cannot connect to it; expected one that they can "
             "use, for example 10.0.0.5, or 127.0.0.1 if all are on one machine"
         )
     if "%" in host:
@@ -157,7 +157,7 @@ def _problem(host: str) -> str:
     if found is not None:
         return _problem_of_ip(found)
     if re.search(r":[0-9]+$", host) and host.count(":") == 1:
-        return "expected the host alone; its port is given apart"
+        return "expected only the host; its port is given separately"
     if ":" in host or "/" in host:
         return "expected an IP address or a name; it is neither"
     if re.search(r"(^|\.)([0-9]+|0[xX][0-9a-fA-F]*)\.?$", host):
@@ -169,13 +169,13 @@ def _problem(host: str) -> str:
 
 def _problem_of_ip(found: ipaddress.IPv4Address | ipaddress.IPv6Address) -> str:
     if found.is_multicast or str(found) == "255.255.255.255":
-        return "is an address of many machines; expected one machine's"
+        return "is a multicast or broadcast address; expected that of one machine"
     zone = getattr(found, "scope_id", None)
     if zone is not None and not re.fullmatch(r"[A-Za-z0-9_.@-]+", zone):
         return "expected the name of a network interface after '%'"
     needs_zone = found.version == 6 and found.is_link_local
     if needs_zone and zone is None:
-        return f"is link-local, and means nothing without its zone; expected one, as in '{found}%eth0'"
+        return f"is link-local, which needs a zone, as in '{found}%eth0'"
     if zone is not None and not needs_zone:
         return "a zone is for link-local addresses; expected it without '%'"
     return ""

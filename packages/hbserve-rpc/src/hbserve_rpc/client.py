@@ -93,7 +93,7 @@ class RpcClient:
         """`problem`, or that there is no connection at all."""
         if self.problem or self._connection.is_there:
             return self.problem
-        return "; there is no connection: nobody who speaks this protocol listens there"
+        return "; there is no connection: nothing that speaks this protocol listens there"
 
     @property
     def _socket(self) -> MessageSocket:

@@ -44,7 +44,7 @@ def admitted(request: GenerateRequest, infos: Sequence[InstanceInfo], digest_blo
         prompt = tuple(plain_token_ids("prompt", prompt))
         shape = shape_of(prompt, digest_block_size)
     elif not isinstance(shape, PromptShape) or not isinstance(prompt, tuple) or shape.num_tokens != len(prompt):
-        raise InvalidRequest("shape: it is of another prompt")
+        raise InvalidRequest("shape: belongs to another prompt")
     output = plain_token_ids("output_token_ids", request.output_token_ids)
     if not prompt:
         raise InvalidRequest("prompt: expected at least one token")
@@ -100,7 +100,7 @@ class WaitingRequests(Sequence[ScheduledRequest]):
     def remove(self, entry: ScheduledRequest) -> None:
         """Raises ValueError: it is not waiting."""
         if entry not in self:
-            raise ValueError(f"request {entry.request.request_id!r} does not wait")
+            raise ValueError(f"request {entry.request.request_id!r} is not waiting")
         priority, num_tokens = entry.request.params.priority, entry.num_tokens
         del self.by_id[entry.request.request_id], self._levels[priority][entry.request.request_id]
         self._tokens[priority] -= num_tokens

@@ -163,7 +163,9 @@ def _check_discovered(path: str, instance: InstanceSection) -> None:
     alone = InstanceSection(instance_type=instance.instance_type, discover=instance.discover)
     for name in instance.__struct_fields__:
         if (value := getattr(instance, name)) != getattr(alone, name):
-            raise ConfigError(f"{path}.{name}={shown(value)}: expected none with discover: who is found has its own")
+            raise ConfigError(
+                f"{path}.{name}={shown(value)}: expected none with discover: each instance that is found has its own"
+            )
 
 
 def _check_server(config: DeploymentConfig) -> None:
@@ -174,7 +176,7 @@ def _check_server(config: DeploymentConfig) -> None:
     except InvalidAddress as error:
         raise ConfigError(f"server.host={error}") from None
     if (server.ssl_keyfile is None) != (server.ssl_certfile is None):
-        raise ConfigError("server.ssl_keyfile and server.ssl_certfile: expected both, or none")
+        raise ConfigError("server.ssl_keyfile and server.ssl_certfile: expected both or neither")
     for i, name in enumerate(server.served_model_names):
         if not name.strip():
             raise ConfigError(f"server.served_model_names[{i}]={name!r}: expected a name")

@@ -32,7 +32,7 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Hashable, Any]:
 def _text(loader: _Loader, node: yaml.ScalarNode) -> str:
     text: str = loader.construct_scalar(node)
     if "\0" in text:
-        raise yaml.constructor.ConstructorError(None, None, "a text has a NUL character", node.start_mark)
+        raise yaml.constructor.ConstructorError(None, None, "a string has a NUL character", node.start_mark)
     return text
 
 

@@ -181,7 +181,7 @@ class InstanceHandle:
             self.role, self.load, self.load_of_others = info.role, self.load - self.load_of_others, 0
         if self._outage is not None and self._outage.was_said:
             silent_s = asyncio.get_running_loop().time() - self._outage.began_s
-            logger.warning("%s at %s is reached, after %.0f s", self.instance_id, self.address, silent_s)
+            logger.warning("%s at %s is reachable, after %.0f s", self.instance_id, self.address, silent_s)
         self._outage = None
         self._set_info(info)
 
@@ -241,7 +241,7 @@ class InstanceHandle:
         now_s = asyncio.get_running_loop().time()
         if self._outage is not None and self._outage.is_due(now_s):
             silent_s = now_s - self._outage.began_s
-            logger.warning("not reached for %.0f s, and tried on: %s", silent_s, self.describe_problem())
+            logger.warning("not reachable for %.0f s; still trying: %s", silent_s, self.describe_problem())
 
     async def drop(self, why: str) -> None:
         """Fail what waits for it now, rather than when heartbeats are missed, because it is known to be dead."""

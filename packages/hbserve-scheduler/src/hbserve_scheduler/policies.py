@@ -283,7 +283,7 @@ class Available(Sequence[InstanceHandle]):
             problem = f"it chose {chosen!r}, which is none of the candidates"
         except Exception as error:  # a user's policy: requests must not stand still because of it
             problem = repr(error)
-        logger.error("%s cannot choose, so the least loaded one is taken: %s", type(self.policy).__name__, problem)
+        logger.error("%s cannot choose, so the least loaded instance is taken: %s", type(self.policy).__name__, problem)
         return self._by_load.first() if among is None else min(among, key=least_loaded)
 
     @overload

@@ -188,7 +188,7 @@ class ScheduledRequest:
 
     def _deliver_choice(self, event: TokenEvent) -> None:
         if not 0 <= event.choice < len(self.choices):
-            raise RemoteError(f"a token of choice {event.choice} came, of {len(self.choices)}")
+            raise RemoteError(f"a token came of choice {event.choice}, of {len(self.choices)}")
         choice = self.choices[event.choice]
         choice.deliver(event)
         if event.token_ids:

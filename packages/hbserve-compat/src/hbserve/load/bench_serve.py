@@ -165,7 +165,7 @@ def _prompts(args: BenchServeArgs, folder: Path) -> tuple[list[Prompt], Any]:
     tokenizer = load_tokenizer(folder) if folder.is_dir() else None
     if tokenizer is None:
         raise InvalidRequest(
-            f"--tokenizer: prompts are made of tokens, and {str(folder)!r} is no folder of a tokenizer"
+            f"--tokenizer: prompts are made of tokens, and {str(folder)!r} is not a folder with a tokenizer"
         )
     vocabulary, count, seed = Vocabulary.of(tokenizer), args.num_prompts or USUAL_COUNT, args.seed
     match args.dataset_name:

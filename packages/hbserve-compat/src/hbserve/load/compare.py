@@ -81,7 +81,7 @@ def _rates(text: str) -> list[float]:
     except ValueError:
         rates = []
     if not rates or not 0 < rates[0] <= rates[-1] < float("inf"):
-        raise InvalidRequest(f"--rates={text!r}: expected numbers above 0, with commas between")
+        raise InvalidRequest(f"--rates={text!r}: expected numbers above 0, separated by commas")
     return rates
 
 
@@ -93,10 +93,10 @@ def layouts_of(text: str) -> dict[str, list[Role]]:
         roles = [role for letter, role in ROLES.items() for _ in range(counts.get(letter, 0))]
         is_whole = "".join(f"{count}{letter}" for letter, count in counts.items()) == name
         if not is_whole or not roles or ("prefill" in roles) != ("decode" in roles):
-            raise InvalidRequest(f"--layouts={shown(text)}: expected such as 2H,1P1D; not {shown(name)}")
+            raise InvalidRequest(f"--layouts={shown(text)}: expected layouts such as 2H,1P1D; got {shown(name)}")
         layouts[name] = roles
     if len({len(roles) for roles in layouts.values()}) != 1:
-        raise InvalidRequest(f"--layouts={shown(text)}: expected layouts of as many instances each")
+        raise InvalidRequest(f"--layouts={shown(text)}: expected layouts with the same number of instances")
     return layouts
 
 
@@ -195,7 +195,7 @@ def _advice(found: Sequence[Measured]) -> str:
         best[each.layout] = max(best.get(each.layout, 0.0), each.goodput)
     winner, most = max(best.items(), key=lambda each: each[1])
     if most == 0:
-        return "None keeps its goals at any of these rates: lower them, or relax the goals."
+        return "None meets its goals at any of these rates: lower the rates, or relax the goals."
     simple = {layout: goodput for layout, goodput in best.items() if HYBRID in layout}
     if winner not in simple and simple and most < MUCH_MORE * max(simple.values()):
         winner, as_good = max(simple, key=lambda layout: simple[layout]), winner

@@ -133,7 +133,7 @@ def _deployment(args: SimulateArgs) -> Deployment:
     if not any(counts):
         counts = (1, 1, 0)
     if bool(counts[0]) != bool(counts[1]):
-        raise InvalidRequest(f"--prefill={counts[0]} --decode={counts[1]}: expected some of both, or of neither")
+        raise InvalidRequest(f"--prefill={counts[0]} --decode={counts[1]}: expected some of both or of neither")
     if min(filter(None, counts)) < args.cells:
         raise InvalidRequest(f"--cells={args.cells}: each needs an instance of each role")
     roles = roles_of(*counts)
@@ -163,7 +163,9 @@ def _requests(args: SimulateArgs) -> Iterator[SimulatedRequest]:
         return workload.trace(args.trace, block_size=MOONCAKE_BLOCK, unit_s=1e-3, speed=args.speed, repeat=args.repeat)
     if args.conversations:
         if args.rate > MOST_TURNS_A_SECOND:
-            raise InvalidRequest(f"--rate={args.rate:g}: of --conversations expected at most {MOST_TURNS_A_SECOND:g}")
+            raise InvalidRequest(
+                f"--rate={args.rate:g}: with --conversations, expected at most {MOST_TURNS_A_SECOND:g}"
+            )
         return workload.conversations(args.num_requests, args.rate, seed=args.seed)
     lengths = args.input_len, args.output_len
     return workload.poisson(

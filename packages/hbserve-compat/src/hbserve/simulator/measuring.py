@@ -110,7 +110,7 @@ def _numbers(option: str, text: str) -> tuple[int, ...]:
     except ValueError:
         found = ()
     if not found or found[0] < 1:
-        raise InvalidRequest(f"{option}={text!r}: expected numbers from 1 on, with commas between")
+        raise InvalidRequest(f"{option}={text!r}: expected numbers from 1 on, separated by commas")
     return found
 
 

@@ -255,7 +255,7 @@ class RequestLimits:
             raise InvalidRequest("prompt: expected at least one token")
         num_prompt, num_output = len(prompt_ids), len(output_ids)
         if num_output >= params.max_tokens:
-            raise InvalidRequest(f"output_token_ids: {num_output} tokens are all of max_tokens={params.max_tokens}")
+            raise InvalidRequest(f"output_token_ids: {num_output} tokens already reach max_tokens={params.max_tokens}")
         self._check_length(num_prompt, num_prompt + num_output)
         most = min(num_prompt + params.max_tokens, self._max_model_len)
         if params.n > 1 and params.seed is None:

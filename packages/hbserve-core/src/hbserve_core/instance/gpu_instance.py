@@ -330,7 +330,7 @@ class GpuInstance:
     async def _end_prefill(self, request_id: str, sending: PrefillSend) -> None:
         await self._last_call(lambda engine: engine.hold(request_id))
         if await sending.abort("the request has ended") is Outcome.UNKNOWN:
-            logger.warning("%s: a failed transfer may still read its blocks; they wait until it does not", request_id)
+            logger.warning("%s: a failed transfer may still read its blocks; they stay out of use", request_id)
             await self._last_call(lambda engine: engine.quarantine(request_id, sending.num_blocks))
             await sending.drained()
         await self._close(request_id)
@@ -389,7 +389,7 @@ class GpuInstance:
                 raise Overloaded(f"{name} has {count} requests; it can become a {role} instance when it has none")
             self.config, self.epoch = msgspec.structs.replace(self.config, role=role), uuid.uuid4().hex
             self.reports.tell()
-            logger.info("%s: is a %s instance from now on", name, role)
+            logger.info("%s: is a %s instance now", name, role)
         return await self.reports.describe(Empty())
 
     def _require_transfers(self) -> InstanceTransfers:

@@ -328,7 +328,7 @@ async def wait_for_kv(
     try:
         handover = msgspec.msgpack.decode(result.payload, type=Handover)
     except msgspec.DecodeError as error:
-        raise RemoteError(f"KV transfer failed: what was committed with it is no handover: {error}") from error
+        raise RemoteError(f"KV transfer failed: what was committed is not a handover: {error}") from error
     if problem := _problem(handover, request, vocab_size, is_partial=result.is_partial):
         raise RemoteError(f"KV transfer failed: {problem}")
     return handover, result.is_trusted

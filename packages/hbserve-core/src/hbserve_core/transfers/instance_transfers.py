@@ -31,7 +31,7 @@ class InstanceTransfers:
     def __init__(
         self, config: InstanceConfig, runner: Runner, epoch: str, on_lost: Callable[[Exception], None]
     ) -> None:
-        """on_lost: called if a rank does not answer any more; then the instance must end.
+        """on_lost: called if a rank no longer answers; then the instance must end.
 
         Raises:
             BackendUnavailable: see `KVTransferManager`.

@@ -40,7 +40,9 @@ class HeadRange(msgspec.Struct, frozen=True, array_like=True):
 
     def __post_init__(self) -> None:
         if not (self.first >= 0 and self.count >= 1 and self.end <= self.total):
-            raise ValueError(f"heads [{self.first}, {self.end}) of {self.total}: expected a part of them, not empty")
+            raise ValueError(
+                f"heads [{self.first}, {self.end}) of {self.total}: expected a part of them that is not empty"
+            )
 
     @property
     def end(self) -> int:
@@ -50,7 +52,7 @@ class HeadRange(msgspec.Struct, frozen=True, array_like=True):
     def of_rank(cls, rank: int, num_ranks: int, total: int) -> "HeadRange":
         """An equal split. Raises ValueError if `total` heads cannot be split into `num_ranks` equal parts."""
         if total % num_ranks:
-            raise ValueError(f"{total} heads cannot be cut into {num_ranks} equal parts")
+            raise ValueError(f"{total} heads cannot be split into {num_ranks} equal parts")
         count = total // num_ranks
         return cls(rank * count, count, total)
 

@@ -75,7 +75,7 @@ def read_grants(grant: bytes) -> list[Grant]:
     try:
         found = msgspec.msgpack.decode(grant, type=Grant | list[Grant])
     except msgspec.DecodeError as error:
-        raise TransferFailed(f"a grant that is none: {error}") from error
+        raise TransferFailed(f"not a grant: {error}") from error
     return found if isinstance(found, list) else [found]
 
 
@@ -87,7 +87,7 @@ def checked_id(transfer_id: object) -> str:
         try:
             transfer_id.encode()
         except UnicodeEncodeError:
-            raise ValueError(f"transfer_id={transfer_id!r}: expected one that UTF-8 has") from None
+            raise ValueError(f"transfer_id={transfer_id!r}: expected text that UTF-8 can encode") from None
     return transfer_id
 
 

@@ -239,7 +239,7 @@ class Receiver:
         wanted = [units[place] for place in places]
         found = await link.link.run(link_checksums, self._memory, link.link, transfer.region, wanted)
         wrong = [place for place, number in zip(places, found, strict=True) if number != message.checksums[place]]
-        return f"checksum: blocks {wrong} of those granted are not as they were sent" if wrong else ""
+        return f"checksum: granted blocks {wrong} differ from what was sent" if wrong else ""
 
     async def _abandon(self, message: Abandon) -> Nothing:
         expected, link = self.transfers.get(message.transfer_id), self._find_link(message.link)

@@ -129,7 +129,7 @@ class NcclTransport(Transport):
 
     def unreachable(self, description: bytes) -> str:
         theirs, mine = _decode(description).ip_version, self._mine.ip_version
-        differs = f"one's address is of IPv{theirs}, the other's of IPv{mine}; Gloo needs the same"
+        differs = f"one address is IPv{theirs}, the other IPv{mine}; Gloo needs the same"
         return differs if theirs != mine else ""
 
     async def connect(self, link: Link) -> None:

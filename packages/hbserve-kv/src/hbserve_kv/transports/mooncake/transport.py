@@ -132,7 +132,7 @@ class MooncakeTransport(Transport):
         except PermissionError as error:
             if not self._is_open_said:
                 logger.warning(
-                    "mooncake listens on every interface of this host, and whoever reaches it may write: only a "
+                    "mooncake listens on every interface of this host, and anybody who reaches it may write: only a "
                     "process with CAP_NET_ADMIN may have the kernel drop what is not sent to %s (%s); see SECURITY.md",
                     self._host,
                     error,
