@@ -70,9 +70,7 @@ ModelOption = Annotated[
 ]
 MaxTokensOption = Annotated[int, typer.Option(help="Most tokens of each answer.")]
 TemperatureOption = Annotated[float, typer.Option(help="0 is greedy.")]
-TopPOption = Annotated[
-    float | None, typer.Option(help="Only the likeliest tokens that together have this probability; 1.")
-]
+TopPOption = Annotated[float | None, typer.Option(help="Only the likeliest tokens, up to this probability; 1.")]
 SeedOption = Annotated[int | None, typer.Option(help="The same seed gives the same answer.")]
 StopOption = Annotated[list[str] | None, typer.Option(help="Text that ends an answer. May be repeated.")]
 SystemOption = Annotated[str | None, typer.Option(help="The system message.")]
@@ -158,9 +156,7 @@ def serve(
     ] = None,
     api_key: Annotated[str | None, typer.Option(help="Clients must send it; or set HBSERVE_API_KEY.")] = None,
     api_key_file: Annotated[str | None, typer.Option(help="A key on each line; read again when it changes.")] = None,
-    cors_origins: Annotated[
-        list[str] | None, typer.Option("--cors-origin", help="Origin whose pages may call the server.")
-    ] = None,
+    cors_origins: Annotated[list[str] | None, typer.Option("--cors-origin", help="Whose pages may call.")] = None,
     ssl_keyfile: Annotated[str | None, typer.Option(help="For HTTPS, with --ssl-certfile.")] = None,
     ssl_certfile: Annotated[str | None, typer.Option(help="For HTTPS, with --ssl-keyfile.")] = None,
     root_path: Annotated[str | None, typer.Option(help="Path under which a proxy serves it.")] = None,
@@ -253,9 +249,7 @@ HERE = "127.0.0.1:5550"
 
 @app.command()
 def join(
-    address: Annotated[
-        str, typer.Argument(metavar="HOST:PORT", help="An instance, which reports its own name and role.")
-    ],
+    address: Annotated[str, typer.Argument(metavar="HOST:PORT", help="An instance, which reports its name and role.")],
     connect: ConnectOption = HERE,
     keys: KeysOption = None,
     log_level: LogLevelOption = LogLevel.WARNING,
@@ -274,9 +268,7 @@ def drain(
     leave: Annotated[bool, typer.Option("--leave", help="Forget it when it has nothing left.")] = False,
     within_s: Annotated[
         float | None,
-        typer.Option(
-            "--within", metavar="SECONDS", min=0.0, help="After this, move its requests elsewhere, and forget it."
-        ),
+        typer.Option("--within", metavar="SECONDS", min=0.0, help="Then move its requests elsewhere and forget it."),
     ] = None,
     log_level: LogLevelOption = LogLevel.WARNING,
 ) -> None:
@@ -377,9 +369,7 @@ def trace(
         "trace.json.gz"
     ),
     request_id: Annotated[str, typer.Option("--request", metavar="ID", help="Only this request.")] = "",
-    last_s: Annotated[
-        float, typer.Option("--last", metavar="SECONDS", min=0.0, help="How many seconds back.")
-    ] = 3600.0,
+    last_s: Annotated[float, typer.Option("--last", metavar="SECONDS", min=0.0, help="How far back.")] = 3600.0,
     log_level: LogLevelOption = LogLevel.WARNING,
 ) -> None:
     """Write a timeline of the requests of a running deployment."""

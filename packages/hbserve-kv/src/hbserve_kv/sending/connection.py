@@ -130,9 +130,7 @@ class Leg:
             raise LinkUnknown(f"{connection.client.address} does not know the link any more")
         region: Region = "pool" if self.begin.num_bytes is None else "arena"
         if target.region != region or not all(block_id >= 0 for block_id in target.block_ids):
-            raise TransferFailed(
-                f"{connection.client.address} accepts it into blocks that it cannot have granted: {target}"
-            )
+            raise TransferFailed(f"{connection.client.address} accepts it into blocks it cannot have granted: {target}")
         self.target = target
         self.target_units = connection.link.peer.units(target.block_ids) if region == "pool" else target.block_ids
         self.state.accept(self.number, one_sided=connection.transport.one_sided)
