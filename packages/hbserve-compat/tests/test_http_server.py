@@ -168,7 +168,7 @@ async def test_connections_for_which_there_are_not_files_enough_are_refused_at_o
         highest = max(map(int, os.listdir("/proc/self/fd")))
         resource.setrlimit(resource.RLIMIT_NOFILE, (highest + FILES_LEFT + 10, hard))
         try:
-            answers = []
+            answers: list[bytes] = []
             while not answers or b"503" not in answers[-1] or answers.count(answers[-1]) < 3:
                 connections.append(socket.create_connection(address))
                 connections[-1].setblocking(False)

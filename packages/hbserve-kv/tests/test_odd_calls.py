@@ -145,7 +145,7 @@ async def test_blocks_that_are_none_are_named(block_ids, message):
     async with manager() as receiver, manager(rank=1) as sender:
         with pytest.raises((TypeError, ValueError), match=message):
             receiver.post_receive("t", block_ids)
-        if "different" not in message:  # a sender may send one block to several places
+        if "distinct" not in message:  # a sender may send one block to several places
             transfer = await sender.open_send("u", receiver.post_receive("u", [0, 1, 2]).grant)
             with pytest.raises((TypeError, ValueError), match=message):
                 transfer.push(block_ids, first=0)

@@ -76,17 +76,15 @@ class KVTransferManager(KVTransferBase):
         self.heads = self._memory.heads
         self.fingerprint = dict(fingerprint)
         self._transports = {each.name: each for each in ([transport] if transport else make_transports(config, rank))}
-        trust: dict[str, Any] = {"keys": config.keys, "allows": ["instance"]}
-        self._server = RpcServer(
-            config.host, config.port, epoch=self.epoch, heartbeat_timeout_s=config.timeout_s, **trust
-        )
+        peers: dict[str, Any] = {"heartbeat_timeout_s": config.timeout_s, "keys": config.keys, "allows": ["instance"]}
+        self._server = RpcServer(config.host, config.port, epoch=self.epoch, **peers)
         self._buffer = LookupBuffer(self._memory, timeout_s=config.timeout_s, expiry_s=config.expiry_s)
-        me = self._me = Identity(rank, self.epoch, self.fingerprint, self.heads, self._memory.layout, name)
-        self._receiver = Receiver(me, self._memory, self._transports, self._buffer, config)
+        self._me = Identity(rank, self.epoch, self.fingerprint, self.heads, self._memory.layout, name)
+        self._receiver = Receiver(self._me, self._memory, self._transports, self._buffer, config)
         self._receiver.serve_on(self._server)
         self._server.serve(ALIVE, self._alive)
         self._peers = self._make_peers(self._transports)
-        self._offers = Offers(me, self.open_send, config.expiry_s)
+        self._offers = Offers(self._me, self.open_send, config.expiry_s)
         self._offers.serve_on(self._server)
         self._senders = Senders(config.timeout_s, config.keys)
         self._claims: set[Claim] = set()
@@ -119,13 +117,12 @@ class KVTransferManager(KVTransferBase):
             for name, transport in list(self._transports.items()):
                 try:
                     await transport.start(self._memory)
+                    started.append(transport)
                 except BackendUnavailable as error:
                     if len(self._transports) == 1:
                         raise
                     logger.info("kv_transfer.backend=%s: not %s: %s", self.config.backend, name, error)
                     del self._transports[name]
-                    continue
-                started.append(transport)
             await self._server.start()
             if self._closed:
                 raise RuntimeError("this manager was closed while it started")
