@@ -83,7 +83,8 @@ async def test_it_ends_when_told_to(launch, wait_for):
 
 
 INSTANCE_THAT_SHOWS_ITS_PROCESS = """
-import asyncio, gc, os, signal, sys
+import asyncio, gc, os, signal, sys, threading
+from tqdm import tqdm
 from hbserve_core.instance import process
 
 class Instance:
@@ -96,6 +97,7 @@ class Instance:
         gc.unfreeze()  # what the process may have been forked with
         self.before_ready()
         assert gc.get_freeze_count()
+        assert type(tqdm.get_lock()) is type(threading.RLock()), "the end leaves no semaphore"
         print(sys.getswitchinterval(), flush=True)
         os.kill(os.getpid(), signal.SIGTERM)
         await asyncio.Event().wait()

@@ -38,6 +38,8 @@ FILES_LEFT = 16
 FULL = b"HTTP/1.1 503 Service Unavailable\r\nconnection: close\r\nretry-after: 1\r\ncontent-length: 0\r\n\r\n"
 FULL_TOLD_S = 30.0
 """That connections are refused is said so often at most."""
+LAST_WORDS_S = 0.5
+"""How long clients may take, when the server stops, to read what it has answered them."""
 STALL_TIMEOUT_S = 60.0
 """A client that reads nothing for so long, of what waits for it, loses its connection."""
 
@@ -212,10 +214,12 @@ class HttpServer:
             for task in list(self._server.server_state.tasks):
                 task.cancel()
             await asyncio.gather(*self._server.server_state.tasks, return_exceptions=True)
-            await self._serving
-            # An answer that was cancelled before it had begun leaves its client waiting.
+            # From Python 3.12 on it ends when all connections have. An answer that was cancelled before it had begun
+            # leaves its client waiting, and a client that reads nothing never gets the end of one.
+            await asyncio.wait([self._serving], timeout=LAST_WORDS_S)
             for connection in list(self._server.server_state.connections):
                 connection.transport.abort()
+            await self._serving
         self._socket.close()
         if self._settings.api_servers == 1:
             remove_path(self._settings)

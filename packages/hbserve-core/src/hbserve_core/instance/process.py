@@ -15,9 +15,11 @@ import json
 import logging
 import os
 import sys
+import threading
 from collections.abc import AsyncIterator, Sequence
 
 import msgspec
+from tqdm import tqdm
 
 from hbserve_core.config import InstanceConfig
 from hbserve_core.errors import InstanceFailed
@@ -122,6 +124,8 @@ def main(arguments: Sequence[str] = ()) -> int:
     """Entry of `python -m hbserve_core`. Ends the process with the status that the module describes."""
     own_process.set_up()
     own_process.end_at_once_by_ctrl_c()
+    # Its own lock has a semaphore. From Python 3.14 on that is left behind by an end without finalizers, and told of.
+    tqdm.set_lock(threading.RLock())
     if arguments:
         sys.stderr.write(f"{arguments[0]}: python -m hbserve_core takes no arguments; expected on stdin: {EXPECTED}\n")
         return 2
