@@ -19,8 +19,10 @@ from typing import Any, Literal
 
 from hbserve_core import Engine, InstanceConfig, make_runner
 from hbserve_core.bench.simulated_device import H100_06B, H100_8B, SimulatedDevice
+from hbserve_core.engine.step_times import StepWork
 from hbserve_rpc import SamplingParams
 
+GRAPH_TOKENS = 2048
 GREEDY: dict[str, Any] = {"temperature": 0, "ignore_eos": True}
 
 
@@ -37,6 +39,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a model folder; none: a simulated device")
     parser.add_argument("--simulated", choices=["8b", "0.6b"], default="8b")
+    parser.add_argument(
+        "--launch-ms", type=float, default=0.0,
+        help="what the host takes to launch the kernels of a simulated step without a CUDA graph, of over 2048 tokens",
+    )  # fmt: skip
     parser.add_argument("--sizes", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096, 8192])
     parser.add_argument("--requests", type=int, default=1000)
     parser.add_argument("--load", type=float, default=0.7)
@@ -81,7 +87,11 @@ def serve(args: argparse.Namespace, size: int | Literal["auto"], work: list[tupl
             time.sleep(seconds)
 
     else:
-        law = H100_8B if args.simulated == "8b" else H100_06B
+        device_s = H100_8B if args.simulated == "8b" else H100_06B
+
+        def law(work: StepWork) -> float:
+            return max(device_s(work), 1e-3 * args.launch_ms if work.num_tokens > GRAPH_TOKENS else 0.0)
+
         model: Any = SimpleNamespace(vocab_size=1000, max_model_len=1 << 30, reach=0, eos_token_ids=())
         runner = device = SimulatedDevice(model, 1 << 16, law, lambda: 0.0005)
         engine, clock = Engine(config, runner, device.clock), device.clock
