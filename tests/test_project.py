@@ -191,6 +191,11 @@ def test_a_home_that_there_is_not_is_told_by_whoever_opens_the_path(texts):
     assert raising == [], "it raises without a path: use os.path.expanduser, as shells do"
 
 
+def test_every_process_of_ours_logs_without_waiting_for_whoever_reads(texts):
+    ours = [source for source, text in texts.items() if "src" in source.parts and "logging.basicConfig(" in text]
+    assert [source.name for source in ours] == ["stderr_log.py"], "use hbserve_rpc.stderr_log"
+
+
 def test_tests_of_ctrl_c_work_also_where_pytest_was_started_with_sigint_ignored():
     code = (
         "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); import conftest; "

@@ -18,6 +18,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from hbserve_rpc import own_process
+from hbserve_rpc.stderr_log import log_to_stderr
 
 
 class LogLevel(StrEnum):
@@ -73,7 +74,7 @@ def explaining(log_level: LogLevel, *, is_service: bool = False) -> Iterator[Non
     """Around the whole of a command. A problem that has a name is one line on stderr."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see `hbserve.entry`
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    logging.basicConfig(level=log_level.value, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    log_to_stderr(log_level.value)
     try:
         if sys.stdout is None and not is_service:
             raise OSError("stdout is closed: the answers have nowhere to go")

@@ -2,11 +2,11 @@
 
 import argparse
 import asyncio
-import logging
 import sys
 from pathlib import Path
 
 from hbserve_rpc import KeysError, own_process
+from hbserve_rpc.stderr_log import log_to_stderr
 from hbserve_scheduler.config import DeploymentConfig
 from hbserve_scheduler.config_file import load_config
 from hbserve_scheduler.cpu_scheduler import CpuScheduler
@@ -73,7 +73,7 @@ def main() -> int:
         "--log-level", default="INFO", type=str.upper, choices=["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
     )
     arguments = parser.parse_args()
-    logging.basicConfig(level=arguments.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    log_to_stderr(arguments.log_level)
     try:
         asyncio.run(serve_config(arguments.config))
     except (ConfigError, KeysError, OSError) as error:

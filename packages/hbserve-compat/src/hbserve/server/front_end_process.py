@@ -21,6 +21,7 @@ from hbserve.server.front_ends import FrontEndSettings
 from hbserve.server.http_server import shared_with_others
 from hbserve_rpc import HBServeRpcError, own_process
 from hbserve_rpc.parent_watch import when_launcher_ends
+from hbserve_rpc.stderr_log import log_to_stderr
 from hbserve_scheduler import CpuScheduler, HBServeSchedulerError, RemoteScheduler, SchedulerServer
 
 
@@ -64,7 +65,7 @@ def main() -> None:
     status = 0
     if line:  # else its parent has ended
         settings = msgspec.json.decode(line, type=FrontEndSettings)
-        logging.basicConfig(level=settings.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+        log_to_stderr(settings.log_level)
         try:
             asyncio.run(_serve(settings))
         except (OSError, ValueError, HBServeRpcError, HBServeSchedulerError) as error:

@@ -30,6 +30,7 @@ from hbserve_rpc import own_process
 from hbserve_rpc.address import look_up
 from hbserve_rpc.misfits import describe_misfit
 from hbserve_rpc.parent_watch import when_launcher_ends
+from hbserve_rpc.stderr_log import log_to_stderr
 
 logger = logging.getLogger(__name__)
 
@@ -136,9 +137,7 @@ def main(arguments: Sequence[str] = ()) -> int:
     except ValueError as error:
         sys.stderr.write(f"{error}\n")
         return 2
-    logging.basicConfig(
-        level=config.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
-    )
+    log_to_stderr(config.log_level)
     status = 0
     try:
         asyncio.run(_serve_launcher(config))

@@ -28,6 +28,7 @@ from hbserve_core.ranks.worker_protocol import END_TIMEOUT_S, REPORT_INTERVAL_S,
 from hbserve_core.transfers.launched_steps import LaunchedSteps
 from hbserve_rpc import own_process
 from hbserve_rpc.parent_watch import when_parent_ends
+from hbserve_rpc.stderr_log import log_to_stderr
 
 logger = logging.getLogger(__name__)
 
@@ -107,11 +108,7 @@ def main() -> int:
         return 0  # rank 0 has ended, or has nothing to begin
     settings = msgspec.json.decode(line, type=RankSettings)
     config, rank = settings.config, settings.rank
-    logging.basicConfig(
-        level=config.log_level,
-        format=f"%(asctime)s %(levelname)s %(name)s [rank {rank}]: %(message)s",
-        stream=sys.stderr,
-    )
+    log_to_stderr(config.log_level, f"%(asctime)s %(levelname)s %(name)s [rank {rank}]: %(message)s")
     reporter = Reporter(reports)
     steps = Steps(sys.stdin.buffer)
     status = 0

@@ -29,6 +29,7 @@ except ImportError as error:
 
 from hbserve_kv.integrations.router_http import Answer
 from hbserve_kv.integrations.router_servers import Server, ServerLost, least_busy
+from hbserve_rpc.stderr_log import log_to_stderr
 
 logger = logging.getLogger(__name__)
 
@@ -325,7 +326,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
     options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    log_to_stderr("INFO", "%(asctime)s %(levelname)s %(message)s")
     try:
         router = Router([Server(url) for url in options.prefill], [Server(url) for url in options.decode])
         # A client that leaves ends its request on the servers.
