@@ -54,6 +54,7 @@ CASES: list[tuple[dict[str, Any], str]] = [
     ({"model": {"path": "~nobody-here/m"}}, "/~nobody-here/m' does not exist"),
     ({"security": {"keys": "~nobody-here/k"}}, "~nobody-here/k"),
     ({"server": {"api_key_file": "~nobody-here/k"}}, f"server.api_key_file='~nobody-here/k': {NO_FILE}"),
+    ({"server": {"api_key": "secret\n"}}, "server.api_key: begins or ends with white space, or has a line's end: no"),
     ({"server": {"api_key_file": os.devnull}}, f"server.api_key_file='{os.devnull}': has no key; expected one on each"),
     ({"server": {"chat_template": "~nobody-here/t"}}, f"server.chat_template='~nobody-here/t': {NO_FILE}"),
     ({"server": {"uds": "/tmp/" + "x" * 200}}, "cannot be bound: AF_UNIX path too long"),

@@ -123,6 +123,8 @@ def test_an_instance_may_be_told_who_and_where_it_is_also_if_the_file_does_not_h
         told("prefill-7")
     with pytest.raises(ConfigError, match=r"--host='0\.0\.0\.0': means every address of a machine"):
         told("decode-0", host="0.0.0.0")
+    with pytest.raises(ConfigError, match=r"--instance-id='a\\nb': expected a name of one line"):
+        told("a\nb", instance_type="prefill")
 
 
 def test_an_instance_that_is_found_by_a_name_serves_at_the_port_of_that(tmp_path):

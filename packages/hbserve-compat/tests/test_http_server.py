@@ -60,7 +60,7 @@ async def test_a_unix_socket_is_served_and_removed_and_one_that_nobody_serves_is
     async with serve(uds=str(path)):
         pass
     path.write_text("a file of somebody's")
-    with pytest.raises(AddressInUse):
+    with pytest.raises(AddressInUse, match="is there, and is no socket"):
         HttpServer(ServerSection(uds=str(path)), not_called)
     assert path.read_text() == "a file of somebody's"
 

@@ -46,6 +46,7 @@ from hbserve_scheduler import (
     load_config,
 )
 from hbserve_scheduler.config import ServerSection
+from hbserve_scheduler.config_check import check_instance_id
 from hbserve_scheduler.declared import DeclaredInstances
 from hbserve_scheduler.discovery import DnsName
 from hbserve_scheduler.security import deployment_keys, require_keys
@@ -268,6 +269,7 @@ class InstanceArgs:
 
     def deployment(self) -> tuple[DeploymentConfig, InstanceSection]:
         """The file's, and the instance, which is one of it. Raises ConfigError."""
+        check_instance_id("--instance-id", self.instance_id)
         config = load_config(self.config)
         in_file = {each.instance_id: each for each in config.named_instances}
         if self.instance_id in in_file:

@@ -129,12 +129,7 @@ def _check_instances(instances: Sequence[InstanceSection]) -> None:
         if instance.discover is not None:
             _check_discovered(f"gpu_instances[{i}]", instance)
             continue
-        name = instance.instance_id
-        if not name.strip() or not name.isprintable() or len(name) > MAX_ID_LENGTH:
-            raise ConfigError(
-                f"gpu_instances[{i}].instance_id={shown(name)}: expected a name of one line, of {MAX_ID_LENGTH} "
-                "characters at most"
-            )
+        check_instance_id(f"gpu_instances[{i}].instance_id", instance.instance_id)
         for j, other in enumerate(instances[:i]):
             for key in ("instance_id", "kv_rank", "port"):
                 value = getattr(instance, key)
@@ -152,6 +147,13 @@ def _check_instances(instances: Sequence[InstanceSection]) -> None:
                 f"gpu_instances={[instance.instance_id for instance in instances]}: there is no {role} instance; "
                 "expected at least one prefill and one decode instance, or hybrid ones only"
             )
+
+
+def check_instance_id(path: str, name: str) -> None:
+    """Raises ConfigError: no log line, label or message could have it."""
+    if not name.strip() or not name.isprintable() or len(name) > MAX_ID_LENGTH:
+        problem = f"expected a name of one line, of {MAX_ID_LENGTH} characters at most"
+        raise ConfigError(f"{path}={shown(name)}: {problem}")
 
 
 def _check_discovered(path: str, instance: InstanceSection) -> None:

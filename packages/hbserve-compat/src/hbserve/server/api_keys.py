@@ -35,6 +35,11 @@ class ApiKeys:
     def __init__(self, settings: ServerSection) -> None:
         """Raises ConfigError: the file cannot be read, or has no key."""
         given = (settings.api_key, os.environ.get(VARIABLE))
+        for name, key in zip(("server.api_key", VARIABLE), given, strict=True):
+            if key and not (key.strip() == key and key.isprintable()):
+                raise ConfigError(
+                    f"{name}: begins or ends with white space, or has a line's end: no header could have it"
+                )
         self._fixed = [_digest(key) for key in given if key]
         if given[1] is not None and not given[1]:
             logger.warning("%s is set, and empty: it asks for no key", VARIABLE)

@@ -367,6 +367,7 @@ def _bound_to_path(path: Path) -> socket.socket:
     except OSError as error:
         found.close()
         if error.errno == errno.EADDRINUSE:
-            raise AddressInUse(f"{path} is in use: give another server.uds or --uds") from None
+            how = "in use" if path.is_socket() else "there, and is no socket"
+            raise AddressInUse(f"{path} is {how}: give another server.uds or --uds") from None
         raise ConfigError(f"server.uds={str(path)!r}: cannot be bound: {error.strerror or error}") from None
     return found
