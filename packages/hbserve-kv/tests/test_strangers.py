@@ -107,6 +107,25 @@ async def test_a_grant_for_one_instance_is_of_no_use_to_another(managers, backen
     await finish(posted, await granted.open_send("t", posted.grant))
 
 
+async def test_whoever_asks_for_what_a_link_that_has_ended_had_hears_that_and_the_log_has_no_traceback(
+    managers, caplog
+):
+    sender, receiver = [await managers(rank, "ipc") for rank in range(2)]
+    await sender.open_link(receiver.endpoint)
+    (connection,) = sender._peers.connections.values()
+    (link,) = receiver._receiver.links.values()
+    link.rendezvous.end()
+    key = connection.link.key
+    forged: list[tuple[Method[Any, Any], Any]] = [
+        (messages.TELL, Told(key, "name", b"x")),
+        (messages.ASK, Asked(key, "name")),
+    ]
+    for method, message in forged:
+        with pytest.raises(InvalidRequest, match="name of a rendezvous: the link has ended"):
+            await connection.client.call(method, message, timeout_s=30)
+    assert "Traceback" not in caplog.text
+
+
 async def test_a_link_from_another_host_replaces_none_of_this_one(pair):
     """Whoever names the address and the epoch of a sender: that address is asked before anything ends."""
     _, receiver, posted, transfer = pair

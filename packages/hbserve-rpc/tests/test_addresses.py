@@ -2,6 +2,7 @@
 
 import asyncio
 import ipaddress
+import resource
 
 import pytest
 from hypothesis import given
@@ -20,6 +21,7 @@ from hbserve_rpc import (
     parse_address,
 )
 from hbserve_rpc.address import is_wildcard
+from hbserve_rpc.connected_client import Peer
 
 LINK_LOCAL = "fe80::1"
 
@@ -201,3 +203,13 @@ async def test_a_name_that_does_not_resolve_is_said_so_and_not_only_that_there_i
     async with RpcClient("nobody.invalid:5550") as client:
         with pytest.raises(RpcTimeout, match=r"no answer to .*; the name 'nobody\.invalid' does not resolve: "):
             await client.call(rpc.CALL, rpc.Ask(7), timeout_s=0.2)
+
+
+def test_without_a_file_to_ask_the_system_with_only_the_loopback_is_known_to_be_this_host():
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+    try:
+        trusted = [Peer(b"", None, address).is_trusted for address in ("127.0.0.1", "::1", "192.0.2.1")]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert trusted == [True, True, False]

@@ -1,6 +1,7 @@
 """A client as its server sees it: its work under way, and what is on its way to it."""
 
 import asyncio
+import contextlib
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from contextvars import ContextVar
@@ -12,7 +13,7 @@ import msgspec
 import zmq
 
 from hbserve_rpc import wire
-from hbserve_rpc.address import is_own_address
+from hbserve_rpc.address import is_loopback, is_own_address
 from hbserve_rpc.keys import Party
 from hbserve_rpc.message_socket import MessageSocket
 
@@ -36,8 +37,12 @@ class Peer:
     @cached_property
     def is_trusted(self) -> bool:
         """Whether it has a key, or is a process of this host. The system is asked only once, because every transfer
-        wants to know."""
-        return self.party is not None or (self.address != "" and is_own_address(self.address))
+        wants to know. Where it cannot be asked, because no file is left, nobody is trusted."""
+        if self.party is not None or self.address == "":
+            return self.party is not None
+        with contextlib.suppress(OSError):
+            return is_loopback(self.address) or is_own_address(self.address)
+        return False
 
 
 _calling: ContextVar[Peer] = ContextVar("calling")

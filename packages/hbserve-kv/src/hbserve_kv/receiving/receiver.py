@@ -177,13 +177,24 @@ class Receiver:
     # ---- handlers ------------------------------------------------------------------------------------------------
 
     async def _tell(self, told: Told) -> Nothing:
-        link = self._link_of(told.link, f"{told.name} of a rendezvous")
-        await link.rendezvous.set(told.name, told.value)
+        what = f"{told.name} of a rendezvous"
+        link = self._link_of(told.link, what)
+        try:
+            await link.rendezvous.set(told.name, told.value)
+        except (ConnectionError, ValueError) as error:
+            self._drop_message(f"{what}: {error}")
         return Nothing()
 
     async def _ask(self, asked: Asked) -> Told:
-        link = self._link_of(asked.link, f"{asked.name} of a rendezvous")
-        return Told(asked.link, asked.name, await link.rendezvous.get(asked.name))
+        what = f"{asked.name} of a rendezvous"
+        link = self._link_of(asked.link, what)
+        try:
+            return Told(asked.link, asked.name, await link.rendezvous.get(asked.name))
+        except (
+            ConnectionError,
+            ValueError,
+        ) as error:  # it has ended: it could not be opened here
+            self._drop_message(f"{what}: {error}")
 
     async def _begin(self, begin: Begin) -> Accepted | UnknownLink:
         link = self._find_link(begin.link)

@@ -271,6 +271,7 @@ class IncomingTransfer:
         if key in self.links and self.links[key].transport.one_sided:
             num_units = message.num_bytes // side.unit_bytes
         num_blocks = -(-num_units // side.ratio)
+        is_trusted = key in self.links and self.links[key].peer.is_trusted
         fits = self._state.commit(key, message.num_parts, num_blocks)
         if fits:
             self._committed.append(
@@ -281,7 +282,7 @@ class IncomingTransfer:
                     message.num_parts,
                     self._taking_s.get(key, message.time_s),
                     is_partial=num_blocks < len(self.block_ids),
-                    is_trusted=self.links[key].peer.is_trusted,
+                    is_trusted=is_trusted,
                 )
             )
         self._publish()
