@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from hbserve.server import anthropic_fields, request_fields, responses_fields
+from hbserve.server.api_keys import OPEN_PATHS
 from hbserve.server.app import ROUTES
 from hbserve.server.request_fields import ChatBody, CompletionBody
 
@@ -64,3 +65,8 @@ def test_the_page_lists_the_fields_that_clients_send_and_that_have_no_effect(tit
 def test_the_page_lists_every_endpoint():
     paths = set(re.findall(r"`(?:GET |POST )?(/[^`]*)`", section("Endpoints").split("With API keys")[0]))
     assert {path.replace("{id}", "{model:path}") for path in paths} == {route.path for route in ROUTES}
+
+
+def test_the_page_lists_every_path_that_needs_no_key():
+    (said,) = re.findall(r"With API keys, .*?: only\n(.*?) are open", section("Endpoints"), re.S)
+    assert set(re.findall(r"`([^`]+)`", said)) == OPEN_PATHS

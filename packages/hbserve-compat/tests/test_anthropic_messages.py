@@ -168,7 +168,9 @@ async def test_what_is_wrong_is_named_as_its_client_knows_it(server, body, messa
 async def test_errors_have_the_shape_of_anthropic_s(server):
     assert error_of(await ask(server, model="odd"), 404)["type"] == "not_found_error"
     assert error_of(await server.client.get("/v1/messages"), 405)["type"] == "invalid_request_error"
-    assert error_of(await server.client.post("/v1/messages", content=b"{"), 400)["message"].startswith("the body is no")
+    assert error_of(await server.client.post("/v1/messages", content=b"{"), 400)["message"].startswith(
+        "the body is not"
+    )
     server.scheduler.most_running = 0
     busy = await ask(server)
     assert (error_of(busy, 503)["type"], "retry-after" in busy.headers) == ("overloaded_error", True)

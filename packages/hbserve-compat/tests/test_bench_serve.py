@@ -299,7 +299,7 @@ async def test_what_speaks_no_http_and_an_answer_cut_off_are_errors():
 
     async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
         client = HttpClient(f"127.0.0.1:{server.sockets[0].getsockname()[1]}", {})
-        with pytest.raises(PeerLost, match="speaks no HTTP"):
+        with pytest.raises(PeerLost, match="does not speak HTTP"):
             await client.request("GET", "/hello")
         with pytest.raises(PeerLost, match="has ended before the answer"):
             await client.request("GET", "/cut-off")
@@ -579,9 +579,9 @@ async def test_a_server_that_ends_by_itself_ends_the_comparison():
 
 @pytest.mark.parametrize(
     ("options", "problem"),
-    [({"rates": "1,0"}, "--rates='1,0'"), ({"rates": "x"}, "--rates='x'"), ({"layouts": "2H,1P"}, "not '1P'"),
+    [({"rates": "1,0"}, "--rates='1,0'"), ({"rates": "x"}, "--rates='x'"), ({"layouts": "2H,1P"}, "got '1P'"),
      ({"layouts": "2H,x"}, "got 'X'"), ({"layouts": "2H,1P2D"}, "the same number of instances"),
-     ({"layouts": "0H"}, "not '0H'"), ({"goodput": ["x:1"]}, "--goodput='x'")],
+     ({"layouts": "0H"}, "got '0H'"), ({"goodput": ["x:1"]}, "--goodput='x'")],
 )  # fmt: skip
 async def test_a_comparison_that_cannot_be_is_refused(two_layouts, options, problem):
     with pytest.raises(InvalidRequest, match=problem):

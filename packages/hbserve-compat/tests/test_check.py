@@ -63,8 +63,8 @@ async def test_addresses_of_this_host_are_free_or_in_use():
         port = taken.getsockname()[1]
         findings = await check_network(deployment({"port": port}, {"host": "localhost"}))
     assert of("p0", findings) == Finding(
-        "FAIL", "p0", f"127.0.0.1:{port} of this host is in use: by this deployment, if it runs; "
-        "else choose another gpu_instances[0].port",
+        "FAIL", "p0", f"127.0.0.1:{port} of this host is in use: by this deployment, if it is running; "
+        "otherwise choose another gpu_instances[0].port",
     )  # fmt: skip
     assert of("d1", findings) == Finding("ok", "d1", "localhost:0 belongs to this host and is free")
 

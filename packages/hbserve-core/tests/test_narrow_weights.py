@@ -177,7 +177,7 @@ def test_any_number_of_rows_is_multiplied_and_added_to_what_is_there(rows, narro
 @pytest.mark.parametrize("group", [128, ONE], ids=["groups", "one group"])
 @pytest.mark.parametrize(("rows", "inputs"), [(3, 384), (18, 256)])
 def test_rows_in_8_bits_keep_what_8_bits_can(rows, inputs, group, dtype):
-    """With scales of their own, whatever their size; rows of zeros stay so, and what is not a number stays none."""
+    """With scales of their own, whatever their size; rows of zeros stay so, and what is no number stays none."""
     generator = torch.Generator().manual_seed(rows)
     x = (torch.randn(rows, inputs, generator=generator) * torch.logspace(-3, 4, rows)[:, None]).to(dtype).to(DEVICE)
     x[0] = 0

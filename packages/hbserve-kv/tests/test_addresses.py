@@ -77,7 +77,7 @@ def test_mooncake_for_the_other_version_of_ip_says_what_to_set(monkeypatch):
     assert choose_ip_version("::1") == 6
     with pytest.raises(BackendUnavailable, match=r"uses IPv6 in this process, and 127\.0\.0\.1 is IPv4: unset"):
         choose_ip_version("127.0.0.1")
-    with pytest.raises(BackendUnavailable, match="Mooncake cannot serve on '::': is every address"):
+    with pytest.raises(BackendUnavailable, match="Mooncake cannot serve on '::': means every address"):
         choose_ip_version("::")
 
 
@@ -115,9 +115,9 @@ async def test_every_address_that_peers_can_be_told_is_accepted_and_reached(host
         ("0.0.0.0", "means every address of a machine, so peers cannot connect to it"),
         ("::", "means every address of a machine"),
         ("fe80::1%eth0", "means something else on each machine"),
-        ("fe80::1", "which needs a zone"),
+        ("fe80::1", "which needs its zone"),
         ("[::1]", "without brackets"),
-        ("127.0.0.1:80", "the host alone"),
+        ("127.0.0.1:80", "only the host"),
         ("", "expected an IP address or a name"),
         ("a b", "a name has ASCII letters"),
         ("2001:db8::1", "this machine does not have it"),
@@ -173,9 +173,9 @@ def test_a_sender_whose_kv_means_something_else_is_refused_by_what_differs_first
 async def test_a_grant_that_is_none_is_refused_as_one(managers):
     sender = await managers(0, "ipc")
     for junk in (b"", b"\xc1", b"junk", b"\x80"):
-        with pytest.raises(TransferFailed, match="a grant that is none"):
+        with pytest.raises(TransferFailed, match="not a grant"):
             await sender.open_link(junk)
-        with pytest.raises(TransferFailed, match="a grant that is none"):
+        with pytest.raises(TransferFailed, match="not a grant"):
             await sender.open_send("t", junk)
     for of_nobody in ([], join_grants([]), [join_grants([]), join_grants([])]):
         async with asyncio.timeout(10):

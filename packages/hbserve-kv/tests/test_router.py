@@ -242,7 +242,7 @@ async def test_a_client_hears_of_answers_that_all_end_without_a_token(servers, r
     decode.num_failing = 9
     async with client.ask(stream=True) as answer:
         assert answer.status == 502
-        assert "before a token" in (await answer.json())["error"]["message"]
+        assert "before its first token" in (await answer.json())["error"]["message"]
 
 
 async def test_without_a_prefill_server_the_decode_server_does_both(servers, route):
@@ -346,7 +346,7 @@ async def test_anything_else_is_asked_of_a_decode_server(servers, route):
         assert (answer.status, await answer.json()) == (200, {"data": ["d"]})
     async with client._session.post(client._url + "/v1/completions", data=b"nonsense") as answer:
         assert answer.status == 400
-        assert "no JSON object" in json.loads(await answer.text())["error"]["message"]
+        assert "not a JSON object" in json.loads(await answer.text())["error"]["message"]
 
 
 @pytest.mark.parametrize("value", [b"1e999", b"9" * 400, b"[" * 5000 + b"]" * 5000])

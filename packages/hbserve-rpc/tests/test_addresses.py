@@ -80,8 +80,8 @@ def test_an_address_is_the_same_however_it_is_written(host):
         ("a" * 64, "a name has ASCII letters"),
         ("*", "a name has ASCII letters"),
         ("%eth0", "a name has ASCII letters"),
-        ("127.0.0.1:80", "the host alone"),
-        ("host:80", "the host alone"),
+        ("127.0.0.1:80", "only the host"),
+        ("host:80", "only the host"),
         ("[::1]", r"without brackets, '::1'"),
         ("tcp://127.0.0.1", "it is neither"),
         ("10.0.0.0/8", "it is neither"),
@@ -97,7 +97,7 @@ def test_an_address_is_the_same_however_it_is_written(host):
         ("224.0.0.1", "multicast or broadcast"),
         ("ff02::1", "multicast or broadcast"),
         ("255.255.255.255", "multicast or broadcast"),
-        (LINK_LOCAL, f"without its zone; expected one, as in '{LINK_LOCAL}%eth0'"),
+        (LINK_LOCAL, f"which needs its zone; expected one, as in '{LINK_LOCAL}%eth0'"),
         (f"{LINK_LOCAL}%", "it is neither"),
         (f"{LINK_LOCAL}%a b", "the name of a network interface"),
         ("::1%lo", "a zone is for link-local"),
@@ -114,9 +114,9 @@ def test_a_host_that_cannot_be_is_refused_with_what_is_expected(host, words):
 def test_a_wildcard_may_be_bound_and_nobody_is_told_it_or_dials_it(host):
     # Known elsewhere: dynamo #12026, SGLang #21704.
     check_host(host)
-    with pytest.raises(InvalidAddress, match="none at which peers reach it; expected the one that they use"):
+    with pytest.raises(InvalidAddress, match="so peers cannot connect to it; expected one that they can use"):
         check_peer_host(host)
-    with pytest.raises(InvalidAddress, match=r"on its own machine use (127\.0\.0\.1|\[::1\]):80"):
+    with pytest.raises(InvalidAddress, match=r"on the same machine use (127\.0\.0\.1|\[::1\]):80"):
         RpcClient(format_address(host, 80))
 
 

@@ -183,7 +183,7 @@ async def test_a_choice_that_was_not_asked_for_is_a_failure_of_the_instance(make
     prefill = pair[0]
     generate, prefill._event = prefill._event, lambda request, index, choice=0: generate(request, index, choice + 7)
     scheduler = await make_scheduler(*pair, max_attempts=1)
-    with pytest.raises(RequestFailed, match="a token of choice 7 came, of 3"):
+    with pytest.raises(RequestFailed, match="a token came of choice 7, of 3"):
         await by_choice(scheduler.submit(ask()))
 
 

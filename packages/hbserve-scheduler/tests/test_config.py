@@ -106,7 +106,7 @@ WRONG: list[tuple[Any, list[str]]] = [
         {"gpu_instances": [PREFILL | {"host": "fe80::1%a"}, DECODE]},
         ["gpu_instances[0].host='fe80::1%a'", "not link-local"],
     ),
-    ({"gpu_instances": [PREFILL | {"host": "a:1"}, DECODE]}, ["gpu_instances[0].host='a:1'", "the host alone"]),
+    ({"gpu_instances": [PREFILL | {"host": "a:1"}, DECODE]}, ["gpu_instances[0].host='a:1'", "only the host"]),
     ({"gpu_instances": PAIR, "kv_transfer": {"ip": "0.0.0.0"}}, ["kv_transfer.ip='0.0.0.0'", "peers", "10.0.0.5"]),
     ({"gpu_instances": PAIR, "kv_transfer": {"ip": ""}}, ["kv_transfer.ip=''", "an IP address or a name"]),
     ({"gpu_instances": PAIR, "scheduler": {"host": "my host"}}, ["scheduler.host='my host'", "letters, digits"]),

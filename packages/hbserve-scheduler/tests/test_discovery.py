@@ -99,7 +99,7 @@ async def test_a_look_up_that_fails_removes_nobody_and_is_said_once(serve, names
         patch.setattr(DnsName, "addresses", addresses)
         await until(lambda: asked > 3)
     assert statuses(server) == {"pod-0": "ready"}
-    assert len([each for each in caplog.records if "h cannot be looked up, and is tried on" in each.message]) == 1
+    assert len([each for each in caplog.records if "h cannot be looked up; still trying" in each.message]) == 1
 
 
 async def test_one_that_does_not_answer_or_has_another_role_is_asked_on_and_told_once(

@@ -53,7 +53,7 @@ async def test_what_cannot_join_is_told_to_whoever_asks(serve, make_instance, pa
     with pytest.raises(InvalidRequest, match=r"address: 'nowhere': expected HOST:PORT"):
         await remote.join("nowhere")
     with pytest.raises(
-        RemoteError, match=r":\d+: no answer to instance.describe within 0.3 s; .*: nobody .* listens there"
+        RemoteError, match=r":\d+: no answer to instance.describe within 0.3 s; .*: nothing .* listens there"
     ):
         await remote.join(f"127.0.0.1:{free_ports(1)[0]}")
     other = await make_instance("prefill", "p0")

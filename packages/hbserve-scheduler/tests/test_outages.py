@@ -56,7 +56,7 @@ async def test_whoever_answers_at_an_address_and_is_another_is_named(make_schedu
     scheduler = await make_scheduler(ready=False)
     await scheduler.add_instance("d0", "decode", other.address)
     await until(lambda: lines("still trying: d0 (decode)"))
-    assert "is decode instance 'd1', not decode instance 'd0'" in lines("tried on")[0]
+    assert "is decode instance 'd1', not decode instance 'd0'" in lines("still trying")[0]
     await scheduler.remove_instance("d0")
 
 

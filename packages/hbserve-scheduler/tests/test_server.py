@@ -141,7 +141,7 @@ async def test_find_says_by_name_that_nobody_answers():
     await remote.start()
     try:
         with pytest.raises(
-            NotReady, match=rf"no scheduler at {server.address} within 0\.5 s: .* nobody .* listens there"
+            NotReady, match=rf"no scheduler at {server.address} within 0\.5 s: .* nothing .* listens there"
         ):
             await remote.find(0.5)
     finally:

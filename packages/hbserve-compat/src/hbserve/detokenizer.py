@@ -1,4 +1,4 @@
-"""Text from tokens as they come, and stop strings in it: what every way to get text uses."""
+"""Text from tokens as they come, and stop strings in it: used wherever text is made."""
 
 from collections import deque
 from collections.abc import Sequence
@@ -9,11 +9,11 @@ from hbserve.stop_strings import StopStrings
 from hbserve.token_text import NoText, TokenDecoder, TokenText
 
 _decoders: "WeakKeyDictionary[Any, tuple[int, TokenDecoder]]" = WeakKeyDictionary()
-"""Of each tokenizer, while it lives: with its size then, since tokens may be added to it."""
+"""For each tokenizer, while it lives: with the size that it had, because tokens may be added to it."""
 
 
 def decoder_of(tokenizer: Any) -> TokenDecoder:
-    """Made once for each tokenizer."""
+    """The decoder of a tokenizer, made once."""
     size, decoder = _decoders.get(tokenizer, (None, None))
     if decoder is None or size != len(tokenizer):
         # Not the tokenizer itself: what a value holds, its key's weak reference does not let go.
@@ -23,10 +23,11 @@ def decoder_of(tokenizer: Any) -> TokenDecoder:
 
 
 class Detokenizer:
-    """One request's text: what `tokenizer.decode` makes of its tokens, up to the first stop string, or with it.
+    """One request's text: what `tokenizer.decode` makes of its tokens, up to the first stop string, or including it.
 
-    Text is given out as soon as it is sure: no half characters, and no beginning of what may become a stop string. Stop
-    strings are looked for in the text with its special tokens, also where these are skipped: they may be such tokens.
+    Text is given out as soon as it is final: no half characters, and no beginning of what may become a stop string.
+    Stop strings are searched in the text with its special tokens, even if these are skipped: a stop string may be one
+    of them.
     """
 
     def __init__(
@@ -38,9 +39,9 @@ class Detokenizer:
         min_tokens: int = 0,
         include_stop_str_in_output: bool = False,
     ) -> None:
-        """`tokenizer` is None where there is none: all text is "" then, and there may be no stop strings.
+        """`tokenizer` is None if there is none: then all text is "", and there may be no stop strings.
 
-        min_tokens: in the text of the first so many tokens no stop string is looked for.
+        min_tokens: no stop string is searched in the text of the first `min_tokens` tokens.
         """
         decoder = None if tokenizer is None else decoder_of(tokenizer)
         self._tokenizer = tokenizer
@@ -48,38 +49,39 @@ class Detokenizer:
         self._skipped = decoder.special_ids if decoder is not None and skip_special_tokens else frozenset()
         self._shown: TokenText = NoText() if decoder is None else decoder.text()
         self._searched = decoder.text() if decoder is not None and stop and self._skipped else None
-        """The text with special tokens, where it is another one."""
+        """The text with special tokens, if it differs from the one that is shown."""
         self._stop = StopStrings(stop) if stop else None
         self._min_tokens = min_tokens
         self._includes_stop = include_stop_str_in_output
         self._held: deque[tuple[int, str]] = deque()
-        """Of tokens whose text may belong to a stop string: its length as it is searched, and what is to be shown."""
+        """For tokens whose text may belong to a stop string: its length in the searched text, and what is to be
+        shown."""
         self._num_held = 0
         """Sum of these lengths."""
         self._parts: list[str] = []
         self.token_ids: list[int] = []
         """Up to the one that completed a stop string."""
         self.stop_string: str | None = None
-        """The one that has come."""
+        """The one that was found."""
 
     @property
     def stopped(self) -> bool:
-        """A stop string has come: no more text comes."""
+        """Whether a stop string was found: then no more text comes."""
         return self.stop_string is not None
 
     @property
     def text(self) -> str:
-        """All that was given out."""
+        """All text that was given out."""
         self._parts = ["".join(self._parts)]
         return self._parts[0]
 
     def feed(self, token_ids: Sequence[int], *, final: bool = False) -> str:
-        """Add tokens; returns the text that is sure now. `final` brings out everything that was held back."""
+        """Add tokens; returns the text that is final now. With `final` everything that was held back is given out."""
         if self._stop is not None:
             new = self._feed_searched(self._stop, token_ids, final=final)
         else:
             self.token_ids += token_ids
-            if len(token_ids) == 1 and not final:  # as mostly
+            if len(token_ids) == 1 and not final:  # the common case
                 new = "" if token_ids[0] in self._skipped else self._shown.feed(token_ids[0])
             else:
                 shown = [self._shown.feed(token_id) for token_id in token_ids if token_id not in self._skipped]
@@ -114,7 +116,7 @@ class Detokenizer:
         return self._release(self._num_held - num_behind)
 
     def _release(self, num_searched: int) -> list[str]:
-        """What is to be shown of the first so many characters of what is held. It is held no more."""
+        """What is to be shown for the first `num_searched` characters that are held; they are not held any more."""
         self._num_held -= num_searched
         released = []
         while self._held and self._held[0][0] <= num_searched:

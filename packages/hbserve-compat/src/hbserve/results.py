@@ -1,4 +1,4 @@
-"""Results of generating."""
+"""Results of generating, as `generate` and `stream` return them: plain dicts with these keys."""
 
 from typing import NotRequired, TypedDict
 

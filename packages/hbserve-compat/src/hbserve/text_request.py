@@ -1,4 +1,4 @@
-"""From prompts to text through any scheduler: what DisaggregatedLLM and `hbserve generate --connect` share."""
+"""From prompts to text through any scheduler: shared by DisaggregatedLLM and `hbserve generate --connect`."""
 
 import asyncio
 import uuid
@@ -13,7 +13,7 @@ from hbserve_rpc.messages import ClientEvent, FinishReason, GenerateRequest, Req
 from hbserve_rpc.prompt_shape import PromptShape
 
 MOST_UNDER_WAY = 2048
-"""Requests of one call, of those that wait elsewhere too."""
+"""Most requests of one call, including those that wait in a remote scheduler."""
 
 
 class Events(Protocol):
@@ -55,15 +55,15 @@ class TextChoice:
         )
         self._stop_token_ids = frozenset(params.stop_token_ids)
         self.logprobs: list[TokenLogprobs] | None = None if params.logprobs is None else []
-        """Up to the last one that was given out, as the tokens."""
+        """Up to the last token whose text was given out."""
 
     def feed(self, event: TokenEvent, prompt_logprobs: list[TokenLogprobs | None] | None) -> GenerationDelta:
-        """What its tokens bring, up to the one that completes a stop string."""
+        """The text of its tokens, up to the one that completes a stop string."""
         text = self.detokenizer
         num_given = len(text.token_ids)
         new_text = text.feed(event.token_ids)
         new_ids = text.token_ids[num_given:]
-        return {  # for each token, of which a call would be a part that can be measured
+        return {  # for each token: a function call here would be a measurable part
             "request_id": self._request_id,
             "text": new_text,
             "token_ids": new_ids,
@@ -75,7 +75,7 @@ class TextChoice:
         }
 
     def end(self, event: RequestFinished) -> GenerationDelta:
-        """The last one, with all that was held back."""
+        """The last delta, with everything that was held back."""
         text = self.detokenizer
         last_text = text.feed([], final=True)
         return GenerationDelta(
@@ -90,7 +90,7 @@ class TextChoice:
         )
 
     def _stop_reason(self, end: RequestFinished) -> str | int | None:
-        """The stop string or token id of the request's own that ended it."""
+        """The request's own stop string or token id that ended it."""
         text = self.detokenizer
         if text.stopped or end.finish_reason != "stop":
             return text.stop_string
@@ -117,7 +117,7 @@ class TextRequest:
         request_id: str | None = None,
         skip_special_tokens: bool = True,
     ) -> None:
-        """`shape`: of the prompt, if that has been looked at already.
+        """`shape`: of the prompt, if it has been computed already.
 
         Raises InvalidRequest or Overloaded if a scheduler in this process refuses.
         """
@@ -127,7 +127,7 @@ class TextRequest:
             for _ in range(params.n)
         ]
         self._stopped: list[int] = []
-        """Choices that a stop string has ended, of which the engines do not know yet."""
+        """Choices that a stop string has ended, which the engines do not know yet."""
         self._prompt_logprobs: list[TokenLogprobs | None] | None = None
         self._asks_of_prompt = params.prompt_logprobs is not None
         self._scheduler = scheduler
@@ -145,10 +145,10 @@ class TextRequest:
             await self._events.aclose()
 
     async def each(self, take: Callable[[GenerationDelta], object]) -> bool:
-        """Give what iterating gives to `take`, as `EventStream.each` does, until that returns True.
+        """Pass to `take` what iterating would yield, as `EventStream.each` does, until that returns True.
 
-        Nobody is woken for a token. Returns whether there may be more, and raises what iterating does; to leave it is
-        not to abort it.
+        No task is woken for a token. Returns whether there may be more, and raises what iterating does; returning early
+        does not abort the request.
         """
         is_left = False
 
@@ -166,7 +166,7 @@ class TextRequest:
         return False
 
     def _delta(self, event: ClientEvent) -> GenerationDelta | None:
-        """What an event brings; None: it comes after a stop string."""
+        """The delta of an event; None: it comes after a stop string."""
         choice = self.choices[event.choice]
         if isinstance(event, RequestFinished):
             delta = choice.end(event)
@@ -181,13 +181,14 @@ class TextRequest:
         return delta
 
     async def _stop_engines(self) -> None:
-        """They know no text: tell them of stop strings. The last event then says how long all took."""
+        """Tell the engines, which know no text, of stop strings. The last event then says how long everything took."""
         stopped, self._stopped = self._stopped, []
         for number in stopped:
             await self._scheduler.abort(self.request_id, "stop", number if len(self.choices) > 1 else None)
 
     def _of_prompt(self, event: TokenEvent) -> list[TokenLogprobs | None] | None:
-        """With the first token, what is known of the prompt's, which was asked for. Told once for all choices."""
+        """With the first token, the prompt's log-probabilities, if they were asked for. Reported once for all
+        choices."""
         if event.index > 0:
             return None
         if event.prompt_logprobs or self._prompt_logprobs is None:
@@ -219,14 +220,15 @@ class TextRequest:
         return result
 
     async def aclose(self) -> None:
-        """Abort it, if it has not ended."""
+        """Abort it, unless it has ended."""
         await self._events.aclose()
 
 
 def check_all(
     scheduler: Scheduler, prompts: Sequence[list[int]], params: Sequence[SamplingParams]
 ) -> list[PromptShape | None]:
-    """Before any is begun, whether all can run, as far as the scheduler knows it beforehand. Returns what it has seen.
+    """Check before any request is submitted that all can run, as far as the scheduler can know. Returns the prompts'
+    shapes.
 
     Raises:
         InvalidRequest: one can never run. Names the prompt, if there are several.
@@ -239,8 +241,8 @@ def check_all(
 
 
 async def _patient_result(request: TextRequest, again: Callable[[], Awaitable[TextRequest]]) -> GenerationResult:
-    """Its result. If a scheduler elsewhere refuses it, which is before it has begun, it is submitted `again` when there
-    may be room."""
+    """Its result. If a remote scheduler refuses it, before it has begun, it is submitted `again` when there may be
+    room."""
     while True:
         try:
             return await request.result()
@@ -259,11 +261,11 @@ async def answer_all(
 ) -> list[GenerationResult]:
     """All results, in order; requests are submitted as the queue drains. Whatever it raises, none of them goes on.
 
-    `shapes`: what `check_all` returns, so that no prompt is looked at twice.
+    `shapes`: the result of `check_all`, so that no prompt is examined twice.
 
     Raises:
-        InvalidRequest: what only the instances could know. Names the prompt, if there are several.
-        LogitsNotFinite: the model gives NaN or infinity for one. Names the prompt, if there are several.
+        InvalidRequest: something that only the instances could know. Names the prompt, if there are several.
+        LogitsNotFinite: the model computes NaN or infinity for one. Names the prompt, if there are several.
         RequestTimeout, Unavailable, RemoteError: one has failed.
     """
     under_way = asyncio.Semaphore(MOST_UNDER_WAY)

@@ -1,7 +1,7 @@
 """The public extension point: a KV transfer backend of your own. Imports no torch.
 
-A subclass that writes `send_kv_cache` and `receive_kv_cache` is a full backend: `kv_transfer.backend: "module:Class"`
-(or an entry point in the group `hbserve_kv.backends`) makes every PD run carry its KV by it.
+A subclass with `send_kv_cache` and `receive_kv_cache` is a full backend: `kv_transfer.backend: "module:Class"` (or an
+entry point in the group `hbserve_kv.backends`) makes every PD run carry its KV with it.
 """
 
 from abc import ABC, abstractmethod
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 class KVTransferBase(ABC):
     """Moves tensors between ranks, matched by request id.
 
-    All methods run in the event loop of the instance and must not block it. Who wants threads, makes them.
+    All methods run in the event loop of the instance and must not block it. Make threads if you need them.
     """
 
     def __init__(self, rank: int, options: Mapping[str, Any]) -> None:
@@ -30,11 +30,11 @@ class KVTransferBase(ABC):
         """Called once, after everything else; must end what `send` and `receive` still wait for."""
 
     def describe(self) -> bytes:
-        """What a peer needs to know to reach this rank, for example an address. Sent to each peer at its handshake."""
+        """What a peer needs to reach this rank, for example an address. Sent to each peer at its handshake."""
         return b""
 
     async def connect(self, rank: int, description: bytes) -> None:  # noqa: B027  optional
-        """A peer's `rank` and `describe()`: called on both sides before they exchange anything.
+        """Called on both sides with a peer's `rank` and `describe()`, before the two exchange anything.
 
         Called again when the peer was restarted.
         """
@@ -57,5 +57,5 @@ class KVTransferBase(ABC):
         """The tensor that `source_rank` sent under `request_id`: same bytes, any shape and device.
 
         May be called before or after the peer's send; returns when the tensor is there. Is cancelled when the transfer
-        is given up. Anything else than a tensor of as many bytes fails the transfer.
+        is given up. Anything other than a tensor of the same number of bytes fails the transfer.
         """

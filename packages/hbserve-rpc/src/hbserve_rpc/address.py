@@ -175,7 +175,7 @@ def _problem_of_ip(found: ipaddress.IPv4Address | ipaddress.IPv6Address) -> str:
         return "expected the name of a network interface after '%'"
     needs_zone = found.version == 6 and found.is_link_local
     if needs_zone and zone is None:
-        return f"is link-local, which needs a zone, as in '{found}%eth0'"
+        return f"is link-local, which needs its zone; expected one, as in '{found}%eth0'"
     if zone is not None and not needs_zone:
         return "a zone is for link-local addresses; expected it without '%'"
     return ""

@@ -1,4 +1,4 @@
-"""The calling side of hbserve_rpc."""
+"""RpcClient: the calling side of hbserve_rpc; one connection to a server, and what waits for its answers."""
 
 import asyncio
 import itertools

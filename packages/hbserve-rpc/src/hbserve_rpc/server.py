@@ -1,4 +1,4 @@
-"""The serving side of hbserve_rpc."""
+"""RpcServer: the serving side of hbserve_rpc; its clients, and the handlers that run for them."""
 
 import asyncio
 import contextlib

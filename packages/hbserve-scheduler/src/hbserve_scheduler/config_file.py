@@ -1,4 +1,4 @@
-"""A DeploymentConfig from a YAML file."""
+"""Reads a DeploymentConfig from a YAML file; errors name the file, the line and the key."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""Answering a request over HTTP: computing while the client is watched, and sending what waits in one go."""
+"""Answering a request over HTTP: computing while the client is watched, and sending together whatever waits."""
 
 import asyncio
 import logging
@@ -16,12 +16,12 @@ logger = logging.getLogger(__name__)
 
 EVENT_STREAM = (b"content-type", b"text/event-stream; charset=utf-8")
 JSON = (b"content-type", b"application/json")
-# A proxy that keeps chunks until it has enough of them would undo streaming.
+# A proxy that collects chunks until it has enough of them would defeat streaming.
 NO_BUFFERS = [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
 
 
 class Watched:
-    """ASGI response of a job that ends when its client goes: nobody would read what it computes."""
+    """ASGI response that runs a job, and cancels it when its client goes: nobody would read the result."""
 
     def __init__(self, job: Callable[[Send], Awaitable[None]]) -> None:
         self._job = job
@@ -65,16 +65,16 @@ class AnswerFormat(Protocol):
         """Events of what is new."""
 
     def closing(self) -> bytes:
-        """The last events of an answer that has come to its end."""
+        """The last events of an answer that is complete."""
 
     def failed(self, error: ApiError) -> bytes:
-        """The last events of one that has not."""
+        """The last events of an answer that has failed."""
 
     def take(self, news: News) -> None:
-        """As `chunks`, for who wants the whole answer at the end."""
+        """Like `chunks`, for a client that wants the whole answer at the end."""
 
     def whole(self) -> dict[str, Any]:
-        """All of it."""
+        """The whole answer."""
 
 
 class Reply:
@@ -83,14 +83,15 @@ class Reply:
     def __init__(
         self, send: Send, headers: dict[str, str], first_byte_timeout_s: float, direct: DirectBody | None = None
     ) -> None:
-        """first_byte_timeout_s: after so long without a token a stream begins all the same."""
+        """first_byte_timeout_s: after this long without a token, a stream begins anyway."""
         self._send = send
         self._direct = direct
         self._first_byte_timeout_s = first_byte_timeout_s
         self._headers = [(name.encode(), value.encode()) for name, value in headers.items()]
 
     async def answer(self, answers: Answers, rendering: AnswerFormat, *, streamed: bool) -> None:
-        """Raises what ends one of the answers, unless a stream has begun: then it is an event of the stream."""
+        """Raises the error that ends one of the answers, unless a stream has begun: then it is an event of the
+        stream."""
         await (self._stream(answers, rendering) if streamed else self._whole(answers, rendering))
 
     async def _whole(self, answers: Answers, rendering: AnswerFormat) -> None:
@@ -123,7 +124,7 @@ class Reply:
             return True
 
         while await answers.each(give):
-            await self._part(held)  # empty too: it waits until the client reads
+            await self._part(held)  # even if empty: it waits until the client reads
 
     async def _start(self, headers: list[tuple[bytes, bytes]]) -> None:
         await self._send({"type": "http.response.start", "status": 200, "headers": [*headers, *self._headers]})

@@ -1,4 +1,4 @@
-"""All answers to one HTTP request: their tokens as they come, of whichever comes first."""
+"""All answers to one HTTP request: their tokens as they come, from whichever comes first."""
 
 import asyncio
 from collections.abc import Callable, Sequence
@@ -18,12 +18,12 @@ from hbserve_rpc.rpc_stream import whenever_told
 from hbserve_rpc.trace_context import in_trace
 
 News = list[tuple[int, GenerationDelta]]
-"""Number of the answer, and what is new of it."""
+"""Pairs of an answer's number and what is new of it."""
 
 
 class Answers:
-    """Answers to some prompts, to each as many as its `params` say: an asynchronous context manager, which submits
-    them, and at its end aborts those that are still running."""
+    """Answers to some prompts, as many to each as its `params` say. An asynchronous context manager that submits them,
+    and at its end aborts those that are still running."""
 
     def __init__(
         self,
@@ -34,7 +34,7 @@ class Answers:
         skip_special_tokens: bool = True,
         only_prompt: bool = False,
     ) -> None:
-        """only_prompt: what is known of the prompts is wanted, and no token of an answer."""
+        """only_prompt: only information about the prompts is wanted, and no token of an answer."""
         self._only_prompt = only_prompt
         self._model = model
         self._wanted = list(zip(prompts, params, strict=True))
@@ -42,10 +42,10 @@ class Answers:
             TextRequest, model.scheduler, model.encoder.tokenizer, skip_special_tokens=skip_special_tokens
         )
         self._news: News = []
-        """That nobody has taken: one of each prompt. Further tokens wait in the scheduler, together."""
+        """Not taken yet: at most one for each prompt. Further tokens wait in the scheduler, together."""
         self._changed = asyncio.Event()
         self._on_change: Callable[[], object] = self._changed.set
-        """Told of news, and of the end of an answer."""
+        """Called for news, and at the end of an answer."""
         self._taken = asyncio.Event()
         self._error: Exception | None = None
         self._requests: list[TextRequest] = []
@@ -53,7 +53,7 @@ class Answers:
         self._num_running = len(params)
 
     async def __aenter__(self) -> Self:
-        """Raises InvalidRequest or Overloaded, if the scheduler refuses one; then none goes on."""
+        """Raises InvalidRequest or Overloaded if the scheduler refuses one; then none goes on."""
         try:
             first, http = 0, HTTP_REQUEST.get()
             for number, (prompt, params) in enumerate(self._wanted):
@@ -73,7 +73,7 @@ class Answers:
     def _begin(
         self, http: HttpRequest, number: int, prompt: tuple[int, ...], params: SamplingParams, shape: PromptShape | None
     ) -> TextRequest:
-        """Submit it, in the trace of the client, or in one of its own if spans are made of it."""
+        """Submit it, in the client's trace, or in one of its own if spans are made."""
         spans, request_id = self._model.spans, http.name(number)
         traceparent = http.trace_context["traceparent"]
         if spans is not None:
@@ -107,14 +107,14 @@ class Answers:
                 self._taken.clear()
                 if self._news:
                     await self._taken.wait()
-        except Exception as error:  # of the engines; whoever waits for news is to have it
+        except Exception as error:  # from the engines; whoever waits for news is to get it
             self._error = self._error or error
         finally:
             self._num_running -= 1
             self._on_change()
 
     def _wanted_of(self, delta: GenerationDelta) -> GenerationDelta:
-        """Raises ApiError: the request was ended by nobody who asked for it."""
+        """Raises ApiError if the request was ended by the server rather than by its client."""
         if delta["finish_reason"] == "abort":
             raise try_again("the server is ending", code="not_ready")
         if self._only_prompt:
@@ -123,7 +123,7 @@ class Answers:
         return delta
 
     async def first(self, timeout_s: float) -> News:
-        """Wait for the first news; empty: there are none after so long. Raises as `each`."""
+        """Wait for the first news; empty: none came in time. Raises as `each` does."""
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await self._changed.wait()
@@ -137,13 +137,13 @@ class Answers:
         return found
 
     async def each(self, take: Callable[[News], object]) -> bool:
-        """Give whatever is new to `take`, in the turn of the loop in which it comes, until that returns True.
+        """Pass whatever is new to `take`, in the turn of the loop in which it arrives, until that returns True.
 
         Returns:
             Whether there may be more.
 
         Raises:
-            HBServeRpcError, ApiError: one of the answers has failed; what came before was given out before.
+            HBServeRpcError, ApiError: one of the answers has failed; what came earlier was passed on first.
         """
         is_left = False
 

@@ -1,4 +1,4 @@
-"""The ASGI application: which path is answered by what, and what every request goes through before."""
+"""The ASGI application: which handler answers each path, and the middleware that every request passes first."""
 
 from pathlib import Path
 
@@ -53,14 +53,14 @@ ROUTES = [
 
 PATHS = {route.path for route in ROUTES}
 PAGES = {"/", "/dashboard"}
-"""Where they are decides what their links mean."""
+"""Their own address determines what their links mean."""
 WITH_SLASH = [
     Route(f"{route.path}/", route.endpoint, methods=list(route.methods or ()))
     for route in ROUTES
     if route.path not in PAGES and "{" not in route.path
 ]
-"""The same paths with a slash behind. A redirect, which is Starlette's way, leads clients of a proxy with TLS astray,
-and others do not follow it."""
+"""The same paths with a trailing slash. A redirect, as Starlette would answer, misleads clients behind a TLS proxy, and
+others do not follow it."""
 
 
 def make_app(service: Service) -> Starlette:
@@ -110,7 +110,7 @@ async def _refuse_route(request: Request, error: Exception) -> Response:
 
 
 def _meant(path: str) -> str | None:
-    """The path that a base URL was to lead to which has no /v1, has it twice, or ends with a slash."""
+    """The path that was meant by a base URL that lacks /v1, has it twice, or ends with a slash."""
     words = [word for word in path.split("/") if word]
     plain = [word for word in words if word != "v1"]
     candidates = ["/" + "/".join(["v1", *plain]), "/" + "/".join(plain)]
@@ -122,6 +122,6 @@ async def _nobody_is_there(request: Request, error: Exception) -> Response:
 
 
 async def _fail(request: Request, error: Exception) -> Response:
-    """A mistake of ours. Whoever runs the server finds it in the log, where uvicorn writes it."""
+    """Answer 500 for a bug of ours. The operator finds it in the log, where uvicorn writes it."""
     headers = {REQUEST_ID: request.scope.get("state", {}).get("request_id", "")}
     return ApiError(500, "internal error; the server's log has it", headers=headers).response(request.scope)

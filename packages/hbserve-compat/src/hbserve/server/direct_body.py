@@ -1,5 +1,5 @@
-"""Parts of a streamed answer, written in the turn of the loop that brings them: what uvicorn does with a part that is
-sent, without the task and the six functions that are between."""
+"""Parts of a streamed answer, written in the turn of the loop that brings them: does what uvicorn does with a part,
+without the task and the six functions in between."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from starlette.types import Scope
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 EXTENSION = "hbserve.direct_body"
-"""Of the ASGI scope."""
+"""Key in the ASGI scope."""
 
 
 class DirectBody:
@@ -16,10 +16,10 @@ class DirectBody:
     def __init__(self, cycle: RequestResponseCycle) -> None:
         self._cycle = cycle
         self.num_bytes = 0
-        """That were written."""
+        """Bytes that were written."""
 
     def write(self, part: bytes) -> bool:
-        """Write a further part, after the first and before the last one, which are for `send`.
+        """Write a part, neither the first nor the last one, which need `send`.
 
         Returns:
             Whether the client reads. If not, the next part waits in a `send` until it does.
@@ -34,6 +34,6 @@ class DirectBody:
 
 
 def direct_body(scope: Scope) -> DirectBody | None:
-    """None: of a server that is not ours."""
+    """None if the server is not ours."""
     extensions: dict[str, Any] = scope.get("extensions") or {}
     return extensions[EXTENSION]["body"] if EXTENSION in extensions else None

@@ -1,4 +1,5 @@
-"""Token ids of a server's prompts. Encoding a long one takes long: it is done in a thread, and stalls no stream."""
+"""Token ids of a server's prompts. Encoding a long prompt takes long, so it is done in a thread, and delays no
+stream."""
 
 import asyncio
 import copy
@@ -12,27 +13,28 @@ from hbserve_rpc.prompt_shape import PromptShape, shape_of
 T = TypeVar("T")
 
 SHORT = 4096
-"""Characters, or tokens, that are encoded sooner than a thread would begin."""
+"""Up to this many characters, or tokens, encoding takes less time than starting a thread."""
 
 
 class Encoder:
-    """Two tokenizers, because one may not be used by two threads at once: one for short prompts here, one elsewhere."""
+    """Two tokenizers, because one must not be used by two threads at once: one for short prompts here, one in a
+    thread."""
 
     def __init__(self, tokenizer: Any, chat_template: str | None = None) -> None:
-        """`tokenizer` is None where there is none: then there is no text either, and no messages."""
+        """`tokenizer` is None if there is none: then there can be no text and no messages."""
         self.tokenizer = tokenizer
         self.chat_template = chat_template or getattr(tokenizer, "chat_template", None)
         self._of_thread = copy.deepcopy(tokenizer)
         self._thread = ThreadPoolExecutor(1, "hbserve-encoder")
 
     async def text(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
-        """Of a text as it stands. Raises InvalidRequest."""
+        """Token ids of a text as it is. Raises InvalidRequest."""
         return await self._call(
             len(text), lambda tokenizer: tuple(encode(tokenizer, text, add_special_tokens=add_special_tokens))
         )
 
     async def messages(self, messages: list[dict[str, Any]], **settings: Any) -> tuple[int, ...]:
-        """Of messages, by the chat template. Raises InvalidRequest."""
+        """Token ids of messages, by the chat template. Raises InvalidRequest."""
         length = sum(len(message["content"]) for message in messages)
         return await self._call(
             length,
@@ -40,7 +42,7 @@ class Encoder:
         )
 
     async def shape(self, token_ids: tuple[int, ...], block_size: int) -> PromptShape:
-        """See `shape_of`: to look at a long prompt takes a while too."""
+        """See `shape_of`: computing that of a long prompt takes a while too."""
         return await self._call(len(token_ids), lambda _: shape_of(token_ids, block_size))
 
     async def _call(self, length: int, job: Callable[[Any], T]) -> T:

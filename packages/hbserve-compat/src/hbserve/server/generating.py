@@ -33,7 +33,7 @@ from hbserve_rpc import SamplingParams
 
 B = TypeVar("B", bound=RequestBody)
 Answer = Callable[[Reply, Service, ServedModel, B, dict[str, Any]], Awaitable[None]]
-"""Sends the answer to a body; the last is its id, its time and its model."""
+"""Sends the answer to a body; the last argument has its id, time and model."""
 
 
 async def completions(request: Request) -> Watched:
@@ -45,14 +45,14 @@ async def chat_completions(request: Request) -> Watched:
 
 
 async def endpoint(request: Request, kind: type[B], answer: Answer[B]) -> Watched:
-    """Refuses what is wrong in itself, and leaves the rest to a response that can be cancelled."""
+    """Refuse what is wrong with the request itself, and leave the rest to a response that can be cancelled."""
     service: Service = request.app.state.service
     content = await read_object(request, service.max_body_bytes)
     model = service.require_model()
     require_own_names(content, kind)
     body = converted(content, kind)
     require_served(body)
-    # Before any work for it: with too many requests there, a refusal must not have to wait for theirs.
+    # Before any other work: when there are too many requests, a refusal must not have to wait for theirs.
     model.scheduler.require_room(getattr(body, "priority", None) or 0)
     headers = ignored_header(ignored_fields(content, kind))
     request_id, name = request.scope["state"]["request_id"], model.name_for(body.model)
@@ -81,7 +81,7 @@ async def _complete(
 
 
 async def _read_prompts(model: ServedModel, body: CompletionBody) -> tuple[list[tuple[int, ...]], list[str]]:
-    """Token ids of each prompt, and what of its text is repeated before its answer."""
+    """Token ids of each prompt, and the part of its text that is repeated before its answer."""
     given = read_prompts(body.prompt)
     prompts = [await model.encoder.text(each) if isinstance(each, str) else tuple(each) for each in given]
     return prompts, [_text_of(model, each) if body.echo else "" for each in given]

@@ -19,7 +19,7 @@ def event(value: Any) -> bytes:
 
 
 class Choices(Protocol):
-    """One kind of answer: how its choices look."""
+    """One kind of answer: what its choices look like."""
 
     object_name: str
     chunk_name: str
@@ -31,22 +31,22 @@ class Choices(Protocol):
         """A choice's next chunks."""
 
     def is_bare(self, index: int, delta: GenerationDelta) -> bool:
-        """Whether a choice's next chunk has its text and nothing else: then it need not be made."""
+        """Whether a choice's next chunk has only text: then its chunk need not be built."""
 
     def bare(self, index: int, text: str) -> dict[str, Any]:
-        """Such a chunk."""
+        """The chunk of such a text."""
 
     def whole(self, index: int) -> dict[str, Any]:
         """A choice, after its last chunk."""
 
 
 class Rendering:
-    """The answer to one request, and what was counted of it."""
+    """The answer to one request, and its counts."""
 
     def __init__(
         self, choices: Choices, body: SamplingFields, head: dict[str, Any], prompts: list[tuple[int, ...]]
     ) -> None:
-        """`prompts`: of each choice, in order; those of one prompt are neighbours, and the same tuple."""
+        """`prompts`: the prompt of each choice, in order; those of one prompt are neighbours, and the same tuple."""
         options = body.stream_options
         self._choices = choices
         self._head = head
@@ -54,13 +54,13 @@ class Rendering:
         self._has_usage = bool(self._ends_with_usage and options and options.continuous_usage_stats)
         self._prompts = prompts
         self._firsts = [i for i, each in enumerate(prompts) if i == 0 or each is not prompts[i - 1]]
-        """Of each prompt, its first choice."""
+        """The first choice of each prompt."""
         self._num_output = 0
         self._timings: dict[int, Timings] = {}
         start = msgspec.json.encode({**head, "object": choices.chunk_name})[:-1]
         self._start = b"data: " + start + b',"choices":['
         self._around_text: list[tuple[bytes, bytes]] = []
-        """Of each choice, what is before and behind the text in an event that has nothing else."""
+        """For each choice, what comes before and after the text in an event that has nothing else."""
         if body.stream and not self._has_usage:
             self._around_text = [self._around(choices.bare(index, MARK)) for index in range(len(prompts))]
 
@@ -112,7 +112,7 @@ class Rendering:
     # ---- whole ---------------------------------------------------------------------------------------------------
 
     def take(self, news: News) -> None:
-        """As `chunks`, for who wants the whole answer at the end."""
+        """Like `chunks`, for a client that wants the whole answer at the end."""
         for index, delta in news:
             self._count(index, delta)
             self._choices.chunk(index, delta)
@@ -130,7 +130,7 @@ class Rendering:
             self._timings[index] = delta["timings"]
 
     def usage(self) -> dict[str, Any]:
-        """Tokens so far. Those that were cached are known of prompts whose answers have ended."""
+        """Tokens so far. The number of cached ones is known for prompts whose answers have ended."""
         num_prompt = sum(len(self._prompts[index]) for index in self._firsts)
         cached = sum(self._timings[index]["num_cached_tokens"] for index in self._firsts if index in self._timings)
         return {
@@ -141,7 +141,7 @@ class Rendering:
         }
 
     def metrics(self) -> dict[str, Any]:
-        """Of an answer that is alone, how long it took: vLLM's names first."""
+        """How long an answer took, if it is the only one: vLLM's names first."""
         if len(self._prompts) != 1 or 0 not in self._timings:
             return {}
         times = self._timings[0]

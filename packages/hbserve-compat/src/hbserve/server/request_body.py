@@ -19,7 +19,7 @@ IGNORED_HEADER = "x-hbserve-ignored"
 MOST_NAMED = 16
 """Ignored fields that a response names; the header says how many more there were."""
 MOST_REMEMBERED = 256
-"""Names of ignored fields that were logged already."""
+"""How many names of ignored fields are remembered as logged."""
 
 
 async def read_object(request: Request, most_bytes: int) -> dict[str, Any]:
@@ -36,14 +36,14 @@ async def read_object(request: Request, most_bytes: int) -> dict[str, Any]:
 
 
 def _require_plain(request: Request) -> None:
-    """What a body is said to be, so that nobody has to guess it from a complaint about its first byte."""
+    """Check what a body claims to be, so that nobody has to guess it from a complaint about its first byte."""
     encoding = request.headers.get("content-encoding", "identity")
     if encoding != "identity":
         problem = f"content-encoding={shown(encoding)}: is not served; send the body as it is"
         raise ApiError(415, problem, headers={"accept-encoding": "identity"})
     kind = request.headers.get("content-type", "")
-    # Programs may call JSON what they like, curl calls it a form. But from a page of another origin a browser sends
-    # anything that is not called JSON without asking whether it may.
+    # Programs may call JSON what they like; curl calls it a form. But for a page of another origin, a browser sends
+    # anything that is not called JSON without asking for permission.
     if "origin" in request.headers and "json" not in kind:
         raise ApiError(415, f"content-type={shown(kind)}: expected application/json from a browser")
 
@@ -66,8 +66,8 @@ async def _read(request: Request, most_bytes: int) -> bytes:
 
 
 def decoded(body: bytes) -> Any:
-    """A byte order mark before it is allowed, as Windows' programs write one. Raises ApiError: 400, says at which place
-    it is no JSON."""
+    """Decode JSON; a byte order mark before it is allowed, as Windows programs write one. Raises ApiError: 400, with
+    the position where it is not JSON."""
     if not body:
         raise ApiError(400, "the body is empty; expected a JSON object")
     try:
@@ -83,7 +83,7 @@ def decoded(body: bytes) -> Any:
 
 
 def converted(content: dict[str, Any], kind: type[T]) -> T:
-    """The fields that an endpoint takes, by their types. Others are left out: `ignored_fields` has them.
+    """The fields that an endpoint takes, converted to their types. Others are left out: see `ignored_fields`.
 
     Raises:
         ApiError: 400, names the field by its path and what is expected.
@@ -103,13 +103,13 @@ def converted(content: dict[str, Any], kind: type[T]) -> T:
 
 
 def _number(value: Any) -> Any:
-    """JSON has one kind of number: 2.0 is 2, and some languages write it so."""
+    """JSON has one kind of number: 2.0 is 2, and some languages write it that way."""
     return int(value) if type(value) is float and value.is_integer() else value
 
 
 def ignored_fields(content: dict[str, Any], kind: type[msgspec.Struct]) -> list[str]:
-    """Names of what a body has and an endpoint does not take, as `odd` or `stream_options.odd`; null is as if it were
-    not there."""
+    """Names of fields that the body has and the endpoint does not take, such as `odd` or `stream_options.odd`; null
+    counts as absent."""
     names = {name for name, value in content.items() if value is not None} - set(kind.__struct_fields__)
     for name, known in _objects(kind).items():
         if isinstance(inner := content.get(name), dict):
@@ -119,7 +119,7 @@ def ignored_fields(content: dict[str, Any], kind: type[msgspec.Struct]) -> list[
 
 @cache
 def _objects(kind: type[msgspec.Struct]) -> dict[str, tuple[str, ...]]:
-    """Fields of a body that are objects themselves, and the fields of these."""
+    """The fields of a body that are themselves objects, and the fields of those."""
     return {
         field.name: each.__struct_fields__
         for field in msgspec.structs.fields(kind)
@@ -132,7 +132,7 @@ _logged: set[str] = set()
 
 
 def ignored_header(names: list[str]) -> dict[str, str]:
-    """Header that names fields that had no effect; the log has each name once."""
+    """A header that names the fields without effect; the log has each name once."""
     if not names:
         return {}
     for name in map(_sanitised, names):
@@ -144,5 +144,5 @@ def ignored_header(names: list[str]) -> dict[str, str]:
 
 
 def _sanitised(name: str) -> str:
-    """A name for a header and a log: a client may call its fields anything."""
+    """A name that is safe in a header and a log: a client may call its fields anything."""
     return re.sub(r"[^A-Za-z0-9_.-]", "?", name[:64])

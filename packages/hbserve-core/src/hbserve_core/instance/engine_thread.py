@@ -18,18 +18,18 @@ T = TypeVar("T")
 EngineEvent = StepOutput | Reservation
 
 JOIN_TIMEOUT_S = 10.0
-"""A step, or the loading of a model, cannot be interrupted; after so long it is left to itself."""
+"""A step, or the loading of a model, cannot be interrupted; after this long the thread is left to itself."""
 
 
 class EngineThread:
     """Runs commands and steps in turn; sleeps while there is neither. Belongs to the event loop that ran `start`.
 
-    Commands also run while a step is computed, until the next one is to be launched: see `Engine.wait_s`. Where the
-    device has nothing to do, what they have brought is launched before anybody hears of it: whoever does would take
-    the interpreter from this thread.
+    Commands also run while a step is computed, until the next one is to be launched: see `Engine.wait_s`. If the device
+    is idle, the work that commands have brought is launched before anybody is told of it, because whoever is told would
+    take the interpreter from this thread.
 
-    The listeners are called in the event loop. `on_events` gets what one step has brought, at once. `on_failure` is
-    called once, when the engine cannot go on; by then every call has failed too.
+    The listeners are called in the event loop. `on_events` gets everything that one step has yielded, at once.
+    `on_failure` is called once, when the engine cannot continue; by then every call has failed too.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class EngineThread:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._pending: set[asyncio.Future[Any]] = set()
         self._answers: list[Callable[[], None]] = []
-        """Of commands that have run."""
+        """Completions of commands that have run."""
         self._ended: EngineStopped | None = None
         self.stats = EngineStats()
         """As of the last step or command. May be read from any thread."""
@@ -64,7 +64,7 @@ class EngineThread:
         return await self._made
 
     async def stop(self) -> None:
-        """End after the step that is under way. Calls that wait fail. May be called twice, and without `start`."""
+        """End after the step that is under way. Waiting calls fail. May be called twice, and without `start`."""
         self._end(EngineStopped("the engine was stopped"))
         self._commands.put(None)
         if self._thread.is_alive():
@@ -138,7 +138,7 @@ class EngineThread:
             self._tell_events(engine, outputs)
 
     def _run_commands(self, engine: Engine) -> bool:
-        """Run what is queued, and what comes before the next step must be launched. False: stop."""
+        """Run what is queued, and what arrives before the next step must be launched. False: stop."""
         has_run = False
         while True:
             wait_s = engine.wait_s()
@@ -154,12 +154,12 @@ class EngineThread:
                 return False
             command(engine)
             has_run = True
-            # Grants are told while a step is computed: somebody begins to compute a prompt by them.
+            # Grants are reported while a step is computed, because a prefill instance waits for them.
             if not engine.launches_at_once:
                 self._tell_events(engine, [])
 
     def _tell_events(self, engine: Engine, outputs: Sequence[StepOutput]) -> None:
-        """What a step has brought, what commands have, and what there is room for now."""
+        """Report what a step has yielded, what commands have, and for what there is room now."""
         events = [*engine.poll_reservations(), *outputs]
         self.stats = engine.stats()
         answers, self._answers = self._answers, []

@@ -247,7 +247,7 @@ class Router:
         try:
             body = _read(await request.read())
         except UNREADABLE as error:
-            return _response(Refused.saying(400, f"the body is not JSON object: {error}"))
+            return _response(Refused.saying(400, f"the body is not a JSON object: {error}"))
         return await self._answer(request, body)
 
     async def _pass_on(self, request: web.Request) -> web.StreamResponse:

@@ -1,4 +1,4 @@
-"""CUDA streams in threads of our own, and events: when they have happened, without waiting for one before another."""
+"""CUDA streams in our own threads, and events: tells when they have happened, without blocking on any of them."""
 
 import asyncio
 import contextlib
@@ -8,18 +8,19 @@ from collections.abc import Iterator
 from typing import Any
 
 INTERVAL_S = 1e-4
-"""Between two looks. The control messages of a transfer take ten times as long."""
+"""Seconds between two polls. The control messages of a transfer take ten times as long."""
 LINGER_S = 0.5
-"""How long the thread that looks stays when nothing is left. To start one takes whoever starts it until the new one has
-had its turn of the interpreter: in the event loop of a busy instance longer than to look."""
+"""How long the polling thread stays when nothing is left. Starting one holds its starter until the new thread has had
+its turn of the interpreter: in the event loop of a busy instance, longer than polling takes."""
 
 
 @contextlib.contextmanager
 def on_stream(stream: Any) -> Iterator[None]:
-    """`torch.cuda.stream`, in a thread of our own, whose device becomes the stream's.
+    """`torch.cuda.stream` for our own threads, whose device becomes the stream's.
 
-    A thread begins on the first GPU, and torch's own would go back to it. CUDA makes a context there then, which takes
-    0.15 s in the middle of a transfer, and half a gigabyte of a GPU that is another instance's.
+    A thread starts on the first GPU, and torch's own context manager would return to it. CUDA then makes a context
+    there, which takes 0.15 s in the middle of a transfer, and half a gigabyte of a GPU that belongs to another
+    instance.
     """
     import torch
 
@@ -29,11 +30,10 @@ def on_stream(stream: Any) -> Iterator[None]:
 
 
 class EventWatch:
-    """Asks about events until they have happened: one thread for all, which is there while there are any, and a moment
-    longer.
+    """Polls events until they have happened: one thread for all, which exists while there are any, and a moment longer.
 
-    Nobody waits inside CUDA for one event, because another may happen first: of two transfers to one peer, that whose
-    step ends later must not hold up the other.
+    Nothing blocks inside CUDA on one event, because another may happen first: of two transfers to one peer, the one
+    whose step ends later must not delay the other.
     """
 
     def __init__(self) -> None:
@@ -42,14 +42,14 @@ class EventWatch:
         self._is_running = False
 
     def until(self, event: Any, since: Any = None) -> asyncio.Future[float]:
-        """A future of the running loop, done when `event` has happened: seconds from the event `since` on, both of
-        which then have timing, else 0. Fails by what the device raises."""
+        """A future of the running loop, done when `event` has happened: seconds since the event `since`, if given (then
+        both need timing), else 0. Fails with what the device raises."""
         future: asyncio.Future[float] = asyncio.get_running_loop().create_future()
         self.tell(future, event, since)
         return future
 
     def tell(self, future: asyncio.Future[float], event: Any, since: Any = None) -> None:
-        """The same for a future that is there, from any thread."""
+        """The same for an existing future, from any thread."""
         if self._has_settled(event, since, future):
             return
         with self._changed:
@@ -62,7 +62,7 @@ class EventWatch:
 
     @staticmethod
     def has_happened(event: Any) -> bool:
-        """Whether it has; not if its device has failed, which `until` says."""
+        """Whether it has happened; False if its device has failed, which `until` reports."""
         try:
             return bool(event.query())
         except RuntimeError:

@@ -1,4 +1,4 @@
-"""Figures of a manager, for whoever watches it."""
+"""Figures of a KVTransferManager, as its `stats()` and `links()` return them."""
 
 from dataclasses import dataclass
 

@@ -1,6 +1,6 @@
 """The KV lookup buffer: where transfers wait that arrived before anybody asked for them.
 
-Bounded by its blocks: a sender waits until there is room (that is its credit), and what nobody takes expires. So
+It is bounded by its blocks: a sender waits until there is room (this is its credit), and what nobody takes expires. So
 neither the order of requests nor a forgotten one can do harm.
 """
 
@@ -31,9 +31,9 @@ class LookupBuffer:
         self._timeout_s = timeout_s
         self._expiry_s = expiry_s
         self._arrived: dict[str, tuple[list[int], TransferResult]] = {}
-        """What nobody has taken yet."""
+        """Messages that nobody has taken yet."""
         self._waiting: dict[str, asyncio.Future[None]] = {}
-        """Of who would take what has not arrived; done when it has."""
+        """One for each caller that waits for a message; done when the message has arrived."""
         self._room = asyncio.Condition()
         self._keeping: set[asyncio.Task[None]] = set()
 
@@ -66,7 +66,7 @@ class LookupBuffer:
             self._room.notify_all()
 
     def __contains__(self, request_id: str) -> bool:
-        """Whether there is a message of this name, which nobody has taken."""
+        """Whether there is a message of this name that nobody has taken."""
         return request_id in self._arrived
 
     def keep(self, transfer: IncomingTransfer) -> None:
@@ -76,7 +76,7 @@ class LookupBuffer:
         task.add_done_callback(self._keeping.discard)
 
     async def close(self) -> None:
-        """Tell who waits for a message that nothing comes any more."""
+        """Tell those who wait for a message that none will come."""
         for task in self._keeping:
             task.cancel()
         await asyncio.gather(*self._keeping, return_exceptions=True)
@@ -105,8 +105,8 @@ class LookupBuffer:
         """Blocks and result of a message that has arrived, or arrives before the deadline. The caller frees the blocks.
 
         Raises:
-            TransferTimeout: nothing came.
-            TransferFailed: its sender failed, or somebody else waits for it already.
+            TransferTimeout: nothing arrived.
+            TransferFailed: its sender failed, or somebody else already waits for it.
         """
         if request_id in self._waiting:
             raise TransferFailed(f"{request_id}: another receive waits for it already")
@@ -132,24 +132,24 @@ class LookupBuffer:
 
 
 class _Shape(msgspec.Struct, frozen=True):
-    """What a tensor was, beside its bytes."""
+    """Properties of a tensor besides its bytes."""
 
     dtype: str
     shape: list[NotNegative]
 
 
 def shape_of(tensor: "torch.Tensor") -> bytes:
-    """What is committed with a tensor's bytes."""
+    """The payload that is committed with a tensor's bytes."""
     return msgspec.msgpack.encode(_Shape(str(tensor.dtype).removeprefix("torch."), list(tensor.shape)))
 
 
 def tensor_of(request_id: str, shape: bytes, blocks: "torch.Tensor") -> "torch.Tensor":
-    """The tensor whose bytes came in these blocks, and whose sender says that it had this shape.
+    """The tensor whose bytes arrived in these blocks, with the shape that its sender reported.
 
     blocks: uint8 (num_blocks, block_bytes), contiguous; the tensor is a view of them.
 
     Raises:
-        TransferFailed: no tensor of as many blocks has such a shape.
+        TransferFailed: no tensor of this many blocks has such a shape.
     """
     import torch
 

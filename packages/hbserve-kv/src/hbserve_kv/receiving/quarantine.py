@@ -1,10 +1,10 @@
-"""Failed transfers whose blocks may still be written, and how it becomes sure that they are not.
+"""Failed transfers whose blocks may still be written, and how to be sure that they are not.
 
-A sender says so itself (ABANDON). From one that was lost the transport takes what it writes with, if it can: see
-`Transport.revoke`. Else the sender is asked (ALIVE), in case its word was lost. If its process is gone it writes no
-more; if it only does not answer it may go on writing, so its transfers become UNKNOWN, and their blocks wait until it
-answers, or is gone. That may be never: no time is long enough to know that a process which was paused does not go on.
-So a warning says what is out of use, and because of whom, again and again.
+A sender reports the end of its writes itself (ABANDON). If it is lost, the transport revokes its means to write, if it
+can: see `Transport.revoke`. Otherwise the sender is asked (ALIVE), in case its report was lost. If its process is gone,
+it writes nothing more. If it merely does not answer, it may still write, so its transfers become UNKNOWN, and their
+blocks wait until it answers or is gone. That may be never: no wait is long enough to prove that a paused process will
+not continue. So a warning says again and again what is out of use, and because of whom.
 """
 
 import asyncio
@@ -23,16 +23,17 @@ from hbserve_rpc.address import nobody_listens
 logger = logging.getLogger(__name__)
 
 GRACE_S = 1.0
-"""After a sender has ended, what its system had taken already may still arrive for a moment."""
+"""After a sender has ended, what its system had already taken may still arrive for a moment."""
 CHECK_INTERVAL_S = 0.5
 ANSWER_TIMEOUT_S = 1.0
 FIRST_REMINDER_S, LONGEST_PAUSE_S = 60.0, 3600.0
-"""When it is said again that blocks are out of use, and then each time after twice as long, up to this."""
+"""When to repeat that blocks are out of use; each later repetition waits twice as long, up to the maximum."""
 
 
 @dataclass
 class Reminder:
-    """When to say again that blocks are out of use: at once, and then more and more rarely. Time is the caller's."""
+    """When to repeat that blocks are out of use: at once, and then less and less often. The caller supplies the
+    time."""
 
     began_s: float
     due_s: float = -math.inf
@@ -72,13 +73,13 @@ class Quarantine:
         return next(found, None)
 
     def watch(self, transfer: IncomingTransfer) -> None:
-        """Subscribes to transfers: called by each that fails while something of it may still land."""
+        """Watch a transfer; each transfer calls this if it fails while something of it may still land."""
         task = asyncio.create_task(self._wait_until_drained(transfer))
         self._watching[transfer] = task
         task.add_done_callback(lambda _: self._watching.pop(transfer))
 
     def drain_later(self, transfer: IncomingTransfer, link: IncomingLink) -> None:
-        """A sender writes no more, but what its system had taken already may still arrive for a moment."""
+        """The sender writes nothing more, but what its system had already taken may still arrive for a moment."""
         task = asyncio.create_task(self._drain_later(transfer, link))
         self._draining.add(task)
         task.add_done_callback(self._draining.discard)
@@ -89,7 +90,7 @@ class Quarantine:
         transfer.sender_drained(link.link.key)
 
     async def close(self) -> None:
-        """End, and wake who waits for what is not drained."""
+        """End, and wake whoever waits for what is not drained."""
         watched = list(self._watching)
         running = [*self._watching.values(), *self._draining]
         for task in running:
@@ -110,7 +111,7 @@ class Quarantine:
             for link in writing if is_late else lost:
                 if await self.revoke(link) or (link in lost and await self._ask(link)):
                     transfer.sender_drained(link.link.key)
-            # The deadline counts from when a sender stopped answering: a link is lost by that.
+            # The deadline counts from when a sender stopped answering, which is how a link is lost.
             if lost or (writing and is_late):
                 transfer.give_up()
             if transfer.phase is Phase.UNKNOWN and reminder.is_due(loop.time()):
@@ -120,7 +121,8 @@ class Quarantine:
                     await transfer.drained.wait()
 
     async def revoke(self, link: IncomingLink) -> bool:
-        """Whether nothing lands over the link any more: it was taken from the sender, which may be there or not."""
+        """Whether nothing lands over the link any more, because the sender's means to write were revoked, whether it is
+        there or not."""
         try:
             revoked = await link.transport.revoke(link.link)
         except Exception:  # whatever a backend raised; the sender can still be asked
@@ -154,10 +156,10 @@ def _warn(transfer: IncomingTransfer, since_s: float) -> None:
 
 
 async def has_ended(lost: IncomingLink, keys: Keys | None) -> bool:
-    """Whether nobody writes over this link any more. A frozen process may, so only these are answers:
+    """Whether nobody writes over this link any more. A frozen process might, so only these answers count:
 
-    its host says that nothing listens there, or the process that does says that it is another life, or that it has
-    ended the link.
+    the sender's host says that nothing listens at its address; or whoever listens there says that it is another life,
+    or that it has ended the link.
     """
     if await nobody_listens(lost.hello.address, ANSWER_TIMEOUT_S):
         return True

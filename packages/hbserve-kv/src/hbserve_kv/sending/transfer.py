@@ -1,4 +1,4 @@
-"""One transfer at its sender."""
+"""SendTransfer: one transfer at its sender, from `open_send` to `commit`; what its legs do is in connection.py."""
 
 import asyncio
 import logging

@@ -1,4 +1,4 @@
-"""Carries parts by a KVTransferBase of somebody else: one send and one receive for each part."""
+"""Carries parts by a user's KVTransferBase: one send and one receive for each part."""
 
 import inspect
 from typing import Any
@@ -19,7 +19,7 @@ class CustomTransport(Transport):
         self._backend = backend
 
     async def start(self, memory: Memory) -> None:
-        """Raises BackendUnavailable if it describes itself by something else than bytes."""
+        """Raises BackendUnavailable if its description is not bytes."""
         self._memory = memory
         await self._call("start")
         self.describe()
@@ -58,12 +58,12 @@ class CustomTransport(Transport):
         return await result
 
     async def disconnect(self, link: Link) -> None:
-        """The backend knows ranks, not links; it hears of a new peer by `connect`."""
+        """Does nothing: the backend knows ranks, not links, and is told of a new peer by `connect`."""
 
     async def close(self) -> None:
         await self._backend.close()
 
 
 def _message_id(link: Link, part: Part) -> str:
-    """Never used again: a transfer id may be, after a failure or a restart."""
+    """An id that is never used again; a transfer id may be, after a failure or a restart."""
     return f"{part.transfer_id}:{part.index}:{link.key}"

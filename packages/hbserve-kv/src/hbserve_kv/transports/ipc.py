@@ -1,9 +1,9 @@
 """Between processes of one host: the receiver's memory is mapped into the sender, which writes into it.
 
-CPU: anonymous shared memory (memory/shared_memory.py) and memmove; no torch. GPU: CUDA IPC (memory/cuda_ipc.py) and a
-kernel of the sender's GPU that writes into the receiver's, the same one or another, over NVLink if they have it. Each
-part has a stream to itself while it waits for the computation, by an event, and moves; no other stream waits or is
-waited for, nor does the host wait.
+CPU: anonymous shared memory (memory/shared_memory.py) and memmove; no torch. GPU: CUDA IPC (memory/cuda_ipc.py), and a
+kernel or copy engine of the sender's GPU that writes into the receiver's, the same one or another, over NVLink if they
+have it. Each part has a stream of its own, in which it waits for the computation's event and then moves; neither other
+streams nor the host wait for it.
 """
 
 import asyncio
@@ -25,12 +25,12 @@ from hbserve_kv.transports.base import COPY_PRIORITY, GPU_PART_BYTES, Link, Movi
 
 
 class DeviceRegion(msgspec.Struct, frozen=True):
-    """GPU memory of a process, for another process of this host."""
+    """GPU memory of one process, described for another process of this host."""
 
     handle: bytes
-    """Of the allocation that it lies in."""
+    """Of the allocation that the memory lies in."""
     offset: int
-    """From where that begins."""
+    """Of the memory within its allocation."""
     num_bytes: int
     address: int
     """In the owning process."""
@@ -38,19 +38,20 @@ class DeviceRegion(msgspec.Struct, frozen=True):
 
 class _Description(msgspec.Struct, frozen=True):
     host: str
-    """Boot of the host and its namespace of process ids."""
+    """The host's boot and the process-id namespace."""
     pid: int
     gpu: str
     """UUID of the pool's GPU, or ""."""
     host_regions: dict[str, list[SharedRegion]]
-    """By region of memory, its extents."""
+    """The extents of each region of memory."""
     device_regions: dict[str, list[DeviceRegion]]
 
 
 ENGINE_BLOCK_BYTES = 512 << 10
-"""Pieces of blocks from this length on are copied by the GPU's copy engines, one call for each run of them; others by a
-kernel, which is some faster alone and takes processors from the computation: beside the products of a prefill, a
-gigabyte costs these 2.7 ms by a kernel and 1.0 ms by an engine, at the same rate (docs/performance-handoff.md)."""
+"""Pieces of blocks from this length on are copied by the GPU's copy engines, one call for each run of them; shorter
+ones by a kernel. Alone a kernel is slightly faster, but it takes multiprocessors from the computation: next to the
+products of a prefill, a gigabyte costs these 2.7 ms by a kernel and 1.0 ms by an engine, at the same rate
+(docs/performance-handoff.md)."""
 
 
 @dataclass
@@ -58,7 +59,7 @@ class _Target:
     """The peer's memory, mapped."""
 
     addresses: dict[str, list[int]] = field(default_factory=dict)
-    """By region, of its extents."""
+    """Of the extents of each region."""
     num_bytes: dict[str, int] = field(default_factory=dict)
     copy_pieces: Any = None
     """On a GPU; see `hbserve_kv.memory.block_copy`."""
@@ -154,7 +155,7 @@ class IpcTransport(Transport):
         return [each.address for each in found]
 
     def _find_on_gpu(self, peer: _Description, extents: list[DeviceRegion], target: _Target) -> list[int]:
-        """An allocation is mapped once, however many of the peer's tensors lie in it."""
+        """Each allocation is mapped once, however many of the peer's tensors lie in it."""
         from hbserve_kv.memory import cuda_ipc
 
         device = self._memory.device
@@ -169,8 +170,8 @@ class IpcTransport(Transport):
         return [bases[each.handle] + each.offset for each in extents]
 
     def _compiled_copy(self, link: Link, target: _Target) -> Any:
-        """`copy_pieces`, compiled for blocks as this link has them, away from the data path: by copying none."""
-        from hbserve_kv.memory.block_copy import copy_pieces  # Triton is not there on every system that has no CUDA
+        """`copy_pieces`, compiled for this link's blocks outside the data path, by copying none."""
+        from hbserve_kv.memory.block_copy import copy_pieces  # Triton is not available on every system without CUDA
         from hbserve_kv.memory.events import on_stream
 
         stream = self._stream()
@@ -181,7 +182,7 @@ class IpcTransport(Transport):
         return copy_pieces
 
     def _stream(self) -> Any:
-        """One in which nothing waits or moves. Called in threads of several links."""
+        """A stream in which nothing waits or moves. Called in threads of several links."""
         try:
             return self._idle_streams.pop()
         except IndexError:
@@ -209,7 +210,7 @@ class IpcTransport(Transport):
         return moving
 
     def _plan(self, target: _Target, link: Link, part: Part) -> tuple[CopyPlan, int, int]:
-        """And where the memory of both sides begins."""
+        """The plan, and where the memory of both sides begins."""
         plan = link.plan(self._memory, part, target.addresses[part.target_region])
         return plan, self._memory.addresses[part.region][0], target.addresses[part.target_region][0]
 
@@ -225,7 +226,7 @@ class IpcTransport(Transport):
         copy_on_host(plan, here, part.block_ids, there, part.target_block_ids)
 
     def _queue_copy(self, target: _Target, link: Link, part: Part) -> tuple[Any, Any, Any]:
-        """Its stream, and events before and after it."""
+        """The stream of the copy, and events before and after it."""
         import torch
 
         from hbserve_kv.memory import cuda_ipc

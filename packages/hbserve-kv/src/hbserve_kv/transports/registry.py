@@ -1,4 +1,4 @@
-"""From the name of a backend to its transports. Optional libraries are imported here, when they are asked for."""
+"""From the name of a backend to its transports. Optional libraries are imported here, when they are needed."""
 
 import importlib
 import importlib.util
@@ -40,7 +40,7 @@ def make_transports(config: KVTransferConfig, rank: int) -> list[Transport]:
 
 
 def require_torch(backend: str) -> None:
-    """Raises BackendUnavailable where it is not installed."""
+    """Raises BackendUnavailable if torch is not installed."""
     try:
         importlib.import_module("torch")
     except ImportError as error:
@@ -50,8 +50,8 @@ def require_torch(backend: str) -> None:
 
 
 def _require_distributed(import_torch: bool) -> None:
-    """Raises BackendUnavailable where torch, or what `nccl` needs of it, is not there. Where it is not imported and is
-    not to be, it is looked for only: what `auto` then has for a pair that nothing else connects shows when it does."""
+    """Raises BackendUnavailable if torch, or what `nccl` needs of it, is missing. If it is not imported and should not
+    be, only its presence is checked: a pair that nothing else connects will show whether `nccl` works."""
     if not import_torch and "torch" not in sys.modules and importlib.util.find_spec("torch"):
         return
     require_torch(KVTransferBackend.NCCL.value)
@@ -95,13 +95,13 @@ def _automatic(config: KVTransferConfig) -> list[Transport]:
 
 
 def require_backend(name: str) -> None:
-    """Refuse a name of which nothing is there, for this process or one that it starts, and import neither torch nor any
-    backend for that.
+    """Refuse a name for which nothing is installed, for this process or one that it starts, without importing torch or
+    a backend.
 
     Raises:
         BackendUnavailable: no such backend, with what there is; or Mooncake is not installed.
     """
-    # Of the processes that are started: it may have been set since this one began.
+    # For processes that are started: it may have been set since this one began.
     paths = [*sys.path, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     if name in set(KVTransferBackend):
         if name == KVTransferBackend.MOONCAKE and PathFinder.find_spec("mooncake", paths) is None:
@@ -132,9 +132,9 @@ def _look_here_too() -> None:
 
 
 def find_custom(name: str) -> type[Any]:
-    """The class, of KVTransferBase or Transport, that an entry point or `module:Class` names.
+    """The class, a KVTransferBase or Transport, that an entry point or `module:Class` names.
 
-    The module is one that Python finds, or in the current folder.
+    Python must find the module, or it is in the current folder.
     """
     require_backend(name)
     found = entry_points(group=ENTRY_POINT_GROUP)

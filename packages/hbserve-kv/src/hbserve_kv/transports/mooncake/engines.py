@@ -1,16 +1,18 @@
 """The few Mooncake engines of one instance that write, and the few that are written through, each shared by a group of
 links.
 
-An engine registers the whole memory and on RDMA opens every network card, so 64 peers must not need 64. But what goes
-wrong with one peer concerns its engine, so the others of its group have to be got out of there:
-- While an engine meets a peer for the first time it holds a mutex that every write needs, for a minute if that peer
-  has just frozen. Meanwhile writes wait here, where they can turn to another engine.
+An engine registers the whole memory, and on RDMA opens every network card, so 64 peers must not need 64 engines. But a
+problem with one peer affects its engine, so the other links of its group have to move away:
+
+- While an engine meets a peer for the first time, it holds a mutex that every write needs, for a minute if that peer
+has just frozen. Meanwhile writes wait here, where they can switch to another engine.
 - A write that failed may go on until its engine ends.
 - What a sender's system has taken of a write lands whenever its network lets it, unless the engine ends through which
-  it would land. That takes it from the others of the group too.
-In all cases the engine is retired: nothing new is begun with it, its links move to another one with their next
-write, and it ends after its last call. An engine remembers what it was told of a peer, and has no call to forget it; so
-it is not used again for a session that has failed.
+it would land. That takes the engine from the others of its group too.
+
+In all cases the engine is retired: nothing new is begun with it, its links move to another one with their next write,
+and it ends after its last call. An engine remembers what it learnt of a peer, and has no call to forget it, so it is
+not used again for a session that has failed.
 """
 
 import asyncio
@@ -28,30 +30,30 @@ logger = logging.getLogger(__name__)
 
 MOST_ENGINES = 4
 MOST_RECEIVING_ON_TCP = 64
-"""There an engine is cheap, so that each sender may have one to itself."""
+"""On TCP an engine is cheap, so that each sender may have its own."""
 LONGEST_FIRST_CONTACT_S = 2.0
 LOOK_INTERVAL_S, LAST_LOOK_INTERVAL_S = 0.05, 0.005
 
 
 @dataclass(eq=False)
 class Engine:
-    """One engine and who uses it. Of the event loop."""
+    """One engine and its users. Belongs to the event loop."""
 
     native: Any
     """Mooncake's TransferEngine. Its attribute is deleted to end it."""
     scratch: memoryview
-    """Registered memory of its own, to try a peer with."""
+    """Registered memory of its own, for trying to reach a peer."""
     scratch_address: int
     loopback: str = "127.0.0.1"
     failed: set[str] = field(default_factory=set)
-    """Sessions to which something has failed."""
+    """Sessions in which something has failed."""
     retired: str = ""
-    """Why nothing new is begun with it."""
+    """Why nothing new is begun with it; "" if it is in use."""
     num_calls: int = 0
     is_open: asyncio.Event = field(default_factory=asyncio.Event)
     """Set unless it is meeting a peer; also set when it is retired."""
     ended: asyncio.Event = field(default_factory=asyncio.Event)
-    """It reads and writes nothing any more."""
+    """Set when it neither reads nor writes any more."""
 
     def __post_init__(self) -> None:
         self.is_open.set()
@@ -68,7 +70,7 @@ class MooncakeEngines:
         self._make = make
         self.most = MOST_ENGINES
         self.keeps_unused = True
-        """For the next links. One always is."""
+        """Whether engines without links are kept for the next ones. One always is."""
         self._engines: list[Engine] = []
         self._of: dict[str, Engine] = {}
         """By link."""
@@ -82,7 +84,7 @@ class MooncakeEngines:
         return self._of.get(link.key)
 
     async def join(self, link: Link, session: str) -> Engine:
-        """An engine for this link that is not meeting a peer at this moment."""
+        """An engine for this link that is not meeting a peer right now."""
         while True:
             async with self._choosing:
                 self._of[link.key] = engine = await self._choose(link, session)
@@ -91,7 +93,7 @@ class MooncakeEngines:
                 return engine
 
     async def _choose(self, link: Link, session: str) -> Engine:
-        """The one with the fewest links; a new one if all are used and there may be more."""
+        """The engine with the fewest links; a new one if all are in use and there may be more."""
         self._of.pop(link.key, None)  # no `leave`: it may have the same one again
         fit = [engine for engine in self._engines if session not in engine.failed]
         best = min(fit, key=self._num_links, default=None)
@@ -104,7 +106,7 @@ class MooncakeEngines:
         return made
 
     def prepare(self) -> None:
-        """Make the first one now, so that what is wrong with it is told now."""
+        """Make the first one now, so that a problem with it is reported now."""
         self._engines.append(self._make())
 
     def links_of(self, engine: Engine) -> set[str]:
@@ -121,7 +123,7 @@ class MooncakeEngines:
 
     @asynccontextmanager
     async def call(self, engine: Engine) -> AsyncIterator[None]:
-        """Keep the engine from ending meanwhile."""
+        """Keep the engine from ending during the block."""
         engine.num_calls += 1
         try:
             yield
@@ -131,7 +133,7 @@ class MooncakeEngines:
 
     @asynccontextmanager
     async def first_contact(self, engine: Engine) -> AsyncIterator[None]:
-        """An engine that is open meets a peer: others wait, and if it takes too long turn away."""
+        """Let an open engine meet a peer: others wait, and move to another engine if it takes too long."""
         assert engine.is_open.is_set()
         engine.is_open.clear()
         loop = asyncio.get_running_loop()
@@ -166,7 +168,7 @@ class MooncakeEngines:
 
 
 async def end(engine: Engine) -> None:
-    """Returns when it has ended, which stops what it was writing. Nobody may be calling it."""
+    """End it; returns when it has ended, which stops its writes. Nobody may be calling it."""
     look_often(engine.native, LAST_LOOK_INTERVAL_S)
     await asyncio.sleep(LOOK_INTERVAL_S)
     await asyncio.to_thread(delattr, engine, "native")
@@ -174,9 +176,9 @@ async def end(engine: Engine) -> None:
 
 
 def look_often(native: Any, interval_s: float) -> None:
-    """How often the engine's listening thread looks whether the engine ends.
+    """Set how often the engine's listening thread checks whether the engine ends.
 
-    The end waits for that thread, with Python's lock held. The thread looks whenever accept() returns, which Mooncake
-    lets wait for a second; there is no setting for it, but it is a property of the socket.
+    The end waits for that thread while holding Python's lock. The thread checks whenever accept() returns, which
+    Mooncake lets wait for a second; there is no setting for it, but it is a property of the socket.
     """
     look_every(native.get_rpc_port(), interval_s)

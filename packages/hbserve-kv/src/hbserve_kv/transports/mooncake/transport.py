@@ -1,19 +1,19 @@
 """Mooncake's TransferEngine: the sender writes straight into the receiver's blocks.
 
 What its Python API makes necessary (read and measured on 0.3.13):
+
 - Only registered memory may be a source or target; over TCP an unregistered source works by accident. Both regions are
-  registered whole, in each engine, by the call that releases the GIL: each extent once, whatever allocation it lies in.
-- One engine holds one mutex while it opens a peer, for 60 s if that is frozen. So a peer is probed first, without the
-  mutex, and links that share an engine turn to another one: see engines.py.
-- A synchronous write returns -1 when it has timed out, or as soon as one of its pieces has failed; the others go on
-  and land. So that is `DrainUnknown`, and only the end of the engine stops it.
-- `protocol` does not choose the transport, and a wrong one falls back to TCP in silence. MC_FORCE_TCP is set for "tcp".
-- It listens at every interface. What is sent neither to this side's own address nor to the loopback one is dropped by
-  filters of its sockets.
-- It connects either to IPv4 or to IPv6 addresses, as MC_USE_IPV6 had it when it was imported.
+registered whole, in each engine, by the call that releases the GIL: each extent once, whatever allocation it lies in.
+- An engine holds a mutex while it opens a peer, for 60 s if that is frozen. So a peer is probed first, without the
+mutex, and links that share an engine switch to another one: see engines.py.
+- A synchronous write returns -1 when it has timed out, or as soon as one of its pieces has failed; the others go on and
+land. So that is `DrainUnknown`, and only the end of the engine stops it.
+- `protocol` does not choose the transport, and a wrong one silently falls back to TCP. MC_FORCE_TCP is set for "tcp".
+- It listens on every interface. Socket filters drop what is sent neither to this side's own address nor to loopback.
+- It connects either to IPv4 or to IPv6 addresses, depending on MC_USE_IPV6 when it was imported.
 - In P2P mode the port in the host name is ignored: the session is `host:get_rpc_port()`.
-- `initialize` prints `Local segment descriptor not found`, whoever calls it, and returns 0 all the same. It is printed
-  as an error: a log level that hides it hides errors.
+- `initialize` always prints `Local segment descriptor not found`, and returns 0 nevertheless. It is printed as an
+error: a log level that hides it hides errors.
 """
 
 import asyncio
@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 
 HANG_UP_INTERVAL_S = 0.05
 SHORTEST_TIMEOUT_S = 5
-"""Mooncake takes no shorter one."""
+"""Mooncake accepts no shorter one."""
 
 
 class Offer(msgspec.Struct, frozen=True):
@@ -64,7 +64,7 @@ class Description(msgspec.Struct, frozen=True):
 
     session: str
     addresses: dict[Region, list[int]]
-    """Of the extents of each region."""
+    """Addresses of the extents of each region."""
     num_arena_blocks: int
 
 
@@ -82,16 +82,16 @@ class MooncakeTransport(Transport):
         self._engine_class = import_engine()
         self._timeout_s = max(timeout_s, SHORTEST_TIMEOUT_S)
         self._engines = MooncakeEngines(self._make_engine)
-        """That write."""
+        """Engines with which this side writes."""
         self._receiving = MooncakeEngines(self._make_engine)
-        """Through which senders write."""
+        """Engines through which senders write."""
         self._admitted: WeakKeyDictionary[Link, Engine] = WeakKeyDictionary()
-        """Through which engine a link's sender writes, and may go on to write after the link was lost."""
+        """The engine through which a link's sender writes, and may still write after the link was lost."""
         self._connected: set[str] = set()
         self._unsure: dict[str, Engine] = {}
-        """By link, the engine that may go on with a write of it."""
+        """By link, the engine that may still be executing a write of it."""
         self._is_open_said = False
-        """Engines listen on every interface, and the log says so."""
+        """The log already says that engines listen on every interface."""
 
     async def start(self, memory: Memory) -> None:
         self._memory = memory
@@ -103,7 +103,7 @@ class MooncakeTransport(Transport):
         if self._config.protocol == "tcp":
             os.environ.setdefault("MC_FORCE_TCP", "1")
         elif self._config.protocol == "rdma" and (reason := why_no_rdma()):
-            # Mooncake itself would use TCP, and say nothing.
+            # Mooncake itself would use TCP without saying so.
             raise BackendUnavailable(f'{CONFIG_VARIABLE}: protocol "rdma", but {reason}')
         self._probe_engine = self._make_engine(())
         self._detail = self._verified_transport(self._probe_engine.native)
@@ -140,7 +140,7 @@ class MooncakeTransport(Transport):
             self._is_open_said = True
 
     def _verified_transport(self, engine: Any) -> str:
-        """What this engine really uses, by what it found and not by what was asked for.
+        """What this engine really uses, judged by what it found, not by what was asked for.
 
         Raises:
             BackendUnavailable: RDMA was asked for, and the engine has no network card for it.
@@ -175,7 +175,7 @@ class MooncakeTransport(Transport):
         )
 
     async def revoke(self, link: Link) -> set[str]:
-        """Ends the engine through which the sender writes: its connections with it, and the keys of its memory."""
+        """End the engine through which the sender writes, and with it its connections and the keys of its memory."""
         if link not in self._admitted:
             return set()
         engine = self._admitted[link]
@@ -195,7 +195,7 @@ class MooncakeTransport(Transport):
         self._connected.add(link.key)
 
     async def _join(self, link: Link) -> Engine:
-        """Give the link an engine that knows its peer: a write then needs nothing of a peer that may have frozen."""
+        """Give the link an engine that knows its peer: then a write needs nothing from a peer that may have frozen."""
         await self._ask(link, self._probe)
         engine = await self._engines.join(link, _decode(link).session)
         try:
@@ -207,8 +207,8 @@ class MooncakeTransport(Transport):
         return engine
 
     async def _ask(self, link: Link, blocking: Callable[..., None], *arguments: Any) -> None:
-        """Run what waits for an answer of the peer: for a minute if it has frozen or its host has vanished, unless
-        whoever waits here is cancelled."""
+        """Run a call that waits for the peer's answer: for a minute if it has frozen or its host has vanished, unless
+        the caller is cancelled."""
         asking = asyncio.ensure_future(link.run(blocking, *arguments, link))
         try:
             await asyncio.shield(asking)
@@ -226,7 +226,7 @@ class MooncakeTransport(Transport):
             raise ConnectionError(f"Mooncake cannot reach {session}: code {rc}")
 
     def _read_something(self, engine: Engine, link: Link) -> None:
-        """So the engine knows the peer's memory, and the path of the data is known to work."""
+        """Read from the peer, so that the engine knows its memory, and the data path is known to work."""
         peer = _decode(link)
         if rc := engine.native.transfer_sync_read(peer.session, engine.scratch_address, peer.addresses["pool"][0], 8):
             engine.failed.add(peer.session)
@@ -242,7 +242,7 @@ class MooncakeTransport(Transport):
                     self._engines.retire(engine, "a write of it failed")
 
     async def _engine_of(self, link: Link) -> Engine:
-        """One that knows the peer, and does not get to know another one at this moment."""
+        """An engine that knows the peer, and is not meeting another one right now."""
         while link.key in self._connected:
             engine = self._engines.of(link)
             if engine is None or engine.retired:
@@ -269,7 +269,8 @@ class MooncakeTransport(Transport):
             raise DrainUnknown(f"Mooncake's write to {peer.session} failed with code {rc}; its bytes may still land")
 
     async def disconnect(self, link: Link) -> None:
-        """An engine that ends stops reading its memory: measured, only what the kernel had taken still lands."""
+        """An engine that ends stops reading its memory: measured, only what the kernel had already taken still
+        lands."""
         self._connected.discard(link.key)
         await link.idle()
         self._engines.leave(link)
