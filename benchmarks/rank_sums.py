@@ -109,6 +109,7 @@ class Rank:
         self._setup = setup
         shard, store = Shard(rank, RANKS), reach_store(setup.port)
         self._group = DistributedRankGroup(shard, self._device, store, seed=0)
+        self._group.connect()
         self._norm = torch.rand(setup.hidden, generator=torch.Generator().manual_seed(1)).to(self._device, DTYPE)
         prefix = torch.distributed.PrefixStore
         self._few = MappedMemory(shard, self._device, prefix("few", store), few_bytes=MOST_FEW_BYTES)

@@ -427,6 +427,7 @@ class RanksInThreads:
             Shard(rank, self._size), torch.device("cpu"), reach_store(self._port), seed=7
         )  # see test_triton_path.py
         self._groups.append(group)
+        group.connect()
         return group
 
     def _follow(self, rank: int) -> None:

@@ -155,6 +155,7 @@ def test_closing_a_group_frees_the_graphs_that_its_end_waits_for():
     listening = socket.create_server(("127.0.0.1", 0))
     port = listening.getsockname()[1]
     group = DistributedRankGroup(Shard(0, 1), torch.device("cpu"), host_store(listening.detach(), port), seed=0)
+    group.connect()
     real, group._process_group, group.on_close = group._process_group, Waiting(), freed.set
     group.close()
     group.close()
@@ -195,6 +196,7 @@ def test_memory_is_mapped_on_all_ranks_or_none(monkeypatch, caplog, fails):
 
     def find(rank: int) -> Any:
         group = DistributedRankGroup(Shard(rank, 2), torch.device("cpu"), reach_store(port), seed=0)
+        group.connect()
         try:
             return group._map_memory(store)
         finally:

@@ -9,6 +9,7 @@ import contextlib
 import logging
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,9 @@ COLLECTIVE_TIMEOUT_S = 600.0
 """The last resort: a rank that is lost is noticed in seconds by other means (see workers.py). It must be longer than
 one rank may load its weights after another."""
 CLOSE_TIMEOUT_S = 5.0
+LOOK_EVERY = timedelta(seconds=0.2)
+"""Whether the group is closed, while Gloo waits: when a rank dies in the middle of a message, it forgets who waits
+for that message, and its abort does nothing."""
 _HOST = "127.0.0.1"
 # Public, but not in the stubs' __all__.
 TCPStore: Any = dist.TCPStore  # type: ignore[attr-defined]
@@ -42,10 +46,11 @@ class DistributedRankGroup(RankGroup):
     may be captured in a graph, and is not waited for."""
 
     def __init__(self, shard: Shard, device: torch.device, store: Store, seed: int) -> None:
-        """Returns when all ranks are here. Raises RankFailed."""
+        """`connect` comes next."""
         self.shard = shard
         self.seed = seed
         self._device = device
+        self._store = store
         self._sum = dist.AllreduceOptions()
         self._sum.asyncOp = False
         self._minimum = dist.AllreduceOptions()
@@ -59,13 +64,19 @@ class DistributedRankGroup(RankGroup):
         self._memory: MappedMemory | None = None
         self._closing: threading.Thread | None = None
         self._lock = threading.Lock()
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
+
+    def connect(self) -> None:
+        """Returns when all ranks are here. Raises RankFailed."""
+        store = PrefixStore("ranks", self._store)
         with self._checked():
-            self._process_group = self._make_process_group(PrefixStore("ranks", store))
+            if self._device.type == "cuda":
+                torch.cuda.set_device(self._device)
+                self._process_group = self._make_nccl(store)
+            else:
+                self._process_group = self._make_gloo(store)
         self.least(0)  # NCCL connects at the first use
-        if device.type == "cuda" and shard.size > 1:
-            self._memory = self._map_memory(PrefixStore("memory", store))
+        if self._device.type == "cuda" and self.shard.size > 1:
+            self._memory = self._map_memory(PrefixStore("memory", self._store))
 
     def _map_memory(self, store: Store) -> "MappedMemory | None":
         """On all ranks or on none."""
@@ -84,19 +95,31 @@ class DistributedRankGroup(RankGroup):
             memory.close()
         return None
 
-    def _make_process_group(self, store: Store) -> Any:
-        timeout = timedelta(seconds=COLLECTIVE_TIMEOUT_S)
-        rank, size = self.shard.rank, self.shard.size
-        if self._device.type == "cuda":
-            nccl = dist.ProcessGroupNCCL.Options()
-            nccl._timeout = timeout
-            return dist.ProcessGroupNCCL(store, rank, size, nccl)
+    def _make_nccl(self, store: Store) -> Any:
+        options = dist.ProcessGroupNCCL.Options()
+        options._timeout = timedelta(seconds=COLLECTIVE_TIMEOUT_S)
+        return dist.ProcessGroupNCCL(store, self.shard.rank, self.shard.size, options)
+
+    def _make_gloo(self, store: Store) -> Any:
         backend: Any = dist.ProcessGroupGloo
         options = backend._Options()
-        options._timeout = timeout
+        options._timeout = timedelta(seconds=COLLECTIVE_TIMEOUT_S)
         # Gloo would guess an interface from the host's name. All ranks are on this host.
         options._devices = [backend.create_device(hostname=_HOST)]
-        return backend(store, rank, size, options)
+        made: Future[Any] = Future()
+
+        def make() -> None:
+            try:
+                made.set_result(backend(store, self.shard.rank, self.shard.size, options))
+            except BaseException as error:
+                made.set_exception(error)
+
+        # Nothing ends its wait for a rank that never comes.
+        threading.Thread(target=make, name="rank-group-connect", daemon=True).start()
+        while True:
+            with contextlib.suppress(TimeoutError):
+                return made.result(LOOK_EVERY.total_seconds())
+            self._require_open()
 
     def all_reduce(self, partial: torch.Tensor) -> torch.Tensor:
         if self._memory is not None and self._memory.can_sum(partial):
@@ -148,8 +171,32 @@ class DistributedRankGroup(RankGroup):
         with self._checked():
             work = operation(*arguments)
             # NCCL, which has queued it on the current stream, may have nothing to wait for.
-            if work is not None:
+            if work is None:
+                return
+            if self._device.type == "cuda":
                 work.wait()
+            else:
+                self._wait_for_gloo(work)
+
+    def _wait_for_gloo(self, work: Any) -> None:
+        try:
+            while not work.is_completed():
+                with contextlib.suppress(RuntimeError):  # of the time, or the operation's own, which is raised below
+                    work.wait(LOOK_EVERY)
+                    return
+                self._require_open()
+            work.wait()
+        finally:
+            if not work.is_completed():
+                # Who lets go of the group last waits for what is under way, at the end of the process too.
+                keep = threading.Thread(
+                    target=_keep, args=(self._process_group, work), name="rank-group-keep", daemon=True
+                )
+                keep.start()
+
+    def _require_open(self) -> None:
+        if self._closing is not None:
+            raise RankFailed("the ranks are being closed")
 
     def check(self) -> None:
         if self._memory is not None:
@@ -159,20 +206,19 @@ class DistributedRankGroup(RankGroup):
     def _open(self) -> Iterator[None]:
         """While it lasts the group is not closed: no kernel is launched on memory that is not mapped any more."""
         with self._lock:
-            if self._closing is not None:
-                raise RankFailed("the ranks are being closed")
+            self._require_open()
             yield
 
     @contextlib.contextmanager
     def _checked(self) -> Iterator[None]:
         try:
             yield
+        except RankFailed:
+            raise
         except RuntimeError as error:
             raise RankFailed(f"rank {self.shard.rank} has lost the others: {str(error).splitlines()[0]}") from error
 
     def close(self) -> None:
-        if self._process_group is None:
-            return
         memory = None
         if self._memory is not None:
             self._memory.end_sums()  # before the lock: who launches behind kernels that wait may have it
@@ -192,9 +238,16 @@ class DistributedRankGroup(RankGroup):
 
     def _abort(self) -> None:
         try:
-            self._process_group.abort()
+            if self._process_group is not None:  # it is not connected yet
+                self._process_group.abort()
         except RuntimeError:
             logger.exception("rank %d: closing its group failed", self.shard.rank)
+
+
+def _keep(process_group: Any, work: Any) -> None:
+    """Until the operation has ended: Gloo's last resort is COLLECTIVE_TIMEOUT_S."""
+    with contextlib.suppress(RuntimeError):
+        work.wait()
 
 
 def host_store(listening_fd: int, port: int) -> Store:

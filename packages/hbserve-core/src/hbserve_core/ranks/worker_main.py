@@ -138,6 +138,7 @@ def _make_runner(settings: RankSettings, reporter: Reporter) -> Runner:
     config, shard = settings.config, _shard(settings)
     device = choose_device(config, shard.rank)
     group = DistributedRankGroup(shard, device, reach_store(settings.store_port), settings.seed)
+    group.connect()
     reporter.say(RankReport("loading"))
     return make_rank_runner(config, group)
 

@@ -85,8 +85,10 @@ class Workers:
             process.send_settings()
         self._wait_for("joining", START_TIMEOUT_S)
         shard = Shard(0, self.config.tensor_parallel_size)
-        self._group = DistributedRankGroup(shard, self._device, self._store, self._seed)
-        return self._group
+        group = self._group = DistributedRankGroup(shard, self._device, self._store, self._seed)
+        self._check()  # who was lost before it was here has not closed it
+        group.connect()
+        return group
 
     def wait_ready(self) -> None:
         """Wait until all ranks have loaded their part. Raises RankFailed."""
