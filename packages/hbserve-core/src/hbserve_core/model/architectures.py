@@ -3,7 +3,7 @@
 What a config.json leaves out has its architecture's default, as transformers has it.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -269,15 +269,19 @@ class Architecture:
     """Its layer_types count; in others all layers have a window, or none."""
     part_of_head: bool = False
     """Its partial_rotary_factor counts."""
+    unread: Set[str] = frozenset()
+    """Keys that almost all others read."""
 
     def completed(self, raw: Mapping[str, Any]) -> dict[str, Any]:
         """A config.json with the names that all have, with what it leaves out, and without what is of others."""
-        others = {*self.renamed.values(), *(_OF_SOME - self.defaults.keys())}
+        others = {*self.renamed.values(), *self.unread, *(_OF_SOME - self.defaults.keys())}
         own = {self.renamed.get(name, name): value for name, value in raw.items() if name not in others}
         return {**self.defaults, **own}
 
 
 _OF_SOME = {"use_sliding_window", "rope_local_base_freq"}
+_ROPE = {"rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor"}
+_CAPS = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
 _QWEN = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
 _MISTRAL = {"num_key_value_heads": 8, "sliding_window": 4096}
 _PHI3 = {"rms_norm_eps": 1e-5, "original_max_position_embeddings": 4096, "sliding_window": None}
@@ -346,6 +350,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             "layer_norm_elementwise_affine": (True, "norms without weights"),
             "_remove_final_layer_norm": (False, "layers without a norm behind them"),
         },
+        unread={"rms_norm_eps", "head_dim", "num_key_value_heads", "hidden_activation", "layer_types", *_ROPE},
     ),
     "Starcoder2ForCausalLM": Architecture(
         "starcoder2",
@@ -365,12 +370,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         },
         part_of_head=True,
     ),
-    "Gemma2ForCausalLM": Architecture(
-        "gemma2",
-        _gemma2,
-        _GEMMA | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
-        by_layer=True,
-    ),
+    "Gemma2ForCausalLM": Architecture("gemma2", _gemma2, _GEMMA | _CAPS, by_layer=True),
     "Gemma3ForCausalLM": Architecture(
         "gemma3_text",
         _gemma3,

@@ -184,8 +184,9 @@ def _refuse_what_is_not_built(folder: Path, raw: Mapping[str, Any], architecture
     activation = "silu" if activation == "swish" else activation
     if activation != expected:
         raise UnsupportedModel(f"{folder}: hidden_act={activation!r} is not supported; supported: {expected!r}")
-    if raw.get("use_bidirectional_attention"):
-        raise UnsupportedModel(f"{folder}: use_bidirectional_attention=true is not supported; it needs another mask")
+    for name, is_causal in {"use_bidirectional_attention": False, "is_causal": True}.items():
+        if bool(raw.get(name, is_causal)) != is_causal:
+            raise UnsupportedModel(f"{folder}: {name}={json.dumps(raw[name])} is not supported; it needs another mask")
     for name, (value, needed) in ARCHITECTURES[architecture].only.items():
         if raw.get(name, value) != value:
             given = json.dumps(raw[name])
