@@ -224,10 +224,11 @@ def write_gguf(file: Path, num_layers: int, lacks: str = "") -> None:
     ("num_layers", "lacks", "named"),
     [
         (2, "blk.1.ffn_down", r"missing tensors .model\.layers\.1\.mlp\.down_proj\.weight."),
+        (1, "", r"blk\.1\.attn_q\.weight is of a layer that it does not count"),
         (3, "", r"missing tensors .model\.layers\.2\.input_layernorm\.weight, "),
     ],
 )
-def test_what_a_gguf_file_lacks_is_named_and_not_invented(tmp_path, num_layers, lacks, named):
+def test_what_a_gguf_file_lacks_is_named_and_not_invented_nor_is_a_layer_left_out(tmp_path, num_layers, lacks, named):
     pytest.importorskip("accelerate")
     write_gguf(tmp_path / "x.gguf", num_layers, lacks)
     with pytest.raises(ValueError, match=named):

@@ -5,6 +5,7 @@ neither an interruption nor two processes at once can leave a broken one behind.
 """
 
 import contextlib
+import importlib
 import importlib.util
 import shutil
 import subprocess
@@ -114,6 +115,8 @@ def _write_model(file: Path, folder: Path) -> None:
         for kind in _KEYS
         if found[kind]
     ]
+    # And it says nothing of what it leaves out.
+    wrong += [f"{name} is of a layer that it does not count" for name in _surplus(file, model.config)[:1]]
     if wrong:
         raise ValueError(f"it is not whole, or of another model than it says: {'; '.join(wrong)}")
     # The weights are plain numbers now; without this the folder would claim to be quantized.
@@ -121,6 +124,13 @@ def _write_model(file: Path, folder: Path) -> None:
     model.hf_quantizer = None
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(file.parent, **source).save_pretrained(folder)
+
+
+def _surplus(file: Path, config: Any) -> list[str]:
+    """Tensors of layers beyond those that a GGUF file says it has."""
+    gguf = importlib.import_module("gguf")
+    names = [each.name.split(".") for each in gguf.GGUFReader(file).tensors]
+    return [".".join(each) for each in names if each[0] == "blk" and int(each[1]) >= config.num_hidden_layers]
 
 
 def write_main(file: Path, scratch: Path, folder: Path) -> None:
