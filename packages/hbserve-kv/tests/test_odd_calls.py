@@ -50,6 +50,63 @@ async def test_nothing_begins_once_a_manager_is_closed():
     assert asyncio.all_tasks() == before
 
 
+async def test_nothing_begins_before_a_manager_is_started_nor_while_it_starts():
+    async with manager() as receiver:
+        new = manager(rank=1)
+        new.add_peer(0, receiver.address)
+        grant = receiver.post_receive("g", [1]).grant
+
+        async def refuses():
+            for call in (
+                lambda: new.post_receive("t", [1]),
+                lambda: new.offer("t"),
+                lambda: new.claim("t", receiver.address),
+                lambda: new.endpoint,
+                lambda: new.open_send("t", grant),
+                lambda: new.open_link(receiver.endpoint),
+                lambda: new.transfer_to_itself(),
+                lambda: new.send_kv_cache("t", torch.zeros(3), 0),
+                lambda: new.receive_kv_cache("t", 0),
+            ):
+                with pytest.raises(RuntimeError, match="this manager is not started"):
+                    await call()
+
+        await refuses()
+        starting = asyncio.create_task(new.start())
+        await asyncio.sleep(0)
+        await refuses()
+        await starting
+        await move(new, receiver)
+        await new.close()
+        for call in (lambda: new.send_kv_cache("t", torch.zeros(3), 0), lambda: new.receive_kv_cache("t", 0)):
+            with pytest.raises(TransferFailed, match="this manager is closed"):
+                await call()
+
+
+async def test_a_manager_that_is_closed_while_it_starts_leaves_nothing():
+    before = asyncio.all_tasks()
+    new = manager()
+    starting = asyncio.create_task(new.start())
+    await asyncio.sleep(0)
+    await new.close()
+    with pytest.raises(RuntimeError, match="was closed while it started"):
+        await starting
+    with pytest.raises(RuntimeError, match="is closed"):
+        await new.start()
+    assert asyncio.all_tasks() == before
+
+
+async def test_calls_from_many_threads_at_once_are_refused_and_move_nothing():
+    async with manager() as receiver, manager(rank=1) as sender:
+        calls = [
+            asyncio.to_thread(call)
+            for _ in range(50)
+            for call in (lambda: receiver.post_receive("t", [1]), lambda: sender.offer("t"))
+        ]
+        assert {type(each) for each in await asyncio.gather(*calls, return_exceptions=True)} == {RuntimeError}
+        await move(sender, receiver)
+
+
 async def test_another_loop_and_another_thread_are_refused_and_close_still_closes():
     async with manager() as receiver, manager(rank=1) as sender:
         posted = receiver.post_receive("t", [1])

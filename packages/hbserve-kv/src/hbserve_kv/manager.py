@@ -76,7 +76,10 @@ class KVTransferManager(KVTransferBase):
         self.heads = self._memory.heads
         self.fingerprint = dict(fingerprint)
         self._transports = {each.name: each for each in ([transport] if transport else make_transports(config, rank))}
-        self._server = _control_server(config, self.epoch)
+        trust: dict[str, Any] = {"keys": config.keys, "allows": ["instance"]}
+        self._server = RpcServer(
+            config.host, config.port, epoch=self.epoch, heartbeat_timeout_s=config.timeout_s, **trust
+        )
         self._buffer = LookupBuffer(self._memory, timeout_s=config.timeout_s, expiry_s=config.expiry_s)
         me = self._me = Identity(rank, self.epoch, self.fingerprint, self.heads, self._memory.layout, name)
         self._receiver = Receiver(me, self._memory, self._transports, self._buffer, config)
@@ -92,7 +95,7 @@ class KVTransferManager(KVTransferBase):
         """Until their receivers know how they ended."""
         self._sent = self._received = self._failed = 0
         self._busy_time_s = 0.0
-        self._closed = False
+        self._is_started = self._closed = False
         self._loop: asyncio.AbstractEventLoop | None = None
         """That `start` ran in."""
 
@@ -124,7 +127,11 @@ class KVTransferManager(KVTransferBase):
                     continue
                 started.append(transport)
             await self._server.start()
+            if self._closed:
+                raise RuntimeError("this manager was closed while it started")
+            self._is_started = True
         except BaseException:
+            await self._server.stop()
             self._loop = None
             for transport in started:
                 await transport.close()
@@ -139,6 +146,7 @@ class KVTransferManager(KVTransferBase):
         Raises:
             BackendUnavailable: says by which transport a block does not come, and why.
         """
+        self._require_open("to itself")
         for name, transport in self._transports.items():
             if not transport.connects_to_itself:
                 continue
@@ -201,6 +209,7 @@ class KVTransferManager(KVTransferBase):
     @property
     def endpoint(self) -> bytes:
         """Where this rank receives, for a sender's `open_link`. Those of several ranks are joined by `join_grants`."""
+        self._require_open("to an endpoint")
         return msgspec.msgpack.encode(Grant("", self.address, self.epoch, self.heads))
 
     async def open_link(self, endpoint: bytes) -> None:
@@ -213,6 +222,7 @@ class KVTransferManager(KVTransferBase):
             FingerprintMismatch: the receiver's KV means something else.
             TransferFailed: the receiver is not there, or was restarted.
         """
+        self._require_open("ahead")
         receivers = [each for each in read_grants(endpoint) if self.heads.common(each.heads)]
         await asyncio.gather(*(self._peers.connection(each.address, each.epoch) for each in receivers))
 
@@ -262,6 +272,8 @@ class KVTransferManager(KVTransferBase):
         require_loop(self._loop)
         if self._closed:
             raise TransferFailed(f"transfer {transfer_id}: this manager is closed")
+        if not self._is_started:
+            raise RuntimeError(f"transfer {transfer_id}: this manager is not started")
         checked_id(transfer_id)
 
     async def _open(self, begin: Begin, receivers: Sequence[tuple[str, str]]) -> SendTransfer:
@@ -322,6 +334,7 @@ class KVTransferManager(KVTransferBase):
             raise TransferFailed(f"rank {target_rank} is unknown; add_peer({target_rank}, address) first")
         import torch
 
+        self._require_open(request_id)
         flat, arena = kv_buffer.contiguous().view(-1).view(torch.uint8), None
         block_ids = await self._buffer.place(request_id, flat.numel())
         try:
@@ -344,6 +357,7 @@ class KVTransferManager(KVTransferBase):
             TransferTimeout: nothing came before the deadline.
             TransferFailed: its sender failed, or says of it what cannot be; or another call waits for this id already.
         """
+        self._require_open(request_id)
         block_ids, result = await self._buffer.take(request_id)
         try:
             blocks = self._memory.arena[block_ids]
@@ -384,14 +398,3 @@ class KVTransferManager(KVTransferBase):
         to = [(each.link, each.transport) for each in self._peers.connections.values()]
         of = [(each.link, each.transport) for each in self._receiver.links.values()]
         return [LinkInfo(link.peer_rank, link.is_sender, transport.name, link.told) for link, transport in [*to, *of]]
-
-
-def _control_server(config: KVTransferConfig, epoch: str) -> RpcServer:
-    return RpcServer(
-        config.host,
-        config.port,
-        epoch=epoch,
-        heartbeat_timeout_s=config.timeout_s,
-        keys=config.keys,
-        allows=["instance"],
-    )
