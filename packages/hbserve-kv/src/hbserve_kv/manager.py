@@ -45,6 +45,8 @@ class KVTransferManager(KVTransferBase):
     and `receive_kv_cache` instead, in any order; these go through the lookup buffer.
     """
 
+    _loop: asyncio.AbstractEventLoop | None = None  # that `start` ran in
+
     def __init__(
         self,
         *,
@@ -96,8 +98,6 @@ class KVTransferManager(KVTransferBase):
         self._sent = self._received = self._failed = 0
         self._busy_time_s = 0.0
         self._is_started = self._closed = False
-        self._loop: asyncio.AbstractEventLoop | None = None
-        """That `start` ran in."""
 
     def _make_peers(self, transports: Mapping[str, Transport]) -> Peers:
         """That are sent to by one of these."""
