@@ -235,10 +235,15 @@ async def test_instances_that_come_later_are_looked_at_together_and_give_nobody_
         kept.append(decode.epoch)
         await asyncio.Event().wait()
 
-    looked = []
+    looked: list[links.Links] = []
     look = links.Links._look
+
+    def noting(self: links.Links) -> None:
+        looked.append(self)
+        look(self)
+
     monkeypatch.setattr(links.Links, "_keep", keep)
-    monkeypatch.setattr(links.Links, "_look", lambda self: (looked.append(1), look(self)))
+    monkeypatch.setattr(links.Links, "_look", noting)
     handles: dict[str, Any] = {}
     held = links.Links(handles, most=3)
     for names, num_links in (["p", "d0"], 1), (["d1", "d2", "d3", "d4", "d5"], 3), (["d6"], 3):
