@@ -257,3 +257,4 @@ async def test_instances_that_come_later_are_looked_at_together_and_give_nobody_
         await asyncio.sleep(0)
         assert (len(looked), len(kept)) == (1, num_links)
     await held.close()
+    assert asyncio.all_tasks() == {asyncio.current_task()}
