@@ -17,7 +17,7 @@ lint:  ## ruff, import-linter, deptry
 	uv run lint-imports
 	for package in $(PACKAGES); do (cd $$package && uv run deptry src) || exit 1; done
 
-type:  ## mypy, package by package: strict, and of tests and benchmarks what tests/mypy.ini says
+type:  ## mypy, package by package: strict; for tests and benchmarks what tests/mypy.ini says
 	for package in $(PACKAGES); do uv run mypy $$package/src || exit 1; done
 	for tests in $(wildcard packages/*/tests) tests; do \
 		MYPYPATH=$$tests uv run mypy --config-file tests/mypy.ini $$tests || exit 1; \
@@ -30,7 +30,7 @@ test:  ## every test that this machine can run
 test-gpu:  ## only the tests that need a CUDA device
 	uv run pytest -m gpu -n 0
 
-isolate:  ## each wheel alone in an empty environment, and a release that is not published
+isolate:  ## each wheel alone in an empty environment, and a dry run of a release
 	uv run .ci/wheels_alone.py
 	uv run .ci/release.py --home https://example.org/hbserve
 
@@ -46,6 +46,6 @@ ray:  ## `hbserve serve --ray`, on a cluster of two nodes on this host
 site:  ## the site of the documentation, strictly
 	UV_PROJECT_ENVIRONMENT=.venv-site uv run --locked --only-group site .ci/site.py --home https://example.org/hbserve
 
-check: lint type isolate test  ## all of it but the lowest versions
+check: lint type isolate test  ## lint, type, isolate and test
 
 .PHONY: help sync fmt lint type test test-gpu isolate lowest clients ray site check

@@ -11,9 +11,10 @@ prefill and one decode instance. Printed, as the client sees it: the time to the
 between later tokens, which is a step of the batch and its way to the client; and the hand-off in steps of the batch
 that was joined: a request's hand-off divided by the mean of its next gaps.
 
-Without `--rate` and `--hybrid`, also how much of the KV had moved when the last of n chunks started to compute: of that
-of the chunks before it at least (n-2)/(n-1), because the chunk that has just ended cannot have. For that the prefill
-instance runs in this process, and looks into the pool of the decode instance, which runs in another.
+Without `--rate` and `--hybrid`, and with chunks of a fixed size, also how much of the KV had moved when the last of n
+chunks started to compute: of that of the chunks before it at least (n-2)/(n-1), because the chunk that has just ended
+cannot have. For that the prefill instance runs in this process, and looks into the pool of the decode instance, which
+runs in another.
 """
 
 import argparse
@@ -28,6 +29,7 @@ import statistics
 import time
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from typing import Literal
 
 import torch
 
@@ -91,21 +93,26 @@ def main() -> None:
     parser.add_argument("--requests", type=int, help="default: 500 with --rate, else 20")
     parser.add_argument("--input", type=int, default=2048, help="tokens of each prompt")
     parser.add_argument("--output", type=int, default=32, help="tokens of each answer, at least 3")
-    parser.add_argument("--chunk-size", type=int, default=512)
+    parser.add_argument("--chunk-size", type=chunk_size, default=512, metavar="N|auto")
     args = parser.parse_args()
     if args.output < 3:
         parser.error("--output: a hand-off and a later gap need 3 tokens")
     args.requests = args.requests or (500 if args.rate else 20)
     asyncio.run(measure(args))
-    if not args.rate and not args.hybrid:
+    if not args.rate and not args.hybrid and args.chunk_size != "auto":
         asyncio.run(measure_overlap(args))
 
 
+def chunk_size(text: str) -> int | Literal["auto"]:
+    return "auto" if text == "auto" else int(text)
+
+
 def deployment(args: argparse.Namespace) -> PdDisaggConfig:
+    most = 8192 if args.chunk_size == "auto" else max(8192, args.chunk_size)
     config = PdDisaggConfig(
         model_path=args.model, load_format=args.load_format, kv_transfer_backend=args.backend,
-        chunk_size=args.chunk_size, max_num_batched_tokens=max(8192, args.chunk_size),
-        max_chunk_prefill_tokens=max(8192, args.chunk_size), max_model_len=args.input + args.output,
+        chunk_size=args.chunk_size, max_num_batched_tokens=most,
+        max_chunk_prefill_tokens=most, max_model_len=args.input + args.output,
     )  # fmt: skip
     if args.hybrid:
         config.gpu_instances = [
@@ -117,13 +124,13 @@ def deployment(args: argparse.Namespace) -> PdDisaggConfig:
 async def measure(args: argparse.Namespace) -> None:
     async with DisaggregatedLLM(deployment(args)) as llm:
         await until_connected(llm)
-        first = await one(llm, args, "first")
-        await asyncio.gather(*(one(llm, args, f"warm-up {i}") for i in range(WARM_UP_REQUESTS)))
+        first = await one(llm, args, make_prompt(args, "first"))
+        await asyncio.gather(*(one(llm, args, make_prompt(args, f"warm-up {i}")) for i in range(WARM_UP_REQUESTS)))
         began_s = time.perf_counter()
         if args.rate:
             runs = await poisson(llm, args)
         else:
-            runs = [await one(llm, args, seed) for seed in range(args.requests)]
+            runs = [await one(llm, args, make_prompt(args, seed)) for seed in range(args.requests)]
         report(args, first, runs, time.perf_counter() - began_s)
 
 
@@ -137,19 +144,20 @@ async def until_connected(llm: DisaggregatedLLM) -> None:
 
 
 async def poisson(llm: DisaggregatedLLM, args: argparse.Namespace) -> list[Run]:
-    dice, due_s, arriving = random.Random(args.requests), time.perf_counter(), []
-    for seed in range(args.requests):
-        arriving.append(one(llm, args, seed, due_s))
+    dice, arriving = random.Random(args.requests), []
+    prompts = [make_prompt(args, seed) for seed in range(args.requests)]
+    due_s = time.perf_counter()
+    for prompt in prompts:
+        arriving.append(one(llm, args, prompt, due_s))
         due_s += dice.expovariate(args.rate)
     return await asyncio.gather(*arriving)
 
 
-async def one(llm: DisaggregatedLLM, args: argparse.Namespace, seed: object, due_s: float = 0.0) -> Run:
-    prompt = list(make_prompt(args, seed))
+async def one(llm: DisaggregatedLLM, args: argparse.Namespace, prompt: tuple[int, ...], due_s: float = 0.0) -> Run:
     params = SamplingParams(temperature=0, max_tokens=args.output, ignore_eos=True)
     await asyncio.sleep(due_s - time.perf_counter())
     submitted_s, times_s, timings = time.perf_counter(), [], None
-    async for delta in llm.stream(prompt, params):
+    async for delta in llm.stream(list(prompt), params):
         times_s += [time.perf_counter()] * len(delta["token_ids"])
         timings = delta["timings"] or timings
     return Run(due_s or submitted_s, submitted_s, times_s, present(timings))
@@ -164,6 +172,7 @@ def report(args: argparse.Namespace, first: Run, runs: list[Run], took_s: float)
     print(f"time to first token:   {spread([run.ttft_s for run in runs])}")
     print(f"first token to second: {spread(handoffs)}")
     print(f"between later tokens:  {spread(later, 0.5, 0.9, 0.99, 0.999)}")
+    print(f"between any tokens:    {spread(handoffs + later)}")
     print(f"step of batch joined:  {spread(steps)}")
     ratios = [handoff / step for handoff, step in zip(handoffs, steps, strict=True) if step]
     print(f"hand-off in steps:     {spread(ratios, scale=1, unit='')}")

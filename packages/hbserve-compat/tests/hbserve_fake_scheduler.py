@@ -176,7 +176,7 @@ class FakeScheduler:
             raise Overloaded("so many requests are waiting", 7.2)
 
     async def wait_for_room(self, priority: int = 0) -> None:
-        raise AssertionError("a server refuses; it does not wait")
+        raise AssertionError("a server refuses; it is not waiting")
 
     async def abort(self, request_id: str, reason: FinishReason = "abort", choice: int | None = None) -> bool:
         if request_id in self.running and choice is not None:

@@ -46,7 +46,7 @@ CASES: list[tuple[dict[str, Any], str]] = [
     ({"kv_transfer": {"ip": FOREIGN}}, f"kv_transfer.ip='{FOREIGN}': {FOREIGN}:0 cannot be bound: "),
     ({"gpu_instances": pair(host=FOREIGN)}, f"gpu_instances[0].host='{FOREIGN}': {FOREIGN}:0 cannot be bound: "),
     ({"scheduler": {"host": "no.such.host.invalid"}}, "scheduler.host='no.such.host.invalid': "),
-    ({"engine": {"device": "cuda:0"}}, "engine.device='cuda:0': this host has no driver of GPUs"),
+    ({"engine": {"device": "cuda:0"}}, "engine.device='cuda:0': this host has no GPU driver"),
     ({"engine": {"device": "gpu"}}, "engine.device='gpu': expected 'auto', 'cpu' or 'cuda:N'"),
     ({"server": {"chat_template": "no.jinja"}}, f"server.chat_template='no.jinja': {NO_FILE}"),
     ({"server": {"chat_template": "{% if"}}, "server.chat_template='{% if': unexpected 'end of template'"),
@@ -99,7 +99,7 @@ async def test_python_hears_the_same_before_a_process_is_started(small_model):
     model: dict[str, Any] = {"model_path": small_model("qwen3")}
     with pytest.raises(BackendUnavailable, match=r"kv_transfer\.backend='ncl': there are"):
         await DisaggregatedLLM(PdDisaggConfig(**model, kv_transfer_backend="ncl")).start()
-    with pytest.raises(InvalidInstanceConfig, match="this host has no driver of GPUs"):
+    with pytest.raises(InvalidInstanceConfig, match="this host has no GPU driver"):
         await DisaggregatedLLM(PdDisaggConfig(**model, device="cuda")).start()
     with pytest.raises(ConfigError, match=FOREIGN):
         await DisaggregatedLLM(PdDisaggConfig(**model, gpu_instances=pair(host=FOREIGN))).start()

@@ -98,7 +98,7 @@ def test_without_a_url_it_starts_a_pair_and_talks_to_it(tmp_path, small_model):
     assert len(done.stdout.splitlines()) >= 2
     command = [*COMMAND, "--url", "http://127.0.0.1:1", "--model", str(model)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=90)
-    assert (done.returncode, done.stderr) == (2, f"error: --model={model}: not with --url, where it is set\n")
+    assert (done.returncode, done.stderr) == (2, f"error: --model={model}: not with --url, whose server sets it\n")
 
 
 @pytest.mark.warm

@@ -66,7 +66,7 @@ async def test_addresses_of_this_host_are_free_or_in_use():
         "FAIL", "p0", f"127.0.0.1:{port} of this host is in use: by this deployment, if it runs; "
         "else choose another gpu_instances[0].port",
     )  # fmt: skip
-    assert of("d1", findings) == Finding("ok", "d1", "localhost:0 is of this host, and free")
+    assert of("d1", findings) == Finding("ok", "d1", "localhost:0 belongs to this host and is free")
 
 
 async def test_other_hosts_are_reached_or_it_is_said_why_not(monkeypatch):

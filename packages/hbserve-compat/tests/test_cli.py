@@ -157,7 +157,7 @@ def test_a_wrong_address_to_connect_to_is_refused_at_once(address):
     ("address", "words"),
     [
         ("::1:5550", "brackets are for an IPv6 host, which needs them: [::1]:5550"),
-        ("0.0.0.0:5550", "0.0.0.0 is where a server listens, and no place to reach it; on its own machine"),
+        ("0.0.0.0:5550", "0.0.0.0 is an address to listen on, not to connect to; on the same machine"),
         ("my host:5550", "its host is 'my host': expected an IP address or a name; a name has ASCII letters, digits"),
     ],
 )  # fmt: skip

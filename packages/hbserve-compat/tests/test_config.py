@@ -121,7 +121,7 @@ def test_an_instance_may_be_told_who_and_where_it_is_also_if_the_file_does_not_h
     assert deployment.gpu_instances == [own], "what else is on its host is not known"
     with pytest.raises(ConfigError, match=r"has prefill-0, decode-0; give --instance-type too"):
         told("prefill-7")
-    with pytest.raises(ConfigError, match=r"--host='0\.0\.0\.0': is every address of a machine"):
+    with pytest.raises(ConfigError, match=r"--host='0\.0\.0\.0': means every address of a machine"):
         told("decode-0", host="0.0.0.0")
 
 

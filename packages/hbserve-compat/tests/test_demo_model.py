@@ -105,6 +105,21 @@ def test_a_cache_that_cannot_be_written_to_is_told_with_what_to_do(cache):
         demo_model.model_folder(None)
 
 
+@needs_package
+def test_a_disk_that_is_full_is_named_with_what_to_do_and_not_the_file_that_was_read(cache, convert_by):
+    convert_by(
+        "def write(gguf_file, folder): sys.stderr.write('I/O error: no room'); sys.exit(conversion._NOT_WRITTEN)"
+    )
+    with pytest.raises(demo_model.DemoModelUnavailable) as caught:
+        demo_model.demo_model_path()
+    assert str(caught.value) == (
+        f"the demo model: '{cache}' cannot be written to, which the model does not fit into, or which failed "
+        "(I/O error: no room): set XDG_CACHE_HOME to a folder that can, or give the path of a Hugging Face folder, "
+        "as --model PATH"
+    )
+    assert list(cache.iterdir()) == []
+
+
 def test_who_waits_for_a_conversion_is_told_once_what_goes_on_and_where(cache, convert_by, capfd):
     convert_by(WORKS)
     demo_model.demo_model_path()
@@ -234,5 +249,7 @@ def test_what_a_gguf_file_lacks_is_named_and_not_invented_nor_is_a_layer_left_ou
     with pytest.raises(ValueError, match=named):
         conversion._write_model(tmp_path / "x.gguf", tmp_path / "folder")
     write_gguf(tmp_path / "whole.gguf", 2)
+    with pytest.raises(SystemExit, match=str(conversion._NOT_WRITTEN)):
+        conversion._write_model(tmp_path / "whole.gguf", Path("/dev/null/folder"))
     conversion._write_model(tmp_path / "whole.gguf", tmp_path / "folder")
     assert (tmp_path / "folder" / "model.safetensors").exists()

@@ -87,7 +87,7 @@ def test_a_model_may_be_named_without_an_option_but_not_twice(begun):
 def test_prompts_may_be_arguments_options_and_what_stdin_has(begun):
     assert invoke("generate", "one", "-", "-p", "three", "--prompt", "four", input="two\nlines\n").exit_code == 0
     assert begun.pop().prompts == ["one", "two\nlines", "three", "four"]
-    for arguments, message in (([], "expected at least one, or - to read it"), (["-"], "there is nothing in stdin")):
+    for arguments, message in (([], "expected at least one, or - to read it"), (["-"], "stdin is empty")):
         refused = invoke("generate", *arguments, input="")
         assert (refused.exit_code, begun) == (2, [])
         assert message in refused.stderr
@@ -148,7 +148,7 @@ def test_what_is_no_model_folder_is_refused_with_what_to_do(command, folder_with
     cases = {
         "Qwen/Qwen3-0.6B": "of Hugging Face's hub: download it first (hf download Qwen/Qwen3-0.6B), or give",
         "no/such/folder": "does not exist: give the path of a Hugging Face folder",
-        str(folder / "x.gguf"): "x.gguf' is no GGUF file: it does not begin with GGUF",
+        str(folder / "x.gguf"): "x.gguf' is not a GGUF file: it does not begin with GGUF",
         str(folder): "is a LoRA adapter of 'Qwen/Qwen3-0.6B', and adapters are not served: merge it",
     }
     for given, message in cases.items():

@@ -4,7 +4,9 @@ The commands run in this process, where a hundred of them take seconds; up to wh
 a deployment that runs already.
 """
 
+import errno
 import os
+import resource
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -22,9 +25,13 @@ import hbserve.demo_model
 import hbserve.serve
 import hbserve_core
 from hbserve.__main__ import app
+from hbserve.command import LogLevel, explaining
+from hbserve.output_file import writing
 from hbserve.pd_disagg import DisaggregatedLLM
+from hbserve.plotting import figure_of
 from hbserve_scheduler import InstanceFailed, SchedulerServer
 from hbserve_testing.narrowing import present
+from hbserve_testing.processes import no_file_longer_than
 
 WOULD_START = "error: would start\n"
 seconds = settings(
@@ -268,6 +275,50 @@ def test_an_output_that_is_full_is_one_line(address, prompts):
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == b"error: [Errno 28] No space left on device"
     assert b"Traceback" not in done.stderr
+
+
+def test_too_few_files_are_told_with_their_cure(capsys):
+    with pytest.raises(typer.Exit), explaining(LogLevel.WARNING):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    assert capsys.readouterr().err == f"error: Too many open files: this process may open {most}; raise `ulimit -n`\n"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "simulate --num-requests=20 --json=PATH",
+        "keys PATH",
+    ],
+)
+def test_a_file_that_does_not_fit_on_its_disk_is_named_and_nothing_is_left_of_it(command, tmp_path, caplog):
+    with no_file_longer_than(50):
+        said = invoke([each.replace("PATH", str(tmp_path / "file")) for each in command.split()], caplog).stderr
+    assert said.splitlines()[-1].startswith(f"error: {tmp_path}/file")
+    assert said.endswith(": File too large\n")
+    assert not [each for each in tmp_path.rglob("*") if each.is_file()]
+
+
+def test_a_picture_that_does_not_fit_on_its_disk_is_named_and_nothing_is_left_of_it(tmp_path):
+    pytest.importorskip("matplotlib")
+    whole, cut = tmp_path / "whole.png", tmp_path / "cut.png"
+    with figure_of(whole, 1, 1, "first: it writes what matplotlib keeps of fonts, too"):
+        pass
+    named = pytest.raises(OSError, match=f"File too large: '{cut}'")
+    with no_file_longer_than(50), named, figure_of(cut, 1, 1, "then"):
+        pass
+    assert list(tmp_path.iterdir()) == [whole]
+
+
+def test_what_is_written_in_parts_keeps_those_that_fit_and_what_was_not_opened_is_left_alone(tmp_path):
+    path = tmp_path / "file"
+    named = pytest.raises(OSError, match=f"File too large: '{path}'")
+    with no_file_longer_than(5), named, writing(path, in_parts=True), path.open("w", buffering=1) as file:
+        file.writelines(["one\n", "more\n"])
+    assert path.read_text().startswith("one\n")
+    with pytest.raises(FileNotFoundError), writing(path):
+        (tmp_path / "none" / "file").write_text("")
+    assert path.exists()
 
 
 @pytest.mark.warm

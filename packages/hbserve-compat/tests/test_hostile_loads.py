@@ -105,7 +105,7 @@ async def test_a_chat_with_a_server_of_something_else_is_told_as_that(content):
 
     async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
         client = ChatClient("{}:{}".format(*server.sockets[0].getsockname()), None)
-        with pytest.raises(RemoteError, match="does not answer as OpenAI's API does"):
+        with pytest.raises(RemoteError, match="the server there does not answer as OpenAI's API does"):
             [text async for text in client.answer([])]
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import resource
 import shutil
 import socket
 import ssl
@@ -16,7 +17,7 @@ import httpx
 import pytest
 from hbserve_fake_scheduler import FakeServer
 
-from hbserve.server.http_server import HttpServer, shared_with_others
+from hbserve.server.http_server import FILES_LEFT, HttpServer, shared_with_others
 from hbserve.tokenizer import load_tokenizer
 from hbserve_rpc import AddressInUse
 from hbserve_scheduler import ConfigError
@@ -149,3 +150,38 @@ async def test_behind_a_proxy_everything_is_under_its_path(serve):
 async def test_a_host_that_is_not_here_is_named():
     with pytest.raises(ConfigError, match=r"^server\.host='192\.0\.2\.1': 192\.0\.2\.1:0 cannot be bound: "):
         HttpServer(ServerSection(host="192.0.2.1", port=0), not_called)
+
+
+async def health_over(connection: socket.socket) -> bytes:
+    """The first line of an answer."""
+    loop = asyncio.get_running_loop()
+    async with asyncio.timeout(30):
+        await loop.sock_sendall(connection, b"GET /health HTTP/1.1\r\nhost: here\r\n\r\n")
+        return (await loop.sock_recv(connection, 1000)).partition(b"\r\n")[0]
+
+
+async def test_connections_for_which_there_are_not_files_enough_are_refused_at_once_and_told_once(serve, caplog):
+    async with serve() as http:
+        address = http.bound_socket.getsockname()
+        connections = []
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        highest = max(map(int, os.listdir("/proc/self/fd")))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (highest + FILES_LEFT + 10, hard))
+        try:
+            answers: list[bytes] = []
+            while not answers or b"503" not in answers[-1] or answers.count(answers[-1]) < 3:
+                connections.append(socket.create_connection(address))
+                connections[-1].setblocking(False)
+                answers.append(await health_over(connections[-1]))
+            assert answers[0] == await health_over(connections[0]) == b"HTTP/1.1 200 OK", "those that are there go on"
+            for each in connections:
+                each.close()
+            async with asyncio.timeout(30):
+                while b"200" not in answers[-1]:
+                    with socket.create_connection(address) as again:
+                        again.setblocking(False)
+                        answers.append(await health_over(again))
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    (told,) = [each.getMessage() for each in caplog.records if each.levelname == "WARNING"]
+    assert told == f"connections are refused: this process may open {highest + FILES_LEFT + 10} files (ulimit -n)"

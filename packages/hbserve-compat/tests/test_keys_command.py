@@ -27,7 +27,7 @@ def test_keys_are_made_once_and_changed_in_three_steps(tmp_path, capsys):
         write_keys(folder, step)
         assert [len(each) for each in public_keys(folder).values()] == [count] * 3
     assert not set(public_keys(folder)["client"]) & set(first["client"])
-    with pytest.raises(KeysError, match="there are no next keys"):
+    with pytest.raises(KeysError, match="there are no new keys"):
         write_keys(folder, Rotation.SWITCH)
     with pytest.raises(KeysError, match=r"`hbserve keys .*nowhere` makes it"):
         write_keys(tmp_path / "nowhere", Rotation.ADD)

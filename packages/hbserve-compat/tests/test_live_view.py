@@ -244,7 +244,7 @@ async def test_one_look_is_printed_for_people_and_for_programs(capsys, monkeypat
         monkeypatch.delitem(sys.modules, "hbserve.top_app")
         with pytest.raises(ConfigError, match=r"pip install 'hbserve-compat\[top\]'"):
             await show_top(TopArgs(server.address, None, once=False, json=False))
-        with pytest.raises(ConfigError, match="--json is of --once"):
+        with pytest.raises(ConfigError, match="--json needs --once"):
             await show_top(TopArgs(server.address, None, once=False, json=True))
     finally:
         await server.stop()

@@ -312,7 +312,7 @@ async def test_the_command_says_what_is_done_line_by_line(deployment, capsys):
         (["decode"], "'decode': expected ROLE=NUMBER"),
         (["decode=-1"], "expected ROLE=NUMBER, of prefill, decode or hybrid; for example decode=3"),
         (["decoder=2"], "'decoder=2': expected ROLE=NUMBER"),
-        (["decode=2", "decode=3"], "'decode=3': the number of decode instances was given before"),
+        (["decode=2", "decode=3"], "'decode=3': the number of decode instances is given twice"),
     ],
 )
 def test_a_typo_in_a_number_is_named(words, problem):

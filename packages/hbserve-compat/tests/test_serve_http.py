@@ -166,7 +166,7 @@ def test_its_last_requests_are_shown_as_a_timeline(server, tmp_path):
     assert {each["name"].split()[-1] for each in alone["prefill-0 KV"][1:]} == {"blocks"}
     done = subprocess.run([*command, "--request", "nobody's"], capture_output=True, text=True, timeout=90)
     assert done.returncode == 2
-    assert "remembers no such request" in done.stderr
+    assert "has no record of it" in done.stderr
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])

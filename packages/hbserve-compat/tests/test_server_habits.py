@@ -169,8 +169,8 @@ async def test_a_body_may_begin_with_a_byte_order_mark(server):
 BROKEN = {
     "the body is empty; expected a JSON object": b"",
     "the body is null; expected a JSON object": b"null",
-    "the body is no UTF-8 text: byte 11 is 0xe4": '{"prompt": "\xe4"}'.replace(" ", "").encode("latin-1"),
-    "the body is no UTF-8 text: byte 0 is 0xff": json.dumps({"messages": MESSAGES}).encode("utf-16"),
+    "the body is not UTF-8 text: byte 11 is 0xe4": '{"prompt": "\xe4"}'.replace(" ", "").encode("latin-1"),
+    "the body is not UTF-8 text: byte 0 is 0xff": json.dumps({"messages": MESSAGES}).encode("utf-16"),
 }
 
 

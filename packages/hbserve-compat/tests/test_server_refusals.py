@@ -354,12 +354,18 @@ async def test_a_key_is_asked_for_where_something_is_computed_and_read_again_whe
     other.write_text("second\n")
     other.replace(keys)
     assert [await status("first"), await status("second")] == [401, 200]
-    assert f"{keys} has changed: keys in it now: 1" in caplog.text
+    assert f"{keys} has changed; it has 1 keys now" in caplog.text
     keys.unlink()
     assert await status("second") == 200
     error = error_of(await server.complete(), 401)
     assert (error["code"], error["type"]) == ("invalid_api_key", "authentication_error")
     assert error["message"].startswith("no API key: expected the header")
+
+
+async def test_a_variable_for_a_key_that_is_empty_is_told(tokenizer, monkeypatch, caplog):
+    monkeypatch.setenv("HBSERVE_API_KEY", "")
+    assert (await FakeServer(tokenizer).client.get("/v1/models")).status_code == 200
+    assert "HBSERVE_API_KEY is set, and empty: it asks for no key" in caplog.text
 
 
 async def test_no_origin_may_ask_unless_it_was_named(tokenizer):

@@ -729,7 +729,7 @@ def test_simulate_prints_its_figures_and_writes_all_of_them(tmp_path):
         (["--fault", "decode-0@1.2.3"], "--fault='decode-0@1.2.3': expected INSTANCE@SECONDS"),
         (["--goodput", "ttft:nan"], "--goodput='ttft:nan': expected milliseconds above 0"),
         (["--json", "/nowhere/r.json"], "--json=/nowhere/r.json: there is no folder /nowhere"),
-        (["--trace", "/dev/null"], "/dev/null: a timed trace without a line"),
+        (["--trace", "/dev/null"], "/dev/null: a timed trace without lines"),
         (["--trace", "/nowhere"], "/nowhere"),
     ],
 )

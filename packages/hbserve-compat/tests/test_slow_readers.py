@@ -15,6 +15,7 @@ from hbserve_fake_scheduler import FakeServer
 from hbserve.server import http_server
 from hbserve.server.http_server import HttpServer
 from hbserve.tokenizer import load_tokenizer
+from hbserve_scheduler.config import ServerSection
 from hbserve_testing.narrowing import present
 from hbserve_testing.waits import until
 
@@ -106,3 +107,49 @@ async def test_a_request_that_does_not_end_is_cut_off(asking, case):
                 await asyncio.sleep(0)
         assert num_sent < 32 << 20, "the buffers of the connection hold some more than the bound"
         writer.close()
+
+
+HALVES = {
+    "nothing": b"",
+    "half a head": b"POST /v1/completions HTTP/1.1\r\nHos",
+    "half a body": b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\n{",
+    "half of a second request": b"GET /health HTTP/1.1\r\nHost: a\r\n\r\nGET /health HTTP/1.1\r\nHos",
+}
+
+
+@pytest.mark.parametrize("case", HALVES)
+async def test_a_client_that_does_not_go_on_with_its_request_loses_its_connection(asking, monkeypatch, case):
+    monkeypatch.setattr(http_server, "KEEP_ALIVE_S", 0.5)
+    monkeypatch.setattr(http_server, "STALL_TIMEOUT_S", 0.2)
+    async with asking() as found:
+        reader, writer = await asyncio.open_connection(*present(found.http._socket).getsockname())
+        writer.write(HALVES[case])
+        with contextlib.suppress(ConnectionError):
+            async with asyncio.timeout(30):
+                await reader.read()
+        writer.close()
+
+
+async def test_a_client_that_waits_long_for_the_answer_to_a_whole_request_keeps_its_connection(monkeypatch):
+    monkeypatch.setattr(http_server, "KEEP_ALIVE_S", 0.5)
+    monkeypatch.setattr(http_server, "STALL_TIMEOUT_S", 0.2)
+    goes_on = asyncio.Event()
+
+    async def answer(scope: Any, receive: Any, send: Any) -> None:
+        await goes_on.wait()
+        await send({"type": "http.response.start", "status": 204, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    http = HttpServer(ServerSection(port=0), answer)
+    await http.start()
+    reader, writer = await asyncio.open_connection(*http.bound_socket.getsockname())
+    writer.write(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+    silent, other = await asyncio.open_connection(*http.bound_socket.getsockname())
+    async with asyncio.timeout(60):
+        with contextlib.suppress(ConnectionError):
+            await silent.read()  # it came later, and has lost its own
+        goes_on.set()
+        assert (await reader.readline()).startswith(b"HTTP/1.1 204")
+    writer.close()
+    other.close()
+    await http.stop()

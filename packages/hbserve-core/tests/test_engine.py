@@ -310,7 +310,7 @@ def test_the_index_of_an_output_without_token_is_that_of_the_next(make_engine, p
 
 
 def test_an_attempt_that_already_has_all_its_tokens_is_refused(make_engine, prompt):
-    with pytest.raises(InvalidRequest, match="output_token_ids: 2 tokens are all of max_tokens=2"):
+    with pytest.raises(InvalidRequest, match="output_token_ids: 2 tokens already reach max_tokens=2"):
         make_engine().add("r", prompt(3), greedy(2), output=[5, 6])
 
 

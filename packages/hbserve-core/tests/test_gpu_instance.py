@@ -87,6 +87,15 @@ async def test_an_instance_is_starting_then_ready_and_refuses_requests_until_the
         assert f"hbserve:instance_generation_tokens_total{{{of}}} 4\n" in await probe("/metrics")
 
 
+async def test_what_is_to_be_done_before_anybody_asks_is_done_before_the_instance_is_ready(model_folder):
+    seen = []
+    instance = GpuInstance(config(model_folder("qwen3")), before_ready=lambda: seen.append(instance.status))
+    await instance.start()
+    await instance.wait_ready()
+    assert (seen, instance.status) == (["starting"], "ready")
+    await instance.stop()
+
+
 async def test_an_instance_whose_backend_moves_no_block_is_not_ready_and_says_why(model_folder, monkeypatch):
     async def push(self: object, link: object, part: object) -> None:
         raise OSError("the cable is out")

@@ -118,7 +118,7 @@ def test_the_process_of_the_trials_is_started_for_the_first_one_and_again_when_i
 @pytest.mark.cold
 def test_no_grammar_is_compiled_that_could_not_be_tried_out(grammars, monkeypatch):
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    with pytest.raises(Overloaded, match="the process that tries grammars out has ended"):
+    with pytest.raises(Overloaded, match="the process that tests grammars has ended"):
         grammars.matcher(wanting({"regex": "a"}))
     monkeypatch.undo()
     assert grammars.matcher(wanting({"regex": "a"})) is not None

@@ -83,19 +83,21 @@ async def test_it_ends_when_told_to(launch, wait_for):
 
 
 INSTANCE_THAT_SHOWS_ITS_PROCESS = """
-import asyncio, gc, os, signal, sys
+import asyncio, gc, os, signal, sys, threading
+from tqdm import tqdm
 from hbserve_core.instance import process
 
 class Instance:
-    def __init__(self, config):
-        self.config, self.address = config, ""
+    def __init__(self, config, *, before_ready):
+        self.config, self.address, self.before_ready = config, "", before_ready
 
     async def start(self): ...
-    async def wait_ready(self): ...
 
     async def wait_failed(self):
-        while not gc.get_freeze_count():
-            await asyncio.sleep(0.001)
+        gc.unfreeze()  # what the process may have been forked with
+        self.before_ready()
+        assert gc.get_freeze_count()
+        assert type(tqdm.get_lock()) is type(threading.RLock()), "the end leaves no semaphore"
         print(sys.getswitchinterval(), flush=True)
         os.kill(os.getpid(), signal.SIGTERM)
         await asyncio.Event().wait()
@@ -150,7 +152,7 @@ BAD_CONFIGURATIONS = {
     b'{"model_path": "m", "gpu_memory_utilization": 1.5}': "gpu_memory_utilization=1.5: expected 0.01 to 1",
     b'{"model_path": "m", "port": 65536}': "port=65536: expected 0 to 65535",
     b'{"model_path": "m", "kv_rank": -1}': "kv_rank=-1: expected at least 0",
-    b'{"model_path": "m", "host": "0.0.0.0"}': "host='0.0.0.0': is every address of a machine, and none at which peers",
+    b'{"model_path": "m", "host": "0.0.0.0"}': "host='0.0.0.0': means every address of a machine, so peers cannot",
     b'{"model_path": "m", "host": "[::1]"}': "host='[::1]': expected it without brackets, '::1'",
     b'{"model_path": "m", "log_level": "LOUD"}': "log_level='LOUD': expected one of DEBUG",
     b'{"model_path": "m", "kv_transfer": {"options": {"a": ' + b"[" * 5000: "maximum recursion depth",

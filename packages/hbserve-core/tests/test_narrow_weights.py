@@ -177,7 +177,7 @@ def test_any_number_of_rows_is_multiplied_and_added_to_what_is_there(rows, narro
 @pytest.mark.parametrize("group", [128, ONE], ids=["groups", "one group"])
 @pytest.mark.parametrize(("rows", "inputs"), [(3, 384), (18, 256)])
 def test_rows_in_8_bits_keep_what_8_bits_can(rows, inputs, group, dtype):
-    """With scales of their own, whatever their size; rows of zeros stay so, and what is no number stays none."""
+    """With scales of their own, whatever their size; rows of zeros stay so, and what is not a number stays none."""
     generator = torch.Generator().manual_seed(rows)
     x = (torch.randn(rows, inputs, generator=generator) * torch.logspace(-3, 4, rows)[:, None]).to(dtype).to(DEVICE)
     x[0] = 0
@@ -570,7 +570,7 @@ def test_projections_take_fewer_bytes(quantised_folder, kind, most):
     [
         ("fp8 by block", 4, r"tensor_parallel_size=4: .*proj\.weight: 32 inputs share a scale, .*widen_weights=true"),
         ("gptq", 4, r"tensor_parallel_size=4: .*proj\.weight: 32 inputs share a scale"),
-        ("gptq act-order", 2, r"proj\.weight: inputs that share a scale are anywhere \(act-order\)"),
+        ("gptq act-order", 2, r"proj\.weight: inputs that share a scale are not next to each other \(act-order\)"),
     ],
 )
 def test_ranks_that_would_share_a_group_are_refused_by_name(quantised_folder, kind, size, message):

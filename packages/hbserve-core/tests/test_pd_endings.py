@@ -304,7 +304,7 @@ REFUSED = {
     "it holds 41 tokens, the request has 40": packed(41, 5),
     "it has log-probabilities of 1 tokens": packed(40, 5, None, [{5: -0.5}]),
     "it has 2 first tokens, the request n=1": msgspec.msgpack.encode(Handover(40, [FirstToken(5), FirstToken(6)])),
-    "what was committed with it is no handover": b"\xc1",
+    "what was committed is not a handover": b"\xc1",
 }
 
 

@@ -44,9 +44,9 @@ async def test_it_is_told_on_and_what_a_scheduler_says_is_in_the_log_once(monkey
     assert {each for several in told for each in several} == {JoinRequest("127.0.0.1:7")}, "and not `again`"
     said = [record.message for record in caplog.records if "regist" in record.message]
     warned = [record.message for record in caplog.records if record.levelname == "WARNING"]
-    assert warned == ["d0 cannot be registered, and tries on: another one has its id"]
+    assert warned == ["d0 cannot be registered; still trying: another one has its id"]
     assert sorted(said) == sorted([
-        "d0 cannot be registered, and tries on: another one has its id",
+        "d0 cannot be registered; still trying: another one has its id",
         *(f"d0 is registered with the scheduler at {address}" for address in addresses),
     ])  # fmt: skip
 

@@ -71,11 +71,11 @@ def test_mooncake_for_the_other_version_of_ip_says_what_to_set(monkeypatch):
     monkeypatch.setitem(sys.modules, "mooncake.engine", os)  # it is there already
     monkeypatch.delenv("MC_USE_IPV6", raising=False)
     assert choose_ip_version("127.0.0.1") == 4
-    with pytest.raises(BackendUnavailable, match="uses IPv4 in this process, and ::1 is of IPv6: set MC_USE_IPV6=1"):
+    with pytest.raises(BackendUnavailable, match="uses IPv4 in this process, and ::1 is IPv6: set MC_USE_IPV6=1"):
         choose_ip_version("::1")
     monkeypatch.setenv("MC_USE_IPV6", "1")
     assert choose_ip_version("::1") == 6
-    with pytest.raises(BackendUnavailable, match=r"uses IPv6 in this process, and 127\.0\.0\.1 is of IPv4: unset"):
+    with pytest.raises(BackendUnavailable, match=r"uses IPv6 in this process, and 127\.0\.0\.1 is IPv4: unset"):
         choose_ip_version("127.0.0.1")
     with pytest.raises(BackendUnavailable, match="Mooncake cannot serve on '::': is every address"):
         choose_ip_version("::")
@@ -98,7 +98,7 @@ def test_mooncake_refuses_a_name_that_has_ipv6_addresses_only_at_start_with_the_
 async def test_addresses_of_both_versions_of_ip_are_refused_by_nccl_with_both(managers):
     sender, receiver = await managers(0, "nccl", host="127.0.0.1"), await managers(1, "nccl", host="::1")
     posted = receiver.post_receive("t", [1])
-    with pytest.raises(TransferFailed, match="one's address is of IPv4, the other's of IPv6; Gloo needs the same"):
+    with pytest.raises(TransferFailed, match="one address is IPv4, the other IPv6; Gloo needs the same"):
         await sender.open_send("t", posted.grant)
     await posted.cancel("test over")
 
@@ -112,10 +112,10 @@ async def test_every_address_that_peers_can_be_told_is_accepted_and_reached(host
 @pytest.mark.parametrize(
     ("host", "words"),
     [
-        ("0.0.0.0", "is every address of a machine, and none at which peers reach it"),
-        ("::", "is every address of a machine"),
+        ("0.0.0.0", "means every address of a machine, so peers cannot connect to it"),
+        ("::", "means every address of a machine"),
         ("fe80::1%eth0", "means something else on each machine"),
-        ("fe80::1", "means nothing without its zone"),
+        ("fe80::1", "which needs a zone"),
         ("[::1]", "without brackets"),
         ("127.0.0.1:80", "the host alone"),
         ("", "expected an IP address or a name"),
@@ -179,5 +179,5 @@ async def test_a_grant_that_is_none_is_refused_as_one(managers):
             await sender.open_send("t", junk)
     for of_nobody in ([], join_grants([]), [join_grants([]), join_grants([])]):
         async with asyncio.timeout(10):
-            with pytest.raises(TransferFailed, match="transfer t: its grant is of no receiver"):
+            with pytest.raises(TransferFailed, match="transfer t: its grant names no receiver"):
                 await sender.open_send("t", of_nobody)

@@ -58,8 +58,14 @@ class DescribesByText(Passes):
             TooShort,
             r"returned a tensor of 12 bytes; it must return the torch.Tensor of 1536 bytes that send_kv_cache got",
         ),
-        (NotAsync, r"NotAsync\.receive_kv_cache returned tensor\(.*\) and no coroutine; write it with `async def`"),
-        (SendsNotAsync, r"SendsNotAsync\.send_kv_cache returned None and no coroutine; write it with `async def`"),
+        (
+            NotAsync,
+            r"NotAsync\.receive_kv_cache returned tensor\(.*\), which is not a coroutine; write it with `async def`",
+        ),
+        (
+            SendsNotAsync,
+            r"SendsNotAsync\.send_kv_cache returned None, which is not a coroutine; write it with `async def`",
+        ),
     ],
 )
 async def test_a_transfer_by_a_backend_that_breaks_the_contract_fails_with_what_it_must_do(kind, words, managers):

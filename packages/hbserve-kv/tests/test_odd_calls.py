@@ -135,7 +135,7 @@ async def test_another_loop_and_another_thread_are_refused_and_close_still_close
         ([1.0], "expected whole numbers"),
         (["1"], "expected whole numbers"),
         (None, "block_ids=None: expected whole numbers"),
-        (torch.tensor([1, 1]), r"block_ids=\[1, 1\]: expected different ones from 0 to 7"),
+        (torch.tensor([1, 1]), r"block_ids=\[1, 1\]: expected distinct ones from 0 to 7"),
         (torch.tensor([1.5]), "expected whole numbers"),
         ([2**70], "outside the pool: expected 0 to 7"),
         (np.array([-1]), "outside the pool"),
@@ -145,7 +145,7 @@ async def test_blocks_that_are_none_are_named(block_ids, message):
     async with manager() as receiver, manager(rank=1) as sender:
         with pytest.raises((TypeError, ValueError), match=message):
             receiver.post_receive("t", block_ids)
-        if "different" not in message:  # a sender may send one block to several places
+        if "distinct" not in message:  # a sender may send one block to several places
             transfer = await sender.open_send("u", receiver.post_receive("u", [0, 1, 2]).grant)
             with pytest.raises((TypeError, ValueError), match=message):
                 transfer.push(block_ids, first=0)

@@ -201,7 +201,7 @@ async def test_an_offer_is_for_one_receiver_and_is_fetched_once(pair):
 
 @pytest.mark.parametrize(
     ("grant", "why"),
-    [(b"nonsense", "a grant that is none"), (join_grants([]), "transfer t: its grant is of no receiver")],
+    [(b"nonsense", "a grant that is none"), (join_grants([]), "transfer t: its grant names no receiver")],
 )
 async def test_a_grant_that_is_none_fails_the_transfer_on_both_sides(pair, grant, why):
     sender, _, _, _ = pair

@@ -197,7 +197,7 @@ async def test_a_prefill_server_that_answers_no_json_object_is_replaced_or_named
     other.says = says
     async with client.ask() as answer:
         message = (await answer.json())["error"]["message"]
-        assert (answer.status, "has answered what is no JSON object" in message) == (502, True)
+        assert (answer.status, "did not answer with a JSON object" in message) == (502, True)
 
 
 async def test_a_server_that_is_gone_or_fails_is_replaced_before_the_client_has_got_anything(servers, route):

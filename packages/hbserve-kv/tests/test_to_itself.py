@@ -85,8 +85,8 @@ class Unreached(LoopbackTransport):
 @pytest.mark.parametrize(
     ("transport", "faults", "error"),
     [
-        (Forgetful, Faults(), "what has come is not what was sent"),
-        (Flipping, Faults(), "what has come is not what was sent"),
+        (Forgetful, Faults(), "what arrived is not what was sent"),
+        (Flipping, Faults(), "what arrived is not what was sent"),
         (Unreached, Faults(), "no way there"),
         (LoopbackTransport, Faults(fail=1.0), "ConnectionError: failed"),
         (LoopbackTransport, Faults(drop=1.0), "timed out"),

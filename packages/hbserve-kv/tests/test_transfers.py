@@ -178,7 +178,7 @@ async def test_a_receiver_that_is_not_there_is_named(managers):
 
 @pytest.mark.parametrize(
     ("host", "why"),
-    [("192.0.2.1", "this machine does not have it"), ("no-such-host.invalid", "nobody knows this name")],
+    [("192.0.2.1", "this machine does not have it"), ("no-such-host.invalid", "this name is unknown")],
 )
 async def test_an_address_that_this_machine_does_not_have_is_refused_before_anything_waits_for_it(host, why, managers):
     """192.0.2.0/24 and .invalid are nobody's, by RFC 5737 and RFC 2606."""

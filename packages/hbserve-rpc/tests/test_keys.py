@@ -206,7 +206,7 @@ async def test_a_running_client_follows_a_server_to_its_next_key_and_nothing_ask
 def test_two_keys_are_the_most_and_the_old_ones_are_gone_in_the_end():
     with pytest.raises(KeysError, match="there are two keys of each party already"):
         add_keys(STEPS[1])
-    with pytest.raises(KeysError, match="there are no next keys"):
+    with pytest.raises(KeysError, match="there are no new keys"):
         switch_keys(KEYS)
     assert drop_keys(STEPS[1]) == KEYS  # one may think better of it
     for party in PARTIES:
@@ -228,7 +228,7 @@ def test_keys_are_in_files_for_nobody_else_and_their_text_has_no_secret(tmp_path
     save_keys(STEPS[1], folder)
     paths[0].chmod(0o644)
     assert load_keys(folder, "client") == STEPS[1]["client"]
-    assert "others of this host may read it" in caplog.text
+    assert "other users of this host may read it" in caplog.text
     assert sorted(folder.iterdir()) == sorted(paths)
 
 
@@ -238,9 +238,9 @@ def test_keys_are_in_files_for_nobody_else_and_their_text_has_no_secret(tmp_path
         (lambda file: file.unlink(), "there is no such file; `hbserve keys .*` makes it"),
         (lambda file: file.write_text("{"), "client.key: Input data was truncated"),
         (lambda file: file.write_bytes(b"\xff"), "client.key: "),
-        (lambda file: rewrite(file, party="instance"), "none of public_keys.instance"),
-        (lambda file: rewrite(file, secret_key="short"), "a key is no key: expected 40 characters"),
-        (lambda file: rewrite(file, secret_key="%" * 40), "a key is no key: expected 40 characters"),
+        (lambda file: rewrite(file, party="instance"), "not one of public_keys.instance"),
+        (lambda file: rewrite(file, secret_key="short"), "it is not a key: expected 40 characters"),
+        (lambda file: rewrite(file, secret_key="%" * 40), "it is not a key: expected 40 characters"),
         (lambda file: rewrite(file, public_keys={"client": [KEYS["client"].public_key]}), "scheduler, instance are"),
         (lambda file: rewrite(file, public_keys=KEYS["client"].public_keys | {"instance": []}), "length >= 1"),
         (lambda file: rewrite(file, more=1), "unknown field `more`"),

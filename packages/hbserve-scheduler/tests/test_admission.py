@@ -251,9 +251,9 @@ async def test_the_collector_does_not_go_through_prompts_that_wait():
 @pytest.mark.parametrize(
     ("prompt", "shape", "problem"),
     [
-        ((7, 8), PromptShape(3, 8), "shape: it is of another prompt"),
-        ([7, 8], PromptShape(2, 8), "shape: it is of another prompt"),
-        ((7, 8), "shape", "shape: it is of another prompt"),
+        ((7, 8), PromptShape(3, 8), "shape: belongs to another prompt"),
+        ([7, 8], PromptShape(2, 8), "shape: belongs to another prompt"),
+        ((7, 8), "shape", "shape: belongs to another prompt"),
         ((7, 1000), PromptShape(2, 1000), r"prompt\[1\]: token 1000 is outside the vocabulary"),
         ((7,) * 65, PromptShape(65, 7), "prompt: 65 tokens; the instances take at most 64"),
     ],

@@ -27,6 +27,8 @@ WRONG: list[tuple[Any, list[str]]] = [
     ({"modle": {}}, ["modle: unknown key", "did you mean 'model'?", "gpu_instances"]),
     ({"model": {"tensor_paralel_size": 1}}, ["model.tensor_paralel_size: unknown key", "'tensor_parallel_size'?"]),
     ({"gpu_instances": [PREFILL, DECODE | {"gpu": 1}]}, ["gpu_instances[1].gpu: unknown key", "'gpu_id'?"]),
+    ({"kv-transfer": {}}, ["kv-transfer: unknown key", "did you mean 'kv_transfer'?"]),
+    ({"engine": {"Block_Size ": 1}}, ["engine.'Block_Size ': unknown key", "did you mean 'block_size'?"]),
     ({"engine": {"zzz": 1}}, ["engine.zzz: unknown key; expected one of device"]),
     # types
     ([], ["the file=[]", "object"]),
@@ -83,6 +85,20 @@ WRONG: list[tuple[Any, list[str]]] = [
     ({"gpu_instances": [DECODE]}, ["gpu_instances=['d0']", "no prefill instance"]),
     ({"gpu_instances": [PREFILL]}, ["gpu_instances=['p0']", "no decode instance"]),
     ({"gpu_instances": [PREFILL | {"instance_id": ""}, DECODE]}, ["gpu_instances[0].instance_id=''", "a name"]),
+    ({"gpu_instances": [PREFILL, DECODE | {"instance_id": " "}]}, ["gpu_instances[1].instance_id=' '", "a name"]),
+    ({"gpu_instances": [PREFILL | {"instance_id": "a\nb"}, DECODE]}, ["instance_id='a\\nb'", "a name of one line"]),
+    ({"gpu_instances": [PREFILL | {"instance_id": "a" * 257}, DECODE]}, ["instance_id='aaa", "256 characters at most"]),
+    # texts that are none
+    ({"server": {"api_key": ""}}, ["server.api_key='': expected a text that is not empty, or null"]),
+    ({"server": {"uds": ""}}, ["server.uds=''", "not empty"]),
+    ({"model": {"path": " "}}, ["model.path=' '", "not empty"]),
+    ({"security": {"keys": ""}}, ["security.keys=''", "not empty"]),
+    ({"server": {"served_model_names": ["a", ""]}}, ["server.served_model_names[1]=''", "a name"]),
+    ({"server": {"root_path": "llm"}}, ["server.root_path='llm'", "begins with /"]),
+    (
+        {"server": {"cors_origins": ["*", "https://a.example/"]}},
+        ["server.cors_origins[1]='https://a.example/'", "'https://example.com'"],
+    ),
     # addresses; hbserve_rpc tests what else is none
     ({"gpu_instances": [PREFILL | {"host": ""}, DECODE]}, ["gpu_instances[0].host=''", "an IP address or a name"]),
     (
@@ -125,6 +141,23 @@ WRONG: list[tuple[Any, list[str]]] = [
     (
         {"gpu_instances": PAIR, "kv_transfer": {"port": 7000}},
         ["kv_transfer.port=7000", "gpu_instances[0] is 7000", "gpu_instances[0].port"],
+    ),
+    ({"scheduler": {"health_port": 5550}}, ["scheduler.health_port=5550: is scheduler.port too"]),
+    (
+        {"server": {"port": 5551}, "scheduler": {"health_port": 5551}},
+        ["server.port=5551: is scheduler.health_port too"],
+    ),
+    (
+        {"gpu_instances": PAIR, "engine": {"health_port": 7000}},
+        ["engine.health_port=7000", "gpu_instances[0] is 7000", "gpu_instances[0].port"],
+    ),
+    (
+        {"gpu_instances": PAIR, "engine": {"health_port": 9001}, "kv_transfer": {"port": 9001}},
+        [
+            "engine.health_port=9001",
+            "gpu_instances[0] is 9001",
+            "which is kv_transfer.port + kv_rank of gpu_instances[0]",
+        ],
     ),
     ({"gpu_instances": PAIR, "kv_transfer": {"port": 65535}}, ["gpu_instances[1].kv_rank=1", "65536"]),
 ]
@@ -261,7 +294,7 @@ def test_anchors_and_merge_keys_work(tmp_path: Path) -> None:
         ("model:\n  path: [1, 2\nengine: {}\n", ["line 3:"]),
         ("model: {}\nengine: {}\nmodel: {}\n", ["line 3:", "'model' is written twice"]),
         ("model:\n  path: a\n  path: b\n", ["line 3:", "'path' is written twice"]),
-        ('model: {}\nserver:\n  uds: "/tmp/a\\0b"\n', ["line 3:", "a text has a NUL character"]),
+        ('model: {}\nserver:\n  uds: "/tmp/a\\0b"\n', ["line 3:", "a string has a NUL character"]),
         ("model: !!python/object:os.system {}\n", ["line 1:", "python/object"]),
         ("? [a, b]\n: 1\n", ["line 1:"]),
         ("model: *nobody\n", ["line 1:", "nobody"]),
@@ -270,6 +303,9 @@ def test_anchors_and_merge_keys_work(tmp_path: Path) -> None:
         ("", ["the file is empty"]),
         ("# all of it\n", ["the file is empty"]),
         ("--- {}\n--- {}\n", ["line 2:", "document"]),
+        ("engine:\n  num_blocks: 012\n", ["line 2: 012 is another number by YAML 1.1 than"]),
+        ("scheduler: {max_queue_time_s: 1:30}\n", ["line 1: 1:30 is"]),
+        ("scheduler: {max_queue_time_s: 1:30.5}\n", ["line 1: 1:30.5 is"]),
         ("modle: {}\n", ["modle: unknown key"]),
         ("model: {path: 2020-99-99}\n", ["month must be in 1..12"]),
         (f"engine: {{num_blocks: {'9' * 5000}}}\n", ["4300 digits"]),
@@ -290,6 +326,14 @@ def test_a_wrong_file_is_one_line_that_names_file_and_place(
     assert message.startswith(str(tmp_path / "deployment.yaml"))
     assert all(each in message for each in texts), message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("0", 0), ("0x10", 16), ("1_000", 1000), ("+8", 8), ("0b11", 3), ("08080", "08080")]
+)
+def test_numbers_that_are_one_thing_by_every_version_of_yaml_are_read(tmp_path: Path, text: str, value: object) -> None:
+    config = load_text(tmp_path, f"kv_transfer: {{options: {{a: {text}, b: 00.5, c: 1.0e+3}}}}\n")
+    assert config.kv_transfer.options == {"a": value, "b": 0.5, "c": 1000.0}
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ async def test_one_that_was_preempted(make_scheduler, pair, ask, lines):
     pair[1].hold, pair[1].num_preemptions = {"tokens"}, 2
     pair[0].transfer_age_s = 0.0
     record = await slow(await make_scheduler(*pair), pair, ask, release_all(pair), num_told=1)
-    assert (record.main_delay, lines()) == ("preemption", "preempted 2 times, and stood still for N ms")
+    assert (record.main_delay, lines()) == ("preemption", "preempted 2 times, and paused for N ms")
 
 
 async def test_one_that_was_tried_again(make_scheduler, pair, make_instance, ask, lines):
@@ -112,7 +112,7 @@ async def test_one_that_was_tried_again(make_scheduler, pair, make_instance, ask
             each.release()
 
     record = await slow(scheduler, prefills, ask, release)
-    assert (record.main_delay, lines()) == ("retry", "lost N ms by attempts that failed")
+    assert (record.main_delay, lines()) == ("retry", "lost N ms to failed attempts")
 
 
 def test_a_wait_beside_which_the_prompt_is_computed_is_none():

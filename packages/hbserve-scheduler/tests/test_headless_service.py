@@ -103,7 +103,7 @@ def test_pods_behind_a_headless_service_join_and_leave_as_its_name_says_so(
             assert cluster.stdout.readline() == "said\n"
 
         assert present(cluster.stdout).readline() == "ready\n", present(cluster.stderr).read()
-        log.until("hbserve-decode cannot be looked up, and is tried on; nobody leaves for that")
+        log.until("hbserve-decode cannot be looked up; still trying, and no instance leaves because of that")
         say(*pods[:2])
         log.until(r"pod-1 at 10\.77\.0\.11:5600 joins", r"pod-2 at 10\.77\.0\.12:5600 joins")
         say("SERVFAIL")

@@ -98,7 +98,7 @@ async def test_a_peer_that_cannot_be_connected_is_asked_for_ever_more_rarely_and
     assert len(pauses_s) == len(expected_s)
     assert all(pause_s >= least_s for pause_s, least_s in zip(pauses_s, expected_s, strict=True))
     assert [record.message for record in caplog.records if "connect" in record.message] == [
-        "p0 cannot connect to d0, and tries on: no connection to d0",
+        "p0 cannot connect to d0; still trying: no connection to d0",
         "p0 is connected to d0",
     ]
 

@@ -57,7 +57,7 @@ async def test_what_cannot_join_is_told_to_whoever_asks(serve, make_instance, pa
     ):
         await remote.join(f"127.0.0.1:{free_ports(1)[0]}")
     other = await make_instance("prefill", "p0")
-    with pytest.raises(InvalidRequest, match=f"p0 at {other.address}: {pair[0].address} has this id, and is there"):
+    with pytest.raises(InvalidRequest, match=f"p0 at {other.address}: {pair[0].address} has this id and is in use"):
         await remote.join(other.address)
     with pytest.raises(InvalidRequest, match="instance_id='p9': no instance has it; there are: p0, d0"):
         await remote.drain("p9")

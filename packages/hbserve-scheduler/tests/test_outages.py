@@ -29,15 +29,15 @@ async def test_an_instance_that_was_never_there_is_named_at_the_first_failure_an
     await late.server.stop()
     scheduler = await make_scheduler(prefill, ready=False, heartbeat_timeout_s=0.3)
     await scheduler.add_instance("d0", "decode", address)
-    await until(lambda: lines("not reached for"))
-    (said,) = lines("not reached for")
-    assert f"tried on: d0 (decode) at {address}: " in said
+    await until(lambda: lines("not reachable for"))
+    (said,) = lines("not reachable for")
+    assert f"still trying: d0 (decode) at {address}: " in said
     assert "was silent for" in said
     late.server = late._make_server(int(address.rpartition(":")[2]))
     await late.server.start()
     await scheduler.wait_ready(30)
-    assert len(lines("not reached for")) == 1, "the next ones are later"
-    (said,) = lines("is reached, after")
+    assert len(lines("not reachable for")) == 1, "the next ones are later"
+    (said,) = lines("is reachable, after")
     assert f"d0 at {address}" in said
 
 
@@ -47,7 +47,7 @@ async def test_a_call_without_an_answer_is_told_before_its_deadline(make_schedul
         scheduler = await make_scheduler(ready=False, heartbeat_timeout_s=600.0)
         address = f"127.0.0.1:{mute.getsockname()[1]}"
         await scheduler.add_instance("d0", "decode", address)
-        await until(lambda: lines(f"tried on: d0 (decode) at {address}: it has not answered yet"))
+        await until(lambda: lines(f"still trying: d0 (decode) at {address}: it has not answered yet"))
         await scheduler.stop()
 
 
@@ -55,7 +55,7 @@ async def test_whoever_answers_at_an_address_and_is_another_is_named(make_schedu
     other = await make_instance("decode", "d1")
     scheduler = await make_scheduler(ready=False)
     await scheduler.add_instance("d0", "decode", other.address)
-    await until(lambda: lines("tried on: d0 (decode)"))
+    await until(lambda: lines("still trying: d0 (decode)"))
     assert "is decode instance 'd1', not decode instance 'd0'" in lines("tried on")[0]
     await scheduler.remove_instance("d0")
 
@@ -69,8 +69,8 @@ async def test_an_instance_that_was_lost_is_told_once_and_its_return_too(make_sc
     decode.server = decode._make_server(decode.server.port)
     await decode.server.start()
     await scheduler.wait_ready(30)
-    assert len(lines("is lost")) == len(lines("is reached, after")) == 1
-    assert not lines("not reached for")
+    assert len(lines("is lost")) == len(lines("is reachable, after")) == 1
+    assert not lines("not reachable for")
 
 
 def test_it_is_said_at_once_then_ever_more_rarely_and_for_ever():

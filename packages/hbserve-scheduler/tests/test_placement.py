@@ -59,7 +59,7 @@ def test_requests_wait_by_priority_and_then_in_the_order_in_which_they_came_whic
         assert all(each in waiting and waiting.find(each.request.request_id) is each for each in model)
     stranger = entry(0)
     assert stranger not in waiting
-    with pytest.raises(ValueError, match="does not wait"):
+    with pytest.raises(ValueError, match="is not waiting"):
         waiting.remove(stranger)
     with pytest.raises(IndexError):
         waiting[len(model)]

@@ -11,7 +11,7 @@ from hbserve_rpc.prompt_shape import PromptShape, shape_of
 from hbserve_scheduler import SchedulerConfig
 from hbserve_scheduler.instances import InstanceHandle
 from hbserve_scheduler.policies import Available, PrefixAware
-from hbserve_scheduler.prefixes import Prefixes
+from hbserve_scheduler.prefixes import AT_ONCE, Prefixes
 from hbserve_scheduler.virtual_time import VirtualTimeLoop
 
 BLOCK = 4
@@ -163,6 +163,30 @@ def test_instances_are_asked_again_and_again_and_say_only_what_is_new():
         await asyncio.sleep(1)
         assert prefixes.num_cached(digests(40), one) == 0
         keeping.cancel()
+
+    with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
+        runner.run(job())
+
+
+def test_a_long_report_is_taken_in_part_by_part_and_others_go_on_meanwhile():
+    async def job() -> None:
+        prefixes, one, client, num_turns = Prefixes(), handle("i0"), Answering(), 0
+        one.client = client  # type: ignore[assignment]
+
+        async def count_turns() -> None:
+            nonlocal num_turns
+            while True:
+                num_turns += 1
+                await asyncio.sleep(0)
+
+        counting = asyncio.create_task(count_turns())
+        for client.version, num_changes in ((10, 20 * AT_ONCE), (11, 40 * AT_ONCE)):
+            client.held = [f"{client.version}{number:06}".encode() for number in range(20 * AT_ONCE)]
+            before = num_turns
+            await prefixes._ask(one)
+            assert num_turns - before >= num_changes // AT_ONCE
+            assert {*prefixes._holders} == {*client.held}
+        counting.cancel()
 
     with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
         runner.run(job())

@@ -50,19 +50,26 @@ def test_a_module_and_a_file_run_too_and_their_exit_status_is_that_of_the_progra
 def test_it_ends_as_any_other_but_for_the_destructors_of_libraries():
     """What has been printed, by C too, is written; exit handlers and objects' ends are called; the status is kept."""
     code = """
-import atexit, ctypes, sys
+import atexit, ctypes, sys, weakref
 class Object:
     def __del__(self, write=sys.stdout.write):
         write("object ")
 held = Object()
 atexit.register(print, "handler", end=" ")
+weakref.finalize(Object, print, "finalizer", end=" ")
 libc = ctypes.CDLL(None)
 libc.printf(b"from C ")
 sys.exit(7)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (7, "")
-    assert sorted(done.stdout.split()) == sorted(["from", "C", "handler", "object"])
+    assert sorted(done.stdout.split()) == sorted(["from", "C", "handler", "finalizer", "object"])
+
+
+def test_finalizers_of_what_all_share_are_not_called_when_it_ends():
+    """torch has thousands, which took a fork longer than all else."""
+    code = "import sys, weakref; print(sum(each.atexit for each in weakref.finalize._registry), 'torch' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True, timeout=60) == "0 True\n"
 
 
 def test_what_it_prints_is_there_at_once_if_it_is_told_to_hold_nothing_back():
@@ -97,6 +104,39 @@ for environment in (None, elsewhere):
 """
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     assert subprocess.check_output([sys.executable, "-c", code], text=True, env=environment, timeout=60) == "0\n1\n"
+
+
+OF_MULTIPROCESSING = """
+import multiprocessing, os, sys, time
+def say(pipe):
+    pipe.send(("torch" in sys.modules, os.getppid(), multiprocessing.current_process().name, pipe.recv()))
+def sleep():
+    time.sleep(60)
+if __name__ == "__main__":
+    context = multiprocessing.get_context(sys.argv[1])
+    ours, theirs = context.Pipe()
+    process = context.Process(target=say, args=(theirs,), name="its name")
+    process.start()
+    theirs.close()
+    ours.send("sent")
+    warm, parent, *rest = ours.recv()
+    process.join(30)
+    is_child = parent == os.getpid()
+    sleeper = context.Process(target=sleep)
+    sleeper.start()
+    sleeper.kill()
+    sleeper.join(30)
+    print(warm, is_child, *rest, process.exitcode, sleeper.exitcode)
+"""
+
+
+@pytest.mark.parametrize(("how", "is_child"), [("spawn", True), ("forkserver", False)])
+def test_processes_of_multiprocessing_are_forks_too_with_the_files_that_they_are_passed(tmp_path, how, is_child):
+    (tmp_path / "program.py").write_text(OF_MULTIPROCESSING)
+    done = subprocess.run(
+        [sys.executable, tmp_path / "program.py", how], capture_output=True, text=True, timeout=60, cwd=tmp_path
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"True {is_child} its name sent 0 -9\n", "")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])

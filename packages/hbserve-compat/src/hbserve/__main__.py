@@ -29,7 +29,7 @@ def _say_version(wanted: bool) -> None:
 
 def _begin(
     is_version_wanted: Annotated[
-        bool, typer.Option("--version", is_eager=True, callback=_say_version, help="Say which one this is.")
+        bool, typer.Option("--version", is_eager=True, callback=_say_version, help="Show the version.")
     ] = False,
 ) -> None:
     """Before every command: libraries ask for the current folder when they are imported, and fail without a word of
@@ -70,8 +70,8 @@ ModelOption = Annotated[
 ]
 MaxTokensOption = Annotated[int, typer.Option(help="Most tokens of each answer.")]
 TemperatureOption = Annotated[float, typer.Option(help="0 is greedy.")]
-TopPOption = Annotated[float | None, typer.Option(help="Only the likeliest tokens, which make up this share; 1.")]
-SeedOption = Annotated[int | None, typer.Option(help="The same one gives the same answer.")]
+TopPOption = Annotated[float | None, typer.Option(help="Only the likeliest tokens, up to this probability; 1.")]
+SeedOption = Annotated[int | None, typer.Option(help="The same seed gives the same answer.")]
 StopOption = Annotated[list[str] | None, typer.Option(help="Text that ends an answer. May be repeated.")]
 SystemOption = Annotated[str | None, typer.Option(help="The system message.")]
 
@@ -81,7 +81,7 @@ def generate(
     context: typer.Context,
     prompts: Annotated[
         list[str] | None,
-        typer.Argument(help="One prompt is streamed; several are answered together. - is what stdin has."),
+        typer.Argument(help="One prompt is streamed; several are answered together. - reads one from stdin."),
     ] = None,
     more_prompts: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="The same, as an option.")] = None,
     system: SystemOption = None,
@@ -115,7 +115,7 @@ def _typed_or_read(prompt: str) -> str:
         return prompt
     text = "" if sys.stdin is None else sys.stdin.buffer.read().decode(errors="surrogateescape").removesuffix("\n")
     if not text:
-        raise typer.BadParameter("'-': there is nothing in stdin", param_hint="PROMPTS")
+        raise typer.BadParameter("'-': stdin is empty", param_hint="PROMPTS")
     return text
 
 
@@ -156,19 +156,19 @@ def serve(
     ] = None,
     api_key: Annotated[str | None, typer.Option(help="Clients must send it; or set HBSERVE_API_KEY.")] = None,
     api_key_file: Annotated[str | None, typer.Option(help="A key on each line; read again when it changes.")] = None,
-    cors_origins: Annotated[list[str] | None, typer.Option("--cors-origin", help="Whose pages may ask.")] = None,
+    cors_origins: Annotated[list[str] | None, typer.Option("--cors-origin", help="Whose pages may call.")] = None,
     ssl_keyfile: Annotated[str | None, typer.Option(help="For HTTPS, with --ssl-certfile.")] = None,
     ssl_certfile: Annotated[str | None, typer.Option(help="For HTTPS, with --ssl-keyfile.")] = None,
-    root_path: Annotated[str | None, typer.Option(help="Where a proxy shows the server.")] = None,
+    root_path: Annotated[str | None, typer.Option(help="Path under which a proxy serves it.")] = None,
     chat_template: Annotated[str | None, typer.Option(help="A Jinja file, or its text.")] = None,
     default_chat_template_kwargs: Annotated[Any, typer.Option(metavar="JSON", parser=_json_object)] = None,
     generation_config: Annotated[str | None, typer.Option(help="none: not the model's sampling defaults.")] = None,
     first_byte_timeout_s: Annotated[float | None, typer.Option("--first-byte-timeout", metavar="SECONDS")] = None,
     drain_timeout_s: Annotated[float | None, typer.Option("--drain-timeout", metavar="SECONDS")] = None,
-    max_body_size: Annotated[str | None, typer.Option(help="Of a request, such as 16MiB.")] = None,
+    max_body_size: Annotated[str | None, typer.Option(help="Largest body of a request, such as 16MiB.")] = None,
     ray: Annotated[
         str | None,
-        typer.Option(metavar="ADDRESS", help="Instances on the nodes of a Ray cluster; auto is this host's."),
+        typer.Option(metavar="ADDRESS", help="Place instances on the nodes of a Ray cluster; auto is this host's."),
     ] = None,
     log_level: LogLevelOption = LogLevel.INFO,
 ) -> None:
@@ -187,8 +187,8 @@ def serve(
 def chat(
     context: typer.Context,
     named_model: ModelArgument = None,
-    url: Annotated[str | None, typer.Option(help="A server's; without it, one pair is started here.")] = None,
-    api_key: Annotated[str | None, typer.Option(help="For --url; or set HBSERVE_API_KEY.")] = None,
+    url: Annotated[str | None, typer.Option(help="URL of a server; without it, one pair is started here.")] = None,
+    api_key: Annotated[str | None, typer.Option(help="Its API key, with --url; or set HBSERVE_API_KEY.")] = None,
     system: SystemOption = None,
     model: ModelOption = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of a deployment on this host.")] = None,
@@ -199,7 +199,7 @@ def chat(
     stop: StopOption = None,
     log_level: LogLevelOption = LogLevel.WARNING,
 ) -> None:
-    """Talk to a model. Ctrl-C stops an answer, and not the program."""
+    """Chat with a model. Ctrl-C stops an answer, not the program."""
     from hbserve.chat import ChatArgs
     from hbserve.chat import chat as talk
 
@@ -216,12 +216,12 @@ class InstanceType(StrEnum):
 @app.command()
 def instance(
     config: ConfigOption,
-    instance_id: Annotated[str, typer.Option(help="Which of the file's gpu_instances, or of none: its name.")],
-    instance_type: Annotated[InstanceType | None, typer.Option(help="Needed if the file does not have it.")] = None,
+    instance_id: Annotated[str, typer.Option(help="Which of the file's gpu_instances; or a new name.")],
+    instance_type: Annotated[InstanceType | None, typer.Option(help="Needed for a new name.")] = None,
     host: Annotated[str | None, typer.Option(help="Where it serves, and where others reach it.")] = None,
     port: Annotated[int | None, typer.Option(min=0, max=65535)] = None,
     register: Annotated[
-        list[str] | None, typer.Option(metavar="HOST:PORT", help="Of a scheduler that is to use it. May be repeated.")
+        list[str] | None, typer.Option(metavar="HOST:PORT", help="A scheduler that is to use it. May be repeated.")
     ] = None,
     log_level: LogLevelOption = LogLevel.INFO,
 ) -> None:
@@ -242,19 +242,19 @@ def scheduler(config: ConfigOption, log_level: LogLevelOption = LogLevel.INFO) -
     run(serve_config(config), log_level, is_service=True)
 
 
-ConnectOption = Annotated[str, typer.Option(metavar="HOST:PORT", help="Where its scheduler's RPC is.")]
+ConnectOption = Annotated[str, typer.Option(metavar="HOST:PORT", help="Its scheduler's RPC address.")]
 HERE = "127.0.0.1:5550"
 """Where `hbserve serve` and `hbserve scheduler` have it, unless told otherwise (`scheduler.port`)."""
 
 
 @app.command()
 def join(
-    address: Annotated[str, typer.Argument(metavar="HOST:PORT", help="Of an instance, which says itself what it is.")],
+    address: Annotated[str, typer.Argument(metavar="HOST:PORT", help="An instance, which reports its name and role.")],
     connect: ConnectOption = HERE,
     keys: KeysOption = None,
     log_level: LogLevelOption = LogLevel.WARNING,
 ) -> None:
-    """Have a running deployment use an instance, also one that was told to drain or to leave."""
+    """Add an instance to a running deployment, or take back one that was told to drain or leave."""
     from hbserve import members
 
     run(members.join(connect, keys, address), log_level)
@@ -268,7 +268,7 @@ def drain(
     leave: Annotated[bool, typer.Option("--leave", help="Forget it when it has nothing left.")] = False,
     within_s: Annotated[
         float | None,
-        typer.Option("--within", metavar="SECONDS", min=0.0, help="Then move what it has elsewhere, and forget it."),
+        typer.Option("--within", metavar="SECONDS", min=0.0, help="Then move its requests elsewhere and forget it."),
     ] = None,
     log_level: LogLevelOption = LogLevel.WARNING,
 ) -> None:
@@ -286,7 +286,7 @@ def flip(
     keys: KeysOption = None,
     log_level: LogLevelOption = LogLevel.WARNING,
 ) -> None:
-    """Have an instance serve as the other role: drains it first, and starts nothing anew."""
+    """Switch an instance to the other role: drains it first, and restarts nothing."""
     from hbserve import members
 
     run(members.flip(connect, keys, instance_id, role), log_level)
@@ -294,12 +294,12 @@ def flip(
 
 @app.command()
 def scale(
-    wanted: Annotated[list[str], typer.Argument(metavar="ROLE=NUMBER...", help="Such as prefill=3 decode=2.")],
+    wanted: Annotated[list[str], typer.Argument(metavar="ROLE=NUMBER...", help="For example prefill=3 decode=2.")],
     connect: ConnectOption = HERE,
     keys: KeysOption = None,
     log_level: LogLevelOption = LogLevel.WARNING,
 ) -> None:
-    """Have so many instances of a role behind `hbserve serve`: adds some, or drains and ends some."""
+    """Set the number of instances of a role behind `hbserve serve`: adds some, or drains and ends some."""
     from hbserve import members
 
     run(members.scale(connect, keys, wanted), log_level)
@@ -309,7 +309,7 @@ def scale(
 def reload(
     connect: ConnectOption = HERE, keys: KeysOption = None, log_level: LogLevelOption = LogLevel.WARNING
 ) -> None:
-    """Have a scheduler read its file again: instances that are new join, those that are gone leave."""
+    """Have a scheduler reread its file: new instances join, removed ones leave."""
     from hbserve import members
 
     run(members.reload(connect, keys), log_level)
@@ -317,18 +317,18 @@ def reload(
 
 @app.command()
 def keys(
-    folder: Annotated[Path, typer.Argument(help="Where the files are, or are to be.")],
-    rotate: Annotated[Rotation | None, typer.Option(help="A step to other keys, without a stop.")] = None,
+    folder: Annotated[Path, typer.Argument(help="Folder of the key files.")],
+    rotate: Annotated[Rotation | None, typer.Option(help="One step of changing keys while everything runs.")] = None,
     log_level: LogLevelOption = LogLevel.WARNING,
 ) -> None:
-    """Make the keys by which the processes of a deployment know each other, or change them."""
+    """Make or change the keys with which the processes of a deployment authenticate each other."""
     with explaining(log_level):
         write_keys(folder, rotate)
 
 
 @app.command()
 def check(config: ConfigOption, log_level: LogLevelOption = LogLevel.WARNING) -> None:
-    """Look at a deployment, and at this host, before anything starts: addresses, limits, clock, GPUs, NCCL's path."""
+    """Check a deployment on this host before anything starts: addresses, limits, clock, GPUs, NCCL's path."""
     from hbserve.check.deployment import CheckArgs, check_deployment
 
     run(check_deployment(CheckArgs(config)), log_level)
@@ -338,7 +338,7 @@ def check(config: ConfigOption, log_level: LogLevelOption = LogLevel.WARNING) ->
 def stats(
     connect: ConnectOption = HERE,
     keys: KeysOption = None,
-    json: Annotated[bool, typer.Option("--json", help="All figures, for programs.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="All figures as JSON.")] = False,
     log_level: LogLevelOption = LogLevel.WARNING,
 ) -> None:
     """Show the figures of a running deployment."""
@@ -351,8 +351,8 @@ def stats(
 def top(
     connect: ConnectOption = HERE,
     keys: KeysOption = None,
-    once: Annotated[bool, typer.Option("--once", help="Look for a second, print, and end.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="With --once: for programs.")] = False,
+    once: Annotated[bool, typer.Option("--once", help="Watch for one second, print, and exit.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="With --once: as JSON.")] = False,
     log_level: LogLevelOption = LogLevel.ERROR,
 ) -> None:
     """Watch a running deployment: instances, links, latencies, and the last requests."""
@@ -365,10 +365,10 @@ def top(
 def trace(
     connect: ConnectOption = HERE,
     keys: KeysOption = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Gzipped JSON, which Perfetto opens.")] = Path(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Gzipped JSON, to open in Perfetto.")] = Path(
         "trace.json.gz"
     ),
-    request_id: Annotated[str, typer.Option("--request", metavar="ID", help="This request alone.")] = "",
+    request_id: Annotated[str, typer.Option("--request", metavar="ID", help="Only this request.")] = "",
     last_s: Annotated[float, typer.Option("--last", metavar="SECONDS", min=0.0, help="How far back.")] = 3600.0,
     log_level: LogLevelOption = LogLevel.WARNING,
 ) -> None:

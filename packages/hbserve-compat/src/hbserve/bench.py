@@ -10,6 +10,7 @@ from typing import Any
 import typer
 
 from hbserve.demo_model import model_folder
+from hbserve.output_file import writing
 from hbserve_core import InstanceConfig
 from hbserve_core.bench.batch_sweep import BATCH_SIZES, SweepPlan, SweepRow, run_sweep, sweep_config
 from hbserve_core.bench.workloads import Sizes, bench_config, run_bench
@@ -74,8 +75,9 @@ def sweep_engine(
         file = stack.enter_context(rows_file.open("w", encoding="utf-8", buffering=1)) if rows_file else None
 
         def keep(row: SweepRow) -> None:
-            if file is not None:
-                file.write(json.dumps({"model": folder.name, **row.record()}) + "\n")
+            if file is not None and rows_file is not None:
+                with writing(rows_file, in_parts=True):
+                    file.write(json.dumps({"model": folder.name, **row.record()}) + "\n")
 
         typer.echo(f"{folder.name}, decode steps by batch size")
         run_sweep(config, plan, typer.echo, keep)

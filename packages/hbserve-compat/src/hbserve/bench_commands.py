@@ -78,7 +78,7 @@ def _numbers(option: str, text: str | None) -> tuple[int, ...] | None:
         return None
     parts = [part.strip() for part in text.split(",")]
     if not all(re.fullmatch("[0-9]{1,9}", part) and int(part) >= 1 for part in parts):
-        problem = f"{shown(text)}: expected numbers from 1 to {10**9 - 1}, with commas between"
+        problem = f"{shown(text)}: expected numbers from 1 to {10**9 - 1}, separated by commas"
         raise typer.BadParameter(problem, param_hint=option)
     return tuple(sorted({int(part) for part in parts}))
 

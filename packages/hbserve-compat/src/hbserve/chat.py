@@ -51,7 +51,7 @@ async def chat(args: ChatArgs) -> None:
 def _asking(args: ChatArgs) -> Answer:
     for name in ("model", "config"):
         if getattr(args, name) is not None:
-            raise ConfigError(f"--{name}={getattr(args, name)}: not with --url, where it is set")
+            raise ConfigError(f"--{name}={getattr(args, name)}: not with --url, whose server sets it")
     key = args.api_key or os.environ.get("HBSERVE_API_KEY")
     return ChatClient(args.url or "", key, **args.sampling).answer
 

@@ -60,7 +60,7 @@ class ChatClient:
         except (asyncio.IncompleteReadError, ConnectionError) as error:
             raise PeerLost(f"--url: {self._url.authority} has closed the connection") from error
         except (ValueError, LookupError, TypeError, AttributeError, asyncio.LimitOverrunError) as error:
-            raise RemoteError(f"--url: what is there does not answer as OpenAI's API does: {error!r}") from error
+            raise RemoteError(f"--url: the server there does not answer as OpenAI's API does: {error!r}") from error
         finally:
             writer.close()
 
@@ -82,7 +82,7 @@ async def _read_head(reader: asyncio.StreamReader) -> tuple[int, bool]:
     first, *lines = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower().split("\r\n")
     words = first.split()
     if len(words) < 2 or not words[1].isdecimal():
-        raise RemoteError(f"--url: what is there speaks no HTTP: {first[:80]!r}")
+        raise RemoteError(f"--url: the server there does not speak HTTP: {first[:80]!r}")
     return int(words[1]), "transfer-encoding: chunked" in lines
 
 

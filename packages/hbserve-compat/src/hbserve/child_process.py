@@ -137,7 +137,7 @@ class ChildProcess:
         except TimeoutError:
             self._process.kill()
             await self._process.wait()
-            raise InstanceFailed(f"{self.name} does not serve within {self._start_timeout_s:.0f} s") from None
+            raise InstanceFailed(f"{self.name} did not serve within {self._start_timeout_s:.0f} s") from None
         if not line:
             status = await self._process.wait()
             await asyncio.gather(*self._tasks)

@@ -1,9 +1,11 @@
 """A command of the command line: how it is run, how it ends, and what it says of what went wrong."""
 
 import asyncio
+import errno
 import inspect
 import logging
 import os
+import resource
 import signal
 import sys
 from collections.abc import Callable, Coroutine, Iterator
@@ -28,7 +30,7 @@ class LogLevel(StrEnum):
 LogLevelOption = Annotated[LogLevel, typer.Option("--log-level", case_sensitive=False)]
 KeysOption = Annotated[
     Path | None,
-    typer.Option("--keys", envvar="HBSERVE_KEYS", help="Folder of client.key, where the scheduler has keys."),
+    typer.Option("--keys", envvar="HBSERVE_KEYS", help="Folder with client.key, if the scheduler uses keys."),
 ]
 
 
@@ -143,6 +145,9 @@ async def _until_signalled(job: Coroutine[Any, Any, None]) -> None:
 
 def _in_words(error: Exception) -> str:
     """The system's own errors begin with a number, and end with the file."""
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        return f"{error.strerror}: this process may open {most}; raise `ulimit -n`"
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     return str(error)

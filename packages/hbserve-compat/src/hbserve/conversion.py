@@ -21,6 +21,9 @@ CONVERSION = "2"
 """To be raised when the conversion changes: a folder of another one is not used."""
 POLL_S = 0.5
 _MAGIC = b"GGUF"
+_ELSEWHERE = "set XDG_CACHE_HOME to a folder that can, or give the path of a Hugging Face folder"
+_NOT_WRITTEN = 3
+"""Exit status of the writing process, whose last line is why."""
 _KEYS = ("missing_keys", "unexpected_keys", "mismatched_keys")
 """Of transformers' report of what it has loaded."""
 
@@ -39,7 +42,7 @@ def converted(file: Path, given_up: threading.Event | None = None) -> Path:
     """
     with file.open("rb") as opened:
         if opened.read(len(_MAGIC)) != _MAGIC:
-            raise ConversionFailed(f"'{file}' is no GGUF file: it does not begin with {_MAGIC.decode()}")
+            raise ConversionFailed(f"'{file}' is not a GGUF file: it does not begin with {_MAGIC.decode()}")
     for module in ("gguf", "accelerate"):
         if importlib.util.find_spec(module) is None:
             raise ConversionFailed(f"'{file}' needs the package {module} to be read: pip install gguf accelerate")
@@ -76,6 +79,9 @@ def convert(file: Path, folder: Path, duration: str, given_up: threading.Event) 
             writer.communicate()
     if writer.returncode != 0 and not given_up.is_set():
         last = complaint.strip().splitlines()[-1:] or [f"exit status {writer.returncode}"]
+        if writer.returncode == _NOT_WRITTEN:
+            reason = f"which the model does not fit into, or which failed ({last[0]})"
+            raise ConversionFailed(f"'{folder.parent}' cannot be written to, {reason}: {_ELSEWHERE}")
         raise ConversionFailed(f"'{file}' cannot be converted: {last[0]}; or give the path of a Hugging Face folder")
 
 
@@ -85,10 +91,8 @@ def _folder_beside(folder: Path) -> "tempfile.TemporaryDirectory[str]":
         folder.parent.mkdir(parents=True, exist_ok=True)
         return tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent, ignore_cleanup_errors=True)
     except OSError as error:
-        raise ConversionFailed(
-            f"'{folder.parent}' cannot be written to, where the model would be converted to, once ({error.strerror}): "
-            "set XDG_CACHE_HOME to a folder that can, or give the path of a Hugging Face folder"
-        ) from None
+        reason = f"where the model would be converted to, once ({error.strerror})"
+        raise ConversionFailed(f"'{folder.parent}' cannot be written to, {reason}: {_ELSEWHERE}") from None
 
 
 def _writer_command(file: Path, scratch: Path, folder: Path) -> list[str]:
@@ -118,12 +122,24 @@ def _write_model(file: Path, folder: Path) -> None:
     # And it says nothing of what it leaves out.
     wrong += [f"{name} is of a layer that it does not count" for name in _surplus(file, model.config)[:1]]
     if wrong:
-        raise ValueError(f"it is not whole, or of another model than it says: {'; '.join(wrong)}")
+        raise ValueError(f"it is incomplete, or not of the model that it names: {'; '.join(wrong)}")
     # The weights are plain numbers now; without this the folder would claim to be quantized.
     del model.config.quantization_config
     model.hf_quantizer = None
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(file.parent, **source).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, **source)
+    try:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # of libraries, which have errors of their own for a full disk
+        sys.stderr.write(f"{error}\n")
+        sys.exit(_NOT_WRITTEN)
+
+
+def _surplus(file: Path, config: Any) -> list[str]:
+    """Tensors of layers beyond those that a GGUF file says it has."""
+    gguf = importlib.import_module("gguf")
+    names = [each.name.split(".") for each in gguf.GGUFReader(file).tensors]
+    return [".".join(each) for each in names if each[0] == "blk" and int(each[1]) >= config.num_hidden_layers]
 
 
 def _surplus(file: Path, config: Any) -> list[str]:

@@ -143,7 +143,9 @@ async def _started(args: GenerateArgs) -> AsyncIterator[tuple[Scheduler, Any]]:
 async def _connected(args: GenerateArgs) -> AsyncIterator[tuple[Scheduler, Any]]:
     for name in ("config", "kv_transfer_backend"):
         if getattr(args, name) is not None:
-            raise ConfigError(f"--{name.replace('_', '-')}={getattr(args, name)}: not with --connect, where it is set")
+            raise ConfigError(
+                f"--{name.replace('_', '-')}={getattr(args, name)}: not with --connect, whose deployment sets it"
+            )
     async with remote_scheduler(args.connect or "", args.keys) as (scheduler, info):
         if not info.ready:
             sys.stderr.write(f"not all instances of the scheduler at {scheduler.address} are ready; its log says why\n")

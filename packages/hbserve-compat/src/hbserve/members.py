@@ -90,7 +90,7 @@ def numbers_by_role(words: Sequence[str]) -> dict[Role, int]:
             raise ConfigError(f"{word!r}: expected ROLE=NUMBER, of prefill, decode or hybrid; for example decode=3")
         role = cast("Role", match[1])
         if role in found:
-            raise ConfigError(f"{word!r}: the number of {role} instances was given before")
+            raise ConfigError(f"{word!r}: the number of {role} instances is given twice")
         found[role] = int(match[2])
     return found
 

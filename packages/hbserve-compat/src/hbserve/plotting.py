@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hbserve.output_folder import require_folder_of
+from hbserve.output_file import require_folder_of, writing
 from hbserve_rpc import InvalidRequest
 
 INCHES = 6.0, 3.6
@@ -45,4 +45,5 @@ def figure_of(path: Path, num_rows: int, num_columns: int, title: str) -> Iterat
     figure = Figure(figsize=(INCHES[0] * num_columns, INCHES[1] * num_rows), layout="constrained")
     figure.suptitle(title)
     yield figure.subplots(num_rows, num_columns, squeeze=False)
-    figure.savefig(path)
+    with writing(path):
+        figure.savefig(path)

@@ -82,7 +82,7 @@ def require_settings(config: DeploymentConfig) -> None:
     device = config.engine_settings().device
     if device.startswith("cuda") and not _has_driver():
         raise InvalidInstanceConfig(
-            f"engine.device={device!r}: this host has no driver of GPUs (libcuda.so.1); expected 'auto' or 'cpu'"
+            f"engine.device={device!r}: this host has no GPU driver (libcuda.so.1); expected 'auto' or 'cpu'"
         )
 
 

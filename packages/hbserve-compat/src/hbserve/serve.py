@@ -81,7 +81,7 @@ class ServeArgs:
         server = msgspec.structs.replace(config.server, **self.server)
         if server.uds is not None and (ignored := sorted({"host", "port"} & self.server.keys())):
             raise ConfigError(
-                f"--{ignored[0]}: expected none with server.uds or --uds, {server.uds!r}: it serves there alone"
+                f"--{ignored[0]}: expected none with server.uds or --uds, {server.uds!r}: it serves only there"
             )
         given = {name: getattr(server, name) for name in ("uds", "ssl_keyfile", "ssl_certfile")}
         paths = {name: os.path.expanduser(path) for name, path in given.items() if path is not None}
@@ -230,10 +230,10 @@ class _Deployment:
         if self._front_end is not None:
             beginning.append(self._front_end.begin(self._name, self._folder, self._server))
         await together(*beginning)
+        own_process.freeze_heap()
         self._is_ready = True
         self._instances.restart_the_dead(self._ending.by_death, self._dial_again)
         self._server.scale = self._scaling.scale
-        own_process.freeze_heap()
         if self._front_end is not None:
             sys.stderr.write(self._how_to_ask(self._front_end))
 

@@ -43,15 +43,15 @@ def parse_url(option: str, url: str) -> ServerUrl:
 def require_header(option: str, name: str, value: str) -> None:
     """Raises InvalidRequest unless both can be a line of a request's head, and nothing but that line."""
     if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name):
-        raise InvalidRequest(f"{option}={shown(name)}: is no name of a header")
+        raise InvalidRequest(f"{option}={shown(name)}: is not a header name")
     if not _is_line(value):
-        raise InvalidRequest(f"{option}={shown(value)}: expected printable text, as a header has it")
+        raise InvalidRequest(f"{option}={shown(value)}: expected printable text")
 
 
 def require_path(option: str, path: str) -> None:
     """Raises InvalidRequest unless a request may ask for it."""
     if not path.startswith("/") or not path.isascii() or not _is_line(path, spaces=False):
-        raise InvalidRequest(f"{option}={shown(path)}: expected a path, as /v1/completions is one")
+        raise InvalidRequest(f"{option}={shown(path)}: expected a path, such as /v1/completions")
 
 
 def _is_line(text: str, *, spaces: bool = True) -> bool:

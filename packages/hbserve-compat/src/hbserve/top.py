@@ -48,7 +48,7 @@ class WatchedRemote(Watched):
 async def show_top(args: TopArgs) -> None:
     """Raises ConfigError, NotReady, and what the scheduler says."""
     if args.json and not args.once:
-        raise ConfigError("--json is of --once: the live view is for people")
+        raise ConfigError("--json needs --once")
     async with remote_scheduler(args.connect, args.keys) as (scheduler, _):
         watched = WatchedRemote(scheduler)
         if not args.once:

@@ -24,6 +24,7 @@ from hbserve.live_text import (
     waterfall,
 )
 from hbserve.live_view import View
+from hbserve.output_file import writing
 from hbserve_rpc import HBServeRpcError
 
 HISTORY = 120
@@ -168,7 +169,9 @@ class TopApp(App[None]):
     async def action_save_trace(self) -> None:
         path = self._folder / f"trace-{time.strftime('%Y%m%d-%H%M%S')}.json.gz"
         try:
-            path.write_bytes(await self._source.trace())
+            trace = await self._source.trace()
+            with writing(path):
+                path.write_bytes(trace)
         except (HBServeRpcError, OSError, TimeoutError) as error:
             self.notify(f"no trace: {error}", severity="error", markup=False)
             return

@@ -18,7 +18,7 @@ from typing import Any
 
 import msgspec
 
-from hbserve.output_folder import require_folder_of
+from hbserve.output_file import require_folder_of, writing
 from hbserve.remote import remote_scheduler
 from hbserve_rpc.records import AttemptRecord, RequestRecord
 from hbserve_scheduler import ConfigError
@@ -63,8 +63,9 @@ async def write_trace(args: TraceArgs) -> None:
     async with remote_scheduler(args.connect, args.keys) as (scheduler, _):
         records = await scheduler.fetch_records(args.last_s, args.request_id)
     if args.request_id and not records:
-        raise ConfigError(f"--request={args.request_id!r}: the scheduler remembers no such request of the last while")
-    args.path.write_bytes(render_trace(records))
+        raise ConfigError(f"--request={args.request_id!r}: the scheduler has no record of it")
+    with writing(args.path):
+        args.path.write_bytes(render_trace(records))
     sys.stderr.write(f"{len(records)} requests in {args.path}; ui.perfetto.dev opens it\n")
 
 

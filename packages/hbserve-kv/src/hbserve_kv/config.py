@@ -64,7 +64,7 @@ class KVTransferConfig(KVTransferSettings, frozen=True, kw_only=True, forbid_unk
             found = {place[:2] for *_, place in socket.getaddrinfo(self.host, 0, type=socket.SOCK_STREAM)}
         except socket.gaierror as error:
             if error.errno == socket.EAI_NONAME:
-                raise AddressNotAvailable(f"kv_transfer.ip={self.host!r}: nobody knows this name; {cure}") from error
+                raise AddressNotAvailable(f"kv_transfer.ip={self.host!r}: this name is unknown; {cure}") from error
             raise
         if not any(is_own_address(str(address)) for address, _ in found):
             raise AddressNotAvailable(f"kv_transfer.ip={self.host!r}: this machine does not have it; {cure}")

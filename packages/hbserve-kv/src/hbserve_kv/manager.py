@@ -37,15 +37,13 @@ logger = logging.getLogger(__name__)
 
 
 class KVTransferManager(KVTransferBase):
-    """All transfers of one instance; under tensor parallelism, of one of its ranks. Lives in the event loop that ran
-    `start`; every method belongs there. `async with` starts it, and closes it at the end.
+    """All transfers of one instance; under tensor parallelism, of one of its ranks. Belongs to the event loop that ran
+    `start`: call every method there. `async with` starts and closes it.
 
-    Engines move blocks of their pool: the receiver calls `post_receive` and passes the grant on, the sender calls
-    `open_send` with it, `push`es as blocks fill, and `commit`s. Whoever has whole tensors to move uses `send_kv_cache`
-    and `receive_kv_cache` instead, in any order; these go through the lookup buffer.
+    Engines move blocks of their pool: the receiver calls `post_receive` and passes the grant on; the sender calls
+    `open_send` with it, `push`es as blocks fill, and `commit`s. To move whole tensors instead, use `send_kv_cache` and
+    `receive_kv_cache`, in any order; these go through the lookup buffer.
     """
-
-    _loop: asyncio.AbstractEventLoop | None = None  # that `start` ran in
 
     def __init__(
         self,
@@ -59,17 +57,17 @@ class KVTransferManager(KVTransferBase):
         transport: Transport | None = None,
         name: str = "",
     ) -> None:
-        """`pool`: a PoolLayout; or one contiguous tensor (num_blocks, …), of which a block is `pool[i]`. It is on a GPU
-        or on the CPU, where it need be no tensor of torch. Until `close` it must stay where it is.
+        """`pool`: a PoolLayout; or one contiguous tensor (num_blocks, …), whose block i is `pool[i]`. It is on a GPU,
+        or on the CPU, where it need not be a torch tensor. It must stay where it is until `close`.
 
         `fingerprint` says what the bytes mean; both sides must have the same. `heads`: under tensor parallelism, the KV
         heads that this rank's pool (num_blocks, …, heads.count, head_dim) holds. `transport` replaces the one that
-        `config.backend` names. `name` is what receivers may grant transfers to.
+        `config.backend` names. `name`: receivers may grant transfers to this name.
 
         Raises:
-            BackendUnavailable: the configured backend, or a library of it, is missing.
+            BackendUnavailable: the configured backend, or a library that it needs, is missing.
             BufferTooLarge: there is no memory for `config.buffer_size` bytes.
-            ValueError: the pool has not the shape that is needed, or `config.buffer_size` is negative.
+            ValueError: the pool does not have the right shape, or `config.buffer_size` is negative.
         """
         super().__init__(rank, config.options)
         self.config = config
@@ -78,29 +76,29 @@ class KVTransferManager(KVTransferBase):
         self.heads = self._memory.heads
         self.fingerprint = dict(fingerprint)
         self._transports = {each.name: each for each in ([transport] if transport else make_transports(config, rank))}
-        trust: dict[str, Any] = {"keys": config.keys, "allows": ["instance"]}
-        self._server = RpcServer(
-            config.host, config.port, epoch=self.epoch, heartbeat_timeout_s=config.timeout_s, **trust
-        )
+        peers: dict[str, Any] = {"heartbeat_timeout_s": config.timeout_s, "keys": config.keys, "allows": ["instance"]}
+        self._server = RpcServer(config.host, config.port, epoch=self.epoch, **peers)
         self._buffer = LookupBuffer(self._memory, timeout_s=config.timeout_s, expiry_s=config.expiry_s)
-        me = self._me = Identity(rank, self.epoch, self.fingerprint, self.heads, self._memory.layout, name)
-        self._receiver = Receiver(me, self._memory, self._transports, self._buffer, config)
+        self._me = Identity(rank, self.epoch, self.fingerprint, self.heads, self._memory.layout, name)
+        self._receiver = Receiver(self._me, self._memory, self._transports, self._buffer, config)
         self._receiver.serve_on(self._server)
         self._server.serve(ALIVE, self._alive)
         self._peers = self._make_peers(self._transports)
-        self._offers = Offers(me, self.open_send, config.expiry_s)
+        self._offers = Offers(self._me, self.open_send, config.expiry_s)
         self._offers.serve_on(self._server)
         self._senders = Senders(config.timeout_s, config.keys)
         self._claims: set[Claim] = set()
         self._addresses: dict[int, str] = {}
         self._outgoing: set[SendTransfer] = set()
-        """Until their receivers know how they ended."""
+        """Sent transfers, until their receivers know how they ended."""
         self._sent = self._received = self._failed = 0
         self._busy_time_s = 0.0
         self._is_started = self._closed = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        """The loop that `start` ran in."""
 
     def _make_peers(self, transports: Mapping[str, Transport]) -> Peers:
-        """That are sent to by one of these."""
+        """The peers, to which these transports send."""
         return Peers(self._me, lambda: self.address, transports, self.config.timeout_s, self.config.keys)
 
     async def start(self) -> None:
@@ -119,13 +117,12 @@ class KVTransferManager(KVTransferBase):
             for name, transport in list(self._transports.items()):
                 try:
                     await transport.start(self._memory)
+                    started.append(transport)
                 except BackendUnavailable as error:
                     if len(self._transports) == 1:
                         raise
                     logger.info("kv_transfer.backend=%s: not %s: %s", self.config.backend, name, error)
                     del self._transports[name]
-                    continue
-                started.append(transport)
             await self._server.start()
             if self._closed:
                 raise RuntimeError("this manager was closed while it started")
@@ -138,13 +135,13 @@ class KVTransferManager(KVTransferBase):
             raise
 
     async def transfer_to_itself(self) -> None:
-        """Move one block of the pool to another of it by each transport, as between two instances, and leave nothing of
-        that: no link, no byte in `stats`, and the pool as it was. For after `start`, before anybody else is there.
+        """Move one block of the pool to another by each transport, as between two instances, and leave no trace: no
+        link, no byte in `stats`, and the pool as it was. To be called after `start`, before there are peers.
 
-        A custom backend is left out, which need not be able to: see `Transport.connects_to_itself`.
+        Custom backends are left out, because they need not be able to do so: see `Transport.connects_to_itself`.
 
         Raises:
-            BackendUnavailable: says by which transport a block does not come, and why.
+            BackendUnavailable: says by which transport a block does not arrive, and why.
         """
         self._require_open("to itself")
         for name, transport in self._transports.items():
@@ -163,8 +160,8 @@ class KVTransferManager(KVTransferBase):
     async def close(self) -> None:
         """End every transfer and leave no thread, socket or task behind. May be called twice.
 
-        Peers are told, but have a second or two to answer. A part that is moving to a peer which has frozen is waited
-        for until its transport ends it (mooncake: `timeout_s`), for it reads the pool.
+        Peers are told, and have a second or two to answer. A part that is moving to a frozen peer is waited for until
+        its transport ends it (mooncake: `timeout_s`), because it reads the pool.
         """
         if self._closed:
             return
@@ -178,7 +175,7 @@ class KVTransferManager(KVTransferBase):
             transfer.state.fail("the sender was closed")
         if outgoing:
             await asyncio.wait([transfer.result for transfer in outgoing], timeout=GOODBYE_TIMEOUT_S)
-        # Those that still wait for an answer of their peer do so no longer than there is a connection to it.
+        # Those that still wait for their peer's answer do so only while there is a connection to it.
         await self._peers.close()
         await asyncio.gather(*(task for transfer in outgoing for task in transfer.tasks), self._offers.closed())
         await self._receiver.say_goodbye()
@@ -201,22 +198,22 @@ class KVTransferManager(KVTransferBase):
         return self._server.address
 
     async def _alive(self, _: Nothing) -> Alive:
-        """What a receiver that has lost this sender asks: see `receiving/quarantine.py`."""
+        """Answer a receiver that has lost this sender: see `receiving/quarantine.py`."""
         return Alive(self.epoch, self._peers.writing())
 
     # ---- links ahead of transfers --------------------------------------------------------------------------------
 
     @property
     def endpoint(self) -> bytes:
-        """Where this rank receives, for a sender's `open_link`. Those of several ranks are joined by `join_grants`."""
+        """Where this rank receives, for a sender's `open_link`. `join_grants` joins those of several ranks."""
         self._require_open("to an endpoint")
         return msgspec.msgpack.encode(Grant("", self.address, self.epoch, self.heads))
 
     async def open_link(self, endpoint: bytes) -> None:
-        """Connect to a receiver ahead of the first transfer, which then pays for nothing that it needs only once.
+        """Connect to a receiver before the first transfer, which then need not wait for what is done only once.
 
-        Of a receiver under tensor parallelism, to the ranks that want heads of this one. Returns at once if they are
-        connected; makes no further attempt for a while after one has failed.
+        If the receiver has several ranks, connects to those that want heads of this one. Returns at once if they are
+        connected; after a failure, makes no further attempt for a while.
 
         Raises:
             FingerprintMismatch: the receiver's KV means something else.
@@ -231,41 +228,42 @@ class KVTransferManager(KVTransferBase):
     def post_receive(
         self, transfer_id: str, block_ids: Sequence[int], *, may_be_partial: bool = False, sender: str = ""
     ) -> PostedReceive:
-        """Expect one transfer into these blocks of the pool; no blocks: only its commit. `sender`: the name of the only
-        instance that may send it.
+        """Expect one transfer into these blocks of the pool; with no blocks, only its commit. `sender`: the name of the
+        only instance that may send it.
 
-        A commit by which fewer have come fails the transfer. With `may_be_partial` it does not, and the result says
-        so, in `TransferResult.is_partial`: whether those that lack are needed is for its reader to see.
+        A commit with fewer blocks fails the transfer. With `may_be_partial` it does not, and the result says so in
+        `TransferResult.is_partial`: whether the missing blocks are needed is for the caller to decide.
 
         Raises:
-            ValueError: the id is in use, or a block is outside the pool or there twice.
+            ValueError: the id is in use, or a block is outside the pool or appears twice.
         """
         self._require_open(transfer_id)
         blocks = checked_blocks(block_ids, num_blocks := self._memory.layout.num_blocks)
         if len(set(blocks)) != len(blocks):
-            raise ValueError(f"block_ids={blocks}: expected different ones from 0 to {num_blocks - 1}")
+            raise ValueError(f"block_ids={blocks}: expected distinct ones from 0 to {num_blocks - 1}")
         transfer = self._receiver.expect(transfer_id, "pool", blocks, may_be_partial=may_be_partial, sender=sender)
         transfer.result.add_done_callback(lambda done: self._count_received(done.result()))
         grant = Grant(transfer_id, self.address, self.epoch, self.heads)
         return PostedReceive(transfer, msgspec.msgpack.encode(grant))
 
     async def open_send(self, transfer_id: str, grant: bytes | Sequence[bytes]) -> SendTransfer:
-        """Begin the transfer that `grant` allows; connects to its receiver if need be.
+        """Begin the transfer that `grant` allows; connects to its receiver if necessary.
 
-        Of a receiver under tensor parallelism, `grant` is those of all its ranks, in a list or joined by `join_grants`.
-        Those that want heads of this rank get them: all accept the transfer, or none.
+        If the receiver has several ranks, `grant` is the grants of all of them, in a list or joined by `join_grants`.
+        Those that want heads of this rank get them: all accept the transfer, or none does.
 
         Raises:
             FingerprintMismatch: the receiver's KV means something else.
-            TransferFailed: the receiver is not there, was restarted, or has given the transfer up.
+            TransferFailed: the receiver is not there, was restarted, or has given up the transfer.
         """
         grants = [each for one in ([grant] if isinstance(grant, bytes) else grant) for each in read_grants(one)]
-        # If none is for this rank, the first receiver says in its refusal what both have.
+        # If none is for this rank, the first receiver's refusal says what both have.
         mine = [each for each in grants if self.heads.common(each.heads)] or grants[:1]
         return await self._open(Begin(transfer_id, link=""), [(each.address, each.epoch) for each in mine])
 
     def concerns(self, grant: bytes) -> bool:
-        """Whether this rank holds heads that the grant is for: under tensor parallelism, not every pair does."""
+        """Whether this rank holds heads that the grant is for: under tensor parallelism, not every pair of ranks
+        does."""
         return any(self.heads.common(each.heads) for each in read_grants(grant))
 
     def _require_open(self, transfer_id: str) -> None:
@@ -279,7 +277,7 @@ class KVTransferManager(KVTransferBase):
     async def _open(self, begin: Begin, receivers: Sequence[tuple[str, str]]) -> SendTransfer:
         self._require_open(begin.transfer_id)
         if not receivers:
-            raise TransferFailed(f"transfer {begin.transfer_id}: its grant is of no receiver")
+            raise TransferFailed(f"transfer {begin.transfer_id}: its grant names no receiver")
         transfer = SendTransfer(begin, self._memory, self._peers, receivers)
         self._outgoing.add(transfer)
         asyncio.gather(*transfer.tasks).add_done_callback(lambda _: self._outgoing.discard(transfer))
@@ -292,8 +290,8 @@ class KVTransferManager(KVTransferBase):
     def offer(self, transfer_id: str, *, lease_s: float = 30.0) -> Offer:
         """Offer a transfer whose receiver is not known yet: `push` its blocks, and `commit`.
 
-        It waits `lease_s` for a receiver after the commit, and `config.expiry_s` for one that keeps it to have room.
-        What it waits with is the engine's to give to that one: the id, `address` and `epoch`.
+        It waits `lease_s` after the commit for a receiver, and `config.expiry_s` for a receiver that has claimed it to
+        have room. The engine has to pass the receiver what it needs to claim: the id, `address` and `epoch`.
 
         Raises:
             ValueError: the id is in use.
@@ -302,12 +300,12 @@ class KVTransferManager(KVTransferBase):
         return self._offers.make(transfer_id, checked_seconds("lease_s", lease_s))
 
     def claim(self, transfer_id: str, address: str | Sequence[SourceRank], epoch: str = "") -> Claim:
-        """Want what the manager at `address` offers under this id, and have it kept there until it is fetched.
+        """Claim what the manager at `address` offers under this id, so that it is kept there until it is fetched.
 
-        Of a sender under tensor parallelism, `address` is the ranks that have heads of this one, each head once.
+        If the sender has several ranks, `address` lists those that have heads of this one, each head once.
 
-        With an `epoch` it must be offered by that life of the manager, now or in a moment; without, it may be any time
-        up to the manager's `expiry_s` until it is.
+        With an `epoch`, that life of the manager must offer it, now or in a moment; without, it may be offered at any
+        time within the manager's `expiry_s`.
         """
         self._require_open(transfer_id)
         sources = [SourceRank(address, epoch)] if isinstance(address, str) else address
@@ -319,7 +317,8 @@ class KVTransferManager(KVTransferBase):
     # ---- whole tensors -------------------------------------------------------------------------------------------
 
     def add_peer(self, rank: int, address: str) -> None:
-        """Say where a rank's manager is: needed to send to it by rank. Raises InvalidAddress, a ValueError."""
+        """Tell where a rank's manager is, which is needed to send to it by rank. Raises InvalidAddress, a
+        ValueError."""
         parse_address(address)
         self._addresses[rank] = address
 
@@ -351,11 +350,11 @@ class KVTransferManager(KVTransferBase):
             raise TransferFailed(f"{request_id}: {result.error}")
 
     async def receive_kv_cache(self, request_id: str, source_rank: int) -> "torch.Tensor":
-        """The tensor that was sent under this id: from the lookup buffer if it is there, else when it comes.
+        """The tensor that was sent under this id: from the lookup buffer if it is there, else when it arrives.
 
         Raises:
-            TransferTimeout: nothing came before the deadline.
-            TransferFailed: its sender failed, or says of it what cannot be; or another call waits for this id already.
+            TransferTimeout: nothing arrived before the deadline.
+            TransferFailed: its sender failed, or describes it wrongly; or another call already waits for this id.
         """
         self._require_open(request_id)
         block_ids, result = await self._buffer.take(request_id)

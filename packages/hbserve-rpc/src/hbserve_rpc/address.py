@@ -1,4 +1,4 @@
-"""Addresses, `host:port` or `[::1]:port`: the one place that writes, reads and judges them."""
+"""Addresses, `host:port` or `[::1]:port`: the one place that formats, parses and checks them."""
 
 import asyncio
 import errno
@@ -21,10 +21,10 @@ def format_address(host: str, port: int) -> str:
 
 
 def parse_address(text: str) -> tuple[str, int]:
-    """Host and port of somebody who is to be reached there.
+    """Host and port of a peer that is to be reached there.
 
     Raises:
-        InvalidAddress: it is no address, or nobody can be reached there; has the text, and what is expected.
+        InvalidAddress: it is not an address, or nobody can be reached there; has the text, and what is expected.
     """
     match = re.fullmatch(r"(?:\[(?P<bracketed>[^\[\]]+)\]|(?P<plain>[^\[\]]+)):(?P<port>[0-9]{1,5})", text)
     if match is None or not 1 <= int(match["port"]) <= MAX_PORT:
@@ -39,31 +39,31 @@ def parse_address(text: str) -> tuple[str, int]:
     if is_wildcard(host):
         here = format_address("::1" if ":" in host else "127.0.0.1", int(match["port"]))
         raise InvalidAddress(
-            f"{text!r}: {host} is where a server listens, and no place to reach it; on its own machine use {here}"
+            f"{text!r}: {host} is an address to listen on, not to connect to; on the same machine use {here}"
         )
     return host, int(match["port"])
 
 
 def check_host(host: str) -> None:
-    """Whether something might listen there: an IP address without brackets, or a name. Asks nobody.
+    """Check that something could listen there: an IP address without brackets, or a name. Asks no name server.
 
     Raises:
-        InvalidAddress: no; begins with the value, and says what is expected.
+        InvalidAddress: it could not; begins with the value, and says what is expected.
     """
     if problem := _problem(host):
         raise InvalidAddress(f"{host!r}: {problem}")
 
 
 def check_peer_host(host: str) -> None:
-    """Whether others can be told to reach somebody there: `check_host`, and it must mean the same to each of them.
+    """Check that others can be told to connect there: like `check_host`, and it must mean the same to each of them.
 
     Raises:
-        InvalidAddress: no; begins with the value, and says what is expected.
+        InvalidAddress: they cannot; begins with the value, and says what is expected.
     """
     check_host(host)
     if is_wildcard(host):
         raise InvalidAddress(
-            f"{host!r}: is every address of a machine, and none at which peers reach it; expected the one that they "
+            f"{host!r}: means every address of a machine, so peers cannot connect to it; expected one that they can "
             "use, for example 10.0.0.5, or 127.0.0.1 if all are on one machine"
         )
     if "%" in host:
@@ -80,7 +80,7 @@ def is_wildcard(host: str) -> bool:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only processes of the same machine reach what listens there. Names are not looked up."""
+    """Whether only processes of the same machine can reach what listens there. Names are not looked up."""
     found = _ip(host)
     return found.is_loopback if found is not None else canonical_host(host) == "localhost"
 
@@ -92,7 +92,7 @@ def canonical_host(host: str) -> str:
 
 
 def is_here(host: str) -> bool:
-    """Whether a host is this machine, by whatever address or name of it. May ask a name server."""
+    """Whether a host is this machine, under any of its addresses or names. May ask a name server."""
     try:
         found = {place[0] for *_, place in socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)}
     except OSError:  # a name that nobody knows
@@ -101,7 +101,8 @@ def is_here(host: str) -> bool:
 
 
 def is_own_address(address: str) -> bool:
-    """Whether something could listen there. Only the system's plain no is one: whoever listens will hear the rest."""
+    """Whether something could listen there. Only a plain refusal by the system counts as no: other errors come up when
+    something does listen."""
     with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as trying:
         try:
             trying.bind((address, 0))
@@ -111,10 +112,10 @@ def is_own_address(address: str) -> bool:
 
 
 async def look_up(host: str) -> str:
-    """A numeric address of a name, of IPv4 if it has one. A numeric one is itself, at once.
+    """A numeric address for a name, IPv4 if it has one. A numeric address is returned as it is, at once.
 
     Raises:
-        OSError: nobody knows the name.
+        OSError: the name is not known.
     """
     if _ip(host) is not None:
         return host
@@ -124,7 +125,8 @@ async def look_up(host: str) -> str:
 
 
 async def nobody_listens(address: str, timeout_s: float) -> bool:
-    """Whether its host says so. False: somebody does, or its network does not answer, perhaps for a moment."""
+    """Whether the host itself says that nothing listens there. False: something does, or its network does not answer,
+    perhaps for a moment."""
     try:
         async with asyncio.timeout(timeout_s):
             _, writer = await asyncio.open_connection(*parse_address(address))
@@ -146,7 +148,7 @@ def _ip(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
 
 
 def _problem(host: str) -> str:
-    """ "" if there is none."""
+    """What is wrong with it; "" if nothing is."""
     if not isinstance(host, str) or not host:
         return "expected an IP address or a name"
     if host[0] == "[" and host[-1] == "]":
@@ -155,7 +157,7 @@ def _problem(host: str) -> str:
     if found is not None:
         return _problem_of_ip(found)
     if re.search(r":[0-9]+$", host) and host.count(":") == 1:
-        return "expected the host alone; its port is given apart"
+        return "expected only the host; its port is given separately"
     if ":" in host or "/" in host:
         return "expected an IP address or a name; it is neither"
     if re.search(r"(^|\.)([0-9]+|0[xX][0-9a-fA-F]*)\.?$", host):
@@ -167,13 +169,13 @@ def _problem(host: str) -> str:
 
 def _problem_of_ip(found: ipaddress.IPv4Address | ipaddress.IPv6Address) -> str:
     if found.is_multicast or str(found) == "255.255.255.255":
-        return "is an address of many machines; expected one machine's"
+        return "is a multicast or broadcast address; expected that of one machine"
     zone = getattr(found, "scope_id", None)
     if zone is not None and not re.fullmatch(r"[A-Za-z0-9_.@-]+", zone):
         return "expected the name of a network interface after '%'"
     needs_zone = found.version == 6 and found.is_link_local
     if needs_zone and zone is None:
-        return f"is link-local, and means nothing without its zone; expected one, as in '{found}%eth0'"
+        return f"is link-local, which needs a zone, as in '{found}%eth0'"
     if zone is not None and not needs_zone:
         return "a zone is for link-local addresses; expected it without '%'"
     return ""

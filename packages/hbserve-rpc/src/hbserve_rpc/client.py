@@ -28,19 +28,19 @@ R = TypeVar("R")
 
 LOOK_UP_TIMEOUT_S = 2.0
 LOOK_INTERVAL_S, LOOK_TIMEOUT_S = 0.1, 1.0
-"""Of a server whose connection has ended."""
+"""How often, and for how long, to look for a server whose connection has ended."""
 DOUBT_BEATS, DOUBT_PART = 2, 1 / 3
-"""In doubt is a server that was silent for so many heartbeats, and for this part of the timeout."""
+"""A server is in doubt when it was silent for this many heartbeats, and for this part of the timeout."""
 
 
 class RpcClient:
     """One connection to the server at `address` (`host:port`). Belongs to the event loop that ran `start`.
 
-    The server may come later, or be restarted: the connection is made again by itself. Every call and stream that waits
-    for a server is lost when that says goodbye; when its connection has ended and its host says that nobody listens
-    there any more, or another life of it does; or, by heartbeats that run beside the calls, when it is silent for
-    `heartbeat_timeout_s`, as one that is frozen or cut off. A short break of the connection loses nothing. Who asks
-    after a loss waits for a server that comes.
+    The server may start later, or be restarted: the client connects again by itself. Every call and stream that waits
+    for a server is lost when the server says goodbye; when its connection has ended and its host says that nothing
+    listens there any more, or another life of the server answers; or, by heartbeats that run beside the calls, when it
+    is silent for `heartbeat_timeout_s`, as a frozen or unreachable one is. A short break of the connection loses
+    nothing. A call made after a loss waits for the next server.
     """
 
     def __init__(
@@ -52,16 +52,16 @@ class RpcClient:
         keys: Keys | None = None,
         server: Party = "instance",
     ) -> None:
-        """keys: of this side; then only a `server` that has a key of that party is talked to.
+        """keys: of this side; then it only talks to a `server` that has a key of that party.
 
         Raises:
-            InvalidAddress: (a ValueError) it is none.
+            InvalidAddress: (a ValueError) it is not an address.
         """
         self._host, _ = parse_address(address)
         self.address = address
         self._complaints = Complaints(logger)
         self.dropped_frames = 0
-        """Messages that were undecodable, of an earlier life of the server, or for a call that has ended."""
+        """Messages that were undecodable, from an earlier life of the server, or for a call that has ended."""
         self._interval_s, self._timeout_s = heartbeat_interval_s, heartbeat_timeout_s
         self._closed = False
         self._epoch: str | None = None
@@ -69,52 +69,53 @@ class RpcClient:
         self._ids = itertools.count(1)
         self._waiting: dict[int, RpcStream[Any]] = {}
         self._credits: list[tuple[int, int]] = []
-        """For the server, until this turn of the loop ends."""
+        """To be sent to the server at the end of this turn of the loop."""
         self._heart: asyncio.Task[None] | None = None
         self._was_there, self._was_refused = False, ""
-        """The connection, and why not, when it last changed."""
+        """Whether it was connected, and why not, at the last change."""
         self._last_doubtful = 0
-        """What was asked until this id may have been heard by a life of the server that never said which one it is."""
+        """Up to this id, requests may have reached a life of the server that never said which one it is."""
         self._looking: asyncio.Task[None] | None = None
-        """Whether the server is still there, since the connection has ended."""
+        """Finds out whether the server is still there, after the connection has ended."""
         self.on_lost: Callable[[PeerLost], None] = lambda why: None
-        """Called, whether anything waits for the server or not, when it is known to have ended."""
+        """Called when the server is known to have ended, whether anything waits for it or not."""
         self._doubt_s = max(DOUBT_BEATS * heartbeat_interval_s, DOUBT_PART * heartbeat_timeout_s)
         self._is_in_doubt = False
         self.on_doubt: Callable[[str], None] = lambda why: None
-        """Called with a reason when a server is silent or its connection has ended, and with "" when it is heard
-        again, unless it was lost meanwhile."""
+        """Called with a reason when a server is silent or its connection has ended, and with "" when it is heard again,
+        unless it was lost in between."""
         self._connection = ServerConnection(address, keys, server, self._receive, self._connection_changed)
         self.problem = ""
-        """Why nobody may be answering, as the end of a sentence; "" once somebody has answered."""
+        """Why there may be no answer, as the end of a sentence; "" once something has answered."""
 
     @property
     def why_silent(self) -> str:
         """`problem`, or that there is no connection at all."""
         if self.problem or self._connection.is_there:
             return self.problem
-        return "; there is no connection: nobody who speaks this protocol listens there"
+        return "; there is no connection: nothing that speaks this protocol listens there"
 
     @property
     def _socket(self) -> MessageSocket:
         return self._connection.socket
 
     async def start(self) -> None:
-        """Connect in the background, whether the server is there or not. Waits only to look a name up."""
+        """Connect in the background, whether the server is there or not. Only waits for a name to be looked up."""
         self._closed = False
         uses_ipv6 = await self._uses_ipv6()
-        if self._closed:  # meanwhile
+        if self._closed:  # closed meanwhile
             return
         self._connection.open(uses_ipv6=uses_ipv6)
         self._hello()
         self._heart = asyncio.create_task(self._heartbeat())
 
     async def _uses_ipv6(self) -> bool:
-        """ZeroMQ looks names up at each attempt, but must know before whether IPv6 is wanted; it prefers it then."""
+        """ZeroMQ looks names up at each attempt, but must be told before whether IPv6 is wanted, and then prefers
+        it."""
         try:
             async with asyncio.timeout(LOOK_UP_TIMEOUT_S):
                 return ":" in await look_up(self._host)
-        except (OSError, TimeoutError) as error:  # nobody knows it yet: with IPv6, ZeroMQ would take either
+        except (OSError, TimeoutError) as error:  # the name is not known yet, and with IPv6 ZeroMQ would take either
             self.problem = f"; the name {self._host!r} does not resolve: {error or 'no name server answers'}"
             return True
 
@@ -132,7 +133,8 @@ class RpcClient:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
         finally:
-            # Also if whoever closes it is cancelled: a context that is collected with an open socket waits for ever.
+            # Even if whoever closes it is cancelled: a context that is garbage-collected with an open socket waits for
+            # ever.
             self._socket.close()
             self._fail_all(error(f"{self.address}: {why}"))
 
@@ -146,7 +148,7 @@ class RpcClient:
         await self.close()
 
     async def call(self, method: Method[Q, R], request: Q, *, timeout_s: float) -> R:
-        """Ask once.
+        """Call a method.
 
         Raises:
             RpcTimeout: no answer within `timeout_s`. The server is told to stop working on it.
@@ -160,10 +162,10 @@ class RpcClient:
             return await anext(pending)
 
     def notify(self, method: Notification[Q], request: Q) -> None:
-        """Tell, without an answer. Returns at once.
+        """Send a notification, which has no answer. Returns at once.
 
-        The server begins to handle it after what this client asked before, and before what it asks later. Nothing says
-        that it arrived or what came of it; a call that is answered after it does say that it was not lost.
+        The server begins to handle it after what this client sent before, and before what it sends later. Nothing tells
+        whether it arrived or what came of it; but if a later call is answered, it was not lost.
 
         Raises:
             PeerLost: this client is not started, or is closed.
@@ -172,7 +174,7 @@ class RpcClient:
         self.send(wire.Notify(next(self._ids), method.name), wire.encode_body(request, method.name))
 
     def stream(self, method: StreamMethod[Q, R], request: Q, *, timeout_s: float | None = None) -> "RpcStream[R]":
-        """Items as they come. Raises, while iterating, what `call` raises; `timeout_s` bounds the wait for each item.
+        """Items as they arrive. Raises, while iterating, what `call` raises; `timeout_s` bounds the wait for each item.
 
         Leave it with `aclose()` or as an async context manager, so that the server stops.
         """
@@ -196,7 +198,7 @@ class RpcClient:
         self._connection.send([wire.encode(envelope), body])
 
     def give_credit(self, id_: int, count: int) -> None:
-        """Tell the server, with those of other streams that this turn of the loop brings."""
+        """Give the server credit, in one message with what other streams give in this turn of the loop."""
         if not self._credits:
             asyncio.get_running_loop().call_soon(self._send_credits)
         self._credits.append((id_, count))
@@ -250,7 +252,8 @@ class RpcClient:
                     pending.end(envelope, body)
 
     def _forgotten(self, epoch: str, last_lost: int) -> None:
-        """Also what a server says that gave us up as silent, for example because this process was frozen."""
+        """Take in that the server does not know this client. Also sent by a server that gave us up as silent, for
+        example because this process was frozen."""
         is_another = self._epoch not in (None, epoch)
         kind = PeerDied if is_another else PeerLost
         lost = kind(f"{self.address} was restarted, or gave this client up as silent")
@@ -286,9 +289,9 @@ class RpcClient:
                 pending.since_s = max(self._last_heard_s, pending.since_s + own_pause_s)
                 silent_s = now_s - pending.since_s
                 if silent_s > self._timeout_s:
-                    silent = f"was silent for {silent_s:.1f} s during {pending.method}{self.problem}"
+                    silent = f"was silent for {silent_s:.1f} s during {pending.method}{self.why_silent}"
                     pending.fail(PeerLost(f"{self.address} {silent}"))
-                    self.send(wire.Close(pending.id))  # a frozen server reads it when it goes on
+                    self.send(wire.Close(pending.id))  # a frozen server reads it when it continues
 
     def _set_doubt(self, why: str) -> None:
         if bool(why) != self._is_in_doubt:
@@ -325,15 +328,15 @@ class RpcClient:
             self._looking = None
 
     async def _look(self) -> None:
-        """Since the connection has ended: find out whether the server has, or only the connection.
+        """After the connection has ended: find out whether the server has ended, or only the connection.
 
-        ZeroMQ tries to connect again, but does not say what the host answers.
+        ZeroMQ tries to connect again, but does not report what the host answers.
         """
         while not await nobody_listens(self.address, LOOK_TIMEOUT_S):  # noqa: ASYNC110  another host does not tell
             await asyncio.sleep(LOOK_INTERVAL_S)
         self._lose(PeerDied(f"{self.address} has ended or is being restarted: nobody listens there"))
         self._epoch = None
-        self._hello()  # before what is asked from now on, which waits for the next life
+        self._hello()  # before later requests, which wait for the next life
 
     def _lose(self, lost: PeerLost) -> None:
         self._is_in_doubt = False

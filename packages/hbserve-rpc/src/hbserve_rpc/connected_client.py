@@ -1,4 +1,4 @@
-"""One client as its server knows it: its work, and what is on its way to it."""
+"""A client as its server sees it: its work under way, and what is on its way to it."""
 
 import asyncio
 from collections import deque
@@ -17,26 +17,26 @@ from hbserve_rpc.keys import Party
 from hbserve_rpc.message_socket import MessageSocket
 
 MESSAGE_BYTES = 64 << 10
-"""Items of streams are sent in messages of about so much, or of one item."""
+"""Items of streams are sent in messages of about this size, or of one item if that is larger."""
 RESEND_S = 0.002
-"""Pause between two attempts to hand ZeroMQ what it did not take: nothing tells when it does."""
+"""Pause between attempts to hand ZeroMQ what it did not take: nothing signals when it would."""
 
 
 @dataclass(frozen=True)
 class Peer:
-    """Whoever calls a handler, as far as its connection tells."""
+    """The caller of a handler, as far as its connection tells."""
 
     connection: bytes
-    """The same in all calls of one client, and of no other."""
+    """The same in all calls of one client, and in those of no other."""
     party: Party | None
-    """By its key; None where the server has no keys."""
+    """From its key; None if the server has no keys."""
     address: str
     """IP address."""
 
     @cached_property
     def is_trusted(self) -> bool:
-        """It has a key, or is a process of this host, which the system is asked for once: every transfer wants to know
-        it."""
+        """Whether it has a key, or is a process of this host. The system is asked only once, because every transfer
+        wants to know."""
         return self.party is not None or (self.address != "" and is_own_address(self.address))
 
 
@@ -44,24 +44,24 @@ _calling: ContextVar[Peer] = ContextVar("calling")
 
 
 def calling_peer() -> Peer:
-    """Who has called the handler that runs. To be asked in it, or in a task that it has made."""
+    """The caller of the handler that runs. To be called in the handler, or in a task that it has made."""
     return _calling.get()
 
 
 @dataclass
 class Work:
-    """A call, notification or stream that is under way for one client."""
+    """A call, notification or stream that is under way for a client."""
 
     task: asyncio.Task[None]
     credit: asyncio.Semaphore | None
-    """Of a stream."""
+    """Set for a stream."""
 
 
 @dataclass
 class ConnectedClient:
     """What is under way for one client, and what is on its way to it.
 
-    ZeroMQ holds MOST_MESSAGES for it. While it takes no more, streams wait, and what else there is to say waits here.
+    ZeroMQ holds MOST_MESSAGES for it. While it takes no more, streams wait, and everything else waits here.
     """
 
     socket: MessageSocket
@@ -71,25 +71,25 @@ class ConnectedClient:
     last_heard_s: float
     work: dict[int, Work] = field(default_factory=dict)
     items: list[tuple[int, int, msgspec.Raw]] = field(default_factory=list)
-    """Of its streams, until this turn of the loop ends or they are a message's bytes."""
+    """Of its streams, until this turn of the loop ends or there are enough for a message."""
     num_item_bytes: int = 0
     after_items: list[tuple[wire.FromServer, bytes]] = field(default_factory=list)
-    """What waits for these to be sent first: their streams' ends, for example."""
+    """What must be sent after these: the ends of their streams, for example."""
     waiting: deque[list[bytes]] = field(default_factory=deque)
     """Messages that ZeroMQ does not take now."""
     num_waiting_bytes: int = 0
     takes_more: asyncio.Event = field(default_factory=asyncio.Event)
-    """To be waited for by streams, while there are `waiting` ones."""
+    """Streams wait for this while there are `waiting` messages."""
 
     def begin(self, id_: int, job: Coroutine[Any, Any, None], credit: asyncio.Semaphore | None) -> None:
-        """Run a handler for it."""
+        """Run a handler as a task."""
         _calling.set(self.peer)
         task = asyncio.create_task(job)
         self.work[id_] = Work(task, credit)
         task.add_done_callback(lambda _: self.work.pop(id_, None))
 
     def call_soon(self, job: Callable[[], None]) -> None:
-        """Run a handler that waits for nothing, in its turn among those that `begin` has been given."""
+        """Run a handler that does not wait, in its turn among those given to `begin`."""
         _calling.set(self.peer)
         asyncio.get_running_loop().call_soon(job)
 
@@ -101,7 +101,7 @@ class ConnectedClient:
                     work.credit.release()
 
     def add_item(self, id_: int, number: int, item: bytes) -> None:
-        """Send it with those of other streams that this turn of the loop brings."""
+        """Send an item, in one message with those of other streams of this turn of the loop."""
         if not self.items:
             asyncio.get_running_loop().call_soon(self.send_items)
         self.items.append((id_, number, msgspec.Raw(item)))

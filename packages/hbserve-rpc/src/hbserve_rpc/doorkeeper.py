@@ -35,7 +35,7 @@ class Doorkeeper:
 
     def _answer(self, frames: list[bytes]) -> None:
         if len(frames) != NUM_FRAMES:  # of a mechanism without keys, of which the server's socket knows none
-            logger.error("a question of %d frames who may connect", len(frames))
+            logger.error("a request of %d frames about who may connect", len(frames))
             return
         asks, nothing, version, id_, _, address, _, _, key = frames
         party = self._parties.get(key)

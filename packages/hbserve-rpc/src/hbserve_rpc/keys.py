@@ -57,7 +57,7 @@ class Keys(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         if missing := [party for party in PARTIES if party not in self.public_keys]:
             raise KeysError(f"public_keys: the keys of {', '.join(missing)} are missing")
         if self.public_key not in self.public_keys[self.party]:
-            raise KeysError(f"secret_key: its public key is none of public_keys.{self.party}")
+            raise KeysError(f"secret_key: its public key is not one of public_keys.{self.party}")
 
     def __repr__(self) -> str:
         return f"Keys(party={self.party!r})"
@@ -110,7 +110,7 @@ def switch_keys(keys: Mapping[Party, Keys]) -> dict[Party, Keys]:
     for party in PARTIES:
         secret = keys[party].next_secret_key
         if secret is None:
-            raise KeysError("there are no next keys: add them first, and have every process know them")
+            raise KeysError("there are no new keys yet: add them first, and let every process read them")
         switched[party] = Keys(party=party, secret_key=secret, public_keys=public)
     return switched
 
@@ -140,7 +140,7 @@ def load_keys(folder: str | Path, party: Party) -> Keys:
     if found.party != party:
         raise KeysError(f"{path}: it has the keys of a party {found.party!r}; expected those of {party!r}")
     if is_open:
-        logger.warning("%s: others of this host may read it; chmod 600 %s", path, path)
+        logger.warning("%s: other users of this host may read it; chmod 600 %s", path, path)
     return found
 
 
@@ -155,9 +155,13 @@ def save_keys(keys: Mapping[Party, Keys], folder: str | Path) -> list[Path]:
     for party, each in keys.items():
         path = _path(folder, party)
         descriptor, name = tempfile.mkstemp(dir=path.parent)  # which nobody else may read
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(msgspec.json.format(msgspec.json.encode(each)) + b"\n")
-        os.replace(name, path)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(msgspec.json.format(msgspec.json.encode(each)) + b"\n")
+            os.replace(name, path)
+        except OSError as error:
+            os.unlink(name)
+            raise OSError(error.errno, error.strerror, str(path)) from None  # of a full disk there is no name in it
         paths.append(path)
     return paths
 
@@ -185,7 +189,7 @@ def _require_key(text: str) -> None:
             return
     except (KeyError, struct.error):  # a character that is none of Z85, a number that is none of four bytes
         pass
-    raise KeysError(f"a key is no key: expected {NUM_CHARACTERS} characters of Z85, as `hbserve keys` writes them")
+    raise KeysError(f"it is not a key: expected {NUM_CHARACTERS} characters of Z85, as `hbserve keys` writes them")
 
 
 def _pair() -> tuple[str, str]:

@@ -1,6 +1,7 @@
-"""A ZeroMQ socket in an event loop: sending never waits, and what comes is handed to a function.
+"""A ZeroMQ socket in an event loop: sending never waits, and each message that arrives is passed to a function.
 
-pyzmq's own `zmq.asyncio` makes futures for both, and a turn of the loop for each: half of the time of a round trip.
+pyzmq's own `zmq.asyncio` makes futures for both, and takes a turn of the loop for each: half of the time of a round
+trip.
 """
 
 import asyncio
@@ -21,13 +22,13 @@ from zmq.utils.monitor import parse_monitor_message
 from hbserve_rpc import wire
 
 MESSAGES_PER_TURN = 64
-"""Others of the event loop have their turn after so many."""
+"""After this many messages the rest of the event loop has its turn."""
 COPIED_BYTES = 64 << 10
-"""Longer bodies are handed to ZeroMQ as they are."""
+"""Longer bodies are handed to ZeroMQ without a copy."""
 COMPLAINT_PAUSE_S = 10.0
-"""What anybody can send makes no more than a line in so long."""
+"""Complaints about what anybody can send are logged at most once in this time."""
 LAST_WORDS_MS = 50
-"""How long the end of a socket waits at most for what was sent last to leave, over connections that are there."""
+"""How long closing a socket waits at most for its last messages to leave, over connections that exist."""
 WATCHED = (
     zmq.EVENT_HANDSHAKE_SUCCEEDED
     | zmq.EVENT_DISCONNECTED
@@ -38,18 +39,18 @@ WATCHED = (
 _NUMBERS = itertools.count()
 _EVENTS, _POLLIN = int(zmq.EVENTS), int(zmq.POLLIN)
 _NOBLOCK, _MORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)
-"""Plain numbers: pyzmq's enumerations take longer than what is asked with them."""
+"""Plain numbers: pyzmq's enumerations take longer than the calls that they are passed to."""
 
 
 class SharedContext:
     """A ZeroMQ context, and its two threads, for as long as somebody has sockets in it. May be used by any thread.
 
-    All clients of a process are in one, so that a thousand of them need no more threads than one does. A server has one
-    of its own: within it is asked who may connect, see `doorkeeper.py`.
+    All clients of a process share one, so that a thousand of them need no more threads than one does. A server has one
+    of its own, within which the doorkeeper decides who may connect: see `doorkeeper.py`.
     """
 
     def __init__(self) -> None:
-        # A socket that nobody closed is collected in whatever thread, perhaps in the middle of `enter`.
+        # A socket that nobody closed is garbage-collected in any thread, perhaps in the middle of `enter`.
         self._lock = threading.RLock()
         self._users: set[object] = set()
         self._context: zmq.Context[zmq.Socket[bytes]] | None = None
@@ -57,16 +58,16 @@ class SharedContext:
 
     def enter(self, user: object) -> "zmq.Context[zmq.Socket[bytes]]":
         with self._lock:
-            if self._pid != os.getpid():  # a fork has none of the threads, and its parent's context is not its to end
+            if self._pid != os.getpid():  # a fork has none of the threads, and must not end its parent's context
                 self._users, self._context, self._pid = set(), None, os.getpid()
             self._users.add(user)
             if self._context is None:
                 self._context = zmq.Context()
-                self._context.set(zmq.MAX_SOCKETS, self._context.get(zmq.SOCKET_LIMIT))  # 1023 are the default
+                self._context.set(zmq.MAX_SOCKETS, self._context.get(zmq.SOCKET_LIMIT))  # the default is 1023
             return self._context
 
     def leave(self, user: object) -> None:
-        """Once its sockets are closed. The last to leave waits for what was said last."""
+        """To be called once its sockets are closed. The last to leave waits for the last messages to be sent."""
         with self._lock:
             self._users.discard(user)
             if self._users or self._context is None or self._pid != os.getpid():
@@ -76,14 +77,14 @@ class SharedContext:
 
 
 CLIENTS = SharedContext()
-"""Of this process."""
+"""Shared by all clients of this process."""
 
 
 class MessageSocket:
     """One ZeroMQ socket. Belongs to the loop that ran `open`."""
 
     _sockets: "list[zmq.Socket[bytes]]"
-    """It, and its monitor: all must be closed before the context ends."""
+    """The socket and its monitor: both must be closed before the context ends."""
 
     def __init__(
         self,
@@ -93,12 +94,12 @@ class MessageSocket:
         context: SharedContext,
     ) -> None:
         self._kind = kind
-        # Whoever sends may not wait, not beyond a deadline and not for a peer that is frozen: see `send`.
+        # A sender must never wait, whether for a deadline or for a frozen peer: see `send`.
         self._options = {zmq.LINGER: 0, zmq.SNDHWM: 0, zmq.MAXMSGSIZE: wire.MOST_FRAME_BYTES, **options}
         self._on_message = on_message
         self._context = context
         self._first: zmq.Frame
-        """Of the message that is being handed over."""
+        """First frame of the message that is being passed on."""
         self._socket: zmq.Socket[bytes]
         self._monitor: zmq.Socket[bytes] | None = None
         self._end: weakref.finalize[..., MessageSocket] | None = None
@@ -116,14 +117,14 @@ class MessageSocket:
         options: Mapping[int, int | bytes] | None = None,
         on_event: Callable[[int], None] | None = None,
     ) -> None:
-        """`attach` connects or binds it, with further options; what that raises closes it again.
+        """`attach` connects or binds the socket, and sets further options; if it raises, the socket is closed again.
 
-        on_event: told WATCHED whenever one happens; of a socket that connects to one peer.
+        on_event: called for each of the events WATCHED; for a socket that connects to one peer.
         """
         self._loop = asyncio.get_running_loop()
         user, self._sockets = object(), []
-        # Also for one that is collected unclosed, as after a test that failed: a context that ends waits for its
-        # sockets, for ever.
+        # Also for a socket that is garbage-collected unclosed, as after a failed test: a context that ends waits for
+        # its sockets for ever.
         self._end = weakref.finalize(self, _end, self._context, user, self._sockets)
         self._end.atexit = False
         try:
@@ -141,19 +142,20 @@ class MessageSocket:
             raise
 
     def _watch(self, on_event: Callable[[int], None]) -> None:
-        """Before it connects: ZeroMQ's own thread does that meanwhile, and a refusal is told once and tried no more."""
-        # By a name of its own: pyzmq's has the socket's file number, which was another's until a moment ago.
+        """To be called before it connects: ZeroMQ's thread connects meanwhile, and reports a refusal only once."""
+        # Under a name of our own: pyzmq's has the socket's file number, which may just have been another socket's.
         self._monitor = self._socket.get_monitor_socket(WATCHED, f"inproc://monitor.{next(_NUMBERS)}")
         self._sockets.append(self._monitor)
         self._loop.add_reader(self._monitor.FD, self._read_events, on_event)
-        self._loop.call_soon(self._read_events, on_event)  # else the descriptor may never tell: see `_look_again`
+        self._loop.call_soon(self._read_events, on_event)  # or the descriptor may never signal: see `_look_again`
 
     def _read_events(self, on_event: Callable[[int], None]) -> None:
         while self._is_reading and self._monitor is not None and _has_message(self._monitor):
             on_event(int(parse_monitor_message(self._monitor.recv_multipart(zmq.NOBLOCK))["event"]))
 
     def connect_again(self, address: str, options: Mapping[int, int | bytes]) -> None:
-        """With further options, instead of a connection that cannot be made so. What was sent by that one is lost."""
+        """Connect with other options, instead of a connection that cannot be made with these. What was sent by that is
+        lost."""
         with contextlib.suppress(zmq.ZMQError):  # ZeroMQ has given it up itself
             self._socket.disconnect(address)
         for option, value in options.items():
@@ -162,12 +164,12 @@ class MessageSocket:
         self._look_again()
 
     def say_last(self, frames: Sequence[bytes]) -> None:
-        """Send something before `close`, which waits a moment for it. Only to who is connected: no other hears it."""
+        """Send a last message before `close`, which waits a moment for it. Only a connected peer gets it."""
         self._socket.setsockopt(zmq.LINGER, LAST_WORDS_MS)
         self.send(frames)
 
     def stop_reading(self) -> None:
-        """What comes from now on is handed to nobody. What was sent has until `close` to leave."""
+        """Pass on nothing that arrives from now on. What was sent has until `close` to leave."""
         if self._is_reading:
             self._is_reading = False
             self._loop.remove_reader(self._socket.FD)
@@ -178,7 +180,7 @@ class MessageSocket:
             self._again = None
 
     def close(self) -> None:
-        """At once: what has not left yet does not. May be called twice."""
+        """Close at once: what has not left yet is dropped. May be called twice."""
         self.stop_reading()
         if self._end is not None:
             self._end()
@@ -186,8 +188,8 @@ class MessageSocket:
     def send(self, frames: Sequence[bytes]) -> int:
         """Queue a message without waiting. Returns 0, or why it was not queued.
 
-        EAGAIN: the queue to its receiver is full, which it never is without SNDHWM. EHOSTUNREACH: its receiver is not
-        connected, which only a ROUTER with ROUTER_MANDATORY says; others drop it.
+        EAGAIN: the queue to its receiver is full, which happens only with SNDHWM set. EHOSTUNREACH: its receiver is not
+        connected, which only a ROUTER with ROUTER_MANDATORY reports; others drop the message.
         """
         try:
             for frame in frames[:-1]:
@@ -202,7 +204,8 @@ class MessageSocket:
         return 0
 
     def _look_again(self) -> None:
-        """The descriptor tells of a message once, and any call, not only one that reads, takes that away."""
+        """Read again: the descriptor signals a message only once, and any call, not only one that reads, clears the
+        signal."""
         if self._is_reading and self._again is None and _has_message(self._socket):
             self._again = self._loop.call_soon(self._read)
 
@@ -226,8 +229,8 @@ class MessageSocket:
         return frames
 
     def said_by_connection(self, what: str) -> str:
-        """What ZeroMQ knows of the connection by which the message came that is being handed over: "Peer-Address", or
-        "User-Id", which is what the doorkeeper called it. "" if nothing."""
+        """What ZeroMQ knows of the connection over which the current message came: "Peer-Address", or "User-Id", which
+        is what the doorkeeper called it. "" if nothing."""
         try:
             return str(self._first.get(what))
         except zmq.ZMQError:
@@ -235,21 +238,21 @@ class MessageSocket:
 
 
 def _has_message(socket: "zmq.Socket[bytes]") -> bool:
-    events: Any = socket.getsockopt(_EVENTS)  # an int, which the stubs do not say
+    events: Any = socket.getsockopt(_EVENTS)  # an int, unlike what the stubs say
     return bool(events & _POLLIN)
 
 
 def _end(context: SharedContext, user: object, sockets: "Sequence[zmq.Socket[bytes]]") -> None:
     for socket in sockets:
-        # Or the end of its connection may be told to a monitor that is closed, and ZeroMQ's thread waits for one that
-        # takes it: the same thread for all that are in the context.
+        # Otherwise the end of its connection may be reported to a monitor that is closed, and ZeroMQ's thread, which
+        # all in the context share, waits for one that takes it.
         socket.disable_monitor()
         socket.close()
     context.leave(user)
 
 
 class Complaints:
-    """Lines in a log of what may happen as often as somebody likes: the first at once, then few, with their number."""
+    """Log lines about what may happen arbitrarily often: the first at once, then few, with a count."""
 
     def __init__(self, logger: logging.Logger) -> None:
         self._logger = logger

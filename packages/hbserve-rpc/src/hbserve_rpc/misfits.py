@@ -17,11 +17,12 @@ def describe_misfit(error: msgspec.ValidationError, content: Any, kind: type[msg
     what, _, place = str(error).partition(" - at ")
     keys = re.findall(r"\.(\w+)|\[(\d+)\]", place)
     path = "".join(f".{name}" if name else f"[{index}]" for name, index in keys).lstrip(".")
-    if unknown := re.search(r"unknown field `(\w+)`", what):
+    if unknown := re.search(r"unknown field `(.*)`", what, re.DOTALL):
         allowed = [field.name for field in msgspec.structs.fields(_type_at(kind, path))]
-        close = difflib.get_close_matches(unknown[1], allowed, 1)
+        close = difflib.get_close_matches(unknown[1].strip().lower(), allowed, 1)
         hint = f"did you mean {close[0]!r}? " if close else ""
-        return f"{path + '.' if path else ''}{unknown[1]}: unknown key; {hint}expected one of {', '.join(allowed)}"
+        key = unknown[1] if re.fullmatch(r"[\w-]+", unknown[1]) else shown(unknown[1])
+        return f"{path + '.' if path else ''}{key}: unknown key; {hint}expected one of {', '.join(allowed)}"
     if missing := re.search(r"missing required field `(\w+)`", what):
         return f"{path + '.' if path else ''}{missing[1]}: missing; it has no default"
     if not path and not what.startswith("Expected `"):  # of a check of the struct's own, in its words

@@ -98,7 +98,7 @@ def plain_items(name: str, value: object, expected: str, most: int = MOST_ITEMS)
         raise refused
     items = list(islice(value, most + 1))
     if len(items) > most:
-        raise InvalidRequest(f"{name}={shown(value)}: expected {expected}; it goes on after {most} items")
+        raise InvalidRequest(f"{name}={shown(value)}: expected {expected}; it has more than {most} items")
     return items
 
 

@@ -218,9 +218,9 @@ class RequestRecord(msgspec.Struct, frozen=True, tag=True):
                 return f"waited {how_long} for its KV from {last.prefill_instance} to {last.decode_instance}"
             case "preemption":
                 times = "once" if self.num_preemptions == 1 else f"{self.num_preemptions} times"
-                return f"preempted {times}, and stood still for {how_long}"
+                return f"preempted {times}, and paused for {how_long}"
             case "retry":
-                return f"lost {how_long} by attempts that failed"
+                return f"lost {how_long} to failed attempts"
 
     def _phases(self) -> list[str]:
         phases = [f"queue {_ms(self.queue_s)}"]

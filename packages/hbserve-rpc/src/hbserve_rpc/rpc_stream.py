@@ -1,4 +1,4 @@
-"""Items of a stream as a client waits for them; a call is a stream of one."""
+"""Items of a stream as its client waits for them; a call is a stream of one item."""
 
 import asyncio
 import functools
@@ -17,7 +17,7 @@ R = TypeVar("R")
 
 
 class Client(Protocol):
-    """RpcClient, as far as its streams need it."""
+    """What streams need of an RpcClient."""
 
     address: str
 
@@ -39,10 +39,10 @@ def _decoder(item: Any) -> msgspec.msgpack.Decoder[Any]:
 
 
 async def whenever_told(give: Callable[[], bool], listen: Callable[[Callable[[], None] | None], None]) -> None:
-    """Call `give` now and in each turn of the loop in which it has something to give, until it returns True: nobody is
-    woken for it. What it raises is raised here, and not where it was told.
+    """Call `give` now, and in each turn of the loop in which it has something to give, until it returns True: no task
+    is woken for it. What it raises is raised here, and not where it was called.
 
-    listen: is given who is to be told, and None at the end.
+    listen: is passed the function to call, and None at the end.
     """
     left, mishap = asyncio.get_running_loop().create_future(), None
 
@@ -81,14 +81,14 @@ class RpcStream(AsyncIterator[R], Generic[R]):
         self._items: deque[R] = deque()
         self._error: Exception | None = None
         self._reader: asyncio.Future[None] | None = None
-        """Whoever waits for an item or the end. Not an Event, which for each token would take as long again."""
+        """Set while someone waits for an item or the end. An Event would take twice as long for each token."""
         self._tell: Callable[[], None] | None = None
-        """Tells `each`, while that waits, of an item or the end."""
+        """Called for an item or the end, while `each` waits."""
         self._num_received = 0
         self._num_taken = 0
 
     def receive_item(self, number: int, item: bytes | msgspec.Raw) -> bool:
-        """Take what came. False: it ended the stream here, while the server goes on and must be told."""
+        """Take what arrived. False: it ended the stream here, while the server goes on and must be told."""
         if number != self._num_received:
             self.fail(PeerLost(f"{self._client.address} lost item {self._num_received} of {self.method}"))
             return False
@@ -111,7 +111,7 @@ class RpcStream(AsyncIterator[R], Generic[R]):
         self.fail(wire.revive_error(envelope) if isinstance(envelope, wire.Failed) else StopAsyncIteration())
 
     def fail(self, error: Exception) -> None:
-        """End the stream after what has arrived already. The first cause is kept."""
+        """End the stream after what has already arrived. The first cause is kept."""
         self._client.forget(self.id)
         self._error = self._error or error
         self._wake()
@@ -123,13 +123,13 @@ class RpcStream(AsyncIterator[R], Generic[R]):
             self._reader.set_result(None)
 
     async def each(self, take: Callable[[R], object]) -> bool:
-        """Give every item to `take` as soon as it comes, until that returns True or the stream ends. Returns whether
+        """Pass every item to `take` as soon as it arrives, until that returns True or the stream ends. Returns whether
         there may be more.
 
-        Nobody is woken for an item: `take` is called in the turn of the loop in which it has come. The stream has no
-        timeout meanwhile.
+        No task is woken for an item: `take` is called in the turn of the loop in which it arrived. Meanwhile the stream
+        has no timeout.
 
-        Raises what iterating raises, and what `take` does.
+        Raises what iterating raises, and what `take` raises.
         """
 
         def give() -> bool:
@@ -161,7 +161,7 @@ class RpcStream(AsyncIterator[R], Generic[R]):
             if self._error is not None:
                 raise self._error
             self._reader = asyncio.get_running_loop().create_future()
-            if self._timeout_s is None:  # for each token: without even an idle timer
+            if self._timeout_s is None:  # the path of each token: without even an idle timer
                 await self._reader
             else:
                 await self._wait(self._reader, self._timeout_s)
@@ -181,14 +181,14 @@ class RpcStream(AsyncIterator[R], Generic[R]):
             late.cancel()
 
     def _is_late(self) -> None:
-        if self._items or self._error is not None:  # it came in the same turn of the loop
+        if self._items or self._error is not None:  # it arrived in the same turn of the loop
             return
         silent = f"no answer to {self.method} within {self._timeout_s:.3g} s{self._client.why_silent}"
         self._close(RpcTimeout(f"{self._client.address}: {silent}"))
         self._wake()
 
     async def aclose(self) -> None:
-        """Want no more of it: the server stops. May be called twice, and after the end."""
+        """Want no more items: the server stops. May be called twice, and after the end."""
         self._close(StopAsyncIteration())
 
     def _close(self, why: Exception) -> None:

@@ -26,18 +26,21 @@ from hbserve_rpc.trace_context import TRACEPARENT
 logger = logging.getLogger(__name__)
 
 MOST_CLIENTS = 1 << 14
-"""That a server knows at a time; a client that goes without a word is known until it has been silent."""
+"""Clients that a server knows at a time; one that leaves without a word counts until it has been silent for long
+enough."""
 MOST_MESSAGES = 64
-"""That ZeroMQ holds for a client which does not read them; its streams then wait."""
+"""Messages that ZeroMQ holds for a client that does not read them; its streams then wait."""
 MOST_WAITING_BYTES = 16 << 20
-"""Of replies, which cannot wait, beyond these: a client that has asked for more without reading them is given up."""
+"""Replies cannot wait: a client with this many bytes of them beyond the messages is given up, because it asks without
+reading the answers."""
 MOST_WORK = 1 << 14
 """Calls, notifications and streams that may be under way for one client; more are refused as overload."""
 OPTIONS: dict[int, int | bytes] = {
     zmq.ROUTER_HANDOVER: 1,
     zmq.ROUTER_MANDATORY: 1,
     zmq.SNDHWM: MOST_MESSAGES,
-    # Whoever connects and says nothing is hung up on, and so is a host that has vanished; 30 s, and never, are usual.
+    # Clients that connect and say nothing are disconnected, and so are hosts that have vanished; ZeroMQ's defaults are
+    # 30 s and never.
     zmq.HANDSHAKE_IVL: 10_000,
     zmq.TCP_KEEPALIVE: 1,
     zmq.TCP_KEEPALIVE_IDLE: 60,
@@ -45,7 +48,7 @@ OPTIONS: dict[int, int | bytes] = {
     zmq.TCP_KEEPALIVE_CNT: 3,
 }
 CLOSED_S = 0.2
-"""Who has lost a connection, and has not ended, connects again sooner."""
+"""A client that has lost its connection, and has not ended, connects again sooner than this."""
 
 Q = TypeVar("Q", bound=msgspec.Struct)
 R = TypeVar("R")
@@ -54,8 +57,9 @@ R = TypeVar("R")
 class RpcServer:
     """Serves methods on one address. Belongs to the event loop that ran `start`.
 
-    Handlers run as tasks of that loop, or in it, if they are plain functions. A stream's handler is an async generator;
-    it is closed (its `finally` blocks run) when the client closes the stream, or was silent for its heartbeat timeout.
+    Handlers run as tasks of that loop, or directly in it if they are plain functions. A stream's handler is an async
+    generator; it is closed (its `finally` blocks run) when the client closes the stream, or was silent for its
+    heartbeat timeout.
     """
 
     def __init__(
@@ -69,16 +73,16 @@ class RpcServer:
         keys: Keys | None = None,
         allows: Collection[Party] = PARTIES,
     ) -> None:
-        """`host`: an IP address, without brackets, or a name, of which it serves on one address; 0.0.0.0 or :: is all.
+        """`host`: an IP address without brackets, or a name, one address of which is served; 0.0.0.0 or :: means all.
 
-        drops_closed: a client whose connection has been closed for CLOSED_S, as that of a process that has ended is,
-        loses what is under way for it, as one that is silent does.
+        drops_closed: a client whose connection has been closed for CLOSED_S, because its process has ended, loses what
+        is under way for it, like a silent one.
 
-        keys: with them every connection is encrypted, and only who has a key of one of the parties that it `allows` is
-        let in; `calling_peer` tells a handler which. Without, whoever reaches the address is.
+        keys: with them every connection is encrypted, and only holders of a key of one of the parties that it `allows`
+        are let in; `calling_peer` tells a handler which. Without keys, anybody who reaches the address is let in.
 
         Raises:
-            InvalidAddress: (a ValueError) it is neither.
+            InvalidAddress: (a ValueError) it is neither an address nor a name.
         """
         check_host(host)
         self.host = host
@@ -88,12 +92,12 @@ class RpcServer:
         self.dropped_frames = 0
         """Messages that were undecodable, or from a client that is not known."""
         self.failed_notifications = 0
-        """Notifications that were not of a served method, were undecodable, or whose handler raised."""
+        """Notifications of a method that is not served, that were undecodable, or whose handler raised."""
         self._check_interval_s = min(1.0, heartbeat_timeout_s / 4)
         self._handlers: dict[str, tuple[Any, Callable[[Any], Any]]] = {}
         self._notified: dict[str, tuple[Any, Callable[[Any], Any]]] = {}
         self._waiting: set[str] = set()
-        """Notifications whose handlers may wait, and so are tasks."""
+        """Notifications whose handlers may wait, and so run as tasks."""
         self._streams: dict[str, tuple[Any, Callable[[Any], AsyncIterator[Any]]]] = {}
         self._clients: dict[bytes, ConnectedClient] = {}
         self._drops_closed = drops_closed
@@ -108,8 +112,8 @@ class RpcServer:
         self._handlers[method.name] = (msgspec.msgpack.Decoder(method.request), handler)
 
     def serve_notification(self, method: Notification[Q], handler: Callable[[Q], Awaitable[None] | None]) -> None:
-        """Call `handler` for each: in its turn, or in a task, if it is a coroutine function. What it raises is logged
-        and counted, because nobody waits for it."""
+        """Call `handler` for each notification: in its turn, or in a task if it is a coroutine function. What it raises
+        is logged and counted, because nobody waits for it."""
         self._notified[method.name] = (msgspec.msgpack.Decoder(method.request), handler)
         if inspect.iscoroutinefunction(handler):
             self._waiting.add(method.name)
@@ -120,7 +124,7 @@ class RpcServer:
 
     @property
     def address(self) -> str:
-        """`host:port` that clients connect to. With a wildcard they need an address of this machine instead."""
+        """`host:port` that clients connect to. If it is a wildcard, they need an address of this machine instead."""
         return format_address(self.host, self.port)
 
     async def start(self) -> None:
@@ -168,7 +172,8 @@ class RpcServer:
         try:
             await asyncio.gather(*running, return_exceptions=True)
         finally:
-            # Also if whoever stops it is cancelled: a context that is collected with an open socket waits for ever.
+            # Even if whoever stops it is cancelled: a context that is garbage-collected with an open socket waits for
+            # ever.
             self._clients.clear()
             self._close()
 
@@ -278,7 +283,7 @@ class RpcServer:
             self._note_failed(notify.method, error)
 
     def _take_notification(self, client: ConnectedClient, notify: wire.Notify, body: bytes) -> None:
-        """The same without a task. A client that was given up meanwhile has nothing more to say."""
+        """The same without a task. A client that was given up meanwhile is ignored."""
         if self._clients.get(client.peer.connection) is not client:
             return
         try:
@@ -289,7 +294,7 @@ class RpcServer:
 
     def _note_failed(self, method: str, error: BaseException) -> None:
         self.failed_notifications += 1
-        if isinstance(error, HBServeRpcError):  # what any client can cause
+        if isinstance(error, HBServeRpcError):  # which any client can cause
             self._complaints.add("notification %s failed: %s", method, error)
         else:
             logger.error("notification %s failed", method, exc_info=error)
@@ -298,7 +303,7 @@ class RpcServer:
         self, client: ConnectedClient, open_: wire.Open, body: bytes, credit: asyncio.Semaphore
     ) -> None:
         identity = client.peer.connection
-        TRACEPARENT.set(open_.traceparent)  # of this task, and of those that the handler makes
+        TRACEPARENT.set(open_.traceparent)  # for this task, and those that the handler makes
         try:
             handler, request = self._decode(self._streams, open_.method, body)
             async with contextlib.aclosing(handler(request)) as items:
@@ -307,7 +312,7 @@ class RpcServer:
                     await credit.acquire()
                     while client.waiting:
                         await client.takes_more.wait()
-                    if self._clients.get(identity) is client:  # else it was given up, and is about to hear so
+                    if self._clients.get(identity) is client:  # otherwise it was given up, and is about to be told
                         client.add_item(open_.id, number, wire.encode_body(item, f"an item of {open_.method}"))
                     number += 1
         except (Exception, asyncio.CancelledError) as error:  # as above
@@ -334,7 +339,7 @@ class RpcServer:
                     self._give_up(identity, f"was silent for {now_s - client.last_heard_s:.1f} s")
 
     async def _drop_closed_clients(self) -> None:
-        """ZeroMQ does not tell when a connection is closed, but nothing can be sent then."""
+        """Give up clients whose connection is closed: ZeroMQ does not report that, but sending fails then."""
         since_s: dict[bytes, float] = {}
         while True:
             await asyncio.sleep(CLOSED_S / 2)
@@ -356,7 +361,7 @@ class RpcServer:
 
 
 def _reraise_if_stopped(error: BaseException) -> None:
-    """Raise a cancellation by Close, a silent client or `stop`; another came from what the handler waited for."""
+    """Raise a cancellation by Close, a silent client or `stop`; any other came from what the handler waited for."""
     task = asyncio.current_task()
     if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
         raise error

@@ -1,4 +1,4 @@
-"""The connection of a client to its server: made, made again, refused, and tried with another key."""
+"""The connection of a client to its server: made, remade, refused, and tried with another key."""
 
 import asyncio
 import uuid
@@ -13,14 +13,14 @@ from hbserve_rpc.message_socket import CLIENTS, MessageSocket
 AGAIN_S = 0.2
 """Pause before another key is tried, or a server that has refused this side."""
 MOST_HUNG_UP = 3
-"""Handshakes that a server may end, for each key that it may have, until that is taken for a refusal."""
+"""Handshakes that a server may break off, per key that it may have, before that counts as a refusal."""
 
 
 class ServerConnection:
-    """A client's connection to its server, made again by itself for as long as it is open. Belongs to the loop that ran
+    """A client's connection to its server, remade by itself for as long as it is open. Belongs to the loop that ran
     `open`.
 
-    What is sent before there is a connection waits for it. A short break of the network costs nothing.
+    What is sent before there is a connection waits for it. A short break of the network loses nothing.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class ServerConnection:
         self._endpoint = f"tcp://{address}"
         self._keys = keys
         self._server_keys = deque(keys.public_keys[server] if keys else ())
-        """The first one is tried. Of two, a server may have either."""
+        """The first one is tried. If there are two, the server may have either."""
         self._on_change = on_change
         options: dict[int, int | bytes] = {
             zmq.RECONNECT_IVL: 50,
@@ -45,11 +45,11 @@ class ServerConnection:
         self.socket = MessageSocket(zmq.DEALER, options, on_message, CLIENTS)
         self.is_there = False
         self.refusal = ""
-        """Why the server does not let this side in; "" while it is not known to."""
+        """Why the server does not let this side in; "" while no refusal is known."""
         self._unheard: list[Sequence[bytes]] = []
-        """Sent while it is not there, if there is another key to try: what was sent with the first is lost."""
+        """Sent while it is not connected, if there is another key to try: what was sent with the first one is lost."""
         self._num_hung_up = 0
-        """Handshakes in a row that the server has ended."""
+        """Handshakes in a row that the server has broken off."""
         self._again: asyncio.TimerHandle | None = None
 
     def open(self, *, uses_ipv6: bool) -> None:
@@ -62,7 +62,7 @@ class ServerConnection:
         self.socket.send(frames)
 
     def stop(self) -> None:
-        """Hear of nothing more, and try nothing more."""
+        """Report nothing more, and try nothing more."""
         self.socket.stop_reading()
         self._try_no_more()
 
@@ -91,7 +91,8 @@ class ServerConnection:
         self._on_change()
 
     def _hung_up(self) -> None:
-        """In the middle of a handshake: the server has ended, or does so with who knows another key of it, or none."""
+        """The connection ended during a handshake: the server has ended, or breaks off with whoever knows another key
+        of it, or none."""
         self._num_hung_up += 1
         if self._num_hung_up >= MOST_HUNG_UP * max(1, len(self._server_keys)):
             self._refused(
@@ -102,7 +103,7 @@ class ServerConnection:
             self._again = asyncio.get_running_loop().call_later(AGAIN_S, self._try_next_key)
 
     def _refused(self, why: str) -> None:
-        """Try again: the server may be restarted with other keys. ZeroMQ itself does not."""
+        """Try again, because the server may be restarted with other keys. ZeroMQ itself does not."""
         self._num_hung_up = 0
         self._try_no_more()
         self._again = asyncio.get_running_loop().call_later(AGAIN_S, self._try_again)
@@ -126,6 +127,6 @@ class ServerConnection:
             self.socket.send(frames)
 
     def _connect_again(self) -> None:
-        """By another identity. The connection before may have been in a handshake; the server may let that in after
-        this one, would take it for this one come again, and read this one no more, which stays open."""
+        """Connect again with another identity. The earlier connection may still be in a handshake. The server could let
+        it in after this one, take it for a reconnect of this one, and stop reading this one, which stays open."""
         self.socket.connect_again(self._endpoint, {zmq.IDENTITY: uuid.uuid4().bytes} | self._key_options())

@@ -73,12 +73,12 @@ def _plain_schema(name: str, value: object) -> str:
         try:
             value = json.dumps(value, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
         except (TypeError, ValueError, RecursionError) as error:
-            raise InvalidRequest(f"{name}: is no JSON schema: {error}") from None
+            raise InvalidRequest(f"{name}: is not a JSON schema: {error}") from None
     text = _plain_bounded(name, value)
     try:
         schema = msgspec.json.decode(text)
     except (msgspec.DecodeError, RecursionError) as error:
-        raise InvalidRequest(f"{name}: is no JSON schema: {error}") from None
+        raise InvalidRequest(f"{name}: is not a JSON schema: {error}") from None
     if not isinstance(schema, dict):
         raise InvalidRequest(f"{name}={shown(text)}: expected a JSON schema, which is an object")
     _require_shallow(name, schema)
@@ -92,7 +92,7 @@ def _require_shallow(name: str, schema: dict[str, Any]) -> None:
         level = [value for values in inner for value in values]
         if not level:
             return
-    raise InvalidRequest(f"{name}: is no JSON schema: nested more than {MAX_SCHEMA_DEPTH} deep")
+    raise InvalidRequest(f"{name}: is not a JSON schema: nested more than {MAX_SCHEMA_DEPTH} deep")
 
 
 def _plain_bounded(name: str, value: object) -> str:

@@ -41,24 +41,24 @@ from hbserve_rpc.trace_context import Traceparent
 
 PROTOCOL_VERSION = 8
 OLDEST_VERSION = 8
-"""Of those that this side speaks. A release speaks the last one's too, so that a deployment can be replaced process by
-process; nothing has been released yet."""
+"""The oldest version that this side speaks. A release also speaks the previous one's, so that a deployment can be
+replaced process by process; nothing has been released yet."""
 CREDIT = 64
 """Items that may be on their way in one stream."""
 MOST_FRAME_BYTES = 64 << 20
-"""Who sends a longer one is disconnected before it is read. The log-probabilities of a prompt of 100,000 tokens are 30
-MB; keys and values go another way."""
+"""Whoever sends a longer one is disconnected before it is read. The log-probabilities of a prompt of 100,000 tokens are
+30 MB; keys and values do not go this way."""
 LONGEST_SILENCE_S = 3600.0
-"""That a client may ask to be allowed: what it has asked is kept for so long when it is gone."""
+"""The longest silence that a client may ask to be allowed: its requests are kept that long after it is gone."""
 
 
 class Hello(msgspec.Struct, frozen=True, tag=True):
     version: int
     heartbeat_timeout_s: Annotated[float, msgspec.Meta(gt=0, le=LONGEST_SILENCE_S)]
-    """The client's streams end when nothing came from it for so long."""
+    """The client's streams end when nothing has come from it for this long."""
     oldest: int = 0
-    """That the client speaks; 0: only `version`. The server is welcome to any between these, for it may be the older
-    side: what differs is then left to fields that have defaults, and to methods that are not served."""
+    """The oldest version that the client speaks; 0: only `version`. The server accepts any in between, because it may
+    be the older side: differences are then left to fields with defaults, and to methods that are not served."""
 
     def is_understood(self) -> bool:
         return self.version >= OLDEST_VERSION and (self.oldest or self.version) <= PROTOCOL_VERSION
@@ -83,9 +83,9 @@ class Open(msgspec.Struct, frozen=True, tag=True):
 
 class Credits(msgspec.Struct, frozen=True, tag=True):
     id: int
-    """As of a Ping."""
+    """See Ping."""
     counts: Annotated[list[tuple[int, int]], msgspec.Meta(max_length=1 << 16)]
-    """(stream, items more)"""
+    """Pairs of (stream, additional items)."""
 
 
 class Close(msgspec.Struct, frozen=True, tag=True):
@@ -94,16 +94,17 @@ class Close(msgspec.Struct, frozen=True, tag=True):
 
 class Ping(msgspec.Struct, frozen=True, tag=True):
     id: int = 0
-    """Drawn from the same count as those of calls, notifications and streams."""
+    """From the same counter as the ids of calls, notifications and streams."""
 
 
 class Goodbye(msgspec.Struct, frozen=True, tag=True):
-    """Of either side. Who dies says none; its connection ends then, see `RpcClient`."""
+    """Sent by either side when it ends in order. A process that dies sends none; its connection ends then, see
+    `RpcClient`."""
 
     epoch: str = ""
     """The server's."""
     id: int = 0
-    """The client's, as of a Ping."""
+    """The client's, as in a Ping."""
 
 
 class Welcome(msgspec.Struct, frozen=True, tag=True):
@@ -119,7 +120,7 @@ class Refused(msgspec.Struct, frozen=True, tag=True):
 class UnknownClient(msgspec.Struct, frozen=True, tag=True):
     epoch: str
     id: int
-    """Of the message that came from a client which is not known."""
+    """Of the message that came from an unknown client."""
 
 
 class Pong(msgspec.Struct, frozen=True, tag=True):
@@ -134,14 +135,15 @@ class Reply(msgspec.Struct, frozen=True, tag=True):
 class Items(msgspec.Struct, frozen=True, tag=True):
     epoch: str
     items: list[tuple[int, int, msgspec.Raw]]
-    """(stream, number within it, item). Numbers are 0, 1, 2 …: a gap is a lost frame."""
+    """(stream, number within it, item). Numbers are 0, 1, 2 …: a gap means that a frame was lost."""
 
 
 class End(msgspec.Struct, frozen=True, tag=True):
     epoch: str
     id: int
     count: int | None = None
-    """Of the stream's items. An older server does not say; then one that has lost its last ones ends as if whole."""
+    """Number of the stream's items. An older server does not send it; then a stream that has lost its last items ends
+    as if it were complete."""
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):
@@ -164,11 +166,11 @@ _CROSS_UNCHANGED: dict[str, type[HBServeRpcError]] = {
     error.code: error for error in (EngineFailed, InvalidRequest, LogitsNotFinite, RequestTimeout, Unavailable)
 }
 LONGEST_RETRY_S = 3600.0
-"""Whatever a peer says: longer ones are cut, and what is no time at all is none."""
+"""Longer times from a peer are cut to this, and invalid ones count as none."""
 
 
 def mismatch(theirs: int, what: str) -> str:
-    """What is said of a peer of a version that this side does not speak: which side is to be upgraded."""
+    """The error about a peer whose version this side does not speak: which side is to be upgraded."""
     here = f"{PROTOCOL_VERSION}" if OLDEST_VERSION == PROTOCOL_VERSION else f"{OLDEST_VERSION} to {PROTOCOL_VERSION}"
     older = "this side" if theirs > PROTOCOL_VERSION else "the other side"
     return f"{what} speaks version {theirs} of the protocol, this side {here}: {older} is older, upgrade hbserve there"
@@ -191,23 +193,23 @@ def encode_body(body: Any, what: str) -> bytes:
 
 
 def own_pause(before_s: float, now_s: float, slept_s: float) -> float:
-    """How long this process stood still, of the time in which it meant to sleep `slept_s`.
+    """How long this process stood still while it meant to sleep `slept_s`.
 
-    A process that was frozen, or whose event loop was blocked, has read nothing meanwhile: that says nothing about
-    its peer.
+    A process that was frozen, or whose event loop was blocked, has read nothing meanwhile: that says nothing about its
+    peer.
     """
     late_s = now_s - before_s - slept_s
     return late_s if late_s > slept_s else 0.0
 
 
 def _sendable(text: str) -> str:
-    """Lone surrogates, as names of files may have them, would keep the whole answer from being sent."""
+    """Replaces lone surrogates, as file names may have them, which would keep the whole answer from being sent."""
     return text.encode(errors="backslashreplace").decode()
 
 
 def revive_error(failed: Failed) -> HBServeRpcError:
-    """The caller's half of `describe_error`: what says whether to try again keeps its class, any other failure is a
-    RemoteError."""
+    """The caller's half of `describe_error`: errors that decide whether to try again keep their class, any other
+    becomes a RemoteError."""
     if failed.code == Overloaded.code:
         after_s = failed.retry_after_s if failed.retry_after_s > 0 else 0.0
         return Overloaded(failed.message, min(after_s, LONGEST_RETRY_S))

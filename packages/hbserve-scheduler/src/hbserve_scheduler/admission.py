@@ -1,7 +1,8 @@
-"""Admission of requests: a check that one can ever run, the requests that wait, and the bounds of these.
+"""Admission: checks whether a request can ever run, holds the requests that wait, and bounds their number.
 
-The queue is bounded by `max_queue_size` requests, and by time: a request is refused if those before it are more than
-what is begun in `max_queue_time_s`, at the rate that is measured. Until there is one, their number alone counts.
+The queue is bounded by `max_queue_size` requests, and by time: a request is refused if those ahead of it have more
+tokens than the scheduler starts in `max_queue_time_s`, at the measured rate. Until a rate is known, only their number
+counts.
 """
 
 import asyncio
@@ -20,16 +21,16 @@ from hbserve_scheduler.config import SchedulerConfig
 from hbserve_scheduler.request import ScheduledRequest
 
 SOONEST_RETRY_S, LATEST_RETRY_S = 1.0, 60.0
-"""Bounds of what is said to those for whom the queue has no room."""
+"""Bounds of `Overloaded.retry_after_s`, in seconds."""
 MEMORY_S, LEAST_S = 10.0, 2.0
-"""Of the measured rate: it is that of about so much time, and is not known before."""
+"""The rate is measured over about the last MEMORY_S seconds, and is unknown for the first LEAST_S."""
 
 
 def admitted(request: GenerateRequest, infos: Sequence[InstanceInfo], digest_block_size: int = 0) -> GenerateRequest:
-    """The request with its prompt's shape, plain and shared with nobody, checked against the instances that are ready.
+    """The request with its prompt's shape: normalised, copied, and checked against the instances that are ready.
 
-    While there are none, they check it themselves later. A prompt that comes with its shape is plain already, and
-    nobody can change it: it is neither looked at nor copied.
+    While none is ready, instances check it themselves later. A prompt that comes with its shape has been normalised
+    already and cannot be changed by anybody, so it is neither checked nor copied again.
 
     Raises:
         InvalidRequest: says what is wrong, and what is allowed.
@@ -43,7 +44,7 @@ def admitted(request: GenerateRequest, infos: Sequence[InstanceInfo], digest_blo
         prompt = tuple(plain_token_ids("prompt", prompt))
         shape = shape_of(prompt, digest_block_size)
     elif not isinstance(shape, PromptShape) or not isinstance(prompt, tuple) or shape.num_tokens != len(prompt):
-        raise InvalidRequest("shape: it is of another prompt")
+        raise InvalidRequest("shape: belongs to another prompt")
     output = plain_token_ids("output_token_ids", request.output_token_ids)
     if not prompt:
         raise InvalidRequest("prompt: expected at least one token")
@@ -65,25 +66,27 @@ def admitted(request: GenerateRequest, infos: Sequence[InstanceInfo], digest_blo
 
 
 class WaitingRequests(Sequence[ScheduledRequest]):
-    """A sequence, those of the lowest `SamplingParams.priority` first and the oldest of these, in which finding by id,
-    removing and both ends take the same time however long it is.
+    """A queue: lowest `SamplingParams.priority` first, then oldest first. Finding by id, removing, and access to both
+    ends take constant time, whatever its length.
 
-    Not a deque, in which to remove and to look an id up is to go through all of it: with 20,000 requests it was 5 ms.
+    A deque would have to be searched from end to end to remove a request or to look up its id: 5 ms with 20,000
+    requests.
     """
 
     def __init__(self) -> None:
         self.by_id: dict[str, ScheduledRequest] = {}
-        """In no order. Whether there are any is asked several times for each request, for which this is the fastest."""
+        """In no order. Whether it is empty is asked several times for each request, and this is the fastest way to
+        know."""
         self._levels: dict[int, OrderedDict[str, ScheduledRequest]] = {}
-        """By priority. Linked, unlike a dict, whose beginning must be searched for once many have been removed
-        there."""
+        """By priority. An OrderedDict is a linked list: a dict takes long to find its first entry once many have been
+        removed there."""
         self._priorities: list[int] = []
-        """Of those that have some, in order."""
+        """The priorities that have requests, ascending."""
         self._tokens: dict[int, int] = {}
         self.num_tokens = 0
 
     def append(self, entry: ScheduledRequest) -> None:
-        """Behind all of its priority."""
+        """Add a request behind all others of its priority."""
         assert entry.request.request_id not in self.by_id, "ids are checked at admission"
         priority = entry.request.params.priority
         if priority not in self._levels:
@@ -95,9 +98,9 @@ class WaitingRequests(Sequence[ScheduledRequest]):
         self.num_tokens += num_tokens
 
     def remove(self, entry: ScheduledRequest) -> None:
-        """Raises ValueError: it does not wait."""
+        """Raises ValueError: it is not waiting."""
         if entry not in self:
-            raise ValueError(f"request {entry.request.request_id!r} does not wait")
+            raise ValueError(f"request {entry.request.request_id!r} is not waiting")
         priority, num_tokens = entry.request.params.priority, entry.num_tokens
         del self.by_id[entry.request.request_id], self._levels[priority][entry.request.request_id]
         self._tokens[priority] -= num_tokens
@@ -110,7 +113,7 @@ class WaitingRequests(Sequence[ScheduledRequest]):
         return self.by_id.get(request_id)
 
     def num_tokens_before(self, priority: int) -> int:
-        """Tokens of those that would come before a new one of this priority."""
+        """Tokens of the requests that would go before a new one of this priority."""
         if not self._priorities or priority >= self._priorities[-1]:
             return self.num_tokens
         return sum(count for each, count in self._tokens.items() if each <= priority)
@@ -138,7 +141,7 @@ class WaitingRequests(Sequence[ScheduledRequest]):
     def __getitem__(self, place: int | slice) -> ScheduledRequest | list[ScheduledRequest]:
         if isinstance(place, slice):
             return list(self)[place]
-        if place == 0 and self._priorities:  # for each request
+        if place == 0 and self._priorities:  # the common case
             return next(iter(self._levels[self._priorities[0]].values()))
         from_end = place < 0
         steps = -place - 1 if from_end else place
@@ -149,9 +152,9 @@ class WaitingRequests(Sequence[ScheduledRequest]):
 
 
 class BeginningRate:
-    """Tokens a second of the requests that are begun while others have to wait: how fast a queue gets shorter.
+    """Tokens per second of the requests that are started while others have to wait: how fast a queue drains.
 
-    In all other time it would be the rate at which requests come. What was seen is forgotten, by half in about 7 s in
+    At all other times it would be the rate at which requests arrive. Observations fade, by half in about 7 s of time in
     which requests wait.
     """
 
@@ -161,14 +164,14 @@ class BeginningRate:
 
     @property
     def tokens_per_s(self) -> float | None:
-        """None: nobody has to wait, or nobody knows yet."""
+        """None: nothing has to wait, or the rate is not known yet."""
         if self._seconds < LEAST_S or self._waiting_since_s is None:
             return None
-        # Of the last one the half: it was begun at once, and no other is until it has made room.
+        # Half of the last one: it was started at once, and no other is until it has made room.
         return max(0.0, self._tokens - self._last / 2) / self._seconds
 
     def look(self, now_s: float, *, some_wait: bool) -> None:
-        """To be called when nothing more can be begun now; `some_wait`: for room."""
+        """To be called when no more requests can be started now. `some_wait`: some are waiting for room."""
         if self._waiting_since_s is not None and now_s > self._waiting_since_s:
             passed_s = now_s - self._waiting_since_s
             kept = math.exp(-passed_s / MEMORY_S)
@@ -177,13 +180,13 @@ class BeginningRate:
         self._waiting_since_s = now_s if some_wait else None
 
     def begun(self, num_tokens: int) -> None:
-        if self._waiting_since_s is not None:  # else it had not to wait, and nobody before it
+        if self._waiting_since_s is not None:  # otherwise neither it nor any before it had to wait
             self._tokens += num_tokens
             self._last = num_tokens
 
 
 class Admission:
-    """Bounds of the queue: refuses requests for which it has no room, and has a place to wait for some. Belongs to one
+    """Bounds of the queue: refuses requests for which it has no room, and lets callers wait for room. Belongs to one
     event loop."""
 
     def __init__(self, config: SchedulerConfig, waiting: WaitingRequests) -> None:
@@ -193,10 +196,11 @@ class Admission:
         self._changed = asyncio.Event()
 
     def look(self, now_s: float, *, is_served: bool) -> None:
-        """To be called when nothing more can be begun now. `is_served`: there are instances that serve requests."""
+        """To be called when no more requests can be started now. `is_served`: there are instances that serve
+        requests."""
         if is_served:
             self._rate.look(now_s, some_wait=bool(self._waiting))
-        else:  # those that come may be others, and what is begun while there are none says nothing of them
+        else:  # what is started without instances says nothing of the rate with those that may come
             self._rate = BeginningRate()
         self.look_again()
 
@@ -204,14 +208,14 @@ class Admission:
         self._rate.begun(entry.num_tokens)
 
     def _queue_time_s(self, priority: int) -> float | None:
-        """How long a new request would wait; None: not at all, or nobody knows yet."""
+        """How long a new request would wait; None: not at all, or it is not known yet."""
         num_tokens, rate = self._waiting.num_tokens_before(priority), self._rate.tokens_per_s
         if num_tokens == 0 or rate is None:
             return None
         return num_tokens / rate if rate > 0 else math.inf
 
     def require_room(self, priority: int) -> None:
-        """Raises Overloaded: the queue is full for a new request of this priority; has the time to come back."""
+        """Raises Overloaded, with the time to come back after: the queue is full for a new request of this priority."""
         num_waiting, queue_time_s = len(self._waiting), self._queue_time_s(priority)
         most_s = self._config.max_queue_time_s
         if num_waiting >= self._config.max_queue_size:
@@ -224,18 +228,18 @@ class Admission:
         raise Overloaded(problem, self._half_a_queue_s(queue_time_s))
 
     def _half_a_queue_s(self, queue_time_s: float | None) -> float:
-        """About when half of a full queue will have begun."""
-        if queue_time_s is None:  # who came now would wait as long as the first one has
+        """Roughly when half of a full queue will have been started."""
+        if queue_time_s is None:  # someone who came now would wait as long as the first one has
             queue_time_s = asyncio.get_running_loop().time() - self._waiting[0].submitted_s
         return min(max(queue_time_s / 2, SOONEST_RETRY_S), LATEST_RETRY_S)
 
     def is_half_full(self, priority: int) -> bool:
-        """For those who have many requests, and leave room to others."""
+        """Whether callers with many requests should wait, to leave room for others."""
         too_many = len(self._waiting) >= max(1, self._config.max_queue_size // 2)
         return too_many or (self._queue_time_s(priority) or 0.0) > self._config.max_queue_time_s / 2
 
     async def wait_until(self, there_is: Callable[[], bool]) -> None:
-        """Wait for what may be so whenever `look_again` is called."""
+        """Wait until `there_is()`, which is asked whenever `look_again` is called."""
         while not there_is():
             self._changed.clear()
             await self._changed.wait()

@@ -1,4 +1,10 @@
-"""One try at a request, on one pair of instances or on one hybrid instance."""
+"""One attempt at a request, on a pair of instances or on one hybrid instance.
+
+P is the prefill instance and D the decode instance; a leg is one stream, to either of them:
+
+    DECODE to D ──▶ Granted (room, and where the KV goes) ──▶ TokenEvents of D
+    PREFILL to P ──▶ first token ──▶ TransferDone          the grant comes in PREFILL, or after it in GRANT
+"""
 
 import asyncio
 import contextlib
@@ -32,15 +38,17 @@ from hbserve_scheduler.request import ScheduledRequest
 logger = logging.getLogger(__name__)
 
 VERDICT_TIMEOUT_S = 0.08
-"""How long the failure of one leg waits for what the other leg has to say. Then that is cancelled: within 0.1 s."""
+"""How long, after one leg has failed, to wait for what the other leg reports. Then it is cancelled, within 0.1 s in
+all."""
 
 ACCOUNT_TIMEOUT_S = 1.0
-"""How long a request that has all its tokens waits to hear what P has moved, for its record: P may be later than the
-few tokens of D on a busy machine. The client has its last token by then, but not the stream's end."""
+"""How long a request that has all its tokens waits to hear what P has moved, for its record: on a busy machine P may be
+later than D's few tokens. The client already has its last token by then, but not the end of the stream."""
 
 
 class Attempt:
-    """Follows a request until its last token. Every id is new, so that nothing of an earlier attempt is mistaken."""
+    """Follows a request until its last token. All its ids are new, so that nothing of an earlier attempt is mistaken
+    for it."""
 
     def __init__(self, entry: ScheduledRequest, placement: Placement) -> None:
         self._entry = entry
@@ -51,17 +59,17 @@ class Attempt:
         entry.attempts.append(self._record)
         self._transfer_id = os.urandom(16).hex()
         self._moving: LinkCounts | None = None
-        """The link of its transfer, from the grant to the transfer's end."""
+        """The link that its transfer uses, from the grant to the end of the transfer."""
         self._lives: list[tuple[InstanceHandle, str]] = []
-        """Instances that compute for it, in the life that they have."""
+        """The instances that compute for it, each with its epoch at the start of the attempt."""
         self._request_id = f"{entry.request.request_id}.{self._transfer_id[:8]}"
         self._decode_epoch = ""
         self._is_granted = False
         self._first_token = asyncio.Event()
         self._decoding = False
-        """D has all it needs: it has sent tokens."""
+        """D has sent tokens, so it has all it needs."""
         self._decided = self._loop.create_future()
-        """Has a result when the last token is there, or a leg has failed."""
+        """Completed when the last token has come, or when a leg has failed."""
 
     def _since_submit_s(self) -> float:
         return self._loop.time() - self._entry.submitted_s
@@ -71,7 +79,7 @@ class Attempt:
             self._decided.set_result(None)
 
     async def run(self) -> None:
-        """Raises HBServeRpcError if it fails; what was delivered until then stays delivered."""
+        """Run it to its end. Raises HBServeRpcError if it fails; tokens delivered until then stay delivered."""
         try:
             await self._run()
             self._end_transfer("completed")
@@ -79,7 +87,7 @@ class Attempt:
             self._end_transfer("failed")
             self._record.error = str(error)
             self._debug("failed: %s", error)
-            if not isinstance(error, Overloaded):  # who refuses has not computed it
+            if not isinstance(error, Overloaded):  # whoever refuses has not computed it
                 self._entry.was_on += self._lives
             self._entry.num_tried = self._entry.num_delivered
             raise
@@ -88,13 +96,13 @@ class Attempt:
             self._record.ended_s = self._since_submit_s()
 
     def _debug(self, what: str, *details: object) -> None:
-        """By phase: where a request is that has not ended."""
+        """Log, at level DEBUG, which phase the request has reached."""
         if self._is_debugged:
             at = self._entry.request.request_id, len(self._entry.attempts), 1e3 * self._since_submit_s()
             logger.debug(f"request %s, attempt %d, %.1f ms: {what}", *at, *details)
 
     def _end_transfer(self, outcome: str) -> None:
-        """Unless it has ended already."""
+        """Count the transfer as ended, unless it has been already."""
         if self._moving is not None:
             self._moving.end(outcome)
             self._moving = None
@@ -121,7 +129,7 @@ class Attempt:
             await self._pair(place.prefill, place.decode)
 
     async def _alone(self, instance: InstanceHandle) -> None:
-        """On a hybrid instance, or on a decode instance that computes the prompt itself."""
+        """Run on a hybrid instance, or on a decode instance that computes the prompt itself."""
         entry = self._entry
         request = GenerateRequest(
             self._request_id,
@@ -141,16 +149,16 @@ class Attempt:
             entry.on_choice_ended = None
 
     def _take(self, event: Granted | TokenEvent) -> bool:
-        """Deliver it; returns whether it is the last one that is wanted."""
+        """Deliver an event; returns True for the last one that is wanted."""
         if isinstance(event, TokenEvent):
             self._deliver(event)
             if self._placement.is_pending:
                 self._placement.granted()
-        # Of choices none may be left: the instance may not know, and wait for those that were ended here.
+        # All choices may have ended here, while the instance does not know and goes on with those that were ended here.
         return bool(self._entry.choices) and self._entry.finish_reason is not None
 
     def _tell_ends_of_choices(self, instance: InstanceHandle) -> None:
-        """Tell an instance of choices that are not wanted any more, from now on."""
+        """Tell an instance which choices are not wanted any more, now and from now on."""
         if not self._entry.choices:
             return
 
@@ -170,12 +178,12 @@ class Attempt:
             self._debug("first token")
 
     def _expect_end(self) -> None:
-        """Raises RemoteError: the stream ended, but the request has not."""
+        """Raises RemoteError if the stream has ended but the request has not."""
         if self._entry.finish_reason is None:
             raise RemoteError(f"ended the stream after {len(self._entry.output)} tokens, without a finish reason")
 
     async def _pair(self, prefill: InstanceHandle, decode: InstanceHandle) -> None:
-        """Reserve on D, prefill on P, decode on D. If one leg fails the other is closed, and the cause raised."""
+        """Reserve on D, prefill on P, decode on D. If one leg fails, the other is closed and the cause raised."""
         entry, self._decode_epoch = self._entry, decode.epoch
         request = DecodeRequest(
             self._request_id,
@@ -218,17 +226,17 @@ class Attempt:
     async def _grant_and_decode(
         self, prefill: InstanceHandle, decode: InstanceHandle, events: InstanceStream[Granted | TokenEvent]
     ) -> None:
-        """D's leg where P computes already."""
+        """D's leg, where P computes already and waits for the grant."""
         try:
             grant = await self._reserve(decode, events)
         except InvalidRequest:
             raise
         except HBServeRpcError:
-            # What P computes is not lost: the client gets the first token, and the next attempt finds the rest in P's
-            # prefix cache, but for the last block.
+            # What P computes is not lost: the client gets the first token, and the next attempt finds all but the last
+            # block in P's prefix cache.
             with contextlib.suppress(PeerLost):
                 prefill.client.notify(GRANT, GrantRequest(self._request_id, b""))
-            await self._first_token.wait()  # or P's failure, which ends this leg
+            await self._first_token.wait()  # or for P's failure, which ends this leg
             self._entry.computed_on = prefill.instance_id
             raise
         try:
@@ -238,19 +246,24 @@ class Attempt:
         await self._decode(decode, events)
 
     async def _both(self, *legs: Coroutine[Any, Any, None]) -> None:
-        """P's leg and D's. One of them may fail only because the other has ended, well or not, and be heard first."""
+        """Run P's leg and D's together.
+
+        One may fail only because the other has ended, well or not, and its failure may be heard first. So the first
+        failure is not raised at once: see VERDICT_TIMEOUT_S.
+        """
         prefill, decode = tasks = [self._loop.create_task(self._deciding(leg)) for leg in legs]
         try:
             await self._decided
-            # Before the grant neither knows why the other has failed, nor does D before the first token why P has.
+            # Without a grant, neither side knows why the other has failed; without a first token, D does not know why P
+            # has.
             others_know = self._is_granted and (self._first_token.is_set() or not prefill.done())
             if others_know and not (prefill.done() and decode.done()):
                 has_all = self._decoding and self._entry.finish_reason is not None
                 await asyncio.wait(tasks, timeout=ACCOUNT_TIMEOUT_S if has_all else VERDICT_TIMEOUT_S)
             if self._entry.finish_reason is None and self._decoding and prefill.done():
-                # D has the KV, whatever became of P since.
+                # D has the KV, whatever has become of P since.
                 await decode
-            for task in tasks:  # in order: where both have failed, P knows better why nothing more came from P
+            for task in tasks:  # in order: if both have failed, P knows better why nothing more came from it
                 if task.done() and self._entry.finish_reason is None:
                     task.result()
         finally:
@@ -290,7 +303,7 @@ class Attempt:
             entry.is_prefilling = False
             if entry.finish_reason is None:
                 entry.tell_ends()
-        self._lives = [life for life in self._lives if life[0] is not instance]  # it has nothing of it any more
+        self._lives = [life for life in self._lives if life[0] is not instance]  # it holds nothing of it any more
         self._placement.prefilled()
 
     def _take_prefilled(self, event: TokenEvent | TransferDone) -> bool:
@@ -303,7 +316,7 @@ class Attempt:
                 self._placement.prefill.links[self._decode_epoch] = True
             return False
         self._deliver(event)
-        if event.choice == entry.request.params.n - 1:  # they come in order
+        if event.choice == entry.request.params.n - 1:  # choices come in order
             self._first_token.set()
         if entry.finish_reason is not None:
             self._decide()
@@ -321,9 +334,9 @@ class Attempt:
 
     async def _decode(self, instance: InstanceHandle, events: InstanceStream[Granted | TokenEvent]) -> None:
         num_delivered = len(self._entry.output)
-        # With its first token P sends these too, which D does not have.
+        # P sends these with its first token, and D does not have them.
         expects_more = self._entry.request.params.prompt_logprobs is not None and num_delivered == 0
-        early: list[TokenEvent] = []  # than P's token, which was sent before them but comes another way
+        early: list[TokenEvent] = []  # they have overtaken P's token, which comes by another connection
 
         def take(event: Granted | TokenEvent) -> bool:
             if not isinstance(event, TokenEvent):
@@ -357,14 +370,14 @@ class Attempt:
         return self._take(event)
 
     def _doubt_link(self) -> None:
-        """Something has failed, perhaps because the instances are no longer connected: others are preferred for now."""
+        """Prefer other pairs for now: an attempt may have failed because these two are no longer connected."""
         prefill = self._placement.prefill
         if prefill is not None and prefill.links.get(self._decode_epoch):
             del prefill.links[self._decode_epoch]
 
     def _named(self, instance: InstanceHandle, error: HBServeRpcError) -> HBServeRpcError:
-        """The same with the name of the instance whose error it is, of which it is taken note: one that is lost is not
-        used again until it has answered."""
+        """The same error with the instance's name. Also notes what it says of the instance: a lost one is not used
+        again until it has answered."""
         problem = f"{instance.instance_id}: {error}"
         if isinstance(error, Overloaded):
             instance.refused()

@@ -9,7 +9,7 @@ import msgspec
 
 from hbserve_rpc import InvalidAddress, InvalidRequest, canonical_host, check_host, check_peer_host
 from hbserve_rpc.misfits import describe_misfit
-from hbserve_rpc.plain_values import LARGEST_INT, plain_text, shown
+from hbserve_rpc.plain_values import LARGEST_INT, MAX_ID_LENGTH, plain_text, shown
 from hbserve_rpc.settings import PORT, misfits
 from hbserve_scheduler.config import DeploymentConfig, InstanceSection
 from hbserve_scheduler.discovery import DnsName
@@ -17,6 +17,7 @@ from hbserve_scheduler.errors import ConfigError
 from hbserve_scheduler.policies import check_policy
 
 UNITS = {"": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+ORIGIN = re.compile(r"\*|null|[a-zA-Z][a-zA-Z0-9+.-]*://[^\s/?#]+")
 ONE_IP_VERSION = ("nccl", "mooncake")
 """Backends whose two ends have addresses of one version of IP."""
 
@@ -55,8 +56,8 @@ def check(config: DeploymentConfig) -> None:
     _require_plain(config)
     _check_hosts(config)
     _check_instances(config.gpu_instances)
-    _check_scheduler_port(config)
-    _check_kv_ports(config)
+    _check_ports(config)
+    _check_texts(config)
 
 
 def _require_plain(content: Any) -> None:
@@ -128,8 +129,12 @@ def _check_instances(instances: Sequence[InstanceSection]) -> None:
         if instance.discover is not None:
             _check_discovered(f"gpu_instances[{i}]", instance)
             continue
-        if not instance.instance_id:
-            raise ConfigError(f"gpu_instances[{i}].instance_id='': expected a name")
+        name = instance.instance_id
+        if not name.strip() or not name.isprintable() or len(name) > MAX_ID_LENGTH:
+            raise ConfigError(
+                f"gpu_instances[{i}].instance_id={shown(name)}: expected a name of one line, of {MAX_ID_LENGTH} "
+                "characters at most"
+            )
         for j, other in enumerate(instances[:i]):
             for key in ("instance_id", "kv_rank", "port"):
                 value = getattr(instance, key)
@@ -158,53 +163,74 @@ def _check_discovered(path: str, instance: InstanceSection) -> None:
     alone = InstanceSection(instance_type=instance.instance_type, discover=instance.discover)
     for name in instance.__struct_fields__:
         if (value := getattr(instance, name)) != getattr(alone, name):
-            raise ConfigError(f"{path}.{name}={shown(value)}: expected none with discover: who is found has its own")
-
-
-def _check_scheduler_port(config: DeploymentConfig) -> None:
-    scheduler = config.scheduler
-    for i, instance in enumerate(config.gpu_instances):
-        same_host = canonical_host(instance.host) == canonical_host(scheduler.host)
-        if same_host and instance.port == scheduler.port != 0:
-            raise ConfigError(f"gpu_instances[{i}].port={instance.port}: is scheduler.port too; each needs its own")
+            raise ConfigError(
+                f"{path}.{name}={shown(value)}: expected none with discover: each instance that is found has its own"
+            )
 
 
 def _check_server(config: DeploymentConfig) -> None:
-    server, scheduler = config.server, config.scheduler
+    server = config.server
     parse_size("server.max_body_size", server.max_body_size)
     try:
         check_host(server.host)
     except InvalidAddress as error:
         raise ConfigError(f"server.host={error}") from None
-    same_host = canonical_host(server.host) == canonical_host(scheduler.host)
-    if server.enabled and server.uds is None and same_host and server.port == scheduler.port != 0:
-        raise ConfigError(f"server.port={server.port}: is scheduler.port too; each needs its own")
     if (server.ssl_keyfile is None) != (server.ssl_certfile is None):
-        raise ConfigError("server.ssl_keyfile and server.ssl_certfile: expected both, or none")
+        raise ConfigError("server.ssl_keyfile and server.ssl_certfile: expected both or neither")
+    for i, name in enumerate(server.served_model_names):
+        if not name.strip():
+            raise ConfigError(f"server.served_model_names[{i}]={name!r}: expected a name")
+    for i, origin in enumerate(server.cors_origins):
+        if not ORIGIN.fullmatch(origin):  # browsers send it so; no other is ever equal to it
+            problem = "expected '*', or a scheme and a host alone, such as 'https://example.com'"
+            raise ConfigError(f"server.cors_origins[{i}]={shown(origin)}: {problem}")
+    if not re.fullmatch(r"(/[^\s?#]*)?", server.root_path):
+        raise ConfigError(f"server.root_path={shown(server.root_path)}: expected a path that begins with /, or none")
 
 
-def _check_kv_ports(config: DeploymentConfig) -> None:
-    if config.kv_transfer.port == 0:
-        return
-    scheduler = config.scheduler
-    for i, instance in enumerate(config.gpu_instances):
-        if instance.discover is not None:
+def _check_texts(config: DeploymentConfig) -> None:
+    """A text that may be left out is not an empty one: a variable that nobody has set would ask for no key, or be a
+    path of this folder."""
+    for path, section in _sections(config):
+        for field in msgspec.structs.fields(section):
+            value = getattr(section, field.name)
+            if field.default is None and isinstance(value, str) and not value.strip():
+                raise ConfigError(f"{path}.{field.name}={value!r}: expected a text that is not empty, or null")
+
+
+def _check_ports(config: DeploymentConfig) -> None:
+    """Nobody listens where another does."""
+    taken: dict[tuple[str, int], str] = {}
+    for key, host, base, i in _ports(config):
+        if base == 0:
             continue
-        kv_port = config.kv_transfer.port + instance.kv_rank
-        if not PORT.allow(kv_port):
-            raise ConfigError(f"gpu_instances[{i}].kv_rank={instance.kv_rank}: kv_transfer.port + kv_rank is {kv_port}")
-        kv_host = canonical_host(config.kv_transfer.ip or instance.host)
-        if (canonical_host(scheduler.host), scheduler.port) == (kv_host, kv_port):
-            raise ConfigError(
-                f"kv_transfer.port={config.kv_transfer.port}: port + kv_rank of gpu_instances[{i}] is {kv_port}, "
-                "which is scheduler.port"
-            )
-        for j, other in enumerate(config.gpu_instances):
-            if other.port == kv_port and canonical_host(other.host) == canonical_host(instance.host):
-                raise ConfigError(
-                    f"kv_transfer.port={config.kv_transfer.port}: port + kv_rank of gpu_instances[{i}] is {kv_port}, "
-                    f"which is gpu_instances[{j}].port"
-                )
+        kv_rank = 0 if i is None else config.gpu_instances[i].kv_rank
+        port = base + kv_rank
+        if not PORT.allow(port):
+            raise ConfigError(f"gpu_instances[{i}].kv_rank={kv_rank}: {key} + kv_rank is {port}")
+        name = key if i is None else f"{key} + kv_rank of gpu_instances[{i}]"
+        other = taken.setdefault((canonical_host(host), port), name)
+        if other != name and i is None:
+            raise ConfigError(f"{key}={port}: is {other} too; each needs its own")
+        if other != name:
+            raise ConfigError(f"{key}={base}: port + kv_rank of gpu_instances[{i}] is {port}, which is {other}")
+
+
+def _ports(config: DeploymentConfig) -> Iterator[tuple[str, str, int, int | None]]:
+    """Key, host, port, and which instance's kv_rank is added to it, if one is."""
+    scheduler, kv = config.scheduler, config.kv_transfer
+    yield "scheduler.port", scheduler.host, scheduler.port, None
+    yield "scheduler.health_port", scheduler.host, scheduler.health_port or 0, None
+    if config.server.enabled and config.server.uds is None:
+        # An instance may be there where nobody runs this server, which has a port whether the file names it or not.
+        yield "server.port", config.server.host, config.server.port, None
+    named = [(i, each) for i, each in enumerate(config.gpu_instances) if each.discover is None]
+    for i, each in named:
+        yield f"gpu_instances[{i}].port", each.host, each.port, None
+    for i, each in named:
+        if each.instance_type != "hybrid":
+            yield "kv_transfer.port", kv.ip or each.host, kv.port, i
+        yield "engine.health_port", each.host, config.engine_settings().health_port or 0, i
 
 
 def parse_size(path: str, value: int | str) -> int:

@@ -1,6 +1,7 @@
 """A DeploymentConfig from a YAML file."""
 
 import os
+import re
 from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
@@ -31,10 +32,22 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Hashable, Any]:
 def _text(loader: _Loader, node: yaml.ScalarNode) -> str:
     text: str = loader.construct_scalar(node)
     if "\0" in text:
-        raise yaml.constructor.ConstructorError(None, None, "a text has a NUL character", node.start_mark)
+        raise yaml.constructor.ConstructorError(None, None, "a string has a NUL character", node.start_mark)
     return text
 
 
+def _number(loader: _Loader, node: yaml.ScalarNode) -> int | float:
+    """Refuses 012, which is 10 to YAML 1.1 and 12 to YAML 1.2, and 1:30, which is 90 to one and a text to the other."""
+    is_int = node.tag == "tag:yaml.org,2002:int"
+    if ":" in node.value or (is_int and re.fullmatch(r"[+-]?0[0-7_]+", node.value)):
+        problem = f"{node.value} is another number by YAML 1.1 than by YAML 1.2, or none; expected decimal digits"
+        raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+    number: int | float = loader.construct_yaml_int(node) if is_int else loader.construct_yaml_float(node)
+    return number
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _number)
+_Loader.add_constructor("tag:yaml.org,2002:float", _number)
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_SCALAR_TAG, _text)
 

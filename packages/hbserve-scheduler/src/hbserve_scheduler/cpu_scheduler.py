@@ -1,4 +1,4 @@
-"""CpuScheduler: takes requests in, chooses instances, and follows every request to its end."""
+"""CpuScheduler: takes requests, chooses instances for them, and follows each request to its end."""
 
 import asyncio
 import logging
@@ -31,9 +31,9 @@ TICK_S = 0.5
 
 
 class CpuScheduler:
-    """Takes requests in, finds instances for each, and follows it to its end, over as many attempts as that takes.
+    """Takes requests, finds instances for each, and follows it to its end, over as many attempts as needed.
 
-    Lives in the event loop that ran `start`, whose time is its own; no thread, no torch, no tokenizer.
+    Lives in the event loop that ran `start` and uses its clock; no thread, no torch, no tokenizer.
 
     To schedule differently, override `_schedule_waiting_requests`. Its tools are `waiting_requests`, `has_room()` and
     `start_request(entry)`.
@@ -46,12 +46,12 @@ class CpuScheduler:
         model_path: str = "",
         client_factory: ClientFactory = RpcClient,
     ) -> None:
-        """client_factory: makes the connection to each instance; a simulator has its own."""
+        """client_factory: makes the connection to each instance; a simulator passes its own."""
         self.config = config or SchedulerConfig()
         self.model_path = model_path
-        """What `info` tells clients."""
+        """The model that `info` reports to clients."""
         self.keys: Keys | None = None
-        """With which instances are dialled."""
+        """Used to dial instances."""
         self.waiting_requests = WaitingRequests()
         self.running_requests: dict[str, ScheduledRequest] = {}
         self._changed = asyncio.Event()
@@ -68,7 +68,7 @@ class CpuScheduler:
     # ---- instances -----------------------------------------------------------------------------------------------
 
     def use_keys(self, keys: Keys | None) -> None:
-        """A scheduler's, for the instances that are added from now on."""
+        """Set a scheduler's keys, for instances that are added from now on."""
         self.keys = keys
         self.fleet.client_factory = partial(RpcClient, keys=keys)
 
@@ -77,18 +77,18 @@ class CpuScheduler:
         await self.fleet.add(instance_id, role, address)
 
     async def remove_instance(self, instance_id: str) -> None:
-        """Use it no more. Its requests get another attempt elsewhere."""
+        """Stop using it. Its requests get another attempt elsewhere."""
         await self.fleet.remove(instance_id)
 
     async def instance_died(self, instance_id: str, why: str) -> None:
-        """Somebody knows that its process has ended: do not wait for its heartbeats to fail."""
+        """Report that its process is known to have ended, rather than wait for its heartbeats to fail."""
         await self.fleet.handles[instance_id].drop(why)
 
     async def wait_ready(self, timeout_s: float) -> None:
         """Wait until every instance is ready.
 
         Raises:
-            InstanceFailed: one says that it cannot run; at once, with its reason.
+            InstanceFailed: one reports that it cannot run; at once, with its reason.
             NotReady: not in time; names those that are missing.
         """
         await self.fleet.wait_ready(timeout_s)
@@ -100,7 +100,7 @@ class CpuScheduler:
         self._scheduling = asyncio.create_task(self._schedule())
 
     async def stop(self) -> None:
-        """End every request, as aborted if it has not all of its tokens. Leaves no task or socket behind."""
+        """End every request; those without all of their tokens count as aborted. Leaves no task or socket behind."""
         self._stopped = True
         self.figures.loop_lag.stop()
         self._admission.look_again()
@@ -118,14 +118,14 @@ class CpuScheduler:
     # ---- requests ------------------------------------------------------------------------------------------------
 
     def submit(self, request: GenerateRequest) -> EventStream:
-        """Take a request in. What is kept is a copy: nothing that the caller changes later changes it.
+        """Take a request. It is copied: what the caller changes later does not change it.
 
         Raises, at once:
             InvalidRequest: it can never run; says why.
             Overloaded: the queue is full; has the time after which it may have room.
             Unavailable: the scheduler has been stopped.
         """
-        # First: who has too much to do must not begin by looking closely at more.
+        # First, because an overloaded scheduler must not begin by checking more requests in detail.
         self.require_room(getattr(request.params, "priority", 0))
         try:
             request = self.check(request)
@@ -141,7 +141,7 @@ class CpuScheduler:
         return EventStream(entry, self._abandon, self._turn_end)
 
     def require_room(self, priority: int = 0) -> None:
-        """Whether `submit` would take a request now: to be asked before something is done for one.
+        """Check whether `submit` would take a request now, before work is done for one.
 
         Raises:
             Overloaded: the queue is full; has the time after which it may have room. It counts as refused.
@@ -155,12 +155,12 @@ class CpuScheduler:
             raise
 
     def check(self, request: GenerateRequest) -> GenerateRequest:
-        """The request as `submit` would keep it, as far as can be known now. Raises InvalidRequest."""
+        """The request as `submit` would keep it, checked as far as is possible now. Raises InvalidRequest."""
         return admitted(request, self.fleet.limiting_infos(), self.digest_block_size)
 
     @property
     def digest_block_size(self) -> int:
-        """Of the blocks whose digests a prompt's shape should have; 0: of none, because no policy asks for them."""
+        """Tokens per block of the digests that a prompt's shape should have; 0: none, because no policy uses them."""
         return self.fleet.digest_block_size
 
     def _require_running(self) -> None:
@@ -172,7 +172,7 @@ class CpuScheduler:
             raise InvalidRequest(f"request_id={request_id!r} is in use")
 
     async def wait_for_room(self, priority: int = 0) -> None:
-        """Wait until less than half of the queue is taken: for those who have many requests, and leave room to others.
+        """Wait until less than half of the queue is taken: for callers with many requests, who leave room for others.
 
         Raises:
             Unavailable: the scheduler has been stopped.
@@ -181,7 +181,7 @@ class CpuScheduler:
         self._require_running()
 
     async def abort(self, request_id: str, reason: FinishReason = "abort", choice: int | None = None) -> bool:
-        """End a request now, or one of its choices, with `reason`. False: there is no such one, or it has ended.
+        """End a request now, or one of its choices, with `reason`. False: no such request, or it has ended.
 
         With "stop" it counts as completed: the client has found a stop string, and has all that it wanted.
         """
@@ -192,13 +192,13 @@ class CpuScheduler:
         if choice is not None and entry.choices:
             if not entry.end_choice(choice, reason):
                 return False
-            if entry.finish_reason is None:  # others go on
+            if entry.finish_reason is None:  # other choices go on
                 return True
         self._end(entry, reason)
         return True
 
     def _abandon(self, entry: ScheduledRequest) -> None:
-        if entry.finish_reason is None:  # else its instances finish by themselves
+        if entry.finish_reason is None:  # otherwise its instances are finishing by themselves
             self._end(entry, "abort")
 
     def _end(self, entry: ScheduledRequest, reason: FinishReason) -> None:
@@ -209,7 +209,7 @@ class CpuScheduler:
         self._drop(entry)
 
     def _drop(self, entry: ScheduledRequest) -> None:
-        """It has ended, and nothing more is to be done for it."""
+        """Remove a request that has ended from the queue, or cancel what is still done for it."""
         if entry in self.waiting_requests:
             self.waiting_requests.remove(entry)
         elif entry.task is not None:
@@ -218,8 +218,8 @@ class CpuScheduler:
     # ---- scheduling ----------------------------------------------------------------------------------------------
 
     async def _schedule_waiting_requests(self) -> None:
-        """Start waiting requests, as far as there is room. Called when one has come, while some wait whenever a request
-        or an instance has changed, and now and then."""
+        """Start waiting requests, as far as there is room. Called when a request comes, at every change of a request or
+        an instance while some wait, and every TICK_S."""
         while self.waiting_requests and self.has_room():
             self.start_request(self.waiting_requests[0])
 
@@ -246,12 +246,13 @@ class CpuScheduler:
         self._may_have_room()
 
     def _may_have_room(self) -> None:
-        """A request or an instance has changed, which matters where some wait: it is so five times for each request."""
+        """To be called when a request or an instance has changed. Cheap if nothing waits: it is called five times per
+        request."""
         if self.waiting_requests.by_id or self.retries.waiting:
             self._changed.set()
 
     def _tick(self) -> None:
-        """What depends on time alone is looked at so often."""
+        """Wake the scheduling task regularly, for what depends on time alone."""
         self._changed.set()
         self._ticking = asyncio.get_running_loop().call_later(TICK_S, self._tick)
 
@@ -264,14 +265,14 @@ class CpuScheduler:
                 self.retries.place()
             try:
                 await self._schedule_waiting_requests()
-            except Exception:  # an override's: the requests must not wait for ever because of it
+            except Exception:  # from an override: requests must not wait for ever because of it
                 logger.exception("_schedule_waiting_requests failed; scheduling first come, first served instead")
                 await CpuScheduler._schedule_waiting_requests(self)
             self._fail_hopeless()
             self._admission.look(loop.time(), is_served=self.fleet.may_serve())
 
     def _out_of_time(self, entry: ScheduledRequest) -> None:
-        if entry.finish_reason is not None:  # it has all of its tokens: only its instances are not done
+        if entry.finish_reason is not None:  # it has all of its tokens; only its instances are not done
             self._end(entry, entry.finish_reason)
             return
         state = "started" if entry in self.waiting_requests else "finished"
@@ -279,7 +280,7 @@ class CpuScheduler:
         self._drop(entry)
 
     def _fail_hopeless(self) -> None:
-        """Fail what waits when no instance that it needs has been there for too long."""
+        """Fail waiting requests when the instances that they need have been missing for too long."""
         now_s = asyncio.get_running_loop().time()
         if not self.waiting_requests or self.fleet.may_serve(soon=True):
             self._missing_since_s = None
@@ -291,12 +292,12 @@ class CpuScheduler:
                 self._fail(entry, Unavailable(self.fleet.why_nobody()))
 
     async def _follow(self, entry: ScheduledRequest, placement: Placement) -> None:
-        TRACEPARENT.set(entry.traceparent)  # of this task
+        TRACEPARENT.set(entry.traceparent)  # for this task
         try:
             await self._attempts(entry, placement)
         except HBServeRpcError as error:
             self._fail(entry, error)
-        except Exception as error:  # a mistake of this package: the client must hear of it all the same
+        except Exception as error:  # a bug of this package: the client must hear of it all the same
             logger.exception("request %s failed", entry.request.request_id)
             self._fail(entry, RequestFailed(f"internal error: {error!r}"))
         else:
@@ -306,14 +307,14 @@ class CpuScheduler:
             self._give_back(entry, placement)
 
     async def _attempts(self, entry: ScheduledRequest, placement: Placement, before: Collection[str] = ()) -> None:
-        """before: what went wrong until now."""
+        """before: what has gone wrong so far."""
         problems = list(before)
         while True:
             try:
                 await Attempt(entry, placement).run()
                 return
             except HBServeRpcError as error:
-                if entry.finish_reason:  # all tokens are delivered; what failed afterwards changes nothing
+                if entry.finish_reason:  # all tokens are delivered; a failure afterwards changes nothing
                     return
                 require_another_attempt(entry, error, problems, self.config.max_attempts)
             finally:
@@ -368,29 +369,28 @@ class CpuScheduler:
             **self.figures.snapshot(),
             waiting_requests=len(self.waiting_requests),
             waiting_tokens=self.waiting_requests.num_tokens,
-            # One that has ended may have to be cancelled on its instances still.
+            # One that has ended may still have to be cancelled on its instances.
             running_requests=sum(not each.ended for each in self.running_requests.values()),
             instances=[handle.stats for handle in self.fleet.handles.values()],
         )
 
     def active_requests(self) -> Counter[str]:
-        """How many of this scheduler's requests each instance has: now, where its own figures are those of its last
-        heartbeat."""
+        """How many of this scheduler's requests each instance has now; its own figures are a report old."""
         running = [each for each in self.running_requests.values() if not each.ended]
         return Counter(name for each in running for name in each.busy_instances)
 
     def records(self, last_s: float, request_id: str = "") -> list[RequestRecord]:
-        """Requests that ended within the last `last_s` seconds, or one of these."""
+        """Requests that ended within the last `last_s` seconds, or the one with this id."""
         since_s = time.time() - last_s
         found = takewhile(lambda each: each.submitted_at + each.e2e_s >= since_s, reversed(self.figures.records))
         return [each for each in found if request_id in ("", each.request_id)][::-1]
 
     async def refresh(self) -> None:
-        """Ask every instance for its figures now, so that `stats` is not up to a heartbeat old."""
+        """Ask every instance for its figures now, so that `stats` is not up to one heartbeat old."""
         await self.fleet.refresh()
 
     def may_serve(self) -> bool:
-        """Whether there are instances that answer requests now."""
+        """Whether the instances that answer requests now suffice to serve."""
         return self.fleet.may_serve()
 
     def info(self) -> ServiceInfo:

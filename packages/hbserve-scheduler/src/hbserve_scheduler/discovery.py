@@ -99,7 +99,9 @@ class Discovery:
             if self._failing.is_due(now_s):
                 why = str(error) or "no name server answers"
                 logger.warning(
-                    "%s cannot be looked up, and is tried on; nobody leaves for that: %s", self.name.host, why
+                    "%s cannot be looked up; still trying, and no instance leaves because of that: %s",
+                    self.name.host,
+                    why,
                 )
             return
         self._failing = Outage(now_s)
@@ -118,7 +120,7 @@ class Discovery:
             info = await self._members.join(address, self.role)
         except HBServeRpcError as error:
             if self._refused.get(address) != (why := str(error)):
-                logger.warning("%s, of %s, does not join, and is asked on: %s", address, self.name.host, why)
+                logger.warning("%s, of %s, does not join; still asking: %s", address, self.name.host, why)
             self._refused[address] = why
             return
         self._ids[address] = info.instance_id

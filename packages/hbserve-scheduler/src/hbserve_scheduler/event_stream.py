@@ -10,14 +10,14 @@ from hbserve_scheduler.request import ScheduledRequest
 
 
 class TurnEnd:
-    """Functions that are called when all is done that this turn of the event loop began with: together, since asyncio
-    takes longer for a call of each than most of them do."""
+    """Functions to call at the end of this turn of the event loop, all by one callback: asyncio takes longer to
+    schedule a callback than most of them take to run."""
 
     def __init__(self) -> None:
         self._due: list[Callable[[], None]] = []
 
     def call(self, tell: Callable[[], None]) -> None:
-        """Call it then; it raises nothing."""
+        """Call `tell` at the end of this turn. It must not raise."""
         if not self._due:
             asyncio.get_running_loop().call_soon(self._call_all)
         self._due.append(tell)
@@ -29,8 +29,8 @@ class TurnEnd:
 
 
 class EventStream(AsyncIterator[ClientEvent]):
-    """TokenEvents, then one RequestFinished, of each choice; or the error that ended the request. `aclose` before the
-    end aborts it."""
+    """TokenEvents, then a RequestFinished for each choice; or the error that ended the request. `aclose` before the end
+    aborts the request."""
 
     def __init__(self, entry: ScheduledRequest, abandon: Callable[[ScheduledRequest], None], turn_end: TurnEnd) -> None:
         self._entry = entry
@@ -49,7 +49,7 @@ class EventStream(AsyncIterator[ClientEvent]):
 
     def _next(self) -> ClientEvent:
         event = self._entry.take()
-        if isinstance(event, TokenEvent):  # as mostly
+        if isinstance(event, TokenEvent):  # the common case
             return event
         if isinstance(event, RequestFinished):
             self._num_choices -= 1
@@ -59,10 +59,10 @@ class EventStream(AsyncIterator[ClientEvent]):
         raise event
 
     async def each(self, take: Callable[[ClientEvent], object]) -> bool:
-        """Give every event to `take`, until that returns True or they end. Returns whether there may be more.
+        """Pass every event to `take`, until that returns True or there are no more. Returns whether there may be more.
 
-        Nobody is woken for an event. Those that a turn of the loop brings are given at its end, all of its tokens as
-        one: a process that falls behind reads several steps of an engine in one turn, and has to hand them on once.
+        No task is woken for an event. The events of one turn of the loop are passed on at its end, all tokens in one
+        event: a process that falls behind reads several engine steps in one turn, and should hand them on only once.
         What `take` raises is raised here.
         """
 

@@ -1,4 +1,4 @@
-"""Figures of one scheduler, over all of its requests: counters, and how long each part of them took."""
+"""Figures of one scheduler over all its requests: counters, and how long each phase of them took."""
 
 import logging
 import math
@@ -14,15 +14,15 @@ from hbserve_rpc.records import Delay, RequestRecord
 logger = logging.getLogger(__name__)
 
 MOST_RECORDS = 4096
-"""As many requests that have ended are remembered."""
+"""How many ended requests are remembered."""
 RECENT_REQUESTS = 1024
-"""As many latencies are in a LatencySummary."""
+"""How many latencies a LatencySummary covers."""
 SHORT_S = "0.001 0.0025 0.005 0.01 0.025 0.05 0.075 0.1 0.15 0.2 0.3 0.4 0.5 0.75 1 2.5 5 7.5 10 20 40 80"
 FIRST_S = "0.001 0.0025 0.005 0.01 0.02 0.04 0.06 0.08 0.1 0.25 0.5 0.75 1 2.5 5 7.5 10 20 40 80 160 640 2560"
 LONG_S = "0.005 0.05 0.1 0.3 0.5 0.8 1 1.5 2 2.5 5 10 15 20 30 40 50 60 120 240 480 960 1920 7680"
 TOKENS = "1 2 5 10 20 50 100 200 500 1000 2000 5000 10000 20000 50000 100000 200000 500000"
 BYTES = " ".join(str(2**power) for power in range(12, 40, 2))
-"""Bounds of the histograms: vLLM's (v1/metrics/buckets.py), and some below them, where our tokens are."""
+"""Bounds of the histograms: vLLM's (v1/metrics/buckets.py), and some smaller ones, where our times per token are."""
 BOUNDS = {
     "time_to_first_token_seconds": FIRST_S,
     "inter_token_latency_seconds": SHORT_S,
@@ -52,26 +52,26 @@ class Figures:
         """Of requests that have a first token."""
         self.output_tokens = 0
         self.ended = Counter[str]()
-        """Requests, by finish reason, or "error"."""
+        """Requests by finish reason, or "error"."""
         self.failed_attempts = Counter[str]()
         self.histograms = {name: Histogram.over([*map(float, bounds.split())]) for name, bounds in BOUNDS.items()}
         self.between_tokens = self.histograms["inter_token_latency_seconds"]
         self.delay_s: dict[str, float] = dict.fromkeys(get_args(Delay), 0.0)
         self.delayed = Counter[str]()
-        """Requests by the main cause."""
+        """Requests by the main cause of their delay."""
         self.loop_lag = LoopLag()
         self.histograms["event_loop_lag_seconds"] = self.loop_lag.histogram
         self.links: dict[str, LinkCounts] = {}
         self.http: dict[str, HttpCounts] = {}
-        """Of whoever serves this scheduler over HTTP, who counts it."""
+        """Counted by whoever serves this scheduler over HTTP."""
         self.records: deque[RequestRecord] = deque(maxlen=MOST_RECORDS)
-        """Requests that have ended, the last one at the end."""
+        """Requests that have ended, the latest last."""
         self.on_record: Callable[[RequestRecord], None] | None = None
-        """Told of each request that has ended."""
+        """Called with each request that has ended."""
         self._handoffs: deque[float] = deque(maxlen=RECENT_REQUESTS)
 
     def add(self, record: RequestRecord) -> None:
-        """A request has ended."""
+        """Count a request that has ended."""
         self.records.append(record)
         if self.on_record is not None:
             self.on_record(record)
@@ -92,14 +92,14 @@ class Figures:
                 self.histograms[name].observe(value)
 
     def link(self, prefill: str, decode: str) -> LinkCounts:
-        """Between these two instances, in whatever lives."""
+        """Counts of the link between these two instances, over all of their lives."""
         key = f"{prefill} > {decode}"
         if key not in self.links:
             self.links[key] = LinkCounts(prefill, decode)
         return self.links[key]
 
     def snapshot(self) -> dict[str, Any]:
-        """Fields of SchedulerStats, which nothing changes any more."""
+        """Fields of SchedulerStats, as copies that do not change afterwards."""
         completed, failed = self.ended["stop"] + self.ended["length"], self.ended["error"]
         return {
             "total_requests": self.num_submitted,
@@ -125,8 +125,8 @@ class Figures:
 
 
 def _values(record: RequestRecord) -> dict[str, float]:
-    """What a request that has all of its tokens adds to the histograms. Each is of what its client has felt; a request
-    that was aborted is in none: it would say how patient clients are."""
+    """What a completed request adds to the histograms: only times that its client has noticed. Aborted requests are in
+    none; they would measure how patient clients are."""
     queue_s = record.queue_s
     values = {
         "e2e_request_latency_seconds": record.e2e_s,
@@ -157,7 +157,7 @@ def _values(record: RequestRecord) -> dict[str, float]:
 
 
 def _summary(latencies: Collection[float]) -> LatencySummary:
-    """Percentiles are latencies that occurred: the smallest that as large a part of all does not exceed."""
+    """Percentiles are latencies that occurred: the smallest one that at least this share of all does not exceed."""
     if not latencies:
         return LatencySummary()
     ordered = sorted(latencies)
@@ -166,7 +166,7 @@ def _summary(latencies: Collection[float]) -> LatencySummary:
 
 
 def longest_pause(times_s: Sequence[float], since_s: float) -> tuple[float, float] | None:
-    """Between neighbours, from and to, counted from `since_s`; None: there are no two."""
+    """The longest interval between neighbours, from and to, counted from `since_s`; None: there are fewer than two."""
     if len(times_s) < 2:
         return None
     end = max(range(1, len(times_s)), key=lambda i: times_s[i] - times_s[i - 1])

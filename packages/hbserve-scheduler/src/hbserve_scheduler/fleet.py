@@ -32,7 +32,7 @@ REFRESH_TIMEOUT_S = 2.0
 
 
 class Fleet:
-    """The instances of one scheduler, which come, go and come back, and their places, which requests take."""
+    """The instances of one scheduler, which come, go and come back, and the places that requests take on them."""
 
     def __init__(
         self, config: SchedulerConfig, on_change: Callable[[], None], client_factory: ClientFactory = RpcClient
@@ -42,7 +42,7 @@ class Fleet:
         self._on_change = on_change
         self.client_factory = client_factory
         self.on_members: Callable[[], None] = lambda: None
-        """Called when there is another one, one less, or one is drained."""
+        """Called when an instance is added, removed or drained."""
         self.links = Links(self.handles, config.max_warm_links)
         self._started = False
         self.prefixes = Prefixes()
@@ -56,12 +56,12 @@ class Fleet:
         self._roles_asked = {
             role for role, each in self._available.items() if getattr(each.policy, "wants_digests", False)
         }
-        """Of those it is good to know what they have cached."""
+        """Roles for which it matters what instances have cached."""
         if config.local_prefill_tokens:
             self._roles_asked.add("decode")
         self._asking: asyncio.Task[None] | None = None
         self._turns = itertools.count(1)
-        # What follows from all instances together is made again when one of them is another, not for each request.
+        # What follows from all instances together is computed when one of them changes, not for each request.
         self._decodes: dict[str, InstanceHandle] = {}
         """Decode instances by epoch."""
         self._limiting: list[InstanceInfo] | None = None
@@ -81,7 +81,7 @@ class Fleet:
             await handle.start()
 
     async def remove(self, instance_id: str, why: str = "it was removed") -> None:
-        """What it has not finished fails, with `why` as the cause."""
+        """Stop using it. What it has not finished fails, with `why` as the cause."""
         handle = self.handles.pop(instance_id)
         handle.lost(why, level=logging.INFO)
         self._available[handle.role].forget(handle)
@@ -89,14 +89,14 @@ class Fleet:
         await handle.close(why)
 
     def drain(self, instance_id: str, epoch: str) -> None:
-        """Give it no new requests while it is in this life; with "", give it some again."""
+        """Give it no new requests while it is in this life; with "" as the epoch, let it have requests again."""
         handle = self.handles[instance_id]
         if handle.health.drained != epoch:
             handle.drain(epoch)
             self.on_members()
 
     def make_client(self, address: str) -> InstanceClient:
-        """A connection to an instance, which is not started."""
+        """A connection to an instance, not started yet."""
         settings = self._config
         return self.client_factory(
             address,
@@ -129,7 +129,8 @@ class Fleet:
         return next((info.block_size for info in self.limiting_infos()), 0) if self._roles_asked else 0
 
     def limiting_infos(self) -> list[InstanceInfo]:
-        """Of the ready instances, those that take the shortest prompts and the fewest tokens: what no other refuses."""
+        """Of the ready instances, those with the shortest limits for prompts and tokens: what they accept, all
+        accept."""
         if self._limiting is None:
             ready = [handle.info for handle in self.handles.values() if handle.status in SERVING and handle.info]
             bounds = (attrgetter("max_prompt_len"), attrgetter("vocab_size"))
@@ -137,29 +138,30 @@ class Fleet:
         return self._limiting
 
     def _look(self, handle: InstanceHandle) -> None:
-        """An instance has changed: there may be more room than before."""
+        """Take note of a change of an instance: there may be more room than before."""
         self._available[handle.role].look(handle)
         self._on_change()
 
     def _look_at_info(self, handle: InstanceHandle) -> None:
-        """It is in another state, or another life."""
+        """Take note of another state, or another life, of an instance."""
         self._limiting, self._roles_there, self._lacks_prefill = None, {}, None
         self._decodes = {each.epoch: each for each in self.handles.values() if each.role == "decode" and each.info}
         for role, available in self._available.items():
             if role != handle.role:
-                available.forget(handle)  # it may have had that one
+                available.forget(handle)  # it may have been the one with that id
         self._available[handle.role].look(handle)
         self.links.look()
 
     async def refresh(self) -> None:
-        """Ask every instance that is heard for its figures; one that does not answer soon keeps its last."""
+        """Ask every reachable instance for its figures; one that does not answer soon keeps its last ones."""
         heard = [handle for handle in self.handles.values() if handle.status not in ("lost", "suspect")]
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(REFRESH_TIMEOUT_S):
                 await asyncio.gather(*(handle.refresh() for handle in heard), return_exceptions=True)
 
     async def wait_ready(self, timeout_s: float, only: str | None = None) -> None:
-        """Of all, or of `only` one. Raises InstanceFailed at once when one says so, NotReady after `timeout_s`."""
+        """Wait for all, or `only` one. Raises InstanceFailed at once when one reports failure, NotReady after
+        `timeout_s`."""
         deadline_s = asyncio.get_running_loop().time() + timeout_s
         while missing := [
             handle
@@ -188,10 +190,11 @@ class Fleet:
         num_choices: int = 1,
         prompt: PromptShape | None = None,
     ) -> Placement | None:
-        """Choose instances for a prompt and take the places there; None if there is no room.
+        """Choose instances for a prompt and take places there; None if there is no room.
 
-        Those to `avoid` are chosen only where there is no other. `computed_on`: a prefill instance that has the prompt
-        in its prefix cache, and is chosen if it has room. `prompt`: for policies that want to know more of it.
+        Instances to `avoid` are chosen only if there are no others. `computed_on`: a prefill instance that has the
+        prompt in its prefix cache, and is chosen if it has room. `prompt`: for policies that look at more than its
+        length.
         """
         there = self._available
         prefill: InstanceHandle | None = None
@@ -213,13 +216,13 @@ class Fleet:
         return placement
 
     def place_request(self, entry: ScheduledRequest) -> Placement | None:
-        """The same for a request, away from the instances on which it has failed."""
+        """The same for a request, avoiding the instances on which it has failed."""
         asked = entry.request
         return self.place(entry.num_tokens, entry.failed_on, entry.computed_on, asked.params.n, asked.shape)
 
     def _has_no_prefill(self) -> bool:
-        """None is ready, and decode instances are to compute prompts in that case. One that is started again may load
-        its model for minutes."""
+        """Whether none is ready, and decode instances are to compute prompts in that case. A restarted one may take
+        minutes to load its model."""
         if self._lacks_prefill is None:
             handles = self.handles.values()
             self._lacks_prefill = (
@@ -230,8 +233,8 @@ class Fleet:
         return self._lacks_prefill
 
     def _choose_local(self, num_tokens: int, avoid: Collection[str], prompt: PromptShape) -> InstanceHandle | None:
-        """A decode instance that is to compute the prompt itself: little of it is not in its cache, or there is nobody
-        else. None: none is."""
+        """A decode instance that is to compute the prompt itself, because it has most of it cached, or because there is
+        no prefill instance. None: there is no such instance."""
         available, most = self._available["decode"], self._config.local_prefill_tokens
         if not available.members:
             return None
@@ -263,7 +266,7 @@ class Fleet:
         return available.choose(prompt, candidates)
 
     def _is_linked(self, prefill: InstanceHandle) -> bool:
-        """To a decode instance that has room."""
+        """Whether it has a link to a decode instance that has room."""
         there, decodes = self._available["decode"].members, self._decodes
         for epoch, is_there in prefill.links.items():
             if is_there and (decode := decodes.get(epoch)) is not None and decode in there:
@@ -284,14 +287,15 @@ class Fleet:
         return available.choose(prompt, candidates)
 
     def linked(self) -> Iterator[tuple[InstanceHandle, InstanceHandle, bool]]:
-        """Prefill and decode instances between which a link is kept, and whether it is there."""
+        """The prefill and decode instances between which a link is kept, and whether it is up."""
         for prefill in self.handles.values():
             for epoch, is_there in prefill.links.items():
                 if (decode := self._decodes.get(epoch)) is not None:
                     yield prefill, decode, is_there
 
     def may_serve(self, *, soon: bool = False) -> bool:
-        """Whether each role that a request needs has an instance that serves; or, `soon`, is loading its model."""
+        """Whether each role that a request needs has an instance that serves; with `soon`, or one that is loading its
+        model."""
         if soon not in self._roles_there:
             statuses = (*SERVING, "starting") if soon else SERVING
             roles = {handle.role for handle in self.handles.values() if handle.status in statuses}
@@ -304,7 +308,7 @@ class Fleet:
         return f"no instances for {self._config.instance_wait_s:g} s: {problems}"
 
     def problems(self) -> list[str]:
-        """What may keep it from serving: instances that do not serve, and roles that none has."""
+        """What may keep the fleet from serving: instances that do not serve, and roles that no instance has."""
         if not self.handles:
             return ["no instance has been added"]
         problems = [each.describe_problem() for each in self.handles.values() if each.status != "ready"]
@@ -312,7 +316,7 @@ class Fleet:
 
 
 def missing_roles(there: Collection[Role]) -> list[str]:
-    """In words, which instances are missing beside those of these roles."""
+    """Which instances are missing, in words, if only these roles are there."""
     if "hybrid" in there:
         return []
     return [f"there is no {role} instance" for role in ("prefill", "decode") if role not in there]
@@ -323,13 +327,14 @@ def _computes_prompts(decode: InstanceHandle) -> bool:
 
 
 def _others(available: Iterable[InstanceHandle], avoid: Collection[str]) -> list[InstanceHandle]:
-    """All but those to avoid, unless there is no other."""
+    """All but those to avoid, unless there are no others."""
     everyone = list(available)
     return [each for each in everyone if each.instance_id not in avoid] or everyone
 
 
 def _best_link(prefill: InstanceHandle, epochs: Collection[str]) -> bool | None:
-    """To a decode instance of these: True, None for not connected yet, False where it cannot be connected to any."""
+    """The best link to any decode instance with one of these epochs: True for connected, None for not connected yet,
+    False where none can be connected."""
     if any(is_there and epoch in epochs for epoch, is_there in prefill.links.items()):
         return True
     return False if all(prefill.links.get(epoch) is False for epoch in epochs) else None

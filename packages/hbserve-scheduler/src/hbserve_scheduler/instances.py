@@ -1,6 +1,6 @@
 """The scheduler's handle of one instance, and the places that requests take there.
 
-A handle is a connection, and what is known of the other side.
+A handle is a connection to the instance, and what the scheduler knows of it.
 """
 
 import asyncio
@@ -20,16 +20,17 @@ from hbserve_scheduler.outage import Outage
 logger = logging.getLogger(__name__)
 
 SPARE_PART = 10
-"""One block in so many stays free of requests that are not granted yet."""
+"""One block in this many is kept free when a request is sent to prefill before its grant."""
 MOST_DEATHS_KEPT = 32
 REFUSED_S = 0.1
-"""Who has refused a request has enough to do for so long."""
+"""How long an instance that has refused a request is left alone."""
 SAY_AFTER_S = 5.0
-"""A call that has no answer yet, to an instance that is not reached, is a failure after so long."""
+"""How long a call to an instance that cannot be reached may go unanswered before that is logged as a failure."""
 
 
 class InstanceHandle:
-    """Dials one instance and hears its reports. A lost one is dialled on: it may come back, in a new epoch."""
+    """Dials one instance and hears its reports. A lost instance is dialled again and again: it may come back, in a new
+    epoch."""
 
     def __init__(
         self,
@@ -41,40 +42,40 @@ class InstanceHandle:
         on_info: "Callable[[InstanceHandle], None]",
         make_client: Callable[[str], InstanceClient] = RpcClient,
     ) -> None:
-        """on_change: called when there may be more room than before; on_info: when `info` is another."""
+        """on_change: called when there may be more room than before; on_info: called when `info` has changed."""
         self.instance_id = instance_id
         self.role: Role = role
-        self.declared: Role = role  # that it was started with; it may have been flipped since
+        self.declared: Role = role  # the role that it was started with; it may have been flipped since
         self.address = address
         self.info: InstanceInfo | None = None
         self.last_stats: InstanceStats | None = None
         self.health = Health()
         self.load = self.load_of_others = 0
-        """Work that is with it: prompt tokens for a prefill instance, requests for others, each choice of these. Those
-        of other schedulers are in it, as of the last report; how much these are alone is the second."""
+        """Work that it has: prompt tokens on a prefill instance, elsewhere requests, each choice counted. Includes that
+        of other schedulers, as of the last report; `load_of_others` is their share."""
         self.is_full = False
         """It has just refused a request."""
         self.turn = 0
-        """Drawn anew by the fleet whenever it gets a request: the lower, the longer ago."""
+        """Set anew by the fleet whenever it gets a request: the lower, the longer ago."""
         self.num_inflight = self.num_pending = 0
-        """Prompts that are with a prefill instance; requests that wait for room on a decode instance."""
+        """Prompts that are on a prefill instance; requests that wait for room on a decode instance."""
         self.num_given = self.tokens_given = 0
-        """Requests, and tokens of them, that have ever been given to a decode instance."""
+        """Requests, and their tokens, that were ever given to a decode instance."""
         self._given_at_report = 0, 0
         self.died: dict[str, None] = {}
-        """Epochs of the lives that ended otherwise than in order, the last ones."""
+        """Epochs of its last lives that did not end in order."""
         self.links: dict[str, bool] = {}
-        """Of a prefill instance to decode instances, by their epoch: whether they are connected, or cannot be now.
-        See links.py."""
+        """Of a prefill instance: by the epoch of each decode instance, whether they are connected (True) or cannot be
+        for now (False). See links.py."""
         self._config, self._make, self._on_info, self._on_change = config, make_client, on_info, on_change
         self._following: asyncio.Task[None] | None = None
         self._outage: Outage | None = None
-        """While it is not reached."""
+        """Set while it cannot be reached."""
         self.client = self._make_client()
 
     def _make_client(self) -> InstanceClient:
         client = self._make(self.address)
-        # Whether anything waits for it or not: nobody else is to be sent there.
+        # Even if nothing waits for it: nothing more is to be sent there.
         client.on_lost = lambda lost: self._client_lost(client, lost)
         client.on_doubt = lambda why: self._client_in_doubt(client, why)
         return client
@@ -82,7 +83,7 @@ class InstanceHandle:
     def _client_lost(self, client: InstanceClient, lost: PeerLost) -> None:
         if client is self.client:
             has_died = isinstance(lost, PeerDied)
-            # One that says goodbye was ended by somebody who knows: often by the Ctrl-C that ends this process too.
+            # Whoever ended one that says goodbye knows of it: often it was the Ctrl-C that ends this process too.
             self.lost(str(lost), has_died=has_died, level=logging.WARNING if has_died else logging.INFO)
 
     def _client_in_doubt(self, client: InstanceClient, why: str) -> None:
@@ -108,26 +109,26 @@ class InstanceHandle:
 
     @property
     def epoch(self) -> str:
-        """Its life, while it is reached."""
+        """The epoch of its present life; "" while it cannot be reached."""
         return self.info.epoch if self.info is not None else ""
 
     @property
     def stats(self) -> InstanceStats:
-        """The last snapshot that it gave, under its present status and role."""
+        """The last snapshot that it reported, with its present status and role."""
         last = self.last_stats
         if last is None or self.info is None:
             return InstanceStats(self.instance_id, self.role, self.status)
         return msgspec.structs.replace(last, status=self.status, role=self.role)
 
     def reports_room(self, num_tokens: int, num_choices: int = 1) -> bool:
-        """Whether its last report leaves room for one more request, beside those that it was given since, and spare
-        room for those to grow that it has. Each choice of a request is one here, and they share their tokens."""
+        """Whether its last report leaves room for one more request, besides those given to it since, and spare room for
+        its requests to grow. Each choice of a request counts as one; they share their prompt's tokens."""
         info, report = self.info, self.last_stats
         if info is None or report is None or report.epoch != info.epoch or report.waiting_requests:
             return False
         num_requests = self.num_given - self._given_at_report[0] + num_choices
         tokens = self.tokens_given - self._given_at_report[1] + num_tokens
-        num_blocks = tokens // max(1, info.block_size) + num_requests  # each has a last one that is not full
+        num_blocks = tokens // max(1, info.block_size) + num_requests  # each has a last block that is not full
         left = report.free_blocks - num_blocks
         return left >= info.num_blocks // SPARE_PART and report.active_requests + num_requests <= info.max_num_seqs
 
@@ -135,11 +136,11 @@ class InstanceHandle:
         """Ask it for its figures now. Raises what `RpcClient.call` raises."""
         given, client = (self.num_given, self.tokens_given), self.client
         stats = await client.call(STATS, Empty(), timeout_s=self._config.heartbeat_timeout_s)
-        if client is self.client:  # else it was dropped meanwhile: this is what the dead one said
+        if client is self.client:  # otherwise it was dropped meanwhile, and these are figures of the life that ended
             self.last_stats, self._given_at_report = stats, given
 
     async def _follow(self, pause_s: float = 0.0) -> None:
-        """Hear what it says of itself, as soon as it is there, and until it is lost."""
+        """Hear its reports, as soon as it can be reached and until it is lost."""
         await asyncio.sleep(pause_s)
         complaint = asyncio.get_running_loop().call_later(SAY_AFTER_S, self._complain)
 
@@ -167,7 +168,7 @@ class InstanceHandle:
         self.changed()
 
     def take_info(self, info: InstanceInfo) -> None:
-        """It says what it is."""
+        """Take in what it reports itself to be."""
         started_as = info.started_as or info.role
         if info.instance_id != self.instance_id or started_as != self.declared:
             self.lost(
@@ -175,17 +176,17 @@ class InstanceHandle:
                 f"not {self.declared} instance {self.instance_id!r}"
             )
             return
-        if info.role != self.role:  # of the two roles, load is counted in different units
+        if info.role != self.role:  # the two roles count load in different units
             logger.info("%s at %s is a %s instance now", self.instance_id, self.address, info.role)
             self.role, self.load, self.load_of_others = info.role, self.load - self.load_of_others, 0
         if self._outage is not None and self._outage.was_said:
             silent_s = asyncio.get_running_loop().time() - self._outage.began_s
-            logger.warning("%s at %s is reached, after %.0f s", self.instance_id, self.address, silent_s)
+            logger.warning("%s at %s is reachable, after %.0f s", self.instance_id, self.address, silent_s)
         self._outage = None
         self._set_info(info)
 
     def lost(self, why: str, *, has_died: bool = False, level: int = logging.WARNING) -> None:
-        """It cannot be used until it answers again. `has_died`: its process has ended, and not in order."""
+        """Do not use it until it answers again. `has_died`: its process has ended, and not in order."""
         if has_died:
             self.note_death(self.epoch)
         if self.info is not None:
@@ -195,7 +196,7 @@ class InstanceHandle:
             self._set_info(None)
         self._look(self.health.lost(why), level=level)
         self._complain()
-        # Whoever said so, it is to say anew what it is; but not where the event loop has ended what followed it.
+        # Whatever the cause, it is to describe itself anew; but not if the event loop is cancelling what follows it.
         if self._following is not None and not self._following.done():
             self._following.cancel()
             self._following = asyncio.create_task(self._follow(self._config.heartbeat_interval_s))
@@ -208,11 +209,11 @@ class InstanceHandle:
             self._look(self.health.answers(info), is_another=is_another)
 
     def drain(self, epoch: str) -> None:
-        """Give it no new requests while it is in this life; with "", give it some again."""
+        """Give it no new requests while it is in this life; with "" as the epoch, let it have requests again."""
         self._look(self.health.drain(epoch))
 
     def _look(self, has_changed: bool, *, is_another: bool = False, level: int = logging.INFO) -> None:
-        """Its state, or what it says of itself, may have changed."""
+        """Log and pass on a change of its state, or of what it reports itself to be."""
         if has_changed:
             why = f": {self.health.why}" if self.health.why else ""
             logger.log(level, "%s at %s is %s%s", self.instance_id, self.address, self.status, why)
@@ -221,7 +222,7 @@ class InstanceHandle:
             self.changed()
 
     def refused(self) -> None:
-        """It has more to do than its last report says, given by other schedulers: nothing more goes there for now."""
+        """Send nothing more there for now: other schedulers have given it more than its last report says."""
         if not self.is_full:
             self.is_full = True
             asyncio.get_running_loop().call_later(REFUSED_S, self._may_be_asked)
@@ -236,21 +237,21 @@ class InstanceHandle:
         self._on_change(self)
 
     def _complain(self) -> None:
-        """Say that it is not reached, if that is due."""
+        """Log that it cannot be reached, if that is due."""
         now_s = asyncio.get_running_loop().time()
         if self._outage is not None and self._outage.is_due(now_s):
             silent_s = now_s - self._outage.began_s
-            logger.warning("not reached for %.0f s, and tried on: %s", silent_s, self.describe_problem())
+            logger.warning("not reachable for %.0f s; still trying: %s", silent_s, self.describe_problem())
 
     async def drop(self, why: str) -> None:
-        """It is known to be dead: fail what waits for it now, rather than when its heartbeats are missed."""
+        """Fail what waits for it now, rather than when heartbeats are missed, because it is known to be dead."""
         old, self.client = self.client, self._make_client()
         self.lost(why, has_died=True)
         await self.client.start()
         await old.close(why, error=PeerDied)
 
     def note_death(self, epoch: str) -> None:
-        """A life of it has ended by what it computed, or was killed: nobody can tell these apart from here."""
+        """Remember that a life of it ended by what it computed, or was killed: from here nobody can tell which."""
         if epoch:
             self.died[epoch] = None
             while len(self.died) > MOST_DEATHS_KEPT:
@@ -262,9 +263,9 @@ class InstanceHandle:
 
 
 class Placement:
-    """The places that one attempt has on its instances: taken when made, until it gives each back.
+    """The places that one attempt has on its instances: taken when it is made, until each is given back.
 
-    `prefill` is None on a hybrid instance, which is then `decode`.
+    `prefill` is None if `decode` computes the prompt too: a hybrid instance, or a decode instance by itself.
     """
 
     def __init__(
@@ -273,7 +274,8 @@ class Placement:
         self.prefill = prefill
         self.decode = decode
         self.may_begin = prefill is not None and decode.reports_room(num_tokens, num_choices)
-        """The decode instance is expected to grant at once: the prompt may be computed before it has."""
+        """Whether the decode instance is expected to grant at once, so that the prompt may be computed before it
+        has."""
         self._num_tokens = num_tokens
         self._num_choices = num_choices
         self.is_pending = prefill is not None or decode.role == "decode"
@@ -289,14 +291,15 @@ class Placement:
             prefill.load += num_tokens
 
     def granted(self) -> None:
-        """The decode instance has found room; or, where it computes the prompt itself, has done so."""
+        """Note that the decode instance has found room, or, where it computes the prompt itself, that it has done
+        so."""
         if self.is_pending:
             self.is_pending = False
             self.decode.num_pending -= 1
             self.decode.changed()
 
     def prefilled(self) -> None:
-        """The prefill instance is done with the request."""
+        """Note that the prefill instance is done with the request."""
         if self._prefilling and self.prefill is not None:
             self._prefilling = False
             self.prefill.num_inflight -= 1
@@ -305,7 +308,7 @@ class Placement:
 
     def end(self) -> None:
         """Give back what is still taken."""
-        if not self._decoding:  # which is given back last
+        if not self._decoding:  # it is given back last
             return
         self.granted()
         self.prefilled()

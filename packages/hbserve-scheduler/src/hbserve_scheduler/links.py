@@ -85,7 +85,7 @@ class Links:
                 prefill.links[epoch] = False
                 if not isinstance(error, PeerLost) and outage.is_due(loop.time()):
                     names = prefill.instance_id, decode.instance_id
-                    logger.warning("%s cannot connect to %s, and tries on: %s", *names, error)
+                    logger.warning("%s cannot connect to %s; still trying: %s", *names, error)
                 await asyncio.sleep(pause_s)
                 pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
             else:

@@ -85,7 +85,7 @@ class Membership:
             if known.epoch == info.epoch:  # another address of the same life
                 return info
             if known.status != "lost":
-                raise InvalidRequest(f"{info.instance_id} at {address}: {known.address} has this id, and is there")
+                raise InvalidRequest(f"{info.instance_id} at {address}: {known.address} has this id and is in use")
             await self._fleet.remove(info.instance_id)
             known = None
         if known is None:
@@ -171,7 +171,7 @@ class Membership:
 
         Raises:
             InvalidRequest: it cannot be; says why.
-            HBServeRpcError: the instance does not answer any more.
+            HBServeRpcError: the instance no longer answers.
         """
         name, role = request.instance_id, request.role
         handle = self._require(name)

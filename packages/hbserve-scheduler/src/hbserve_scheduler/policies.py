@@ -1,7 +1,7 @@
 """Policies that choose which of several instances takes the next request.
 
-`prefill_policy` and `decode_policy` name one each. One of a user's own is a class with `choose`, as PlacementPolicy
-says it, that an entry point of the group `hbserve_scheduler.policies` or `module:Class` names.
+`prefill_policy` and `decode_policy` name one each. To write your own, see PlacementPolicy: a class with `choose`, named
+by an entry point in the group `hbserve_scheduler.policies` or as `module:Class`.
 """
 
 import heapq
@@ -27,37 +27,37 @@ logger = logging.getLogger(__name__)
 
 ENTRY_POINT_GROUP = "hbserve_scheduler.policies"
 SPARE_REQUESTS = 4
-"""As many requests more may be with an instance to which there is a link than with one to which there is none. Less
-work is worth more than a link, which is made once."""
+"""How many more requests an instance with a link may have than one without before the latter is preferred. Less work is
+worth more than a link, which is made only once."""
 MOST_COMPARED = 32
-"""Of the instances that hold the same prefix. Where more do, nearly all hold it, and no choice is a bad one."""
+"""Of the instances that hold the same prefix. Where there are more, nearly all hold it, and no choice is bad."""
 Rank = tuple[int, ...]
-"""The lowest comes first. No two instances have the same: each ends in its turn."""
+"""The lowest comes first. No two instances have the same, because the last number is the instance's turn."""
 SPARE_ENTRIES = 64
-"""A heap of so many entries more than it needs is not worth making again."""
+"""The heap is rebuilt when it has this many entries more than it needs."""
 
 
 class PlacementPolicy(Protocol):
-    """Chooses among the instances of one role. Each role of each scheduler has one of its own, in its event loop.
+    """Chooses among the instances of one role. Each scheduler has one object for each role, in its event loop.
 
     If it has `wants_digests = True`, prompts come with the digests of their blocks.
     """
 
     def choose(self, candidates: Sequence[InstanceHandle], prompt: PromptShape) -> InstanceHandle:
-        """One of `candidates`, which are never none: the instances that can take a request now, in no order.
+        """One of `candidates`, which are never empty: the instances that can take a request now, in no order.
 
-        Called for each request, so it must be fast. To look at all candidates takes longer the more instances there
+        Called for each request, so it must be fast. Looking at all candidates takes longer the more instances there
         are; `candidates[i]` does not.
         """
 
 
 def round_robin(instance: InstanceHandle) -> Rank:
-    """One after the other; those that cannot take a request now are passed over."""
+    """One after another; those that cannot take a request now are skipped."""
     return (instance.turn,)
 
 
 least_loaded: Callable[[InstanceHandle], Rank] = attrgetter("load", "turn")
-"""The one with the least work; among equals in turn, so that an idle deployment uses all of its instances."""
+"""The one with the least work; in turn where several have equally little, so that an idle deployment uses all."""
 
 
 class LowestRank:
@@ -71,10 +71,10 @@ class LowestRank:
 
 
 class PowerOfTwo:
-    """Takes two instances by chance, and of these the one with less work.
+    """Draws two instances at random, and takes the one with less work (Mitzenmacher 2001, "the power of two choices").
 
     Several schedulers know of each other's requests only by reports, which are up to a second old. If each took the
-    least loaded one, all would take the same one until its next report.
+    least loaded instance, all would take the same one until its next report.
     """
 
     def choose(self, candidates: Sequence[InstanceHandle], prompt: PromptShape) -> InstanceHandle:
@@ -84,11 +84,11 @@ class PowerOfTwo:
 
 
 class LeastLoadedUnlessShared:
-    """Takes the instance with the least work, as nobody else gives work to instances of this role: what this scheduler
-    knows is then exact. While others do, one of two, as PowerOfTwo."""
+    """Takes the instance with the least work while nobody else gives work to instances of this role, for then this
+    scheduler's knowledge is exact. Otherwise as PowerOfTwo."""
 
     is_shared = False
-    """Whether the last reports tell of requests of other schedulers. Kept by Available."""
+    """Whether the last reports show requests of other schedulers. Kept up to date by Available."""
 
     def __init__(self) -> None:
         self._alone, self._among_others = LowestRank(least_loaded), PowerOfTwo()
@@ -99,10 +99,11 @@ class LeastLoadedUnlessShared:
 
 class PrefixAware:
     """Takes an instance that holds the longest part of the prompt in its prefix cache, unless it has too much to do;
-    else one of two, as PowerOfTwo.
+    then, or if none holds any, as PowerOfTwo.
 
-    Too much is more than that other one has and the prompt's cached part together, of a prefill instance: the request
-    would wait longer than it saves. Of others, whose load is counted in requests, it is SPARE_REQUESTS more.
+    A prefill instance has too much to do if it has more work than that other one and the cached part together: the
+    request would wait longer than the cache saves. Others, whose load is counted in requests, have if they have more
+    than SPARE_REQUESTS more.
     """
 
     wants_digests = True
@@ -132,12 +133,12 @@ POLICIES: dict[str, Callable[[Prefixes], PlacementPolicy]] = {
 
 
 def check_policy(key: str, name: str) -> None:
-    """Whether there may be one of this name; nothing of it is imported: whoever reads a configuration need not have it.
+    """Check that a policy of this name may exist, without importing it: whoever reads a configuration need not have it.
 
     Raises:
         ConfigError: there is none.
     """
-    if name in POLICIES:  # to ask for entry points is to read what every installed distribution says: 50 ms
+    if name in POLICIES:  # asking for entry points reads the metadata of every installed distribution: 50 ms
         return
     there = [*POLICIES, *sorted(entry_points(group=ENTRY_POINT_GROUP).names)]
     if name not in there and not re.fullmatch(r"[\w.]+:\w+", name):
@@ -145,11 +146,11 @@ def check_policy(key: str, name: str) -> None:
 
 
 def make_policy(key: str, name: str, prefixes: Prefixes) -> PlacementPolicy:
-    """The policy that a configuration's `key` names: one of ours, an entry point, or `module:Class`, whose module is
-    one that Python finds, or in the current folder.
+    """The policy that a configuration's `key` names: a built-in one, an entry point, or `module:Class`, whose module
+    Python can import, or which is in the current folder.
 
     Raises:
-        ConfigError: there is none of this name, or it is none.
+        ConfigError: there is none of this name, or it is not a policy.
     """
     if name in POLICIES:
         return POLICIES[name](prefixes)
@@ -173,17 +174,18 @@ def _find(name: str) -> Any:
 
 
 class Ranking:
-    """Looks at one instance when it has changed, so that asking takes no longer the more there are."""
+    """The lowest rank of many instances. It looks at one instance when that has changed, so asking takes no longer with
+    more instances."""
 
     def __init__(self, rank: Callable[[InstanceHandle], Rank]) -> None:
         self._rank = rank
         self._ranks: dict[InstanceHandle, Rank] = {}
         self._heap: list[tuple[Rank, InstanceHandle]] = []
-        """Every rank that one has had; those that it has no more are passed over. An instance comes last among equals,
-        and ranks are never equal, so that nobody compares instances."""
+        """Every rank that an instance has had; outdated ones are skipped. The instance is last in each entry, and ranks
+        are never equal, so that instances are never compared."""
 
     def look(self, handle: InstanceHandle) -> None:
-        """To be called when it is there, or its rank may be another."""
+        """To be called when the instance is added, or its rank may have changed."""
         rank = self._rank(handle)
         if self._ranks.get(handle) != rank:
             self._ranks[handle] = rank
@@ -196,7 +198,7 @@ class Ranking:
         self._ranks.pop(handle, None)
 
     def first(self) -> InstanceHandle:
-        """There must be one."""
+        """The instance with the lowest rank. There must be one."""
         while True:
             rank, handle = self._heap[0]
             if self._ranks.get(handle) is rank:
@@ -207,8 +209,8 @@ class Ranking:
 class Available(Sequence[InstanceHandle]):
     """The instances of one role that can take a request now.
 
-    Looks at one instance when it has changed, not at all of them when a request comes: choosing must not take longer
-    the more there are.
+    It looks at one instance when that has changed, not at all of them for each request: choosing must not take longer
+    with more instances.
     """
 
     def __init__(self, policy: PlacementPolicy, has_room: Callable[[InstanceHandle], bool]) -> None:
@@ -217,8 +219,8 @@ class Available(Sequence[InstanceHandle]):
         self._has_room = has_room
         self._members: list[InstanceHandle] = []
         self.members: dict[InstanceHandle, int] = {}
-        """The same, and where each is among `_members`. Whether one is there, or any, is asked without a call: several
-        times for each request."""
+        """The same instances, with their places in `_members`. Whether one is there, or any, is looked up without a
+        call: several times for each request."""
         self._by_load = Ranking(least_loaded)
         self._by_rank = self._by_load
         self._shared: set[InstanceHandle] = set()
@@ -227,7 +229,7 @@ class Available(Sequence[InstanceHandle]):
             self._by_rank = Ranking(policy.rank)
 
     def look(self, handle: InstanceHandle) -> None:
-        """To be called when it is there, or gone, or its load is another."""
+        """To be called when the instance is added, removed, or has another load."""
         if handle.load_of_others or self._shared:
             self._note_others(handle, handle.load_of_others)
         if handle.health.state != "ready" or handle.is_full or not self._has_room(handle):
@@ -241,7 +243,7 @@ class Available(Sequence[InstanceHandle]):
             self._by_rank.look(handle)
 
     def forget(self, handle: InstanceHandle) -> None:
-        """It was removed, or has another role."""
+        """To be called when it was removed, or has another role."""
         self._note_others(handle, 0)
         self._leave(handle)
 
@@ -262,15 +264,15 @@ class Available(Sequence[InstanceHandle]):
                 self.policy.is_shared = bool(self._shared)
 
     def first(self) -> InstanceHandle:
-        """The one with the lowest rank, by the policy's if it has one. There must be one."""
+        """The one with the lowest rank, by the policy's rank if it has one. There must be one."""
         return self._by_rank.first()
 
     def least_load(self) -> int:
-        """Of any of them. There must be one."""
+        """The least load of any of them. There must be one."""
         return self._by_load.first().load
 
     def choose(self, prompt: PromptShape, among: Sequence[InstanceHandle] | None = None) -> InstanceHandle:
-        """By the policy, of all that are available or `among` some of them. There must be one."""
+        """The policy's choice from all that are available, or from `among` some of them. There must be one."""
         candidates = self if among is None else among
         if self._is_ours:
             return self.policy.choose(candidates, prompt)
@@ -279,9 +281,9 @@ class Available(Sequence[InstanceHandle]):
             if chosen in candidates:
                 return chosen
             problem = f"it chose {chosen!r}, which is none of the candidates"
-        except Exception as error:  # a user's: requests must not stand still because of it
+        except Exception as error:  # a user's policy: requests must not stand still because of it
             problem = repr(error)
-        logger.error("%s cannot choose, so the least loaded one is taken: %s", type(self.policy).__name__, problem)
+        logger.error("%s cannot choose, so the least loaded instance is taken: %s", type(self.policy).__name__, problem)
         return self._by_load.first() if among is None else min(among, key=least_loaded)
 
     @overload
@@ -306,10 +308,11 @@ class Available(Sequence[InstanceHandle]):
 def connected_first(
     candidates: list[InstanceHandle], link: Callable[[InstanceHandle], bool | None], num_tokens: int
 ) -> list[InstanceHandle]:
-    """Those of `candidates` that are best connected, by `link`: True, None for not yet, or False for not to be.
+    """Those of `candidates` that are best connected, by `link`: True for connected, None for not yet, False for cannot
+    be.
 
-    Instead of them those that are not connected yet and have so much less work than any of them that it pays to
-    connect; `num_tokens` is the work of one request.
+    Instead of these, those not connected yet that have so much less work than any of them that connecting pays;
+    `num_tokens` is the work of one request.
     """
     by_link: dict[bool | None, list[InstanceHandle]] = {}
     for candidate in candidates:

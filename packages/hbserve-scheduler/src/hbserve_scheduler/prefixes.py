@@ -11,6 +11,9 @@ from hbserve_scheduler.health import SERVING
 from hbserve_scheduler.instances import InstanceHandle
 
 ASK_TIMEOUT_S = 5.0
+AT_ONCE = 256
+"""So many digests of a report are taken in at a time. All 8192 of a busy instance would take 5 ms and more, in which no
+token gets through."""
 
 
 class Prefixes:
@@ -43,15 +46,24 @@ class Prefixes:
 
     def set(self, handle: InstanceHandle, held: Collection[bytes]) -> None:
         """What an instance holds; nothing, if it is not there any more."""
+        for _ in self._replace(handle, held):
+            pass
+
+    def _replace(self, handle: InstanceHandle, held: Collection[bytes]) -> Iterator[None]:
+        """The same, with a pause after every AT_ONCE changes. Must be exhausted."""
         before, now = self._held.pop(handle, set()), set(held)
-        for digest in before - now:
+        if now:
+            self._held[handle] = now
+        for count, digest in enumerate(before - now, 1):
             self._holders[digest].discard(handle)
             if not self._holders[digest]:
                 del self._holders[digest]
-        for digest in now - before:
+            if count % AT_ONCE == 0:
+                yield
+        for count, digest in enumerate(now - before, 1):
             self._holders.setdefault(digest, set()).add(handle)
-        if now:
-            self._held[handle] = now
+            if count % AT_ONCE == 0:
+                yield
 
     async def keep(self, handles: Callable[[], Collection[InstanceHandle]], interval_s: float) -> None:
         """Ask those `handles` that are ready, again and again."""
@@ -71,7 +83,8 @@ class Prefixes:
             reply = await handle.client.call(CACHED_PREFIXES, request, timeout_s=ASK_TIMEOUT_S)
             if reply.digests is not None and handle.epoch == epoch:
                 places = range(0, len(reply.digests), DIGEST_BYTES)
-                self.set(handle, [reply.digests[place : place + DIGEST_BYTES] for place in places])
+                for _ in self._replace(handle, [reply.digests[place : place + DIGEST_BYTES] for place in places]):
+                    await asyncio.sleep(0)
                 self._versions[handle] = epoch, reply.version
 
 

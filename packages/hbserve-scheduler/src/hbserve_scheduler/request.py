@@ -1,8 +1,8 @@
 """One request in the scheduler: what was asked, what was delivered, and what the client reads.
 
 A request of several choices (`SamplingParams.n`) is attempted as a whole: it is placed once, and its prompt computed
-and moved once. What was delivered is each choice's own. When an attempt fails after that has begun, each choice goes on
-by itself, as a request with output would.
+and moved once. What is delivered belongs to each choice. If an attempt fails after tokens were delivered, each choice
+continues by itself, as a request that already has output.
 """
 
 import asyncio
@@ -26,7 +26,7 @@ from hbserve_scheduler.instances import InstanceHandle
 
 @dataclass(eq=False, slots=True)
 class ScheduledRequest:
-    """A request from `submit` to its end. Times are of its event loop, as all in the scheduler."""
+    """A request from `submit` to its end. Times are those of its event loop, as everywhere in the scheduler."""
 
     request: GenerateRequest
     num_prompt_tokens: int = field(init=False)
@@ -36,30 +36,31 @@ class ScheduledRequest:
     arrivals: "array[float]" = field(default_factory=lambda: array("d"))
     """When messages with new tokens came."""
     num_first: int = 0
-    """Tokens of the first of them."""
+    """How many tokens the first of them brought."""
     num_preemptions: int = 0
     output: list[int] = field(default_factory=list)
     """Tokens that were delivered, over all attempts."""
     finish_reason: FinishReason | None = None
-    """Set with the last token; the request's instances may then still be busy."""
+    """Set with the last token; the request's instances may still be busy then."""
     ended: bool = False
-    """The client's stream has its last item; nothing is added to it."""
+    """The client's stream has its last item, and nothing is added to it."""
     failed_on: set[str] = field(default_factory=set)
     """Instances on which an attempt failed: the next one avoids them, if there are others."""
     was_on: list[tuple[InstanceHandle, str]] = field(default_factory=list)
-    """Instances, in the life that they had, that have computed for it in attempts that failed."""
+    """Instances, each with the epoch that it had, that computed for it in attempts that failed."""
     num_tried: int = 0
-    """Tokens that were delivered when the last attempt failed."""
+    """Tokens that had been delivered when the last attempt failed."""
     on_progress: Callable[[], None] | None = None
     """Called once, at the next token."""
     computed_on: str = ""
     """The prefill instance whose prefix cache has the prompt, because an attempt failed after it was computed."""
     events: "deque[ClientEvent | Exception | ScheduledRequest]" = field(default_factory=deque)
-    """That the client has not taken; of tokens there is one, in which all wait. Or choices that have some."""
+    """What the client has not taken: at most one event of tokens, to which new ones are added; or choices that have
+    some."""
     reader: "asyncio.Future[None] | None" = None
-    """Who waits for an event. Not an asyncio.Event, which for each token would take as long again."""
+    """Set while someone waits for an event. An asyncio.Event would take twice as long for each token."""
     on_event: Callable[[], None] | None = None
-    """In place of a reader: told of each event, by which time all else is as it says."""
+    """In place of a reader: called for each event, when all else is up to date."""
     task: asyncio.Task[None] | None = None
     attempts: list[AttemptRecord] = field(default_factory=list)
     num_cached_tokens: int = 0
@@ -68,17 +69,17 @@ class ScheduledRequest:
     choices: "list[ScheduledRequest]" = field(default_factory=list)
     """Each as a request of its own, where there are several."""
     choice: int = 0
-    """Its place among those of `parent`."""
+    """Its place among the choices of `parent`."""
     parent: "ScheduledRequest | None" = field(default=None, repr=False)
     is_prefilling: bool = False
-    """What is known of the transfer is not complete: the ends of choices wait for that."""
+    """What is known of the transfer is not complete: ends of choices are not reported until it is."""
     on_choice_ended: Callable[[int], None] | None = None
-    """Told when one is ended from here, while an instance computes all of them."""
+    """Called when a choice is ended from here while an instance computes all of them."""
     deadline_s: float = math.inf
     time_limit: str = ""
-    """The setting that has set the deadline, and its value."""
+    """The setting that gave the deadline, and its value."""
     traceparent: str = field(default_factory=TRACEPARENT.get)
-    """Of whoever has submitted it."""
+    """Of whoever submitted it."""
     _timer: asyncio.TimerHandle | None = None
     _num_counted: int = 0
     _output_counted: int = 0
@@ -95,12 +96,12 @@ class ScheduledRequest:
 
     @property
     def num_tokens(self) -> int:
-        """That are known: prompt, and output so far."""
+        """Tokens that are known: prompt, and output so far."""
         return self.num_prompt_tokens + len(self.output)
 
     @property
     def deaths(self) -> list[str]:
-        """The instances that it was on as they died: by it, or by something else."""
+        """The instances that died while it was on them: because of it, or of something else."""
         return [handle.instance_id for handle, epoch in self.was_on if epoch in handle.died]
 
     @property
@@ -110,11 +111,11 @@ class ScheduledRequest:
 
     @property
     def is_suspect(self) -> bool:
-        """It was on an instance as that died, and has not got beyond the place where it was then."""
+        """Whether an instance died while the request was on it, and it has got no further since."""
         return not self.ended and self.num_delivered == self.num_tried and bool(self.deaths)
 
     def deliver(self, event: TokenEvent) -> None:
-        """Pass new tokens on; those that the client has already are dropped. The event is this request's from now on.
+        """Pass new tokens on, without those that the client already has. The event is this request's from now on.
 
         Raises:
             RemoteError: tokens are missing between those delivered and these.
@@ -174,7 +175,7 @@ class ScheduledRequest:
             self.parent._add(self)
 
     def take(self) -> ClientEvent | Exception:
-        """The next of its events, which there is."""
+        """Its next event; there must be one."""
         event = self.events.popleft()
         if not isinstance(event, ScheduledRequest):
             return event
@@ -187,7 +188,7 @@ class ScheduledRequest:
 
     def _deliver_choice(self, event: TokenEvent) -> None:
         if not 0 <= event.choice < len(self.choices):
-            raise RemoteError(f"a token of choice {event.choice} came, of {len(self.choices)}")
+            raise RemoteError(f"a token came of choice {event.choice}, of {len(self.choices)}")
         choice = self.choices[event.choice]
         choice.deliver(event)
         if event.token_ids:
@@ -196,8 +197,8 @@ class ScheduledRequest:
             self.finish_choice(choice, choice.finish_reason)
 
     def finish_choice(self, choice: "ScheduledRequest", reason: FinishReason) -> None:
-        """It has ended, here or on its instance. The last one is told of when the request has ended too, as where it is
-        alone."""
+        """Note that a choice has ended, here or on its instance. The end of the last one is reported when the request
+        has ended too, as it is without choices."""
         choice.finish_reason = reason
         if all(each.finish_reason is not None for each in self.choices):
             self.finish_reason = reason
@@ -205,7 +206,7 @@ class ScheduledRequest:
             self.tell_ends()
 
     def tell_ends(self) -> None:
-        """Of the choices that have ended."""
+        """Report the choices that have ended."""
         for choice in self.choices:
             if choice.finish_reason is not None and not choice.ended:
                 if choice.task is None:
@@ -213,7 +214,7 @@ class ScheduledRequest:
                 choice.finish(choice.finish_reason)
 
     def end_choice(self, number: int, reason: FinishReason) -> bool:
-        """End one of several choices before its instances do. False: there is no such one, or it has ended."""
+        """End one of several choices before its instances do. False: there is no such choice, or it has ended."""
         if not 0 <= number < len(self.choices):
             return False
         choice = self.choices[number]
@@ -227,13 +228,13 @@ class ScheduledRequest:
         return True
 
     def hand_down(self, choice: "ScheduledRequest") -> None:
-        """What has happened to all choices so far has happened to this one too."""
+        """Give a choice, when it continues by itself, what has happened to all of them so far."""
         choice.attempts, choice.failed_on, choice.was_on = [*self.attempts], {*self.failed_on}, [*self.was_on]
         choice.computed_on, choice.num_cached_tokens = self.computed_on, self.num_cached_tokens
         choice.kv_bytes, choice.kv_transfer_time_s = self.kv_bytes, self.kv_transfer_time_s
 
     def gather(self, choice: "ScheduledRequest", kv_bytes: int, kv_transfer_time_s: float) -> None:
-        """What has happened to a choice since it went on by itself has happened to the request. Before, these were
+        """Add to the request what has happened to a choice since it continued by itself; what happened before was
         handed down to it."""
         self.attempts = max(self.attempts, choice.attempts, key=len)
         self.kv_bytes += choice.kv_bytes - kv_bytes
@@ -241,13 +242,13 @@ class ScheduledRequest:
 
     @property
     def has_parted(self) -> bool:
-        """Whether its choices have tokens already: they have their prompt in common still, but no attempt any more."""
+        """Whether its choices have tokens already: then they still share a prompt, but no attempt."""
         return any(len(each.output) > len(self.output) for each in self.choices)
 
     # ---- figures -------------------------------------------------------------------------------------------------
 
     def count(self) -> None:
-        """Add what was delivered since the last time to the figures: not token by token, which would be felt."""
+        """Add what was delivered since the last call to the figures: doing so token by token would be too slow."""
         for each in self.choices:
             each.count()
         if not self.arrivals:
@@ -277,7 +278,7 @@ class ScheduledRequest:
 
     @property
     def busy_instances(self) -> set[str]:
-        """Those that have it still, or one of its choices."""
+        """Instances that still have it, or one of its choices."""
         last = [each.attempts[-1] for each in [self, *self.choices] if each.attempts and not each.ended]
         return set().union(*(attempt.busy_instances for attempt in last))
 
@@ -285,7 +286,7 @@ class ScheduledRequest:
         return asyncio.get_running_loop().time() - self.submitted_s
 
     def record(self, error: str = "") -> RequestRecord:
-        """What is kept of it. To be asked for when it has ended."""
+        """The record that is kept of it. To be called when it has ended."""
         self.count()
         e2e_s, parts = self.since_submit_s(), self.choices or [self]
         pauses = [longest_pause(each.arrivals, self.submitted_s) for each in parts if each.num_preemptions]
@@ -311,9 +312,10 @@ class ScheduledRequest:
         )
 
     def limit_time(self, most_s: float | None, on_end: "Callable[[ScheduledRequest], None]") -> None:
-        """Call `on_end` with it unless it has ended by `most_s` or its own `timeout_s` after it was submitted."""
+        """Call `on_end` with the request unless it has ended within `most_s`, or its own `timeout_s`, after it was
+        submitted."""
         own_s = self.request.params.timeout_s
-        if most_s is None and own_s is None:  # as mostly
+        if most_s is None and own_s is None:  # the common case
             return
         limits = {"request_timeout_s": most_s, "timeout_s": own_s}
         known = {name: limit_s for name, limit_s in limits.items() if limit_s is not None}
@@ -325,7 +327,7 @@ class ScheduledRequest:
             each.deadline_s = self.deadline_s
 
     def left_s(self) -> float | None:
-        """Until its deadline; None: it has none."""
+        """Seconds until its deadline; None: it has none."""
         return None if self.deadline_s == math.inf else max(0.0, self.deadline_s - asyncio.get_running_loop().time())
 
     def _end_timer(self) -> None:

@@ -45,7 +45,7 @@ def require_keys(config: DeploymentConfig, *, launched: bool) -> None:
     )
     if _own_version() >= REFUSED_FROM:
         raise ConfigError(text)
-    logger.warning("%s. From version %d.%d on one of both is needed.", text, *REFUSED_FROM)
+    logger.warning("%s. From version %d.%d on one of the two is required.", text, *REFUSED_FROM)
 
 
 def _hosts(config: DeploymentConfig, launched: bool) -> Iterator[tuple[str, str]]:

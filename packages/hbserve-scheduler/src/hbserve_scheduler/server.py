@@ -182,7 +182,7 @@ class SchedulerServer:
         if self.scale is None:
             raise InvalidRequest(
                 "this scheduler starts no instances, or is still starting: `hbserve instance --register` adds one, "
-                "`hbserve drain --leave` sees one off"
+                "`hbserve drain --leave` removes one"
             )
         async with contextlib.aclosing(self.scale(request.wanted)) as lines:
             async for text in lines:
@@ -190,17 +190,17 @@ class SchedulerServer:
 
     async def _reload(self, _: Empty) -> Reloaded:
         if self.declared is None:
-            raise InvalidRequest("this scheduler has no file: whoever has started it told it its instances")
+            raise InvalidRequest("this scheduler has no file: whoever started it named its instances")
         return await self.declared.reload()
 
     async def _members(self, news: Members) -> None:
         if calling_peer().party not in (None, "scheduler"):
-            raise InvalidRequest("another scheduler alone may say which instances there are")
+            raise InvalidRequest("only another scheduler may say which instances there are")
         await self.members.set_members(news.members)
 
     async def _instance_died(self, news: InstanceDied) -> None:
         if calling_peer().party == "client":
-            raise InvalidRequest("a client cannot know of the end of an instance")
+            raise InvalidRequest("a client cannot report the end of an instance")
         await self.instance_died(news.instance_id, news.why)
 
     async def _generate(self, request: GenerateRequest) -> AsyncIterator[ClientEvent]:

@@ -1,7 +1,11 @@
 """Processes of this host, as /proc shows them."""
 
 import os
+import resource
 import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from hbserve_testing.forkserver import TITLE
@@ -11,6 +15,20 @@ def end_as_by_ctrl_c() -> None:
     """Have SIGTERM and SIGHUP be a KeyboardInterrupt: a program that one ends at once leaves what it has started."""
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
+
+
+@contextmanager
+def no_file_longer_than(num_bytes: int) -> Iterator[None]:
+    """What this process writes beyond that raises an OSError without a name, as on a full disk. Python keeps no
+    compiled modules meanwhile: it would not notice that they are cut."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    keeps_none, sys.dont_write_bytecode = sys.dont_write_bytecode, True
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        sys.dont_write_bytecode = keeps_none
 
 
 def state_of(pid: int) -> str:

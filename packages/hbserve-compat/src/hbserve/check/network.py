@@ -100,9 +100,9 @@ async def _check(place: Place) -> Finding:
 def _bind(place: Place) -> Finding:
     error = _why_not_bound(place)
     if error is None:
-        return Finding("ok", place.subject, f"{place.where} is of this host, and free")
+        return Finding("ok", place.subject, f"{place.where} belongs to this host and is free")
     if error.errno == errno.EADDRINUSE:
-        text = f"{place.where} of this host is in use: by this deployment, if it runs; else choose another"
+        text = f"{place.where} of this host is in use: by this deployment, if it is running; otherwise choose another"
         return Finding("FAIL", place.subject, f"{text} {place.port_key}")
     return Finding("FAIL", place.subject, f"{place.where} cannot be listened at: {error.strerror}")
 

@@ -64,7 +64,7 @@ def _clock() -> Finding:
         text = "not synchronised (chrony, ntpd): logs and timelines of several hosts will not fit together"
         return Finding("note", "clock", text)
     error_ms = timex.maxerror / 1000
-    text = f"synchronised, at most {error_ms:.1f} ms wrong"
+    text = f"synchronised to within {error_ms:.1f} ms"
     if timex.maxerror > WANTED_CLOCK_ERROR_US:
         return Finding("note", "clock", f"{text}: timelines of several hosts are no better than that")
     return Finding("ok", "clock", text)
@@ -132,9 +132,9 @@ def _gpu_memory(config: DeploymentConfig, instances: list[InstanceSection], gpus
         subject = f"GPU {gpu.index}"
         users = [each.instance_id for each in instances if _may_use(config, each, gpu.index)]
         if not users:
-            yield Finding("ok", subject, f"{gpu.name}, {free}; not of this deployment")
+            yield Finding("ok", subject, f"{gpu.name}, {free}; not used by this deployment")
         elif is_short:
-            text = f"{gpu.name}, {free}; {', '.join(users)} would take {share:.0%}: what else is on it must end, "
+            text = f"{gpu.name}, {free}; {', '.join(users)} would take {share:.0%}: other programs on it must end, "
             yield Finding("FAIL", subject, text + "or engine.gpu_memory_utilization be lower")
         else:
             yield Finding("ok", subject, f"{gpu.name}, {free}, for {', '.join(users)}")

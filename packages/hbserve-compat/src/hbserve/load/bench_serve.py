@@ -20,7 +20,7 @@ from hbserve.load.generator import Load, send_load
 from hbserve.load.http_stream import HttpClient
 from hbserve.load.prompts import Prompt, Vocabulary
 from hbserve.load.report import METRICS, Wanted, complaint, details, figures, goals_of, lines
-from hbserve.output_folder import require_folder_of
+from hbserve.output_file import require_folder_of, writing
 from hbserve.plotting import require_plotting
 from hbserve.progress import progress_bar
 from hbserve.server_url import require_header, require_path
@@ -165,7 +165,7 @@ def _prompts(args: BenchServeArgs, folder: Path) -> tuple[list[Prompt], Any]:
     tokenizer = load_tokenizer(folder) if folder.is_dir() else None
     if tokenizer is None:
         raise InvalidRequest(
-            f"--tokenizer: prompts are made of tokens, and {str(folder)!r} is no folder of a tokenizer"
+            f"--tokenizer: prompts are made of tokens, and {str(folder)!r} is not a folder with a tokenizer"
         )
     vocabulary, count, seed = Vocabulary.of(tokenizer), args.num_prompts or USUAL_COUNT, args.seed
     match args.dataset_name:
@@ -323,9 +323,8 @@ def _write(args: BenchServeArgs, result: dict[str, Any], load: Load, wanted: Wan
         model = Path(result["model_id"]).name
         label = (args.label or args.backend.value).replace("/", "-")
         usual = f"{label}-{args.request_rate}qps{concurrency}-{model}-{result['date']}.json"
-        with ((args.result_dir or Path()) / (args.result_filename or usual)).open(
-            "a" if args.append_result else "w"
-        ) as file:
+        path = (args.result_dir or Path()) / (args.result_filename or usual)
+        with writing(path, in_parts=args.append_result), path.open("a" if args.append_result else "w") as file:
             json.dump(result, file)
             file.write("\n")
     if args.plot is not None:

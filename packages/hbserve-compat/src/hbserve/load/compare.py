@@ -18,7 +18,7 @@ import msgspec
 from hbserve.load.args import BenchServeArgs, CompareArgs
 from hbserve.load.bench_serve import measure
 from hbserve.load.report import goals_of
-from hbserve.output_folder import require_folder_of
+from hbserve.output_file import require_folder_of, writing
 from hbserve.plotting import figure_of, require_plotting
 from hbserve_rpc import InvalidRequest
 from hbserve_rpc.messages import Role
@@ -69,7 +69,8 @@ async def compare(args: CompareArgs) -> None:
                 found.append(Measured(name, rate, await server.during(_load(args, server.url, rate, seed))))
     sys.stdout.writelines(f"{line}\n" for line in lines(found))
     if args.json is not None:
-        args.json.write_text(json.dumps([{"layout": each.layout, **each.figures} for each in found]) + "\n")
+        with writing(args.json):
+            args.json.write_text(json.dumps([{"layout": each.layout, **each.figures} for each in found]) + "\n")
     if args.plot is not None:
         _plot(args.plot, found)
 
@@ -80,7 +81,7 @@ def _rates(text: str) -> list[float]:
     except ValueError:
         rates = []
     if not rates or not 0 < rates[0] <= rates[-1] < float("inf"):
-        raise InvalidRequest(f"--rates={text!r}: expected numbers above 0, with commas between")
+        raise InvalidRequest(f"--rates={text!r}: expected numbers above 0, separated by commas")
     return rates
 
 
@@ -92,10 +93,10 @@ def layouts_of(text: str) -> dict[str, list[Role]]:
         roles = [role for letter, role in ROLES.items() for _ in range(counts.get(letter, 0))]
         is_whole = "".join(f"{count}{letter}" for letter, count in counts.items()) == name
         if not is_whole or not roles or ("prefill" in roles) != ("decode" in roles):
-            raise InvalidRequest(f"--layouts={shown(text)}: expected such as 2H,1P1D; not {shown(name)}")
+            raise InvalidRequest(f"--layouts={shown(text)}: expected layouts such as 2H,1P1D; got {shown(name)}")
         layouts[name] = roles
     if len({len(roles) for roles in layouts.values()}) != 1:
-        raise InvalidRequest(f"--layouts={shown(text)}: expected layouts of as many instances each")
+        raise InvalidRequest(f"--layouts={shown(text)}: expected layouts with the same number of instances")
     return layouts
 
 
@@ -194,7 +195,7 @@ def _advice(found: Sequence[Measured]) -> str:
         best[each.layout] = max(best.get(each.layout, 0.0), each.goodput)
     winner, most = max(best.items(), key=lambda each: each[1])
     if most == 0:
-        return "None keeps its goals at any of these rates: lower them, or relax the goals."
+        return "None meets its goals at any of these rates: lower the rates, or relax the goals."
     simple = {layout: goodput for layout, goodput in best.items() if HYBRID in layout}
     if winner not in simple and simple and most < MUCH_MORE * max(simple.values()):
         winner, as_good = max(simple, key=lambda layout: simple[layout]), winner

@@ -134,7 +134,7 @@ class _Connection(asyncio.Protocol):
         if self._answer is not None and not self._answer.done():
             known = error if isinstance(error, Exception) else RuntimeError(repr(error))
             if isinstance(known, httptools.HttpParserError):
-                known = PeerLost(f"what is there speaks no HTTP: {known}")
+                known = PeerLost(f"the server there does not speak HTTP: {known}")
             self._answer.set_exception(known)
         self.close()
 

@@ -124,7 +124,7 @@ def _two_turns(entry: Any) -> list[str]:
 def _why_not(error: Exception) -> str:
     """In a few words, of what a decoder raises."""
     if isinstance(error, UnicodeDecodeError):
-        return f"byte {error.start} is no UTF-8 text"
+        return f"byte {error.start} is not UTF-8 text"
     return "it is nested too deep" if isinstance(error, RecursionError) else str(error)
 
 
@@ -177,7 +177,7 @@ def read_timed_trace(path: Path, *, unit_s: float, most: int | None = None) -> I
             at_s = (last - first) * unit_s
             yield TracedRequest(at_s, entry.input_length, entry.output_length, tuple(entry.hash_ids or ()))
     if first is None:
-        raise InvalidRequest(f"{path}: a timed trace without a line")
+        raise InvalidRequest(f"{path}: a timed trace without lines")
 
 
 def timed_trace(

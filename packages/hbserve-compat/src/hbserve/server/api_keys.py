@@ -36,6 +36,8 @@ class ApiKeys:
         """Raises ConfigError: the file cannot be read, or has no key."""
         given = (settings.api_key, os.environ.get(VARIABLE))
         self._fixed = [_digest(key) for key in given if key]
+        if given[1] is not None and not given[1]:
+            logger.warning("%s is set, and empty: it asks for no key", VARIABLE)
         self._path = None if settings.api_key_file is None else Path(os.path.expanduser(settings.api_key_file))
         self._from_file: list[bytes] = []
         self._read_at: tuple[int, int] | None = None
@@ -53,7 +55,7 @@ class ApiKeys:
             try:
                 self._read(self._path)
             except OSError as error:  # being replaced, perhaps: those that were there go on
-                logger.warning("the API keys of before go on: %s: %s", self._path, error.strerror)
+                logger.warning("keeping the previous API keys: %s: %s", self._path, error.strerror)
         digest = _digest(key)
         matches = [hmac.compare_digest(digest, each) for each in [*self._fixed, *self._from_file]]
         return any(matches)
@@ -65,7 +67,7 @@ class ApiKeys:
             lines = [line.strip() for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]
             self._from_file = [_digest(line) for line in lines if line and not line.startswith("#")]
             if self._read_at is not None:
-                logger.info("%s has changed: keys in it now: %d", path, len(self._from_file))
+                logger.info("%s has changed; it has %d keys now", path, len(self._from_file))
             self._read_at = state
 
 

@@ -5,6 +5,7 @@ import contextlib
 import errno
 import logging
 import os
+import resource
 import socket
 import ssl
 import stat
@@ -27,22 +28,43 @@ logger = logging.getLogger(__name__)
 logging.getLogger("uvicorn").setLevel(logging.WARNING)  # of its own beginning and end we tell ourselves
 
 KEEP_ALIVE_S = 120
-"""More than proxies have, so that it is they who close: else a request meets a connection that is being closed."""
+"""More than proxies have, so that it is they who close: else a request meets a connection that is being closed. Also
+for a client from which nothing comes of a request that is not whole."""
 BACKLOG = 2048
 MOST_HEAD_BYTES = 1 << 20
 TOO_LARGE = b"HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
+FILES_LEFT = 16
+"""Of those that the process may open, for all that are no connections: a scheduler's links, what a request reads."""
+FULL = b"HTTP/1.1 503 Service Unavailable\r\nconnection: close\r\nretry-after: 1\r\ncontent-length: 0\r\n\r\n"
+FULL_TOLD_S = 30.0
+"""That connections are refused is said so often at most."""
+LAST_WORDS_S = 0.5
+"""How long clients may take, when the server stops, to read what it has answered them."""
 STALL_TIMEOUT_S = 60.0
 """A client that reads nothing for so long, of what waits for it, loses its connection."""
 
 
 class _Protocol(HttpToolsProtocol):
-    """Bounds what httptools does not: the head of a request, and what may follow its body. Lets answers be written
-    directly."""
+    """Bounds what httptools does not: the head of a request, and what may follow its body. Knows whether it waits for
+    one, and since when. Lets answers be written directly."""
 
     num_unbounded = 0
     """Bytes since anything of a request was complete, or of its body, which has a bound of its own."""
 
+    is_whole = False
+    """The last request has come to its end."""
+    heard_s: float
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # of uvicorn's own
+        self.heard_s = time.monotonic()
+        super().connection_made(transport)
+
+    def on_message_begin(self) -> None:
+        self.is_whole = False
+        super().on_message_begin()
+
     def data_received(self, data: bytes) -> None:
+        self.heard_s = time.monotonic()
         self.num_unbounded += len(data)
         super().data_received(data)
         if self.num_unbounded > MOST_HEAD_BYTES and not self.transport.is_closing():
@@ -60,6 +82,7 @@ class _Protocol(HttpToolsProtocol):
         super().on_body(body)
 
     def on_message_complete(self) -> None:
+        self.is_whole = True
         self.num_unbounded = 0
         super().on_message_complete()
 
@@ -93,7 +116,8 @@ class HttpServer:
         self._settings = settings
         self._app = app
         _check_certificate(settings)
-        self._socket = _bound(settings) if shared is None else shared
+        is_plain = settings.ssl_certfile is None
+        self._socket = _ListeningSocket(_bound(settings), is_plain=is_plain) if shared is None else shared
         self._server: _Uvicorn | None = None
         self._serving: asyncio.Task[None] | None = None
         self._watching: asyncio.Task[None] | None = None
@@ -137,7 +161,8 @@ class HttpServer:
         self._watching = asyncio.create_task(self._watch_stalled(self._server))
 
     async def _watch_stalled(self, server: _Uvicorn) -> None:
-        """What waits for clients that do not read is bounded for each, but there may be ever more of them."""
+        """What waits for clients that do not read, or do not write, is bounded for each, but there may be ever more of
+        them."""
         since_s: dict[uvicorn.server.Protocols, tuple[int, float]] = {}
         while True:
             await asyncio.sleep(STALL_TIMEOUT_S / 4)
@@ -153,6 +178,16 @@ class HttpServer:
                     connection.transport.abort()
                 elif num_bytes:
                     since_s[connection] = stands
+                elif isinstance(connection, _Protocol) and not connection.is_whole:
+                    self._end_silent(connection, now_s)
+
+    @staticmethod
+    def _end_silent(connection: _Protocol, now_s: float) -> None:
+        """uvicorn waits for ever for the first request of a connection, and for the rest of one."""
+        silent_s = now_s - connection.heard_s
+        if silent_s > KEEP_ALIVE_S:
+            logger.info("a client has sent nothing for %.0f s of a request; its connection ends", silent_s)
+            connection.transport.abort()
 
     @property
     def num_answering(self) -> int:
@@ -179,10 +214,12 @@ class HttpServer:
             for task in list(self._server.server_state.tasks):
                 task.cancel()
             await asyncio.gather(*self._server.server_state.tasks, return_exceptions=True)
-            await self._serving
-            # An answer that was cancelled before it had begun leaves its client waiting.
+            # From Python 3.12 on it ends when all connections have. An answer that was cancelled before it had begun
+            # leaves its client waiting, and a client that reads nothing never gets the end of one.
+            await asyncio.wait([self._serving], timeout=LAST_WORDS_S)
             for connection in list(self._server.server_state.connections):
                 connection.transport.abort()
+            await self._serving
         self._socket.close()
         if self._settings.api_servers == 1:
             remove_path(self._settings)
@@ -217,15 +254,42 @@ def _bound(settings: ServerSection) -> socket.socket:
         raise ConfigError(f"server.host={settings.host!r}: {address} cannot be bound: {error.strerror}") from None
 
 
-class _SharedSocket(socket.socket):
+class _ListeningSocket(socket.socket):
+    """Refuses connections for which there are not files enough. asyncio would fail to accept them thousands of times a
+    second, and tell each; their clients would wait."""
+
+    def __init__(self, bound: socket.socket | int, *, is_plain: bool) -> None:
+        """is_plain: who is refused can be told by HTTP; else its connection is closed."""
+        super().__init__(fileno=bound if isinstance(bound, int) else bound.detach())
+        self._is_plain = is_plain
+        self._told_s = -FULL_TOLD_S
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        connection, address = super().accept()
+        most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        # The system gives the lowest number that is free.
+        if most == resource.RLIM_INFINITY or connection.fileno() < most - FILES_LEFT:
+            return connection, address
+        with connection, contextlib.suppress(OSError):
+            connection.setblocking(False)
+            if self._is_plain:
+                connection.send(FULL)
+            connection.recv(MOST_HEAD_BYTES)  # else what has come ends the connection before its answer is read
+        if time.monotonic() - self._told_s >= FULL_TOLD_S:
+            self._told_s = time.monotonic()
+            logger.warning("connections are refused: this process may open %d files (ulimit -n)", most)
+        raise BlockingIOError
+
+
+class _SharedSocket(_ListeningSocket):
     """A listening socket of several processes, each of which hears of every connection, and one of which gets it.
 
     Who has accepted one leaves the next ones to the others: else the quickest to wake would have them all, whatever it
     has to do. What they leave alone too, for as many turns of its event loop as there are of them, it takes.
     """
 
-    def __init__(self, fd: int, num_processes: int) -> None:
-        super().__init__(fileno=fd)
+    def __init__(self, fd: int, num_processes: int, *, is_plain: bool) -> None:
+        super().__init__(fd, is_plain=is_plain)
         self._num_processes = num_processes
         self._num_left_alone = 0
 
@@ -241,9 +305,12 @@ class _SharedSocket(socket.socket):
 def shared_with_others(settings: ServerSection, listening_fd: int | None) -> socket.socket:
     """A socket of an address that `api_servers` processes share: one more of its port, or that of its path, which is
     open as `listening_fd`."""
-    if listening_fd is None:
-        return _undelayed(_sharing_port(settings.host, settings.port, reuses_address=True))
-    return _SharedSocket(listening_fd, settings.api_servers)
+    is_plain = settings.ssl_certfile is None
+    if listening_fd is not None:
+        return _SharedSocket(listening_fd, settings.api_servers, is_plain=is_plain)
+    return _ListeningSocket(
+        _undelayed(_sharing_port(settings.host, settings.port, reuses_address=True)), is_plain=is_plain
+    )
 
 
 def _sharing_port(host: str, port: int, *, reuses_address: bool) -> socket.socket:
@@ -275,7 +342,7 @@ def held_for_others(first: socket.socket) -> socket.socket:
     Nothing connects to the port of the one that is returned; it listens if it has a path, and connections wait.
     """
     if first.family == socket.AF_UNIX:
-        return first.dup()
+        return socket.socket(fileno=os.dup(first.fileno()))
     first.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     return _sharing_port(*first.getsockname()[:2], reuses_address=False)
 

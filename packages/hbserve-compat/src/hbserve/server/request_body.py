@@ -26,7 +26,7 @@ async def read_object(request: Request, most_bytes: int) -> dict[str, Any]:
     """The JSON object that is a request's body.
 
     Raises:
-        ApiError: 413 if it is too large, 415 if it is compressed, 400 if it is no JSON object.
+        ApiError: 413 if it is too large, 415 if it is compressed, 400 if it is not a JSON object.
     """
     _require_plain(request)
     content = decoded(await _read(request, most_bytes))
@@ -74,10 +74,10 @@ def decoded(body: bytes) -> Any:
         body.decode()  # msgspec counts bytes from the beginning of the string that they are in
         return msgspec.json.decode(body.removeprefix(codecs.BOM_UTF8))
     except msgspec.DecodeError as error:
-        raise ApiError(400, f"the body is no JSON: {error}") from None
+        raise ApiError(400, f"the body is not JSON: {error}") from None
     except UnicodeDecodeError as error:
         place = f"byte {error.start} is {error.object[error.start]:#x}"
-        raise ApiError(400, f"the body is no UTF-8 text: {place}") from None
+        raise ApiError(400, f"the body is not UTF-8 text: {place}") from None
     except RecursionError:
         raise ApiError(400, "the body is nested too deep") from None
 

@@ -59,7 +59,7 @@ def model_defaults(folder: Path) -> dict[str, Any]:
         return {}
     if found:
         said = ", ".join(f"{name}={value}" for name, value in found.items())
-        logger.info("what requests do not say is the model's own: %s; server.generation_config: none ends that", said)
+        logger.info("defaults of requests are the model's own: %s; server.generation_config: none turns that off", said)
     return found
 
 

@@ -14,7 +14,7 @@ from typer import Option
 
 from hbserve.load.prompts import MOONCAKE_BLOCK, MOST_REQUESTS, MOST_TOKENS
 from hbserve.load.report import goals_of
-from hbserve.output_folder import require_folder_of
+from hbserve.output_file import require_folder_of, writing
 from hbserve.plotting import require_plotting
 from hbserve.simulator import plan_report, report, workload
 from hbserve.simulator.engine_limits import EngineLimits
@@ -124,7 +124,8 @@ def run_simulation(args: SimulateArgs) -> None:
     sys.stdout.writelines(f"{line}\n" for line in report.lines(found))
     sys.stderr.write(f"simulated in {time.process_time() - began_s:.1f} s of processor time\n")
     if args.json is not None:
-        args.json.write_text(json.dumps(found) + "\n", encoding="utf-8")
+        with writing(args.json):
+            args.json.write_text(json.dumps(found) + "\n", encoding="utf-8")
 
 
 def _deployment(args: SimulateArgs) -> Deployment:
@@ -135,7 +136,7 @@ def _deployment(args: SimulateArgs) -> Deployment:
     if not any(counts):
         counts = (1, 1, 0)
     if bool(counts[0]) != bool(counts[1]):
-        raise InvalidRequest(f"--prefill={counts[0]} --decode={counts[1]}: expected some of both, or of neither")
+        raise InvalidRequest(f"--prefill={counts[0]} --decode={counts[1]}: expected some of both or of neither")
     if min(filter(None, counts)) < args.cells:
         raise InvalidRequest(f"--cells={args.cells}: each needs an instance of each role")
     roles = roles_of(*counts)
@@ -165,7 +166,9 @@ def _requests(args: SimulateArgs) -> Iterator[SimulatedRequest]:
         return workload.trace(args.trace, block_size=MOONCAKE_BLOCK, unit_s=1e-3, speed=args.speed, repeat=args.repeat)
     if args.conversations:
         if args.rate > MOST_TURNS_A_SECOND:
-            raise InvalidRequest(f"--rate={args.rate:g}: of --conversations expected at most {MOST_TURNS_A_SECOND:g}")
+            raise InvalidRequest(
+                f"--rate={args.rate:g}: with --conversations, expected at most {MOST_TURNS_A_SECOND:g}"
+            )
         return workload.conversations(args.num_requests, args.rate, seed=args.seed)
     lengths = args.input_len, args.output_len
     return workload.poisson(

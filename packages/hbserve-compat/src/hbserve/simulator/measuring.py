@@ -12,6 +12,7 @@ import msgspec
 
 from hbserve.bench import EngineUnderTest
 from hbserve.demo_model import model_folder
+from hbserve.output_file import require_folder_of, writing
 from hbserve.progress import progress_bar
 from hbserve.simulator.commands import ProfileArgs
 from hbserve.simulator.profile import Profile
@@ -54,6 +55,7 @@ def measure_profile(args: ProfileArgs) -> None:
     contexts = _numbers("--contexts", args.contexts or usual.contexts)
     sizes = _numbers("--megabytes", args.megabytes)
     args.output.parent.mkdir(parents=True, exist_ok=True)
+    require_folder_of("--output", args.output)
     config = sweep_config(str(folder), SweepPlan(batches, tuple(sorted({*contexts, *prompts}))), **engine.settings())
     num_parts = len(prompts) + len(batches) * len(contexts) + len(sizes) + 2
     with progress_bar(num_parts, title="Loading the model") as bar:
@@ -71,7 +73,8 @@ def measure_profile(args: ProfileArgs) -> None:
         message_s=message_s,
         **of_engine,
     )
-    args.output.write_bytes(msgspec.json.format(msgspec.json.encode(profile)) + b"\n")
+    with writing(args.output):
+        args.output.write_bytes(msgspec.json.format(msgspec.json.encode(profile)) + b"\n")
     done = f"{len(profile.prefill)} prompts, {len(profile.decode)} decode steps, {len(moving)} transfers"
     sys.stdout.write(f"{args.output}: {done}\n")
 
@@ -107,7 +110,7 @@ def _numbers(option: str, text: str) -> tuple[int, ...]:
     except ValueError:
         found = ()
     if not found or found[0] < 1:
-        raise InvalidRequest(f"{option}={text!r}: expected numbers from 1 on, with commas between")
+        raise InvalidRequest(f"{option}={text!r}: expected numbers from 1 on, separated by commas")
     return found
 
 

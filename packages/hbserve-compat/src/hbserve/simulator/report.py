@@ -104,7 +104,7 @@ def lines(found: Mapping[str, Any]) -> list[str]:
         f"prefix hits {found['prefix_hit_rate']:.1%}",
     ]
     if "slo_attainment" in found:
-        rows.append(f"{found['slo_attainment']:.1%} keep the goals: goodput {found['request_goodput']:.2f} req/s")
+        rows.append(f"{found['slo_attainment']:.1%} meet the goals: goodput {found['request_goodput']:.2f} req/s")
     for metric, name in {"ttft": "TTFT", "tpot": "TPOT", "itl": "ITL", "handoff": "hand-off", "e2el": "E2EL"}.items():
         values = ", ".join(f"p{share:g} {found[f'p{share:g}_{metric}_ms']:.1f}" for share in PERCENTILES)
         rows.append(f"{name + ', ms:':14}{values}")

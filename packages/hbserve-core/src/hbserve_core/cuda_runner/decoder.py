@@ -1,7 +1,8 @@
-"""The decoder on CUDA: products by whatever is fastest for their shape, our kernels for all that is between them.
+"""The decoder on CUDA: matrix products by whatever is fastest for their shape, and our kernels for everything in
+between.
 
-A layer of up to 64 decodes is five launches (norms and gates are in the products), of more of them nine.
-Shapes: T rows of one step, R of them sampled, E hidden_size.
+A layer takes five launches for up to 64 decodes (norms and gates are inside the products), and nine for more.
+Shapes: T rows of one step, R of them sampled, E hidden_size, N query heads, K key heads, D head_dim.
 """
 
 from collections.abc import Sequence as Ids
@@ -36,7 +37,7 @@ class CudaDecoder:
     """A causal language model over a paged pool. Reads steps that are on the device, and waits for nothing."""
 
     def __init__(self, model: LoadedModel, largest: StepShape, group: RankGroup | None = None) -> None:
-        """largest: what every step fits into."""
+        """largest: a shape that every step fits into."""
         config = model.rank_config
         self._config = config
         self._group = group or RankGroup()
@@ -54,7 +55,8 @@ class CudaDecoder:
         )
 
     def decode(self, step: StepView, sampled: torch.Tensor, pool: torch.Tensor) -> torch.Tensor:
-        """A step of decodes only: a token for every row goes to `sampled`, int32. Returns what `hidden` does."""
+        """Compute a step of decodes only: a token for every row goes to `sampled`, int32. Returns what `hidden`
+        does."""
         stream = self._stream(step, sampled, pool)
         sample(self._logits(stream), step.samples[1:], sampled)
         return stream.rows
@@ -65,11 +67,11 @@ class CudaDecoder:
         sample(self._logits(stream), step.samples[1:], sampled)
 
     def logits(self, step: StepView, hidden: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-        """(N, vocab_size): of some of the step's samples, places (N,) int64."""
+        """(N, vocab_size): logits of some of the step's samples, at positions `places` (N,) int64."""
         return self.logits_of_rows(hidden.index_select(0, step.samples[0].index_select(0, places)))
 
     def logits_of_rows(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(N, vocab_size): of rows (N, E) that the last layer gave."""
+        """(N, vocab_size): logits of rows (N, E) from the last layer."""
         return self._logits(ResidualStream(hidden))
 
     def draw(
@@ -80,14 +82,14 @@ class CudaDecoder:
         sampled: torch.Tensor,
         rows: Ids[LogitsRow],
     ) -> torch.Tensor:
-        """Once more a token for some of the step's samples, places (N,) int64, from other logits (N, vocab_size).
+        """Draw some of the step's samples again, at positions `places` (N,) int64, from other logits (N, vocab_size).
 
-        Where some have grammars, rank 0 alone knows what may be drawn, and tells the other ranks what was.
+        If some have grammars, only rank 0 knows what may be drawn, and tells the other ranks what was drawn.
         """
         tokens = torch.empty(len(places), dtype=torch.int32, device=scores.device)
         drawn_by = step.samples[1:].index_select(1, places)
         if of_choices := [place for place, row in enumerate(rows) if row.is_choice]:
-            # The step knows one seed of each place.
+            # The step has only one seed for each sample.
             seeds = seed_halves([rows[place].sequence.params.seed or 0 for place in of_choices]).tolist()
             own = on_device(of_choices, torch.int64, scores.device)
             drawn_by[1:3].index_copy_(1, own, on_device(seeds, torch.int32, scores.device))
@@ -98,7 +100,7 @@ class CudaDecoder:
         return tokens
 
     def hidden(self, step: StepView, sampled: torch.Tensor, pool: torch.Tensor) -> torch.Tensor:
-        """(T, E): what the last layer gives for every row. Writes the step's keys and values into the pool."""
+        """(T, E): the last layer's output for every row. Writes the step's keys and values into the pool."""
         return self._stream(step, sampled, pool).rows
 
     def _stream(self, step: StepView, sampled: torch.Tensor, pool: torch.Tensor) -> ResidualStream:
@@ -124,14 +126,14 @@ class CudaDecoder:
         return stream
 
     def _inner(self, stream: ResidualStream, norm: RmsNorm | None, linear: Linear) -> torch.Tensor:
-        """(T, F): what the last product of an MLP reads."""
+        """(T, F): the input of an MLP's last product."""
         switches = self._config.switches
         if switches.is_gated:
             return self._products.gated(stream, norm, linear)
         return activated(self._products.of_normed(stream, norm, linear), switches)
 
     def _are_few(self, rows: torch.Tensor, weights: ExpertWeights) -> bool:
-        """Whether so few that these experts have a way of their own for them."""
+        """Whether these experts have faster kernels for so few rows."""
         experts = self._config.switches.experts
         assert experts is not None
         if isinstance(weights.gate_up, torch.Tensor):
@@ -147,7 +149,7 @@ class CudaDecoder:
         next_norm: RmsNorm | None,
         are_few: bool,
     ) -> None:
-        """Add what the experts of layer `index` give for the stream's rows, which are normed first. are_few: rows."""
+        """Add the output of layer `index`'s experts for the stream's rows, which are normed first. are_few: rows."""
         experts, norm = self._config.switches.experts, self._weights.layers[index].mlp_norm
         assert experts is not None
         routing = Routing(experts.count, experts.per_token, experts.renormalises, weights.first)
@@ -191,7 +193,7 @@ class CudaDecoder:
             stream.add_sum(result, self._group, next_norm)
 
     def _next_form(self, index: int, rows: torch.Tensor) -> RowForm | None:
-        """In which the layer after reads rows (M, E), normed: see `CudaProducts.form_of_rows`."""
+        """The form in which the next layer reads normed rows (M, E): see `CudaProducts.form_of_rows`."""
         layers = self._weights.layers
         return None if index + 1 == len(layers) else self._products.form_of_rows(rows, layers[index + 1].qkv)
 
@@ -208,7 +210,8 @@ class CudaDecoder:
         norm: RmsNorm | None,
         next_norm: RmsNorm | None,
     ) -> None:
-        """Add a product to the stream, normed if there is a norm for it; of several ranks, the sum of theirs."""
+        """Add a product to the stream, normed if there is a norm for it; with several ranks, the sum of all ranks'
+        products."""
         if norm is not None:
             stream.add(normed(self._group.all_reduce(self._products.of(inputs, linear)), norm))
         elif self._group.shard.size > 1:
@@ -219,7 +222,7 @@ class CudaDecoder:
     def _attend(
         self, index: int, layer: LayerWeights, qkv: torch.Tensor, step: StepView, pool: torch.Tensor
     ) -> torch.Tensor:
-        """(T, N * D) of projected rows (T, (N + 2 K) * D), whose keys may be normed and rotated in place."""
+        """(T, N * D) from projected rows (T, (N + 2 K) * D), whose keys may be normed and rotated in place."""
         config = self._config
         norm = (layer.qk_norm.weight, layer.qk_norm.eps) if isinstance(layer.qk_norm, RmsNorm) else None
         if isinstance(layer.qk_norm, ProjectionNorm):

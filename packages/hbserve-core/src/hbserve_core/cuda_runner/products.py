@@ -2,16 +2,17 @@
 
     rows      16-bit numbers                                                           float32
     1         small_linear for matrices below 2^23 numbers, and a small model's head   small_linear
-    2         small_linear for those below 2^22 without a norm in front                small_linear
+    2         small_linear for those below 2^22 without a norm before them             small_linear
     4         small_linear for those of 2048 inputs or more                            cuBLAS
     … 64      skinny_linear, as for 3 and for all others above                         cuBLAS
-    … 128     skinny_linear where there is a tile for every second processor           cuBLAS
+    … 128     skinny_linear if there is a tile for every second multiprocessor         cuBLAS
     129 …     cuBLAS, as for all others above                                          cuBLAS
-On Hopper, gates and ups of many rows are one product of 16-bit numbers with its gates: hopper_gated.py.
-What is not in cuBLAS has norms, gates and additions in it or near it, and starts before the kernel in front has ended.
-Weights that are narrower (narrow_linear.py) bring `skinny_linear` a kernel of their own, and their `Linear` computes
-what cuBLAS does here. benchmarks/cuda_products.py measures all others beside each other;
-docs/performance-kernels.md has what it found.
+
+On Hopper, gates and ups of many rows are one product of 16-bit numbers that includes its gates: hopper_gated.py.
+Kernels other than cuBLAS's include norms, gates and additions, or do part of them, and start before the kernel before
+them has ended. For narrower weights (narrow_linear.py) `skinny_linear` uses a kernel of theirs, and their `Linear`
+replaces cuBLAS. benchmarks/cuda_products.py compares all others; docs/performance-kernels.md has what it found.
+
 Shapes: M rows, I inputs, O outputs, E hidden_size.
 """
 
@@ -37,22 +38,22 @@ from hbserve_core.model.rank_group import RankGroup
 
 _MOST_SPLIT_ROWS = 64
 _MOST_SKINNY_ROWS = {0: 128, 4: 128, 8: 64}
-"""By bits of a narrow weight. With more rows than these, 8-bit floats are multiplied as such."""
+"""By bits of a narrow weight. For more rows than these, 8-bit floats are multiplied as they are."""
 _SMALL_MATRIX = {1: 1 << 23, 2: 1 << 22, 4: 1 << 22}
-"""By rows, from how many numbers on a matrix is not for `small_linear`. Alone it would be as fast with larger ones, but
-its many programs leave no room for the kernel behind it to start."""
+"""By rows, the size in numbers from which a matrix is not for `small_linear`. Alone it would be as fast for larger
+ones, but its many programs leave no room for the next kernel to start."""
 _SMALL_INPUTS = {4: 2048}
-"""By rows, how many inputs it must have for that."""
+"""By rows, how many inputs a matrix must have for `small_linear`."""
 _HEAD_OUTPUTS, _HEAD_INPUTS = 1 << 16, 2048
-"""From so many outputs on the matrix is a vocabulary's: nothing waits to start behind it. With more inputs than these,
-what has been added to the stream has come by skinny products, which leave half of the norm."""
+"""From this many outputs on, the matrix is a vocabulary's, and no kernel waits to start after it. With more inputs than
+these, the stream's last addition was a skinny product, which leaves half of the norm to the next one."""
 _FEWEST_INPUTS = 512
-"""Of one split: the sum of the splits must not cost more than their reading in parallel gives. Twice as many where
-there is a tile for every third processor, since these read nearly as fast as all of them."""
+"""Inputs of one split: adding up the splits must not cost more than reading them in parallel gains. Twice as many if
+there is a tile for every third multiprocessor, because these read nearly as fast as all of them."""
 
 _NARROW_PROGRAMS = {8: {16: 4, 32: 3, 64: 3}, 4: {16: 6, 32: 4, 64: 3}}
-"""By bits and padded rows, programs of a product with narrow weights on each processor: a step of their loop brings
-fewer bytes, so that more steps have to be on their way."""
+"""By bits and padded rows, programs per multiprocessor for a product with narrow weights: a step of their loop reads
+fewer bytes, so more steps have to be in flight."""
 _MOST_PROGRAMS = 6
 
 
@@ -66,16 +67,18 @@ class Choice:
     kernel: Literal["small", "skinny", "cublas"]
     padded_rows: int = 0
     splits: int = 1
-    """Of the inputs, a power of two."""
+    """Number of parts into which the inputs are split, a power of two."""
 
 
 def choose(
     rows: int, weight: tuple[int, int], itemsize: int, kind: Kind, num_processors: int, narrow_bits: int = 0
 ) -> Choice:
-    """The fastest way to multiply so many rows of numbers of `itemsize` bytes with a (O, I) weight matrix of such.
+    """The fastest way to multiply this many rows of numbers of `itemsize` bytes with a weight matrix (O, I) of the
+    same.
 
-    kind: "normed" if a norm comes before the product, "gated" if also half of the outputs are gates, else "plain".
-    narrow_bits: of the weight, if it is narrower, and only `skinny` or what it has in place of cuBLAS can read it.
+    kind: "normed" if a norm comes before the product, "gated" if in addition half of the outputs are gates, else
+    "plain". narrow_bits: of the weight, if it is narrower; then only `skinny`, or its replacement for cuBLAS, can read
+    it.
     """
     outputs, inputs = weight
     if itemsize > 2:
@@ -102,7 +105,8 @@ def _is_small(rows: int, outputs: int, inputs: int, kind: Kind) -> bool:
 
 
 class RowForm(Protocol):
-    """In which products with narrow weights read many rows; equal if these are: see kernels/eight_bit_rows.py."""
+    """The form in which products with narrow weights read many rows; equal if the forms are: see
+    kernels/eight_bit_rows.py."""
 
     def of(self, x: torch.Tensor) -> Any:
         """Rows (M, I) in this form."""
@@ -110,28 +114,28 @@ class RowForm(Protocol):
     def of_normed(
         self, x: torch.Tensor, norm: torch.Tensor, eps: float, parts: ExpertParts | None = None
     ) -> tuple[torch.Tensor, Any]:
-        """Rows (M, E) normed by weights (E,), and the same in this form. parts: are added to x first, in place."""
+        """Rows (M, E) normed by weights (E,), and the same in this form. parts: first added to x in place."""
 
 
 @dataclass(slots=True)
 class ResidualStream:
-    """What every layer adds to, and norms before it reads."""
+    """What every layer adds to, and the norms before it read."""
 
     rows: torch.Tensor
     """(M, E)"""
     scaled: ScaledRows | None = None
-    """If the last addition has begun the next norm already, what it left."""
+    """What the last addition left, if it has already begun the next norm."""
     normed: torch.Tensor | None = None
-    """(M, E): if the last addition has done all of the next norm, what it gave."""
+    """(M, E): the result of the next norm, if the last addition has already done all of it."""
     formed: tuple[RowForm, Any] | None = None
     """`normed` in some form, if a product has asked for it, or will."""
 
     def normed_by(self, norm: RmsNorm | None) -> torch.Tensor:
-        """The rows normed: by this norm, which is the next."""
+        """The rows normed by this norm, which must be the next one."""
         return normed(self.rows, norm) if self.normed is None else self.normed
 
     def formed_by(self, norm: RmsNorm | None, form: RowForm) -> Any:
-        """The rows normed, in such a form; then they are there in their own as well."""
+        """The rows normed, in this form; they are then also there as they are."""
         if self.normed is None and norm is not None:
             self.normed, found = form.of_normed(self.rows, norm.weight, norm.eps)
             self.formed = form, found
@@ -141,8 +145,8 @@ class ResidualStream:
         return self.formed[1]
 
     def begins(self, next_norm: RmsNorm | None) -> torch.Tensor | None:
-        """Weights (E,) of the next norm, if the addition before may begin it."""
-        # Rows that are not yet divided by their rms could be beyond what float16 holds.
+        """Weights (E,) of the next norm, if the addition before it may begin it."""
+        # Rows that are not yet divided by their rms could exceed the range of float16.
         return None if next_norm is None or self.rows.dtype == torch.float16 else next_norm.weight
 
     def add(self, rows: torch.Tensor) -> None:
@@ -151,7 +155,7 @@ class ResidualStream:
         self.rows += rows
 
     def add_parts(self, parts: ExpertParts, norm: RmsNorm, form: RowForm) -> None:
-        """Add what experts have found in place, and do all of the next norm, whose rows are read in such a form."""
+        """Add the experts' output in place, and do all of the next norm, whose result is read in this form."""
         self.changes()
         self.normed, found = form.of_normed(self.rows, norm.weight, norm.eps, parts)
         self.formed = form, found
@@ -161,12 +165,12 @@ class ResidualStream:
         self.scaled = self.normed = self.formed = None
 
     def add_sum(self, partial: torch.Tensor, group: RankGroup, next_norm: RmsNorm | None) -> None:
-        """Add the sum of every rank's `partial` (M, E) in place. next_norm: what is next done with the rows."""
+        """Add the sum of every rank's `partial` (M, E) in place. next_norm: the norm that follows."""
         self.changes()
         self.normed = group.add_sum(self.rows, partial, _of_kernels(next_norm))
 
     def add_sum_of_parts(self, parts: ExpertParts, group: RankGroup, next_norm: RmsNorm | None) -> None:
-        """Add the sum of what every rank's experts have found in place. next_norm: what is next done with the rows."""
+        """Add the sum of all ranks' experts in place. next_norm: the norm that follows."""
         partial = torch.empty_like(self.rows)
         if group.takes_parts(partial):
             self.changes()
@@ -179,13 +183,13 @@ class CudaProducts:
     """Products with the weights of one model, or of one rank's part of it. Waits for nothing."""
 
     def __init__(self, device: torch.device, gelu: bool = False) -> None:
-        """gelu: what gates go through, in place of silu."""
+        """gelu: gates go through this instead of silu."""
         self._gelu = gelu
         self._num_processors = num_processors(device)
         self._workspace = SkinnyWorkspace(_MOST_PROGRAMS * self._num_processors, _MOST_SPLIT_ROWS, device)
 
     def of_normed(self, stream: ResidualStream, norm: RmsNorm | None, linear: Linear) -> torch.Tensor:
-        """(M, O) of the stream's rows, which are normed first."""
+        """(M, O) from the stream's rows, which are normed first."""
         choice = self._choose(stream.rows, linear, "normed")
         if choice.kernel == "small":
             return small_linear(stream.rows, linear.weight, linear.bias, norm=_of_kernels(norm))
@@ -194,7 +198,7 @@ class CudaProducts:
         return self._of_many(stream, norm, linear)
 
     def form_of_rows(self, rows: torch.Tensor, linear: Linear) -> RowForm | None:
-        """In which normed rows (M, I) are multiplied, if it is another than theirs."""
+        """The form in which normed rows (M, I) are multiplied, if it is not their own."""
         form: RowForm | None = linear.form_of_rows(rows)
         return form if self._choose(rows, linear, "normed").kernel == "cublas" else None
 
@@ -212,7 +216,7 @@ class CudaProducts:
         slots: torch.Tensor,
         routing: Routing,
     ) -> ExpertParts:
-        """What experts give for the stream's rows, which are normed first. Others: see experts.py."""
+        """The experts' output for the stream's rows, which are normed first. Others: see experts.py."""
         gate_up, formed = weights.gate_up, None
         if not isinstance(gate_up, torch.Tensor) and (form := gate_up.form_of_rows(stream.rows, routing.per_row)):
             formed = stream.formed_by(norm, form)
@@ -221,8 +225,8 @@ class CudaProducts:
         return expert_parts(rows, logits, slots, gate_up, weights.down, routing, formed=formed)
 
     def gated(self, stream: ResidualStream, norm: RmsNorm | None, linear: Linear) -> torch.Tensor:
-        """silu(gate) * up, or gelu(gate) * up, (M, O), of the stream's rows, which are normed first; the weight is
-        (2 O, E), gates then ups."""
+        """silu(gate) * up, or gelu(gate) * up, (M, O), from the stream's rows, which are normed first; the weight is (2
+        O, E), gates then ups."""
         choice = self._choose(stream.rows, linear, "gated")
         if choice.kernel == "small":
             return small_linear(
@@ -235,7 +239,7 @@ class CudaProducts:
         return gate_mul(self._of_many(stream, norm, linear), self._gelu)
 
     def add_to(self, stream: ResidualStream, inputs: torch.Tensor, linear: Linear, next_norm: RmsNorm | None) -> None:
-        """Add the product of rows (M, I) to the stream in place, rounded once. next_norm: what is next done with it."""
+        """Add the product of rows (M, I) to the stream in place, rounded once. next_norm: the norm that follows."""
         choice = self._choose(inputs, linear, "plain")
         stream.changes()
         if choice.kernel == "small":
@@ -257,8 +261,8 @@ class CudaProducts:
     def add_sum_to(
         self, stream: ResidualStream, inputs: torch.Tensor, linear: Linear, group: RankGroup, next_norm: RmsNorm | None
     ) -> None:
-        """Add the sum over ranks of their products of rows (M, I) to the stream in place; of more rows than the group
-        sums by kernels, part by part. next_norm: what is next done with it."""
+        """Add the sum over ranks of their products of rows (M, I) to the stream in place; part by part, if there are
+        more rows than the group sums by kernels. next_norm: the norm that follows."""
         count = group.rows_at_once((len(inputs), len(linear.weight)), inputs.dtype)
         if count == len(inputs):
             stream.add_sum(self.of(inputs, linear, group), group, next_norm)
@@ -272,7 +276,7 @@ class CudaProducts:
         stream.normed = None if any(each is None for each in found) else normed
 
     def of(self, inputs: torch.Tensor, linear: Linear, group: RankGroup | None = None) -> torch.Tensor:
-        """(M, O) of rows (M, I). group: that is to sum it next over its ranks."""
+        """(M, O) from rows (M, I). group: will sum the result over its ranks."""
         choice = self._choose(inputs, linear, "plain")
         if choice.kernel == "small":
             return small_linear(inputs, linear.weight, linear.bias)

@@ -3,7 +3,8 @@
     batch ─pack▶ pinned memory ─copy▶ device ─graph, or kernels▶ tokens ─host_copy▶ pinned memory ─wait▶ tokens
 
 A step's sampled tokens also stay on the device, where the next step's first kernel finds them. Rows whose requests ask
-for more are sampled once more behind it, by hbserve_core/logits.
+for more than temperature, top-k and top-p are sampled again after it, by hbserve_core/logits.
+
 Shapes: T rows of one step, E hidden_size. The pool: see model/kv_pool.py. A step in memory: see step_packer.py.
 """
 
@@ -39,11 +40,11 @@ logger = logging.getLogger(__name__)
 
 
 class CudaRunner:
-    """A model on a CUDA device. Steps run in order on a stream of its own; one may be launched before the last is read.
+    """A model on a CUDA device. Steps run in order on their own stream; one may be launched before the last is read.
 
     Raises:
         ModelFilesMissing, UnsupportedModel, WeightsMismatch: see `LoadedModel`.
-        InvalidInstanceConfig: a setting that cannot be.
+        InvalidInstanceConfig: a setting that is impossible here.
         NotEnoughMemory: the pool does not fit.
     """
 
@@ -52,7 +53,7 @@ class CudaRunner:
     computed: Any = None
     _turn = 0
     _left: Callable[[], None] | None = None
-    """What `draw` is to do."""
+    """What is left for `draw` to do."""
 
     def __init__(
         self, config: InstanceConfig, group: RankGroup | None = None, make_narrow: MakeNarrow | None = None
@@ -66,7 +67,7 @@ class CudaRunner:
         self.dtype = model.dtype
         self.fingerprint = model.fingerprint
         torch.cuda.set_device(self.device)
-        # It is entered itself, in 2 us: `torch.cuda.stream` takes 19, for which a prompt waits.
+        # Entering the stream itself takes 2 us; `torch.cuda.stream` takes 19, for which a prompt waits.
         self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         with torch.inference_mode(), self._stream:
             scratch = torch.empty((1, *model.block.shape), dtype=model.block.dtype, device=self.device)
@@ -101,8 +102,8 @@ class CudaRunner:
         return StepPacker(self.config, new_tokens_per_tile(self.dtype, heads), pieces, seed)
 
     def _make_buffers(self) -> None:
-        """Memory for the largest step there can be, on the device, and twice on the host: while the device still reads
-        one step's, the next is written."""
+        """Memory for the largest possible step: on the device, and twice on the host, so that the next step can be
+        written while the device still reads the last one."""
         config = self.config
         blocks_per_sequence = -(-self.model_config.max_model_len // config.block_size)
         size = self._largest.fixed_size + config.max_num_seqs * blocks_per_sequence
@@ -111,7 +112,7 @@ class CudaRunner:
         self._read_back = [torch.zeros(config.max_num_seqs, dtype=torch.int32, pin_memory=True) for _ in range(2)]
 
     def _measure_step(self) -> int:
-        """Bytes that the largest step takes besides weights and pool: it is computed once, with padding only."""
+        """Bytes that the largest step takes besides weights and pool, found by computing it once with padding only."""
         config = self.config
         shape = self._largest
         self._stream.synchronize()
@@ -121,7 +122,7 @@ class CudaRunner:
         view, hidden = run_steps_without_graph(
             self._decoder, self._shapes, shape, self._on_device, self._sampled, self.pool
         )
-        # Compiled now too, so that the first request that needs it does not stop the others.
+        # Compiled now too, so that the first request that needs them does not delay the others.
         for target, source in ((self._on_device, self._on_host[0]), (self._read_back[0], self._sampled)):
             host_copy(target[:1], source)
         rows = self._special_rows.dummies(min(config.max_num_seqs, self._special_rows.most_rows))
@@ -131,14 +132,14 @@ class CudaRunner:
         self._stream.synchronize()
         step = torch.cuda.max_memory_allocated(self.device) - before
         torch.cuda.empty_cache()
-        # Graphs share memory of their own, for no more rows than the largest of them has. What the last layer gives,
-        # each has by itself: of those with prompts it is in the factor, of decodes there may be a thousand.
+        # Graphs share memory, for no more rows than the largest of them has. Only the last layer's output is separate
+        # for each: for graphs with prompts it is in the factor; of decode graphs there may be a thousand.
         shared = min(1.0, 2 * max([0, *(shape.rows for shape in self._shapes.prefills)]) / shape.rows)
         row_bytes = self.model_config.hidden_size * self.dtype.itemsize
         return int(step * (1.1 + shared)) + row_bytes * sum(shape.rows for shape in self._shapes.decodes)
 
     def close(self) -> None:
-        """Nothing to end."""
+        """Does nothing: there is nothing to end."""
 
     # ---- steps ---------------------------------------------------------------------------------------------------
 
@@ -153,7 +154,7 @@ class CudaRunner:
         num_samples = len(step.places)
         with torch.inference_mode(), self._stream:
             if step.shape.tiles:
-                # With prompts the device mostly waits for this, and our kernel takes the host longer to launch.
+                # With prompts the device usually waits for this, and our kernel takes the host longer to launch.
                 self._on_device[: step.used].copy_(host[: step.used], non_blocking=True)
             else:
                 host_copy(self._on_device[: step.used], host)
@@ -200,7 +201,7 @@ class CudaRunner:
         return self._stream.query()
 
     def _compute(self, shape: StepShape, num_samples: int) -> torch.Tensor:
-        """(T, E): what the last layer gives, until the next step. Tokens go to `_sampled`."""
+        """(T, E): the last layer's output, valid until the next step. Tokens go to `_sampled`."""
         work = self._hidden if shape.tiles else self._decode
         hidden: torch.Tensor = self._graphs.replay(shape) if shape in self._graphs else work(shape)
         if not shape.tiles:
@@ -233,7 +234,7 @@ class CudaRunner:
 
 
 class CudaGraphs:
-    """Captured work by shape of step. All graphs share one pool of memory: only one runs at a time."""
+    """Captured work by shape of step. All graphs share one memory pool, because only one runs at a time."""
 
     def __init__(self, stream: torch.cuda.Stream) -> None:
         self._stream = stream
@@ -247,12 +248,12 @@ class CudaGraphs:
     ) -> None:
         """Capture `work(shape)` for each shape, the largest first. It must only queue kernels on memory that stays.
 
-        `prepare(shape)` puts something there that it can be run on before.
+        `prepare(shape)` writes input there on which the work can be run first.
         """
         begin, before = time.perf_counter(), torch.cuda.memory_reserved(self._stream.device)
         for shape in self._with_progress(shapes, name):
             prepare(shape)
-            work(shape)  # compiles kernels and makes workspaces, which cannot be done during capture
+            work(shape)  # compiles kernels and allocates workspaces, which is impossible during capture
             graph = torch.cuda.CUDAGraph()
             # Other threads may use CUDA meanwhile: NCCL's, or another engine's.
             with torch.cuda.graph(graph, pool=self._memory, stream=self._stream, capture_error_mode="thread_local"):
@@ -285,7 +286,7 @@ class CudaGraphs:
             raise RankFailed("the ranks are being closed")
 
     def close(self) -> None:
-        """Free all graphs, even one that runs. From any thread, and more than once; a replay raises RankFailed then."""
+        """Free all graphs, even one that runs. From any thread, and more than once; a replay then raises RankFailed."""
         with self._lock:
             self._is_closed = True
             for graph, _ in self._graphs.values():

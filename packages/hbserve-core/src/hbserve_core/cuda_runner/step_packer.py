@@ -39,11 +39,11 @@ _Integers = TypeVar("_Integers", int, npt.NDArray[np.int32])
 _ALIGNMENT = 4
 _SMALLEST_PREFILL, _LARGEST_PREFILL_STEP = 32, 128
 _MOST_ALONE = 256
-"""Rows of a step with prompts, up to which there is another graph without decodes: to wait for none of them is felt."""
+"""Rows of a step with prompts up to which there is another graph without decodes: leaving them out is worthwhile."""
 _KERNELS_DIFFER = (32, 64, 128, 256, 512, 1024)
-"""Rows of a step with prompts, one number for each range in which the same kernels are chosen."""
+"""Rows of a step with prompts: one number from each range in which the same kernels are chosen."""
 TILE = 64
-"""A piece of a decode's context is a multiple of so many tokens."""
+"""A piece of a decode's context is a multiple of this many tokens."""
 _MOST_PARTS, _PIECES_PER_PROCESSOR = 64, 2
 
 
@@ -58,7 +58,7 @@ def _ceil_div(dividend: _Integers, divisor: Any) -> _Integers:
 
 @dataclass(frozen=True, slots=True)
 class StepShape:
-    """How many of each there is room for. Two steps of one shape differ by their tables' width only."""
+    """The sizes of a step's parts. Two steps of one shape differ only in the width of their tables."""
 
     rows: int
     sequences: int
@@ -84,7 +84,7 @@ class StepShape:
 
 @lru_cache(maxsize=1024)
 def _parts(shape: StepShape) -> list[tuple[int, int, int, int]]:
-    """Where each part begins and ends, how many rows it has and of how many numbers."""
+    """For each part: where it begins and ends, its number of rows, and the numbers per row."""
     columns = (1, shape.rows, shape.sequences, shape.pieces, shape.tiles, shape.samples)
     found, first = [], 0
     for rows, count in zip((1, 4, 3, 6, 2, 7), columns, strict=True):
@@ -106,7 +106,7 @@ class StepView:
         self.tables = memory[shape.fixed_size :]
 
     def clear(self) -> None:
-        """Make it a step of padding only. What an earlier step has left here could ask for anything."""
+        """Make it a step of padding only. What an earlier step has left here could mean anything."""
         self.tokens[::2], self.tokens[1::2] = 0, -1
         self.tiles[0] = self.pieces[0] = -1
         # Padding is sampled greedily, which costs least.
@@ -114,11 +114,11 @@ class StepView:
 
 
 class SplitKV:
-    """Split-KV: the decodes of a step are cut into pieces of similar length, for kernels/decode_attention.py.
+    """Split-KV: divides the decodes of a step into pieces of similar length, for kernels/decode_attention.py.
 
-    Enough pieces for several programs on every processor, and none longer than that takes.
-    So neither a few long sequences among short ones nor a single one leave processors idle. The number of pieces is
-    bounded by that of rows: a graph has room for all.
+    There are enough pieces for several programs on every multiprocessor, and none is longer than that requires, so that
+    neither a few long sequences among short ones nor a single one leaves multiprocessors idle. The number of pieces is
+    bounded by the number of rows: a graph has room for all.
     """
 
     def __init__(self, num_kv_heads: int, num_processors: int) -> None:
@@ -126,7 +126,7 @@ class SplitKV:
         self._wanted = max(1, _PIECES_PER_PROCESSOR * num_processors // num_kv_heads)
 
     def most(self, rows: int) -> int:
-        """Pieces of so many rows, at most."""
+        """The most pieces that this many rows may have."""
         return rows + min(self._wanted, (_MOST_PARTS - 1) * rows)
 
     def cut(self, contexts: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
@@ -157,7 +157,7 @@ class SplitKV:
 
 
 def decode_buckets(max_num_seqs: int) -> list[int]:
-    """Numbers of rows of the decode graphs, ascending. The last is `max_num_seqs`, so every decode step has one."""
+    """Numbers of rows of the decode graphs, ascending. The last is `max_num_seqs`: every decode step has a graph."""
     small = [1, 2, 4, 8]
     return sorted({size for size in [*small, *range(16, max_num_seqs, 16)] if size < max_num_seqs} | {max_num_seqs})
 
@@ -198,7 +198,7 @@ class GraphShapes:
         self.prefills = sorted(alone + self.prefills, key=attrgetter("rows"))
         others = [] if decodes else decode_buckets(config.max_num_seqs)
         self.others = [self._shape(size, size, size, 0) for size in others]
-        """Without a graph: together with those that have one, and the largest step, they run every kernel of any."""
+        """Without a graph: together with the others and the largest step, they run every kernel that a step may run."""
         longest = max(prefills, default=0)
         others = [size for size in _KERNELS_DIFFER if longest < size < config.max_num_batched_tokens]
         self.others += [self._prefill_shape(size, config.max_num_seqs) for size in others]
@@ -211,11 +211,11 @@ class GraphShapes:
         return StepShape(rows, sequences, self._pieces.most(num_decodes), tiles, sequences)
 
     def largest(self, rows: int, max_num_seqs: int) -> StepShape:
-        """What any step of so many rows and sequences fits into."""
+        """A shape into which any step of this many rows and sequences fits."""
         return self._shape(rows, max_num_seqs, max_num_seqs, rows // self._tile_tokens + max_num_seqs)
 
     def choose(self, counts: list[int]) -> StepShape:
-        """For a batch of chunks with so many new tokens each."""
+        """The shape for a batch of chunks with these numbers of new tokens."""
         num_tiles = sum(_ceil_div(count, self._tile_tokens) for count in counts if count > 1)
         exact = self._shape(sum(counts), len(counts), counts.count(1), num_tiles)
         shapes = self.prefills if num_tiles else self.decodes
@@ -225,21 +225,21 @@ class GraphShapes:
 
 @dataclass(frozen=True, slots=True)
 class PackedStep:
-    """What is known on the host of a step that a device computes."""
+    """What the host knows of a step that a device computes."""
 
     shape: StepShape
     used: int
-    """How many numbers of its memory are in use."""
+    """How many numbers of its memory are used."""
     places: list[int | None]
-    """For each token that is sampled, its chunk's place in the batch, or None if nobody wants it."""
+    """For each token that is sampled, its chunk's position in the batch, or None if nobody wants it."""
     batch_size: int
     special: list[LogitsRow]
-    """Those of `places` whose tokens are drawn once more, by hbserve_core/logits."""
+    """Those of `places` whose tokens are drawn again, by hbserve_core/logits."""
     scored: list[ScoredRows]
-    """Rows that score tokens of prompts."""
+    """Rows that score prompt tokens."""
 
     def tokens(self, sampled: Ids[int]) -> StepTokens:
-        """Each chunk's next token, or None; `sampled` are the step's, one for each of `places`."""
+        """Each chunk's next token, or None; `sampled` are the step's tokens, one for each of `places`."""
         result: StepTokens = [None] * self.batch_size
         for place, token in zip(self.places, sampled, strict=True):
             if place is not None:
@@ -248,14 +248,14 @@ class PackedStep:
 
 
 def _scored(chunks: Ids[ScheduledChunk], places: Ids[int]) -> list[ScoredRows]:
-    """Of chunks in the order of their rows, whose places in the batch are these."""
+    """The scored rows of chunks in the order of their rows, at these positions in the batch."""
     firsts = accumulate((chunk.num_new_tokens for chunk in chunks), initial=0)
     found = [scored_rows(*each) for each in zip(chunks, places, firsts, strict=False)]
     return [each for each in found if each is not None]
 
 
 class StepPacker:
-    """Packs one step after the other. Remembers where the last one puts tokens that nobody has read yet."""
+    """Packs one step after another. Remembers where the last one puts tokens that have not been read yet."""
 
     def __init__(self, config: InstanceConfig, tile_tokens: int, pieces: SplitKV, seed: int | None = None) -> None:
         """tile_tokens: new tokens that one program of prefill attention takes. pieces: how decodes are cut.
@@ -279,7 +279,7 @@ class StepPacker:
 
     def pack(self, batch: Ids[ScheduledChunk], memory: Any) -> PackedStep:
         """Write a step to `memory`, a flat int32 numpy array with room for `shapes.largest` and the tables."""
-        # Decodes first; among them long contexts first, so that the last to end are short ones.
+        # Decodes first, and among them long contexts first, so that those that end last are short.
         ranks = [(chunk.num_new_tokens > 1, -chunk.sequence.num_computed_tokens) for chunk in batch]
         order = sorted(range(len(batch)), key=ranks.__getitem__)
         chunks = [batch[place] for place in order]
@@ -290,7 +290,7 @@ class StepPacker:
         self._write_decodes(view, chunks[:num_decodes])
         self._write_prefills(view, chunks[num_decodes:], num_decodes)
         tables_size = self._write_tables(view, chunks)
-        # A step of decodes samples every row, although a chunk of one token may stop short of its prompt's end.
+        # A step of decodes samples every row, although a chunk of one token may end before its prompt does.
         samples = [chunk.samples for chunk in chunks]
         sampling = [i for i, is_last in enumerate(samples) if is_last or not shape.tiles]
         sequences = [chunks[i].sequence for i in sampling]
@@ -304,7 +304,7 @@ class StepPacker:
             for found in special_rows(row, sequence, self._sources.get(sequence, -1))
         ]
         self._sources = {sequence: row for row, sequence in enumerate(sequences)}
-        # Nothing is looked for in a step of decodes that all give tokens, of which there are most.
+        # Nothing is searched in a step of decodes that all yield tokens, which is the most common kind.
         scored = _scored(chunks, order) if shape.tiles or None in places else []
         return PackedStep(shape, shape.fixed_size + tables_size, places, len(batch), special, scored)
 
@@ -339,7 +339,7 @@ class StepPacker:
             view.tokens[3, rows] = slots[first - before * block_size :][:count]
             view.sequences[:, index] = row, count, first + count
             tiles = view.tiles[:, num_tiles : num_tiles + _ceil_div(count, self._tile_tokens)]
-            # Those of the longest context are begun first, so that no long one is left at the end.
+            # The longest contexts begin first, so that no long one is left at the end.
             tiles[0] = index
             tiles[1] = np.arange((tiles.shape[1] - 1) * self._tile_tokens, -1, -self._tile_tokens, dtype=np.int32)
             num_tiles += tiles.shape[1]
@@ -350,7 +350,7 @@ class StepPacker:
             tiles[:] = tiles[:, np.argsort(-contexts, kind="stable")]
 
     def _write_tables(self, view: StepView, chunks: Ids[ScheduledChunk]) -> int:
-        """Returns how many numbers they are."""
+        """Returns how many numbers the tables have."""
         last = max([chunk.sequence.num_computed_tokens + chunk.num_new_tokens for chunk in chunks])
         width = _ceil_div(last, self._block_size)
         view.width[:] = width
@@ -360,7 +360,7 @@ class StepPacker:
             tables = [table[:width] for table in tables]
             lengths = [len(table) for table in tables]
         target = view.tables[: len(chunks) * width]
-        numbers = np.frombuffer(b"".join(tables), dtype=np.int32)  # one loop, and it is not Python's
+        numbers = np.frombuffer(b"".join(tables), dtype=np.int32)  # one loop, and not one of Python
         if len(numbers) == len(target):
             target[:] = numbers
         else:
@@ -369,10 +369,10 @@ class StepPacker:
         return len(target)
 
     def _write_samples(self, view: StepView, sequences: list[Sequence], rows: list[int]) -> None:
-        """sequences: to sample for; rows: the last one of each."""
+        """sequences: to sample for; rows: the last row of each."""
         if not sequences:
             return
-        # Mostly those of the step before, in its order.
+        # Usually those of the step before, in its order.
         if sequences != self._sampled:
             self._sampled, self._asked = sequences, asked_of_samples([each.params for each in sequences])
             self._unseeded = [row for row, each in enumerate(sequences) if each.params.seed is None]
@@ -385,9 +385,9 @@ class StepPacker:
 
 
 def asked_of_samples(params: Ids[SamplingParams]) -> npt.NDArray[np.int32]:
-    """(7, N), as a step's memory has them: what does not change from one token of a request to the next."""
+    """(7, N), laid out as in a step's memory: what does not change from one token of a request to the next."""
     most_k, seed_bits, pack = 2**31 - 1, 2**64 - 1, struct.Struct("<ifQiif").pack  # a seed's halves are two numbers
-    # A float64 may be beyond what a float32 holds.
+    # A float64 may be beyond the range of float32.
     asked = [
         pack(0, min(each.temperature, HOTTEST), (each.seed or 0) & seed_bits, 0, min(each.top_k, most_k), each.top_p)
         for each in params

@@ -1,14 +1,14 @@
-"""Choice of the tokens, of which sequences, that the next step computes.
+"""Chooses which tokens of which sequences the next step computes.
 
 One token budget for everything: decodes first, then chunks of prompts that have begun, then new sequences; with
-`chunk_size: auto` what is short comes before what is long, begun or new. Of those that wait, to be computed or for
-blocks, the lowest `SamplingParams.priority` comes first; what runs keeps its place. A sequence gets the blocks of all
-its known tokens when it is admitted; from then on it grows by a block at a time, and if none is left, the newest
-sequence gives all of its blocks up and is computed again later.
+`chunk_size: auto`, short prompts go before long ones, begun or new. Of those that wait, to be computed or for blocks,
+the lowest `SamplingParams.priority` goes first; what runs keeps its place. A sequence gets the blocks of all its known
+tokens when it is admitted; from then on it grows one block at a time, and if none is left, the newest sequence gives up
+all its blocks and is computed again later.
 
-Blocks that no layer sees any more go back when a token has been sampled: until then its prompt may be cached as a
-whole, and until the end while they are sent. A sequence never has more tokens than the pool has room for, seen or not:
-it could not be computed again.
+Blocks that no layer sees any more are given back when a token has been sampled; before that, the prompt may be cached
+as a whole, and while blocks are sent they are kept until the end. A sequence never has more tokens than the pool has
+room for, seen or not: it could not be computed again.
 """
 
 from array import array
@@ -25,11 +25,11 @@ from hbserve_core.engine.step_times import MOST_OVERTAKERS, ChunkSizes, StepWork
 from hbserve_rpc.counts import Histogram
 
 STEP_TOKENS = [1.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0, 16384.0]
-"""Bounds of the histogram of tokens in a step: vLLM's."""
+"""Bounds of the histogram of tokens per step: vLLM's."""
 
 
 def _place(queue: "deque[Sequence]", priority: int, is_first: bool) -> int:
-    """Of a new one among those of its priority: the first, or the last. Mostly an end of the queue."""
+    """Where a new one belongs in a queue: first, or last, among those of its priority. Usually an end of the queue."""
     place = 0 if is_first else len(queue)
     while is_first and place < len(queue) and queue[place].params.priority < priority:
         place += 1
@@ -39,7 +39,7 @@ def _place(queue: "deque[Sequence]", priority: int, is_first: bool) -> int:
 
 
 class BatchScheduler:
-    """The queues of one engine, one for each phase that counts. `move` is all that changes a phase or a queue."""
+    """The queues of one engine, one for each phase that has one. Only `move` changes a phase or a queue."""
 
     def __init__(self, config: InstanceConfig, blocks: BlockManager, chunk_sizes: ChunkSizes) -> None:
         self._config = config
@@ -68,12 +68,12 @@ class BatchScheduler:
 
     @property
     def num_reserved(self) -> int:
-        """Sequences that nothing is computed of, and whose blocks come back when something has ended: a transfer, or
-        the step in flight. The held ones may also join `running`."""
+        """Sequences that are not computed, and whose blocks come back when something else has ended: a transfer, or the
+        step in flight. Held ones may also join `running`."""
         return len(self._held) + len(self._ending)
 
     def stats(self) -> dict[str, Any]:
-        """Those fields of EngineStats that are of queues and blocks."""
+        """The fields of EngineStats that concern queues and blocks."""
         return {
             "num_waiting": len(self.waiting) + len(self.reserving),
             "num_running": len(self.running),
@@ -89,8 +89,9 @@ class BatchScheduler:
         }
 
     def move(self, sequence: Sequence, phase: Phase, *, is_promised: bool = False) -> None:
-        """From its phase and queue to another phase, and to the end of that one's queue; where it waits, to the end of
-        those of its priority, or before these if it `is_promised` room. Its blocks stay its own."""
+        """Move a sequence from its phase and queue to another phase, and to the end of that queue. A queue that waits
+        is ordered by priority: it joins behind its equals, or before them if it `is_promised` room. It keeps its
+        blocks."""
         before = sequence.phase
         sequence.enter(phase)
         if (queue := self._queues.get(before)) is not None:
@@ -101,7 +102,7 @@ class BatchScheduler:
             queue.insert(place, sequence)
 
     def schedule(self) -> list[ScheduledChunk]:
-        """The next step; empty if nothing can be computed now. Blocks for it are allocated."""
+        """The next step, with blocks allocated for it; empty if nothing can be computed now."""
         self._budget = self._config.max_num_batched_tokens
         preemptions = self.num_preemptions
         batch = self._decodes()
@@ -124,7 +125,7 @@ class BatchScheduler:
         batch = []
         for sequence in list(self.running):
             # A sequence further back in this list may have been preempted for one before it.
-            num_tokens = len(sequence.token_ids)  # no property: each call counts where there are 256 of them
+            num_tokens = len(sequence.token_ids)  # not a property: each call counts when there are 256 of them
             if num_tokens - sequence.num_computed_tokens != 1 or self._budget == 0:
                 continue
             if sequence.phase is Phase.RUNNING and self._grow(sequence, num_tokens):
@@ -133,17 +134,18 @@ class BatchScheduler:
         return batch
 
     def _grow(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Make room for the sequence's next token. False: it was itself preempted, or cannot go on at all."""
+        """Make room for the sequence's next token. False: it was itself preempted, or cannot continue at all."""
         if len(sequence.block_table) * self._blocks.block_size >= num_tokens:
             return True
         is_longest = len(sequence.block_table) == self._blocks.num_blocks
         while self._blocks.num_free == 0 or is_longest:
-            # Who needs the whole pool could never be admitted again; who is alone has nobody to wait for.
+            # One that needs the whole pool could never be admitted again; one that is alone has nobody to wait for.
             alone = len(self.running) == 1 and self.num_reserved == 0
             if alone or is_longest:
                 self.move(sequence, Phase.OUT_OF_BLOCKS)
                 return False
-            # The blocks of a prefill-only sequence are being sent. `sequence` itself is not one: those never grow.
+            # The blocks of a prefill-only sequence are being sent. `sequence` itself is never one, because those do not
+            # grow.
             victim = next(each for each in reversed(self.running) if not each.prefill_only)
             self._preempt(victim)
             if victim is sequence:
@@ -181,7 +183,8 @@ class BatchScheduler:
         return self._chunk_sizes.is_short(sequence.num_uncomputed_tokens)
 
     def _short_chunks(self, begun: list[Sequence], may_admit: bool) -> list[ScheduledChunk]:
-        """Of short prompts, the shortest first, and then of new ones. A long one that has begun keeps a share."""
+        """Chunks of short prompts, the shortest first, then of new ones. A long prompt that has begun keeps a share of
+        the step."""
         short = [sequence for sequence in begun if self._is_short(sequence)]
         kept = self._chunk_sizes.left_for_long(self._prefill_budget) if len(short) < len(begun) else 0
         self._prefill_budget -= kept
@@ -192,7 +195,7 @@ class BatchScheduler:
         return batch
 
     def _short_admissions(self) -> list[ScheduledChunk]:
-        """New prompts that overtake longer ones, if there is room for the first of these too."""
+        """New prompts that overtake longer ones, if there is room for the first of those too."""
         batch: list[ScheduledChunk] = []
         for sequence in list(islice(self.waiting, MOST_OVERTAKERS)):
             if self._prefill_budget == 0 or sequence.params.priority > self.waiting[0].params.priority:
@@ -206,11 +209,11 @@ class BatchScheduler:
         return batch
 
     def _admit(self, sequence: Sequence) -> list[ScheduledChunk]:
-        """Its first chunk; none: there is no room."""
+        """Admit a sequence: its first chunk; none if there is no room."""
         if len(self.running) + self.num_reserved >= self._config.max_num_seqs:
             return []
-        # At least the last known token is computed: the next one is sampled from it. And every one that scores the next
-        # one of the prompt: its keys and values say nothing of that.
+        # At least the last known token is computed, because the next one is sampled from it; and so is every one that
+        # scores the next prompt token, which cached keys and values do not tell.
         may_skip = sequence.num_tokens - 1 if sequence.is_scored else 0
         prefix = self._blocks.find_prefix(self._digests(sequence, may_skip))
         count = self._chunk_size(sequence, sequence.num_tokens - len(prefix) * self._blocks.block_size)
@@ -221,8 +224,8 @@ class BatchScheduler:
         return self._chunks([sequence])
 
     def _digests(self, sequence: Sequence, num_tokens: int) -> Iterator[bytes]:
-        """Of the blocks that `num_tokens` fill, each made when it is asked for: a prompt waits for them, and mostly its
-        first block is one that nobody has."""
+        """Digests of the blocks that `num_tokens` fill, each made only when it is asked for: a prompt waits for them,
+        and usually nobody has even its first block."""
         digests, block_size = sequence.block_digests, self._blocks.block_size
         for place in range(num_tokens // block_size):
             self._blocks.extend_digests(digests, sequence.token_ids, (place + 1) * block_size)
@@ -238,20 +241,20 @@ class BatchScheduler:
         sequence.block_table = array("i", prefix + allocate(wanted))
         sequence.num_shared_tokens = len(prefix) * self._blocks.block_size
         sequence.num_cached_tokens = sequence.num_shared_tokens if prefix and prefix[-1] != NO_BLOCK else 0
-        sequence.is_shared = True  # what it had is gone, and is computed here
+        sequence.is_shared = True  # its earlier blocks are gone, and are computed again here
         self.num_cached_tokens += sequence.num_cached_tokens
         return True
 
     def grant(self) -> Sequence | None:
-        """Give the first of those that reserve blocks, whose content others will bring. None: there is no room now.
+        """Give blocks to the first sequence that reserves some, which others will fill. None: there is no room now.
 
-        A step in flight may still touch them for those who had them before: see `BlockManager.last_step`.
+        A step in flight may still touch them for their earlier owner: see `BlockManager.last_step`.
         """
-        # Preempted sequences come first: they were promised room before.
+        # Preempted sequences come first: they were promised room earlier.
         if not self.reserving or self.waiting or len(self.running) + self.num_reserved >= self._config.max_num_seqs:
             return None
         sequence = self.reserving[0]
-        # All that is seen from the last block on that is full: of several choices, some begin there.
+        # Everything that is seen from the last block on counts as full, because some of several choices begin there.
         full = sequence.num_tokens // self._blocks.block_size * self._blocks.block_size
         prefix = self._blocks.find_part(self._digests(sequence, full), self._blocks.first_seen(full))
         if not self._allocate(sequence, prefix, self._blocks.allocate_idle):
@@ -260,9 +263,10 @@ class BatchScheduler:
         return sequence
 
     def share(self, sequence: Sequence, end: int) -> None:
-        """A token was sampled from the keys and values of tokens [0, end): full blocks may be found by others.
+        """A token was sampled from the keys and values of tokens [0, end): others may find the full blocks from now on.
 
-        Not earlier: if there is a NaN in a block, or whatever spoils what is computed from it, nothing can be sampled.
+        Not earlier: nothing can be sampled if a block holds a NaN, or anything else that spoils what is computed from
+        it.
         """
         first, last = sequence.num_shared_tokens // self._blocks.block_size, end // self._blocks.block_size
         sequence.num_shared_tokens = end
@@ -273,9 +277,9 @@ class BatchScheduler:
             self._free_unseen(sequence)
 
     def _free_unseen(self, sequence: Sequence) -> None:
-        """Give back the blocks that no step which is launched from now on sees."""
+        """Give back the blocks that no step launched from now on sees."""
         table = sequence.block_table
-        # Of steps that were launched, some tokens are not shared yet.
+        # Tokens of steps in flight are not shared yet.
         last = self._blocks.first_seen(min(sequence.num_computed_tokens, sequence.num_shared_tokens))
         first = last
         while first and table[first - 1] != NO_BLOCK:
@@ -285,16 +289,16 @@ class BatchScheduler:
             table[first:last] = array("i", [NO_BLOCK]) * (last - first)
 
     def make_digests(self, sequence: Sequence, end: int) -> None:
-        """Of the blocks that tokens [0, end) fill, as far as these are known. `share` needs them: they are better made
-        while a step is computed than behind it."""
+        """Make the digests of the blocks that tokens [0, end) fill, as far as they are known. `share` needs them; it is
+        better to make them while a step is computed than after it."""
         known = min(end, sequence.num_read_tokens)
         self._blocks.extend_digests(sequence.block_digests, sequence.token_ids, known)
 
     def fork(self, parent: Sequence, choices: Ids[Sequence]) -> None:
-        """Let choices go on, each with one token more than the parent has computed.
+        """Let choices continue, each with one token more than the parent has computed.
 
-        They share its full blocks. The last one, if it is not full, goes to the first of them; the others compute again
-        what is in it, a few tokens, in blocks of their own. Who finds no room waits for it, as preempted ones do.
+        They share its full blocks. The last block, if it is not full, goes to the first of them; the others compute its
+        few tokens again, in blocks of their own. A choice that finds no room waits for it, as preempted sequences do.
         """
         self.move(parent, Phase.FORKED)
         num_tokens, late = parent.num_computed_tokens, list[Sequence]()
@@ -302,7 +306,8 @@ class BatchScheduler:
             num_kept = num_tokens if choice is choices[0] else num_tokens - num_tokens % self._blocks.block_size
             num_new_blocks = int(num_kept < num_tokens)
             is_full = len(self.running) + self.num_reserved >= self._config.max_num_seqs
-            # Whose prompt fills the pool could never be admitted. It ends in the next step, and has no room to go on.
+            # If the prompt fills the pool, it could never be admitted. It ends in the next step, because it has no room
+            # to grow.
             may_wait = self._blocks.num_blocks_for(choice.num_tokens) <= self._blocks.num_blocks
             if may_wait and (is_full or self._blocks.num_free < num_new_blocks):
                 late.append(choice)
@@ -324,8 +329,8 @@ class BatchScheduler:
         sequence.block_table = array("i")
 
     def check_integrity(self, requests: Collection[Sequence]) -> None:
-        """Raise AssertionError unless each of an engine's sequences is in its phase's queue, and has the blocks that
-        its phase says, and each block is held by exactly those that have it. Between steps only."""
+        """Raise AssertionError unless each of an engine's sequences is in its phase's queue and has the blocks that its
+        phase says, and each block is held by exactly those that have it. Between steps only."""
         choices = [each for parent in requests for each in parent.choices]
         sequences = [*requests, *(each for each in choices if each.phase not in (Phase.NEW, Phase.ENDED))]
         holding = [sequence.block_table for sequence in sequences if sequence.phase is not Phase.QUARANTINED]

@@ -1,4 +1,4 @@
-"""Ownership of KV blocks: who holds which, and which of them hold a prefix that somebody may want again.
+"""Ownership of KV blocks: who holds which, and which of them hold a prefix that may be wanted again.
 
 A block is in exactly one of these states:
     held         reference count > 0: by one sequence, or by several that share a prefix
@@ -6,10 +6,11 @@ A block is in exactly one of these states:
 A held block may be quarantined: its request has ended, but a failed transfer may still read it or write to it.
 
 A free block may still be read and written by steps that were launched before it was released, until these have ended.
-That is no harm to later steps, which are computed after them, but to others who write in no order with steps.
+That does no harm to later steps, which are computed after them, but it does to transfers, which are not ordered with
+steps: see `allocate_idle`.
 
-With a window, which all layers of the model have, tokens see the last positions only. Blocks behind them are nobody's:
-a block table has NO_BLOCK in their place, and so has a cached prefix, of which the end is enough.
+If all layers of the model have a window, tokens see only the last positions. Blocks behind these belong to nobody: a
+block table has NO_BLOCK in their place, and so has a cached prefix, of which the end is enough.
 """
 
 from collections import Counter, OrderedDict
@@ -19,30 +20,33 @@ from itertools import chain, islice, takewhile
 from hbserve_rpc.prompt_shape import DIGEST_BYTES, MOST_REPORTED, extend_digests
 
 NO_BLOCK = -1
-"""In a list of a sequence's blocks: one that no layer can see any more. Taken by all that shares or releases."""
+"""In a list of a sequence's blocks: one that no layer can see any more. Everything that shares or releases blocks
+accepts it."""
 
 
 class BlockManager:
     """Hands out blocks by number; knows nothing of tensors. Not thread-safe."""
 
     def __init__(self, num_blocks: int, block_size: int, *, prefix_caching: bool = True, window: int = 0) -> None:
-        """window: the last positions that any layer sees, a token's own included; 0: all."""
+        """window: how many positions, a token's own included, any layer sees; 0: all."""
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.window = window
         self._prefix_caching = prefix_caching
         self._references = [0] * num_blocks
-        # Both in the order in which the blocks became free: of those cached, the least recently used is evicted first.
+        # Both in the order in which blocks became free: of the cached ones, the least recently used is evicted first.
         self._empty: OrderedDict[int, None] = OrderedDict.fromkeys(reversed(range(num_blocks)))
         self._cached: OrderedDict[int, None] = OrderedDict()
+        self._held_cached: dict[int, None] = {}
+        """Held blocks that are cached too: a report does not look through all blocks, while a step waits."""
         self.last_launched = self.last_ended = 0
-        """Numbers of the last step that was launched, and of the last that has ended. Counted by whoever launches."""
+        """Numbers of the last step launched and of the last that has ended. Counted by the engine."""
         self._last_steps = [0] * num_blocks
         self._quarantined: Counter[int] = Counter()
         self._block_of: dict[bytes, int] = {}
         self._digest_of: dict[int, bytes] = {}
         self._num_changes = 0
-        """Of what is cached."""
+        """How often the set of cached blocks has changed."""
 
     @property
     def num_free(self) -> int:
@@ -50,7 +54,7 @@ class BlockManager:
 
     @property
     def num_cached(self) -> int:
-        """Of the free ones, those kept as prefix cache."""
+        """How many of the free blocks are kept as prefix cache."""
         return len(self._cached)
 
     @property
@@ -61,19 +65,19 @@ class BlockManager:
         return -(-num_tokens // self.block_size)
 
     def first_seen(self, num_tokens: int) -> int:
-        """The first block that tokens which come after so many see."""
+        """The first block that is seen by tokens after the first `num_tokens`."""
         return max(0, num_tokens + 1 - self.window) // self.block_size if self.window else 0
 
     # ---- giving out and taking back ------------------------------------------------------------------------------
 
     def allocate(self, count: int) -> list[int]:
-        """Blocks with one reference each, for steps; what they cached is forgotten. The caller has seen that so many
+        """Blocks with one reference each, for steps; what they cached is forgotten. The caller has checked that so many
         are free."""
         return self._take(count, chain(reversed(self._empty), self._cached))
 
     def allocate_idle(self, count: int) -> list[int]:
-        """The same for others than steps: first the blocks that no step in flight may touch, the oldest of those.
-        See `last_step`."""
+        """The same for transfers: first the blocks that no step in flight may touch, the oldest of these first. See
+        `last_step`."""
         idle = (takewhile(self._is_idle, free) for free in (self._empty, self._cached))
         busy = (block_id for block_id in chain(self._empty, self._cached) if not self._is_idle(block_id))
         return self._take(count, chain(*idle, busy))
@@ -96,20 +100,22 @@ class BlockManager:
         return self._last_steps[block_id] <= self.last_ended
 
     def last_step(self, block_ids: Sequence[int]) -> int:
-        """Number of the last launched step that may touch one of these blocks for who held them before."""
+        """Number of the last launched step that may touch one of these blocks for its earlier owner."""
         return max((self._last_steps[block_id] for block_id in block_ids), default=0)
 
     def share(self, block_ids: Sequence[int]) -> None:
-        """One more reference to each block; `find_prefix` has found them."""
+        """Add a reference to each block; `find_prefix` has found them."""
         for block_id in block_ids:
             if block_id == NO_BLOCK:
                 continue
             if self._references[block_id] == 0:
                 del self._cached[block_id]
+                self._held_cached[block_id] = None
             self._references[block_id] += 1
 
     def release(self, block_ids: Sequence[int]) -> None:
-        """One reference less. Blocks without any are free; of those cached, the last of the list is evicted first."""
+        """Remove a reference from each block. Blocks without any are free; of those cached, the last in the list is
+        evicted first."""
         for block_id in reversed(block_ids):
             if block_id == NO_BLOCK:
                 continue
@@ -117,12 +123,17 @@ class BlockManager:
             self._references[block_id] -= 1
             if self._references[block_id] == 0:
                 self._last_steps[block_id] = self.last_launched
-                (self._cached if block_id in self._digest_of else self._empty)[block_id] = None
+                if block_id in self._digest_of:
+                    del self._held_cached[block_id]
+                    self._cached[block_id] = None
+                else:
+                    self._empty[block_id] = None
 
     def quarantine(self, block_ids: Sequence[int]) -> None:
         """Take over the caller's references: the blocks stay out of use until `end_quarantine`.
 
-        A block in which bytes may land was never cached; one that may only be read is still good for who shares it.
+        A block that may still be written was never cached; one that may only be read is still good for those who share
+        it.
         """
         assert all(self._references[block_id] > 0 for block_id in block_ids), "a quarantined block is free"
         self._quarantined.update(block_ids)
@@ -134,12 +145,12 @@ class BlockManager:
     # ---- the prefix cache ----------------------------------------------------------------------------------------
 
     def extend_digests(self, digests: list[bytes], token_ids: Sequence[int], num_tokens: int) -> None:
-        """Bring the digests of the full blocks of the first `num_tokens` tokens up to date. Digest i depends on blocks
-        0 to i: two prefixes do not have the same one."""
+        """Extend the digests to the full blocks of the first `num_tokens` tokens. Digest i depends on blocks 0 to i, so
+        no two prefixes have the same one."""
         extend_digests(digests, token_ids, num_tokens, self.block_size)
 
     def find_prefix(self, digests: Iterable[bytes]) -> list[int]:
-        """The blocks that hold the longest cached prefix from which one can go on: with a window, of its end only, and
+        """The blocks of the longest cached prefix from which a sequence can continue; with a window, only its end, and
         NO_BLOCK before. They may be given to somebody else until they are shared."""
         found: list[int] = []
         num_found = num_in_a_row = 0
@@ -155,7 +166,7 @@ class BlockManager:
         return [NO_BLOCK] * unseen + found[unseen:num_found]
 
     def find_part(self, digests: Iterable[bytes], first: int) -> list[int]:
-        """NO_BLOCK up to block `first`, and from there on as many blocks as are cached without a gap."""
+        """NO_BLOCK up to block `first`, and from there as many blocks as are cached without a gap."""
         found = [NO_BLOCK] * first
         for digest in islice(digests, first, None):
             if (block_id := self._block_of.get(digest)) is None:
@@ -164,11 +175,11 @@ class BlockManager:
         return found
 
     def num_free_besides(self, block_ids: Sequence[int]) -> int:
-        """Free blocks, if those were shared first."""
+        """How many blocks would be free if these were shared first."""
         return self.num_free - sum(id_ != NO_BLOCK and self._references[id_] == 0 for id_ in block_ids)
 
     def cache(self, block_ids: Sequence[int], digests: Sequence[bytes]) -> None:
-        """The blocks' keys and values are there, all of them: others may find them."""
+        """Let others find these blocks: all their keys and values are there."""
         if not self._prefix_caching:
             return
         block_of, digest_of = self._block_of, self._digest_of
@@ -176,24 +187,24 @@ class BlockManager:
             if digest not in block_of and block_id not in digest_of:
                 block_of[digest] = block_id
                 digest_of[block_id] = digest
+                self._held_cached[block_id] = None
                 self._num_changes += 1
 
     def cached_digests(self, known: int = -1) -> tuple[int, bytes | None]:
-        """The first DIGEST_BYTES of what is cached, and a number of this state; None if that is `known`.
+        """The first DIGEST_BYTES of each cached block's digest, and a number for this state; None if that is `known`.
 
-        At most MOST_REPORTED: first of blocks that are held, then of those used last. Of a prefix that is not there as
-        a whole, the beginning is."""
+        At most MOST_REPORTED: blocks that are held first, then those used last. Of a prefix that is reported in part,
+        it is the beginning.
+        """
         if known == self._num_changes:
             return known, None
-        held = [digest for block_id, digest in self._digest_of.items() if self._references[block_id]]
-        free = (self._digest_of[block_id] for block_id in reversed(self._cached))
-        digests = islice(chain(held, free), MOST_REPORTED)
-        return self._num_changes, b"".join(digest[:DIGEST_BYTES] for digest in digests)
+        reported = islice(chain(self._held_cached, reversed(self._cached)), MOST_REPORTED)
+        return self._num_changes, b"".join([self._digest_of[block_id][:DIGEST_BYTES] for block_id in reported])
 
     def check_integrity(self, holders: Mapping[int, int] | None = None) -> None:
         """Raise AssertionError unless every block is in exactly one state and the cache is consistent.
 
-        `holders`: how many references each block should have, those of quarantines not counted; 0 where absent.
+        `holders`: how many references each block should have, without quarantines; 0 where absent.
         """
         for block_id, count in enumerate(self._references):
             is_free = (block_id in self._empty) + (block_id in self._cached)
@@ -204,6 +215,8 @@ class BlockManager:
                 expected = holders.get(block_id, 0) + self._quarantined[block_id]
                 assert count == expected, f"block {block_id}: {count} references, {expected} holders"
         assert {digest: block for block, digest in self._digest_of.items()} == self._block_of
+        assert {*self._held_cached, *self._cached} == set(self._digest_of), "a cached block is neither held nor free"
+        assert all(self._references[block_id] for block_id in self._held_cached)
         for free in (self._empty, self._cached):
             steps = [self._last_steps[block_id] for block_id in free]
             assert steps == sorted(steps), f"not in the order in which they became free: {list(free)}"

@@ -20,22 +20,22 @@ from hbserve_rpc.messages import TokenLogprobs
 from hbserve_rpc.plain_values import plain_bool
 
 _HAS_NO_OUTPUT = (Phase.HELD, Phase.QUARANTINED, Phase.FORKED, Phase.ENDED)
-"""Somebody else has ended these since their step was launched, or their choices have had their tokens."""
+"""Sequences that were ended by others since their step was launched, or whose choices have their tokens already."""
 
 
 class Engine:
     """One model, one pool. Not thread-safe: everything is called by one thread.
 
-    With a runner that overlaps, a step is scheduled and launched while the one before it is computed; then that one's
-    tokens are read. So there is at most one step whose tokens are not read, and no sequence has more than one of them.
-    Who can wait for requests that the next step might take along asks `wait_s` how long.
+    With a runner that overlaps, a step is scheduled and launched while the one before it is computed; then the tokens
+    of that one are read. So at most one step, and at most one token of each sequence, is unread. `wait_s` says how long
+    a caller may wait for requests that the next step could include.
 
     A request is added by one of
       `add`                    compute and generate all of it here;
       `add(prefill_only=True)` compute the prompt and the first token, or fail, then keep the blocks until `release`;
       `reserve`                somebody else computes the prompt; `poll_reservations` says when there is room, then its
                                KV arrives in the blocks, and `activate` lets it generate from the first token on.
-    With `SamplingParams.n` above 1, its prompt is computed, or comes, once. The outputs are those of its choices then.
+    With `SamplingParams.n` above 1, the prompt is computed, or arrives, only once; the outputs are then its choices'.
     """
 
     def __init__(self, config: InstanceConfig, runner: Runner, clock: Callable[[], float] = perf_counter) -> None:
@@ -46,27 +46,27 @@ class Engine:
         pool_of = runner.pool.shape[0], config.block_size
         self.blocks = BlockManager(*pool_of, prefix_caching=config.prefix_caching, window=self._model.reach)
         self.grammars = GrammarCompiler(config.model_path, self._model.vocab_size, self._model.eos_token_ids)
-        """Any thread may use it: what it makes is handed to `add` or `reserve`."""
+        """Any thread may use it: its results are passed to `add` or `reserve`."""
         self.limits = RequestLimits(config, self._model.vocab_size, self._model.max_model_len, self.blocks.num_blocks)
-        # The other ranks' hosts would have to be waited for too, and nobody knows how long these need.
+        # It would also have to wait for the other ranks' hosts, and it is not known how long these need.
         several = config.tensor_parallel_size > 1
         self.launch_times = LaunchTimes(clock, runner.is_idle, always_at_once=several)
         chunk_sizes = ChunkSizes(config, config.role, self.launch_times.step_times.predict_s)
         self._scheduler = BatchScheduler(config, self.blocks, chunk_sizes)
         self._sequences: dict[str, Sequence] = {}
-        """All whose id is in use, by it."""
+        """By request id, all sequences whose id is in use."""
         self._num_matchers = 0
-        """Of those, how many have a grammar."""
+        """How many of them have a grammar."""
         self._in_flight: StepInFlight | None = None
         self._granted: list[tuple[Reservation, int]] = []
-        """Not reported yet, with the number of the last step that may touch the blocks."""
+        """Not reported yet, each with the number of the last step that may touch its blocks."""
         self._num_generated = self._num_prefilled = 0
         self._host_time_s = 0.0
         self.stalled = False
         """The last step did nothing: everything waits for blocks that transfers hold, or for a quarantine to end."""
         self.on_early_output: Callable[[StepOutput], None] | None = None
-        """Called within `step` for prefill-only requests, whose blocks may be sent already: before it computes, if one
-        begins with a cached prefix, and when it is launched, if the runner has an event after which it is computed."""
+        """Called within `step` for prefill-only requests, whose blocks may be sent early: before the step, if a request
+        begins with a cached prefix, and at its launch, if the runner has an event that marks its end."""
 
     # ---- requests ------------------------------------------------------------------------------------------------
 
@@ -80,8 +80,8 @@ class Engine:
         prefill_only: bool = False,
         matcher: Matcher | None = None,
     ) -> None:
-        """Queue a request. `output` are tokens that it has already from an earlier attempt. matcher: what
-        `self.grammars` makes of params and output, where `params.structured_outputs` are given.
+        """Queue a request. `output`: tokens that it already has from an earlier attempt. matcher: what `self.grammars`
+        makes of params and output, if there are `params.structured_outputs`.
 
         Raises InvalidRequest: it could never run; says why.
         """
@@ -99,16 +99,16 @@ class Engine:
         *,
         matcher: Matcher | None = None,
     ) -> None:
-        """Queue a request for room; see `poll_reservations`. Arguments as of `add`, and raises what that raises."""
+        """Queue a request for room; see `poll_reservations`. Arguments and errors are those of `add`."""
         sequence = self._make_sequence(request_id, prompt, params, output, matcher)
-        sequence.num_scored_tokens = maxsize  # by whoever computes the prompt
+        sequence.num_scored_tokens = maxsize  # whoever computes the prompt scores it
         self._scheduler.move(sequence, Phase.RESERVING)
 
     def poll_reservations(self) -> list[Reservation]:
-        """Reservations for which there is room now, in the order in which they were asked for.
+        """Reservations for which there is room now, in the order in which they were made.
 
         Others will write to these blocks, in no order with the steps here. So a grant waits for the last step that may
-        use one of them for who had it before; most are granted at once, because they get blocks that none may.
+        use one of them for its earlier owner; most are granted at once, because they get blocks that no step may use.
         """
         while (sequence := self._scheduler.grant()) is not None:
             first = sequence.num_shared_tokens // self.config.block_size
@@ -121,9 +121,9 @@ class Engine:
         return safe
 
     def activate(self, request_id: str, *first_tokens: int | None, is_shared: bool = True) -> None:
-        """The KV of a reserved request is there: it goes on after its first token. Nothing happens if it has ended.
+        """Continue a reserved request after its first token: its KV has arrived. Does nothing if it has ended.
 
-        first_tokens: one for each choice, None for those that have ended with it. is_shared: others may find its KV.
+        first_tokens: one for each choice, None for those that ended with it. is_shared: others may find its KV.
         """
         sequence = self._sequences.get(request_id)
         if sequence is None or sequence.phase is not Phase.HELD:
@@ -143,18 +143,18 @@ class Engine:
         self._fork(sequence)
 
     def hold(self, request_id: str) -> None:
-        """Compute no more of a request, but keep its blocks until `release` or `quarantine`."""
+        """Stop computing a request, but keep its blocks until `release` or `quarantine`."""
         sequence = self._sequences.get(request_id)
         if sequence is not None and sequence.phase not in (Phase.HELD, Phase.QUARANTINED):
             self._scheduler.move(sequence, Phase.HELD)
 
     def release(self, request_id: str) -> None:
-        """End a request in whatever phase it is; no transfer touches its blocks any more."""
+        """End a request in any phase; no transfer touches its blocks any more."""
         if (sequence := self._sequences.get(request_id)) is not None:
             self._end(sequence)
 
     def release_choice(self, request_id: str, choice: int) -> None:
-        """End one of several choices, which need not have its first token yet; the others go on."""
+        """End one of several choices, which need not have its first token yet; the others continue."""
         parent = self._sequences.get(request_id)
         for each in parent.choices if parent is not None else ():
             if each.choice == choice and each.phase is not Phase.ENDED:
@@ -172,7 +172,7 @@ class Engine:
         self.blocks.quarantine(sequence.block_table)
 
     def _end(self, sequence: Sequence) -> None:
-        """Give a sequence's blocks back, and forget it."""
+        """Give back a sequence's blocks, and forget it."""
         for choice in sequence.choices:
             if choice.phase is not Phase.ENDED:
                 self._scheduler.release(choice)
@@ -214,25 +214,25 @@ class Engine:
 
     @property
     def launches_at_once(self) -> bool:
-        """Whether `step` would launch something and wait for nothing: the device has nothing to do."""
+        """Whether `step` would launch something without waiting, because the device has nothing to do."""
         return self._runner.overlaps and self._in_flight is None and self.has_work()
 
     def wait_s(self) -> float | None:
-        """How long to wait for more requests before `step` is called, or this is asked again: 0 if it is time, None if
-        only others can bring something to do."""
+        """How long to wait for more requests before calling `step`, or asking again: 0 if it is time, None if only
+        others can bring work."""
         if self._in_flight is None:
             return 0.0 if self.has_work() and not self.stalled else None
         return self.launch_times.wait_s(can_launch=bool(self._scheduler.running or self._scheduler.waiting))
 
     def step(self) -> list[StepOutput]:
-        """Launch one batch, and read the tokens of the one before it; of the same, if the runner does not overlap."""
+        """Launch a batch, and read the tokens of the one before; of the same one, if the runner does not overlap."""
         begin, preemptions = self._clock(), self._scheduler.num_preemptions
         batch = self._scheduler.schedule()
         sent = [chunk for chunk in batch if chunk.sequence.prefill_only]
         self._tell_cached_prefixes(sent)
         launched = self._launch(batch) if batch else None
         self._tell_launched(sent)
-        # Those that `before` ends too: every rank draws what was launched.
+        # Including those that `before` is about to end: every rank draws what was launched.
         has_grammars = self._num_matchers > 0
         before, host_time_s = self._in_flight, self._clock() - begin
         self._host_time_s += host_time_s
@@ -258,15 +258,15 @@ class Engine:
         return StepInFlight(chunks, read, self.blocks.last_launched, launched_at, [])
 
     def _begin(self, step: StepInFlight | None) -> None:
-        """Count a launched step's tokens as computed, so that the next one can be scheduled before it has been."""
+        """Count a launched step's tokens as computed, so that the next step can be scheduled before they have been."""
         self._in_flight = step
         if step is None:
             return
         self.launch_times.began(StepWork.of(step.chunks), step.launched_at)
         for sequence, first, count in step.chunks:
             if sequence.phase is Phase.ENDED:
-                continue  # its last token was one that ends it, as has just been read
-            if first <= sequence.num_prompt_tokens:  # or its first own token, where others have computed its prompt
+                continue  # its last token ended it, as has just been read
+            if first <= sequence.num_prompt_tokens:  # or its first own token, if others have computed its prompt
                 self._num_prefilled += min(count, sequence.num_prompt_tokens - first)
                 self._scheduler.make_digests(sequence, first + count)
             sequence.num_computed_tokens = first + count
@@ -304,14 +304,14 @@ class Engine:
         return outputs
 
     def _advance(self, sequence: Sequence, end: int, token: int | None, logprobs: TokenLogprobs | None) -> StepOutput:
-        """Take in what a step has computed of a sequence: its tokens up to `end`, and the next one if it sampled."""
+        """Take in what a step computed of a sequence: tokens up to `end`, and the next one if it was sampled."""
         if token is not None:
             sequence.token_ids[end] = token
         index = end - sequence.num_prompt_tokens if token is not None else sequence.num_output_tokens
         finish_reason = None
         error = None if token is None else error_of(sequence, token, index)
         if token is not None and error is None:
-            # A preempted one has given its blocks up.
+            # A preempted one has given up its blocks.
             if sequence.block_table:
                 self._scheduler.share(sequence, end)
             self._num_generated += 1
@@ -326,7 +326,7 @@ class Engine:
         return output
 
     def _advance_choices(self, parent: Sequence, end: int, drawn: Ids[DrawnToken]) -> list[StepOutput]:
-        """Take in the first tokens of several choices, which a step has drawn when it had computed their prompt."""
+        """Take in the first tokens of several choices, which a step drew after it had computed their prompt."""
         del parent.token_ids[end:]
         if all(token != NOT_FINITE for token, _ in drawn):
             self._scheduler.share(parent, end)
@@ -350,7 +350,7 @@ class Engine:
         return outputs
 
     def _fork(self, parent: Sequence) -> None:
-        """Let the choices that have not ended go on, in a grammar each by itself from its first token on."""
+        """Let the choices that have not ended continue, each with a grammar of its own from its first token on."""
         choices = [choice for choice in parent.choices if choice.phase is Phase.NEW]
         for choice in choices:
             if parent.matcher is not None:
@@ -360,7 +360,7 @@ class Engine:
             self._end(parent)
 
     def _tell_cached_prefixes(self, sent: list[ScheduledChunk]) -> None:
-        """sent: chunks of sequences whose blocks go to another instance; here and below."""
+        """sent: chunks of sequences whose blocks go to another instance; also below."""
         for chunk in sent:
             sequence = chunk.sequence
             if self.on_early_output is not None and chunk.first == sequence.num_cached_tokens > 0:

@@ -40,38 +40,38 @@ from hbserve_rpc.messages import FinishReason, TokenLogprobs
 from hbserve_rpc.plain_values import plain_id, plain_token_ids, shown
 
 UNREAD = -1
-"""Stands for a token that the device has, or will have, and the host has not read yet."""
+"""Stands for a token that the device has, or will have, and that the host has not read yet."""
 NOT_FINITE = -2
-"""Sampled in place of a token where the logits are not finite. No token has this id on any rank, so a device may go on
-with it until the host has read it; the engine ends the request then."""
+"""Sampled in place of a token where the logits are not finite. No token has this id on any rank, so that a device may
+continue with it until the host has read it; then the engine ends the request."""
 COLDEST, HOTTEST = 1e-30, 1e29
-"""Temperatures beyond these are taken for these, which are as good as greedy, and as good as flat: logits divided or
-multiplied by them still are float32 numbers, and far from those that a device may take for 0."""
+"""Temperatures beyond these are replaced by them: they are as good as greedy, and as good as uniform. Logits divided or
+multiplied by them are still float32 numbers, and far from those that a device may flush to 0."""
 
 
 class Phase(Enum):
     """Where a sequence is in its life, which decides what may happen to its blocks."""
 
     NEW = "new"
-    """In no engine. The sequences that other ranks know of stay so, and choices until they are forked."""
+    """Not in an engine. Sequences on other ranks stay so, and choices until they are forked."""
     WAITING = "waiting"
-    """Without blocks, for room; or again, after it had to give its blocks up."""
+    """Waits for room, without blocks; possibly again, after it had to give up its blocks."""
     RUNNING = "running"
     """Computed by steps, in its own blocks."""
     ENDING = "ending"
-    """Computed no further: its last token comes with the step in flight, which still uses its blocks."""
+    """Not computed any further: its last token comes with the step in flight, which still uses its blocks."""
     OUT_OF_BLOCKS = "out of blocks"
-    """It holds the whole pool, or all of it that can become free. It ends with the step that has found that."""
+    """It holds the whole pool, or all of it that can become free. It ends with the step that found this."""
     RESERVING = "reserving"
-    """Without blocks, for room to receive its keys and values in."""
+    """Waits, without blocks, for room to receive its keys and values."""
     HELD = "held"
     """Not computed; a transfer reads its blocks, or writes to them."""
     QUARANTINED = "quarantined"
     """The request has ended, but a failed transfer may still touch these blocks."""
     FORKED = "forked"
-    """Without blocks: its choices go on by themselves. It ends with the last of them."""
+    """Without blocks: its choices continue by themselves. It ends with the last of them."""
     ENDED = "ended"
-    """Forgotten. The step in flight may still compute it, for nobody."""
+    """Forgotten. The step in flight may still compute it; the result is dropped."""
 
 
 NEXT_PHASES = {
@@ -104,35 +104,35 @@ class Sequence:
     num_computed_tokens: int = 0
     block_table: "array[int]" = field(default_factory=_no_blocks)
     """Block i holds tokens [i * block_size, (i + 1) * block_size); NO_BLOCK where no layer sees them any more. An
-    array, which numpy copies without a loop."""
+    array, because numpy copies it without a loop."""
     block_digests: list[bytes] = field(default_factory=list)
-    """Of the full blocks, as far as they were needed; see BlockManager."""
+    """Of its full blocks, as far as they were needed; see BlockManager."""
     num_cached_tokens: int = 0
-    """Of those computed, how many the prefix cache gave when the sequence last got its blocks; those before them, which
-    no layer sees, are counted too."""
+    """How many of the computed tokens the prefix cache supplied when the sequence last got its blocks, including those
+    before them that no layer sees."""
     num_shared_tokens: int = 0
-    """Of those computed, how many are in blocks that others may find, if these are full."""
+    """How many of the computed tokens are in blocks that others may find, if these are full."""
     is_shared: bool = True
-    """Others may find its blocks. Not while it has keys and values of which nobody knows who computed them."""
+    """Whether others may find its blocks: not if it has keys and values of which nobody knows who computed them."""
     prefill_only: bool = False
     """The sequence ends with its next token, and its blocks are sent away while it is computed."""
     max_num_tokens: int = maxsize
-    """Most tokens that it may have, its prompt included."""
+    """Most tokens that it may have, including its prompt."""
     num_scored_tokens: int = maxsize
-    """Of its prompt, how many have their log-probabilities, or need none as the first token. Beyond all where none are
-    wanted."""
+    """How many tokens of its prompt have their log-probabilities, or, like the first one, need none. Larger than any
+    prompt if none are wanted."""
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
-    """Those that have come so far."""
+    """Those that have been computed so far."""
     num_preemptions: int = 0
     phase: Phase = Phase.NEW
     matcher: Matcher | None = None
-    """Of a request with a grammar: what its next token may be. Ranks other than 0 have none."""
+    """Of a request with a grammar: decides what its next token may be. Only rank 0 has matchers."""
     is_special: bool = False
-    """It asks for more than its next token by temperature, top-k and top-p: see hbserve_core/logits."""
+    """It asks for more than temperature, top-k and top-p for its next token: see hbserve_core/logits."""
     choices: "list[Sequence]" = field(default_factory=list)
-    """Of `params.n`, where that is more than one: they have its tokens until each is forked with one more."""
+    """The choices, if `params.n` is more than one: they have its tokens until each is forked with one more."""
     choice: int = 0
-    """Its place among those of `parent`."""
+    """Its place among the choices of `parent`."""
     parent: "Sequence | None" = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -148,13 +148,13 @@ class Sequence:
         return found
 
     def enter(self, phase: Phase) -> None:
-        """The next phase of its life."""
+        """Go on to the next phase of its life."""
         assert phase in NEXT_PHASES[self.phase], f"{self.request_id}: {self.phase.name} cannot become {phase.name}"
         self.phase = phase
 
     def finish_reason(self, token: int, eos_token_ids: Container[int]) -> FinishReason | None:
         """Why an output token is its last one; None if it is not."""
-        # Where there is a grammar, one that is ignored cannot be drawn, unless the answer is complete.
+        # With a grammar, an end-of-sequence token that is ignored cannot be drawn, unless the answer is complete.
         is_end = not self.params.ignore_eos or self.matcher is not None
         if token in self.params.stop_token_ids or (is_end and token in eos_token_ids):
             return "stop"
@@ -171,7 +171,7 @@ class Sequence:
 
     @property
     def num_read_tokens(self) -> int:
-        """Tokens whose values are known here."""
+        """Number of tokens whose values are known here."""
         return len(self.token_ids) - (self.token_ids[-1] == UNREAD)
 
     @property
@@ -196,7 +196,7 @@ class Sequence:
 class ScheduledChunk:
     """What one step computes of one sequence: tokens [num_computed_tokens, num_computed_tokens + num_new_tokens).
 
-    `sequence.block_table` covers them. The runner reads the sequence and changes nothing, and of its blocks those only
+    `sequence.block_table` covers them. The runner reads the sequence without changing it, and of its blocks only those
     that the model's windows reach.
     """
 
@@ -205,25 +205,26 @@ class ScheduledChunk:
 
     @property
     def first(self) -> int:
-        """The first token that is computed. Meaningful until the sequence's progress is counted, as `samples` is."""
+        """The first token that is computed. Only meaningful until the sequence's progress is counted, like
+        `samples`."""
         return self.sequence.num_computed_tokens
 
     @property
     def samples(self) -> bool:
-        """Whether the chunk ends with the last known token, so that the step yields a next one."""
+        """Whether the chunk ends with the last known token, so that the step yields the next one."""
         return self.sequence.num_computed_tokens + self.num_new_tokens == len(self.sequence.token_ids)
 
     @property
     def scored_positions(self) -> range:
-        """Of its tokens, those whose rows score the prompt token that comes next."""
+        """Those of its tokens whose rows score the prompt token that follows."""
         sequence = self.sequence
         end = min(self.first + self.num_new_tokens, sequence.num_prompt_tokens - 1)
         return range(max(self.first, sequence.num_scored_tokens - 1), end)
 
 
 class RequestLimits:
-    """What an engine can ever run: limits of its model, its pool and its configuration. Other requests are refused at
-    once, not when they get stuck."""
+    """What an engine can run at all: limits of its model, its pool and its configuration. Requests beyond them are
+    refused at once, rather than when they get stuck."""
 
     def __init__(self, config: InstanceConfig, vocab_size: int, max_model_len: int, num_blocks: int) -> None:
         self._config = config
@@ -238,7 +239,7 @@ class RequestLimits:
         return longest if self._config.chunked_prefill_enabled else min(longest, self._config.max_num_batched_tokens)
 
     def sequence(self, request_id: str, prompt: Ids[int], params: SamplingParams, output: Ids[int] = ()) -> Sequence:
-        """A request that can run, plain and shared with nobody. `output` are tokens that it has already.
+        """A request that can run, normalised and copied. `output`: tokens that it already has.
 
         Raises:
             InvalidRequest: names what is wrong, the value and the limit.
@@ -254,11 +255,11 @@ class RequestLimits:
             raise InvalidRequest("prompt: expected at least one token")
         num_prompt, num_output = len(prompt_ids), len(output_ids)
         if num_output >= params.max_tokens:
-            raise InvalidRequest(f"output_token_ids: {num_output} tokens are all of max_tokens={params.max_tokens}")
+            raise InvalidRequest(f"output_token_ids: {num_output} tokens already reach max_tokens={params.max_tokens}")
         self._check_length(num_prompt, num_prompt + num_output)
         most = min(num_prompt + params.max_tokens, self._max_model_len)
         if params.n > 1 and params.seed is None:
-            params.seed = SystemRandom().getrandbits(63)  # choices are told apart by their seeds
+            params.seed = SystemRandom().getrandbits(63)  # choices differ by their seeds
         sequence = Sequence(request_id, prompt_ids + output_ids, num_prompt, params, max_num_tokens=most)
         if params.prompt_logprobs is not None and not output_ids:
             sequence.num_scored_tokens = 1

@@ -1,5 +1,4 @@
-"""A step from outside: what the runner that computes it is given and gives back, what the engine says of it, and the
-engine's figures.
+"""A step from outside: what its runner is given and returns, what the engine reports of it, and the engine's figures.
 
 Engine ─ScheduledChunks▶ Runner.launch ─PendingStep▶ StepInFlight ─read▶ StepResult ─▶ a StepOutput for each request
 """
@@ -19,12 +18,12 @@ from hbserve_rpc.counts import Histogram
 from hbserve_rpc.messages import FinishReason, TokenLogprobs
 
 MASK_PATIENCE_S = 0.01
-"""How long a step waits for the masks of its rows with grammars, of all together: usually they are there in a tenth of
-that. Later ones are for a later step."""
+"""How long a step waits for the masks of its rows with grammars, for all of them together: usually they are ready in a
+tenth of that. A row whose mask is later is left to the next step."""
 StepTokens = list[int | None]
-"""Each chunk's next token, or NOT_FINITE; None where the chunk does not reach the last known token."""
+"""Each chunk's next token, or NOT_FINITE; None if the chunk does not reach the last known token."""
 DrawnToken = tuple[int, TokenLogprobs | None]
-"""A token, or NOT_FINITE, with its log-probabilities if they are asked for."""
+"""A token, or NOT_FINITE, with its log-probabilities if they are wanted."""
 NO_LOGITS = (
     "the model's logits are not finite at output token {index}: its weights are broken, or float16 overflows where "
     "dtype='bfloat16' or 'float32' would not"
@@ -33,21 +32,21 @@ NO_LOGITS = (
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What a step has given."""
+    """What a step has computed."""
 
     tokens: StepTokens
     logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
-    """Of the tokens of chunks whose requests ask for them, by the chunk's place."""
+    """Of the tokens of chunks whose requests ask for them, by the chunk's position."""
     prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
-    """Of the prompt tokens after `ScheduledChunk.scored_positions`, by the chunk's place."""
+    """Of the prompt tokens after `ScheduledChunk.scored_positions`, by the chunk's position."""
     choices: dict[int, list[DrawnToken]] = field(default_factory=dict)
-    """Next tokens of chunks whose requests have several choices, one for each of these, by the chunk's place; its token
-    in `tokens` is nobody's then."""
+    """By the chunk's position, the next tokens of each choice of requests with several; the entry in `tokens` is unused
+    then."""
 
 
 PendingStep = Callable[[], StepResult]
-"""A step that was launched, and drawn if it has rows with grammars: the call, of which there is one, waits until the
-step has been computed, its keys and values included, and returns what it has given."""
+"""A step that was launched (and drawn, if it has rows with grammars). Calling it, once, waits until the step has been
+computed, including its keys and values, and returns the result."""
 
 
 class StepInFlight(NamedTuple):
@@ -58,12 +57,13 @@ class StepInFlight(NamedTuple):
     read: PendingStep
     number: int
     launched_at: float
-    """When it could begin; without overlap it did, and has been computed by now."""
+    """When it could begin; without overlap it began then, and has been computed by now."""
     late: list[int]
-    """Places of chunks whose masks did not come in time: their last token is computed once more, by the next step."""
+    """Positions of chunks whose masks were not ready in time: the next step computes their last token again."""
 
     def wait_for_masks(self) -> None:
-        """Of rows with grammars, before they are drawn. Their tokens before have all been read now."""
+        """Wait for the masks of rows with grammars, before these are drawn. All of their earlier tokens have been read
+        by now."""
         until = perf_counter() + MASK_PATIENCE_S
         for place, (sequence, first, count) in enumerate(self.chunks):
             matcher = sequence.matcher
@@ -75,15 +75,15 @@ class StepInFlight(NamedTuple):
 
 
 class Runner(Protocol):
-    """A model and its pool. Steps are launched one after the other, by one thread."""
+    """A model and its pool. Steps are launched one after another, by one thread."""
 
     model_config: ModelConfig
     device: torch.device
     dtype: torch.dtype
     fingerprint: dict[str, str | int]
-    """What two instances must share to read each other's blocks."""
+    """What two instances must have in common to read each other's blocks."""
     pool: torch.Tensor
-    """(num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim), with this rank's heads"""
+    """(num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim), with this rank's heads."""
     transfer_addresses: Ids[str]
     """Where ranks 1, 2, … serve the transfers of their pools, if the instance's role has transfers."""
     overlaps: bool
@@ -91,15 +91,16 @@ class Runner(Protocol):
 
     @property
     def computed(self) -> Any:
-        """What says on the device that the keys and values of the step launched last are there: a CUDA event or, of
-        several ranks, a LaunchedStep, by which each finds its own. None: they are when its tokens have been read."""
+        """What tells, on the device, that the keys and values of the last launched step are there: a CUDA event or,
+        with several ranks, a LaunchedStep, by which each rank finds its own. None: they are there when its tokens have
+        been read."""
 
     def launch(self, batch: Ids[ScheduledChunk]) -> PendingStep:
-        """Begin to compute a step. What the chunks say is read before this returns."""
+        """Begin to compute a step. The chunks are read before this returns."""
 
     def draw(self) -> None:
-        """Sample those rows of the step launched last whose requests have grammars, if there are any: `launch` leaves
-        them out, because their masks follow from tokens that need not have been read by then. Now they have been."""
+        """Sample those rows of the last launched step whose requests have grammars, if there are any. `launch` leaves
+        them out, because their masks depend on tokens that may not have been read by then. By now they have been."""
 
     def is_idle(self) -> bool:
         """Whether every launched step has been computed. Does not wait."""
@@ -109,7 +110,7 @@ class Runner(Protocol):
 
 
 def error_of(sequence: Sequence, token: int, index: int) -> HBServeRpcError | None:
-    """Why a row has given no output token `index`, if `token` is none. Each row of a step is its own: others go on."""
+    """Why a row has yielded no output token `index`, if `token` is not one. Other rows of the step are not affected."""
     if sequence.matcher is not None and sequence.matcher.error:
         return InvalidRequest(sequence.matcher.error)
     return LogitsNotFinite(NO_LOGITS.format(index=index)) if token == NOT_FINITE else None
@@ -117,33 +118,33 @@ def error_of(sequence: Sequence, token: int, index: int) -> HBServeRpcError | No
 
 @dataclass(slots=True)
 class StepOutput:
-    """What one step did for one request, or for one choice of it. Not frozen: to make those of 256 rows would take a
-    millisecond of each step."""
+    """What one step did for one request, or for one of its choices. Not frozen, because making 256 frozen ones would
+    take a millisecond of each step."""
 
     request_id: str
     token_id: int | None
-    """The new token, or None: the step only computed a part of the prompt, or the request has ended without one."""
+    """The new token; None if the step only computed a part of the prompt, or the request has ended without a token."""
     index: int
-    """Place of that token, or without one of the next, among the output tokens of the request, or of the choice."""
+    """Position of that token, or if there is none of the next one, among the output tokens of the request or choice."""
     finish_reason: FinishReason | None = None
     num_computed_tokens: int = 0
     num_cached_tokens: int = 0
-    """Of those, how many came from the prefix cache."""
+    """How many of those came from the prefix cache."""
     block_table: list[int] = field(default_factory=list)
-    """Of a prefill-only request, whose blocks stay as they are until `release`; else empty. The keys and values of its
-    computed tokens are there: on a device too, no stream has to be waited for, unless `ready` says otherwise."""
+    """Of a prefill-only request, whose blocks stay as they are until `release`; otherwise empty. The keys and values of
+    its computed tokens are there, on a device too, without waiting for a stream, unless `ready` says otherwise."""
     logprobs: TokenLogprobs | None = None
-    """At the new token's place, if the request asks for them."""
+    """Of the new token, if the request asks for them."""
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     """With output token 0, if the request asks for them: of each prompt token but the first."""
     error: HBServeRpcError | None = None
-    """Why the request has ended, if it is not by a token: what it asks for cannot be computed."""
+    """Why the request has ended, if not by a token: what it asks for cannot be computed."""
     choice: int = 0
-    """Of `SamplingParams.n`. What has no token yet is of all."""
+    """Of `SamplingParams.n`. An output without a token concerns all choices."""
     num_preemptions: int = 0
-    """So far."""
+    """Preemptions so far."""
     ready: Any = None
-    """After which keys and values are there, as `Runner.computed` has it: of a step that has not been read."""
+    """After this, keys and values are there, as in `Runner.computed`; set for a step that has not been read."""
 
     @classmethod
     def of(
@@ -156,7 +157,7 @@ class StepOutput:
         logprobs: TokenLogprobs | None = None,
         error: HBServeRpcError | None = None,
     ) -> "StepOutput":
-        """Of a sequence, when `computed` of its tokens have been computed."""
+        """Of a sequence of which `computed` tokens have been computed."""
         return cls(
             sequence.request_id,
             None if error else token,
@@ -178,7 +179,7 @@ class StepOutput:
         return self.finish_reason is not None or self.error is not None
 
     def raise_error(self) -> None:
-        """Raises LogitsNotFinite or InvalidRequest if the request has ended so."""
+        """Raises LogitsNotFinite or InvalidRequest if the request has ended by that."""
         if self.error is not None:
             raise self.error
 
@@ -199,14 +200,14 @@ class Reservation:
 
     request_id: str
     block_ids: list[int]
-    """Blocks of the tokens that are to be brought, in order: the last ones of the request's, without those that are
-    cached here, or that no layer will see."""
+    """Blocks of the tokens to be brought, in order: the last ones of the request, without those that are cached here or
+    that no layer will see."""
     num_cached_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """Figures of one engine. Gauges are of now, counters from the start."""
+    """Figures of one engine. Gauges show the present, counters grow from the start."""
 
     num_waiting: int = 0
     num_running: int = 0
@@ -214,15 +215,15 @@ class EngineStats:
     """Requests whose blocks wait for a transfer."""
     num_blocks: int = 0
     num_free_blocks: int = 0
-    """Blocks that nobody holds, those kept as prefix cache included."""
+    """Blocks that nobody holds, including those kept as prefix cache."""
     num_cached_blocks: int = 0
-    """Of the free ones, those kept as prefix cache."""
+    """How many of the free blocks are kept as prefix cache."""
     num_reserved_blocks: int = 0
-    """Of `num_reserved` requests; one that several of them share counts for each."""
+    """Blocks of the `num_reserved` requests; a shared block counts once for each."""
     num_quarantined_blocks: int = 0
     num_generated_tokens: int = 0
     num_prefill_tokens: int = 0
-    """Prompt tokens computed, those computed again after a preemption included."""
+    """Prompt tokens computed, including those computed again after a preemption."""
     num_cached_tokens: int = 0
     num_preemptions: int = 0
     num_steps: int = 0
@@ -230,8 +231,8 @@ class EngineStats:
     """Time spent in steps other than waiting for the device: scheduling, preparing, launching, taking tokens in. With a
     runner that computes on the host, its computation too."""
     num_late_steps: int = 0
-    """Steps that were launched to be just in time, and came after the one before them had ended."""
+    """Steps that were meant to be launched just in time, and came after the one before them had ended."""
     idle_time_s: float = 0.0
-    """How long the device had nothing to do because of that, at most."""
+    """How long the device was idle because of that, at most."""
     iteration_tokens: Histogram | None = None
     """Tokens of each step."""

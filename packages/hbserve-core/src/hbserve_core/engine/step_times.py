@@ -1,21 +1,21 @@
-"""Predictions of how long steps take, learned from steps as they end, and what follows from them: how many tokens of
-prompts the next step computes, and when it is launched.
+"""Predicts how long steps take, learning from steps as they end, and decides by that how many prompt tokens the next
+step computes and when it is launched.
 
     step k       ├───────────── computes ─────────────┤ predicted end
     step k + 1     who arrives is in it ──▶ ├─ slack ─┤ scheduled, packed and launched
                                             launch time
 
-The slack is what the host has needed, and what predictions were wrong by: the 99th percentile of both together, and a
-margin. A step that is short, or that nothing is known of, is followed at once instead: the next one is launched while
-it is computed, as early as can be.
+The slack is the 99th percentile of the host's time and the prediction error together, and a margin. After a step that
+is short, or for which there is no prediction, the next one is launched at once instead: while it is computed, as early
+as possible.
 
-Prompts are computed in chunks of `chunk_size`, or `auto`: each step gets so many prompt tokens as take STEP_S, and at
-least FEWEST_TOKENS, below which reading the weights takes longer than the products. A step that is longer computes
-hardly more per second, and keeps those waiting that come meanwhile. The more waits, the longer it may be all the same.
-With `itl_target_ms` a step that has decodes too takes no longer than that.
+Prompts are computed in chunks of `chunk_size`, or `auto`: each step gets as many prompt tokens as take STEP_S, and at
+least FEWEST_TOKENS, below which reading the weights takes longer than the matrix products. A longer step would compute
+hardly more per second, and delay requests that arrive meanwhile. The more work waits, the longer a step may
+nevertheless be. With `itl_target_ms`, a step that also has decodes takes no longer than that.
 
-Nothing here is of a device, and torch is not imported: `hbserve simulate` chooses its chunks by the same code, which
-there asks a profile how long a step would take.
+Nothing here depends on a device, and torch is not imported: `hbserve simulate` chooses chunks by the same code, which
+then asks a profile how long a step would take.
 """
 
 from collections import deque
@@ -30,47 +30,49 @@ from hbserve_rpc.settings import chunk_size_of
 STEP_S = 0.010
 FEWEST_TOKENS = 1024
 FEWEST_BESIDE_DECODES = 64
-"""With a target for the time between tokens: prompts must go on, even where decodes alone take longer than that."""
+"""With a target for the time between tokens: prompts must progress even where decodes alone take longer than that."""
 SHORT_TOKENS = 2048
-"""Prompts of which no more is left come before others: these wait little for them, which are a small part of the work,
-and would wait long themselves."""
+"""Prompts with no more tokens left than this go before others. Those lose little time to them, because short prompts
+are a small part of the work, and would themselves wait long."""
 STEPS_OF_BACKLOG = 8
-"""The more waits, the longer a step may be: what steps cost beside their tokens is what makes the last wait longest."""
+"""The more work waits, the longer a step may be: the fixed cost of steps is what makes the last request wait
+longest."""
 MOST_OVERTAKERS = 64
-"""So many of those that wait are looked at."""
+"""How many of the waiting prompts are considered."""
 SHARE_OF_LONG = 8
-"""One part in so many of each step is for a long prompt in any case."""
+"""One part in this many of each step is kept for a long prompt."""
 LATE_FROM_S = 0.003
-"""Shorter steps are followed at once: who comes late waits little, and each wake of the host would be felt."""
+"""After shorter steps the next one is launched at once: a late request waits little, and each wake-up of the host would
+be noticeable."""
 MARGIN_S = 0.0003
 POLL_S = 0.0005
-"""How long the host sleeps at a time while a step is computed: a step that ends early is noticed so much later."""
+"""How long the host sleeps at a time while a step is computed: a step that ends early is noticed this much later."""
 TAIL_POLL_S = 0.0001
-"""The same around the predicted end of a step, where nothing else is launched behind it."""
+"""The same around the predicted end of a step, if nothing else is launched behind it."""
 _SHORTEST_WAIT_S = 10e-6
 _WAITED_S = 20e-6
-"""Reading a step that has ended already takes less."""
+"""Reading a step that has already ended takes less than this."""
 _FEWEST = 16
-"""So many steps are seen before a prediction is relied on."""
+"""How many steps must have been seen before a prediction is used."""
 STEPS_REMEMBERED = 200
-"""By the launches of so many it is decided when the next one is to be."""
+"""How many launches the slack is computed from."""
 _RECENT = 0.03
-"""Weight of the last step among the recent ones."""
+"""Weight of the last step in the recent average."""
 
 
 class StepWork(NamedTuple):
-    """What decides a step's time, beside the weights' bytes, which every step reads."""
+    """What a step's time depends on, besides the bytes of the weights, which every step reads."""
 
     num_tokens: int
-    """New ones: operations of products."""
+    """New tokens: operations of matrix products."""
     num_keys: int
-    """Of all sequences: bytes of KV that are read."""
+    """Over all sequences: bytes of KV that are read."""
     num_pairs: int
-    """Of a query and a key, twice: operations of attention."""
+    """Pairs of a query and a key, counted twice: operations of attention."""
 
     @classmethod
     def of(cls, chunks: Collection[tuple[object, int, int]]) -> "StepWork":
-        """Chunks: whatever they are of, first new token, number of new tokens."""
+        """Chunks: anything, first new token, number of new tokens."""
         tokens = sum([count for _, _, count in chunks])
         keys = tokens + sum([first for _, first, _ in chunks])
         if tokens == len(chunks):  # decodes, of which every step has many
@@ -78,7 +80,7 @@ class StepWork(NamedTuple):
         return cls(tokens, keys, sum([count * (2 * first + count) for _, first, count in chunks]))
 
     def with_chunk(self, first: int, count: int) -> "StepWork":
-        """The same, and `count` tokens of a prompt behind its first `first`."""
+        """The same with `count` more tokens, of a prompt of which `first` are computed."""
         return StepWork(
             self.num_tokens + count,
             self.num_keys + first + count,
@@ -87,15 +89,15 @@ class StepWork(NamedTuple):
 
 
 class _Fit:
-    """Least squares of the times of steps with similar numbers of tokens, one after the other, and what these were
-    wrong by of late.
+    """Least squares over the times of steps with similar numbers of tokens, updated step by step, and the recent errors
+    of its predictions.
 
-    The time of products is the longer of that of the weights' bytes and that of operations, which no sum of terms is;
-    from one power of two of tokens to the next it nearly is.
+    The time of matrix products is the longer of reading the weights and computing, which is not a sum of terms; within
+    a power of two of tokens it nearly is.
     """
 
     def __init__(self, octave: int) -> None:
-        # The constant is believed first: what has never varied is taken to change little.
+        # The constant is trusted first: what has never varied is assumed to have little effect.
         self._per_token = 0.1 / (1 << octave)
         self._weights = [0.0] * 4
         self._spread = [[100.0 * (row == column) for column in range(4)] for row in range(4)]
@@ -133,7 +135,7 @@ class StepTimes:
         self._fits: dict[int, _Fit] = {}
 
     def predict_s(self, work: StepWork) -> float | None:
-        """None: too few steps of similar size were seen."""
+        """None: too few steps of similar size have been seen."""
         fit = self._fits.get(work.num_tokens.bit_length())
         return fit.predict_s(work) if fit is not None and fit.count >= _FEWEST else None
 
@@ -145,7 +147,7 @@ class StepTimes:
 
 
 class ChunkSettings(Protocol):
-    """Those of `hbserve_rpc.settings.EngineSettings` that chunks depend on."""
+    """The fields of `hbserve_rpc.settings.EngineSettings` on which chunks depend."""
 
     @property
     def chunked_prefill_enabled(self) -> bool: ...
@@ -160,7 +162,7 @@ class ChunkSettings(Protocol):
 
 
 class Prompt(Protocol):
-    """A sequence of which tokens are to be computed."""
+    """A sequence with tokens to be computed."""
 
     @property
     def num_computed_tokens(self) -> int: ...
@@ -171,16 +173,16 @@ class Prompt(Protocol):
 
 
 class ChunkSizes:
-    """How many tokens of prompts the next step computes, and of each."""
+    """How many prompt tokens the next step computes, in total and of each sequence."""
 
     def __init__(self, settings: ChunkSettings, role: Role, predict_s: Callable[[StepWork], float | None]) -> None:
-        """predict_s: how long a step would take; None if nobody knows."""
+        """predict_s: how long a step would take; None if that is not known."""
         self._settings = settings
         self._predict_s = predict_s
         chosen = chunk_size_of(settings.chunk_size, role, settings.itl_target_ms)
         self._fixed = None if chosen == "auto" else chosen
         self.is_adaptive = settings.chunked_prefill_enabled and self._fixed is None
-        """Whether the sizes depend on anything, and short prompts come first."""
+        """Whether sizes adapt, and short prompts go first."""
         self._of_step = 0
 
     def of_step(self, decodes: StepWork, begun: Ids[Prompt], waiting: Iterable[Prompt]) -> int:
@@ -200,22 +202,23 @@ class ChunkSizes:
         return self._of_step
 
     def of(self, sequence: Prompt, wanted: int, budget: int, most: int) -> int:
-        """Of one sequence with `wanted` tokens to compute. budget, most: prompt tokens, and any, left of the step."""
+        """Tokens of one sequence that has `wanted` left to compute. budget, most: what is left of the step for prompts,
+        and for any tokens."""
         settings = self._settings
         if not settings.chunked_prefill_enabled:  # all of a prompt or nothing
             if wanted <= settings.max_num_batched_tokens:
                 return wanted if wanted <= most else 0
-            return most  # longer than a prompt may be: what a preempted sequence computes again, its output included
+            return most  # longer than a prompt may be: a preempted sequence computes its output again too
         budget = min(budget, most)
         if self._fixed is not None:
             return min(wanted, self._fixed, budget)
         if not sequence.prefill_only or not self._of_step == budget < wanted <= 2 * budget:
             return min(wanted, budget)
-        # Of its last two chunks, the last is half a step at most: its KV can only move after the first token.
+        # Of its last two chunks, the last has half a step at most, because its KV can only move after the first token.
         return min(max(budget, wanted - budget // 2), most, settings.max_chunk_prefill_tokens)
 
     def is_short(self, num_tokens: int) -> bool:
-        """Whether a prompt of which so much is left comes before those that came earlier."""
+        """Whether a prompt with this many tokens left goes before those that came earlier."""
         return self.is_adaptive and num_tokens <= SHORT_TOKENS
 
     def left_for_long(self, budget: int) -> int:
@@ -223,7 +226,7 @@ class ChunkSizes:
         return budget // SHARE_OF_LONG
 
     def _within(self, target_s: float, decodes: StepWork, first: int, fewest: int, most: int) -> int:
-        """The most tokens that are predicted to take no longer than the target; but the fewest in any case."""
+        """The most tokens that are predicted to take no longer than the target; but at least the fewest."""
         low = size = min(fewest, most)
         while size < most:
             known, size = size, min(2 * size, most)
@@ -239,7 +242,8 @@ class ChunkSizes:
         return low
 
     def _time_s(self, decodes: StepWork, first: int, count: int, known: int) -> float:
-        """Of a step with `count` prompt tokens; if none of that size was seen, in proportion to one with `known`."""
+        """Predicted time of a step with `count` prompt tokens; if none of that size was seen, in proportion to one with
+        `known`."""
         if (time_s := self._predict_s(decodes.with_chunk(first, count))) is not None:
             return time_s
         if (time_s := self._predict_s(decodes.with_chunk(first, known))) is not None:
@@ -259,25 +263,26 @@ class LaunchTimes:
     """When to launch the next step. Times are the engine's clock, in seconds."""
 
     def __init__(self, clock: Callable[[], float], is_idle: Callable[[], bool], *, always_at_once: bool) -> None:
-        """is_idle: whether the device has computed all that was launched."""
+        """is_idle: whether the device has computed everything that was launched."""
         self.step_times = StepTimes()
         self.num_late = 0
-        """Steps that came after the one before them had ended, because they had waited for their launch time."""
+        """Steps launched after the one before them had ended, although they were meant to be just in time."""
         self.idle_time_s = 0.0
-        """How long the device had nothing to do then, at most."""
+        """How long the device was idle then, at most."""
         self._clock, self._is_idle, self._always_at_once = clock, is_idle, always_at_once
         self._step: _Computing | None = None
         self._last_end = 0.0
         self._busy_at = 0.0
-        """The last time that the step was seen to be computed still, after having waited in vain for its end."""
+        """The last time that the step was seen still to be computed, after waiting in vain for its end."""
         self._needs: deque[float] = deque(maxlen=STEPS_REMEMBERED)
-        """Time from the launch, had it been at the right moment, to the predicted end of the step before."""
+        """Time from what would have been the right moment to launch to the predicted end of the step before."""
         self.slack_s = 0.0
-        """So long before a step's predicted end the next one is launched, where steps are not followed at once."""
+        """The next step is launched this long before the predicted end of the one before, if it is not launched at
+        once."""
         self._num_waited = 0
 
     def wait_s(self, *, can_launch: bool) -> float:
-        """How long to wait for more requests until the next step is launched, or asked for again; 0: it is time.
+        """How long to wait for more requests until the next step is launched, or until asking again; 0: it is time.
 
         can_launch: whether there may be something to launch already. If not, it is time when the step in flight has
         ended.
@@ -296,8 +301,8 @@ class LaunchTimes:
         return min(left, POLL_S)
 
     def ended(self, waited_from: float, now: float, host_time_s: float | None) -> None:
-        """The step in flight has ended, and was waited for. host_time_s: what the launch of the next one took, if
-        there was one before that."""
+        """The step in flight has ended, and was waited for. host_time_s: how long launching the next one took, if one
+        was launched before that."""
         step, self._step, self._last_end = self._step, None, now
         if step is None:
             return

@@ -30,7 +30,7 @@ def read_tokenizer(path: Path, vocab_size: int, eos_token_ids: Ids[int]) -> Any:
 
     text = path.read_text(encoding="utf-8").strip()
     if not text.startswith("{"):
-        raise ValueError("it is no JSON object")  # llguidance would take it for a name to download
+        raise ValueError("it is not a JSON object")  # llguidance would take it for a name to download
     if not eos_token_ids:
         raise ValueError("the model has no token that ends a sequence")
     eos = list(eos_token_ids)

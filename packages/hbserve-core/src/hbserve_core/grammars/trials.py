@@ -60,7 +60,7 @@ class Trials:
                 return f"structured_outputs.{wanted.kind}: takes more than {limit_s:g} s to compile"
             if said:
                 return ""
-        raise Overloaded("structured_outputs: the process that tries grammars out has ended")
+        raise Overloaded("structured_outputs: the process that tests grammars has ended")
 
     def _try(self, wanted: StructuredOutputsParams) -> bytes:
         """What the trial has sent until it ended; nothing: the process has ended before it began."""

@@ -70,7 +70,7 @@ class EngineThread:
         if self._thread.is_alive():
             await asyncio.to_thread(self._thread.join, JOIN_TIMEOUT_S)
             if self._thread.is_alive():
-                logger.warning("the engine's thread is still busy after %s s; it is not waited for", JOIN_TIMEOUT_S)
+                logger.warning("the engine's thread is still busy after %s s; not waiting for it", JOIN_TIMEOUT_S)
 
     async def call(self, command: Callable[[Engine], T]) -> T:
         """Run `command(engine)` between two steps, and return or raise what it does. Commands run in order.

@@ -1,7 +1,9 @@
-"""GpuInstance: one engine behind RPC, with its KV transfers.
+"""GpuInstance: one engine behind RPC, with its KV transfers, in two threads: the event loop and the engine.
 
-Two threads: the event loop (RPC, heartbeats, transfers) and the engine. Each request is one coroutine here, from its
-first message to its last block.
+    _generate   add ▶ TokenEvents ▶ _close
+    _prefill    add ▶ follow, which pushes ▶ first token ▶ finish, which commits ▶ _end_prefill
+    _decode     reserve ▶ post_receive ▶ Granted ▶ wait_for_kv ▶ activate ▶ TokenEvents ▶ _end_decode
+Each request is one coroutine; the last step of each releases the blocks, once no transfer touches them any more.
 """
 
 import asyncio
@@ -59,20 +61,22 @@ from hbserve_rpc.trace_context import TRACEPARENT
 logger = logging.getLogger(__name__)
 
 END_TIMEOUT_S = 2.0
-"""How long `stop` waits for requests to give their blocks back; a dead or frozen peer could keep it longer."""
+"""How long `stop` waits for requests to give back their blocks; a dead or frozen peer could delay that further."""
 
 
 class GpuInstance:
-    """One prefill, decode or hybrid instance. Lives in the event loop that ran `start`."""
+    """One prefill, decode or hybrid instance. Belongs to the event loop that ran `start`."""
 
-    def __init__(self, config: InstanceConfig) -> None:
+    def __init__(self, config: InstanceConfig, *, before_ready: Callable[[], object] = lambda: None) -> None:
+        """before_ready: called when the model is loaded, before anybody is told."""
         self.config = config
+        self._before_ready = before_ready
         self.epoch = uuid.uuid4().hex
         self.started_as = config.role
         self.status: InstanceStatus = "starting"
         self.error = ""
         self.engine: Engine | None = None
-        """Belongs to its thread: others may read what never changes."""
+        """Belongs to its thread: others may only read what never changes."""
         self.runner: Runner | None = None
         self.transfers: InstanceTransfers | None = None
         self.num_requests = 0
@@ -115,17 +119,16 @@ class GpuInstance:
 
         Raises:
             AddressInUse: the configured address is taken.
-            AddressNotAvailable: this machine does not have the one for KV transfers.
+            AddressNotAvailable: this machine does not have the address for KV transfers.
         """
-        if self.config.role != "hybrid":
-            await asyncio.to_thread(self.config.kv_transfer.check_host)
         self._server.serve(DESCRIBE, self.reports.describe)
         self._server.serve(STATS, self.reports.stats)
         self._server.serve_stream(REPORTS, self.reports.follow)
         self._server.serve(CACHED_PREFIXES, self._cached_prefixes)
         self._server.serve_stream(GENERATE, self._generate)
         self._server.serve_notification(END_CHOICE, self._end_choice)
-        if self.config.role != "hybrid":  # which of them it is asked for is its role
+        if self.config.role != "hybrid":  # its role is which of these it is asked for
+            await asyncio.to_thread(self.config.kv_transfer.check_host)
             self._server.serve_stream(PREFILL, self._prefill)
             self._server.serve_notification(GRANT, self._grant)
             self._server.serve(CONNECT, self._connect)
@@ -141,7 +144,7 @@ class GpuInstance:
         """Wait until the model is loaded.
 
         Raises:
-            InstanceFailed: it cannot be; says why.
+            InstanceFailed: it cannot be loaded; says why.
         """
         assert self._loading is not None, "start() comes first"
         await asyncio.shield(self._loading)
@@ -154,14 +157,13 @@ class GpuInstance:
         return self.error
 
     async def stop(self) -> None:
-        """End every request, give every block back, leave no thread, socket or task behind. May be called twice."""
+        """End every request, give back every block, leave no thread, socket or task behind. May be called twice."""
         self.status = "draining"
         self.loop_lag.stop()
         await self._server.stop()
         if self.health is not None:
             await self.health.stop()
-        ends = list(self._ends)
-        if ends:
+        if ends := list(self._ends):
             await asyncio.wait(ends, timeout=END_TIMEOUT_S)
         if self.engine is None:
             await self._thread.stop()
@@ -190,11 +192,12 @@ class GpuInstance:
                 transfers = InstanceTransfers(self.config, self.runner, self.epoch, self._thread.fail)
                 await transfers.start()
                 self.transfers = transfers
-        except Exception as error:  # whatever is wrong with the model or the machine, DESCRIBE tells it
+        except Exception as error:  # whatever is wrong with the model or the machine, DESCRIBE reports it
             self._fail(error)
             return
         self.engine = engine
         if self.status == "starting":
+            self._before_ready()
             self.status = "ready"
             self.reports.tell()
             logger.info("%s: ready on %s", self.config.instance_id, self.address)
@@ -225,10 +228,10 @@ class GpuInstance:
             raise Overloaded(f"{self.config.instance_id} is not ready, it is {self.status}")
 
     def _require_room_for(self, num_tokens: int) -> None:
-        """Several schedulers may have the same idea, each by a report that is a second old. What the pool cannot hold
-        would wait here, and another instance may have nothing to do.
+        """Raises Overloaded if the pool cannot hold the prompt too.
 
-        Raises Overloaded.
+        Several schedulers may choose this instance by a report that is a second old. The prompt would wait here, while
+        another instance may have nothing to do.
         """
         self._require_ready()
         assert self.engine is not None, "it is ready"
@@ -244,28 +247,27 @@ class GpuInstance:
         self.num_requests += 1
         logger.debug("%s: %s, trace %s", request.request_id, type(request).__name__, TRACEPARENT.get() or "none")
         self.reports.begin(request)
-        inbox = self._inboxes[request.request_id] = Inbox(request.left_s)
-        return inbox
+        return self._inboxes.setdefault(request.request_id, Inbox(request.left_s))
 
     def _end(self, job: Coroutine[Any, Any, None]) -> None:
-        """Clean up in a task of its own: the handler's may be cancelled, and would be so again."""
+        """Clean up in a task of its own: the handler's task may be cancelled, even again during cleanup."""
         task = asyncio.create_task(job)
         self._ends.add(task)
         task.add_done_callback(self._ends.discard)
 
     async def _last_call(self, command: Callable[[Engine], None]) -> None:
-        """A call that ends something: if the engine has ended, so has that."""
+        """Call the engine to end something: if the engine has ended, so has that."""
         try:
             await self._thread.call(command)
         except EngineStopped as error:
             logger.debug("%s", error)
 
     async def _close(self, request_id: str) -> None:
-        """No transfer touches the request's blocks any more: they go back, and then its id is free."""
+        """Give back a request's blocks, which no transfer touches any more, and then free its id."""
         try:
             await self._last_call(lambda engine: engine.release(request_id))
         finally:
-            # Not earlier: what a step under way still says of this request is not for another one of this id.
+            # Not earlier: what a step in flight still reports of it must not reach a later request of this id.
             if inbox := self._inboxes.pop(request_id, None):
                 inbox.close()
             self.reports.end(request_id)
@@ -280,7 +282,7 @@ class GpuInstance:
             self._end(self._close(request.request_id))
 
     async def _begin(self, request: GenerateRequest | PrefillRequest | DecodeRequest) -> None:
-        """Hand it to the engine, when its grammar has been compiled, if it has one."""
+        """Pass a request to the engine, once its grammar, if it has one, has been compiled."""
         given = request.request_id, request.prompt_token_ids, request.params, request.output_token_ids
         assert self.engine is not None, "a ready instance has it"
         matcher = await self.engine.grammars.matcher_in_loop(request.params, request.output_token_ids)
@@ -294,7 +296,7 @@ class GpuInstance:
         await self._last_call(lambda engine: engine.release_choice(request.request_id, request.choice))
 
     async def _prefill(self, request: PrefillRequest) -> AsyncIterator[TokenEvent | TransferDone]:
-        if request.grant_follows:  # a decode instance keeps no blocks for it yet, for which others wait there
+        if request.grant_follows:  # no decode instance keeps blocks for it yet that others wait for
             self._require_room_for(len(request.prompt_token_ids) + len(request.output_token_ids))
         inbox = self._open(request)
         sending = PrefillSend(self._require_transfers().open_send, request, self.config.block_size, inbox)
@@ -303,7 +305,7 @@ class GpuInstance:
             outputs = await sending.follow()
             is_late = not sending.is_granted and any(each.finish_reason is None for each in outputs)
             if is_late and not await sending.wait_for_grant(GRANT_PATIENCE_S):
-                # Nobody knows of the token. The prefix cache keeps all blocks but the last one, as far as it can.
+                # Nobody knows of the token yet. The prefix cache keeps all blocks but the last one, as far as it can.
                 await self._thread.call(lambda engine: engine.release(request.request_id))
                 await sending.wait_for_grant(None)
                 await self._begin(request)
@@ -328,7 +330,7 @@ class GpuInstance:
     async def _end_prefill(self, request_id: str, sending: PrefillSend) -> None:
         await self._last_call(lambda engine: engine.hold(request_id))
         if await sending.abort("the request has ended") is Outcome.UNKNOWN:
-            logger.warning("%s: a failed transfer may still read its blocks; they wait until it does not", request_id)
+            logger.warning("%s: a failed transfer may still read its blocks; they stay out of use", request_id)
             await self._last_call(lambda engine: engine.quarantine(request_id, sending.num_blocks))
             await sending.drained()
         await self._close(request_id)
@@ -370,7 +372,7 @@ class GpuInstance:
         return await self._thread.call(lambda engine: CachedPrefixes(*engine.blocks.cached_digests(request.known)))
 
     async def _connect(self, request: ConnectRequest) -> Empty:
-        """Not before it is ready, which it is without its peers: whether one can be reached is between the two."""
+        """It must be ready, which does not depend on its peers: a link concerns only the two that it connects."""
         self._require_ready()
         try:
             await self._require_transfers().open_link(request.kv_endpoint)
@@ -379,7 +381,7 @@ class GpuInstance:
         return Empty()
 
     async def _flip(self, request: FlipRequest) -> InstanceInfo:
-        """All that the other role needs is there. What was known of this life is of no use in the next: a new epoch."""
+        """Take on the other role. What others know of this life is useless in the next, so it gets a new epoch."""
         self._require_ready()
         name, role = self.config.instance_id, request.role
         if role != self.config.role:
@@ -387,7 +389,7 @@ class GpuInstance:
                 raise Overloaded(f"{name} has {count} requests; it can become a {role} instance when it has none")
             self.config, self.epoch = msgspec.structs.replace(self.config, role=role), uuid.uuid4().hex
             self.reports.tell()
-            logger.info("%s: is a %s instance from now on", name, role)
+            logger.info("%s: is a %s instance now", name, role)
         return await self.reports.describe(Empty())
 
     def _require_transfers(self) -> InstanceTransfers:

@@ -1,4 +1,5 @@
-"""From prefill to decode: how the blocks of one request follow its computation, and what both sides say of it."""
+"""From prefill to decode: how the blocks of a request follow its computation, and what the two sides tell each
+other."""
 
 import asyncio
 import time
@@ -24,11 +25,11 @@ from hbserve_rpc.messages import (
 )
 
 GRANT_PATIENCE_S = 1.0
-"""How long a computed prompt keeps its blocks while there is no grant for it yet. They may be what those wait for who
-have one, and whose decode instance has room again when these are done."""
+"""How long a computed prompt keeps its blocks while it has no grant. Others that do have a grant may be waiting for
+these blocks, and their decode instance has room again once they are done."""
 
 OpenSend = Callable[[str, bytes], Awaitable[SendTransfer | JointSend]]
-"""Of a transfer's id and its grant: see `InstanceTransfers.open_send`."""
+"""Takes a transfer's id and its grant: see `InstanceTransfers.open_send`."""
 
 
 class FirstToken(msgspec.Struct, frozen=True):
@@ -36,9 +37,9 @@ class FirstToken(msgspec.Struct, frozen=True):
 
     token_id: int
     finish_reason: FinishReason | None = None
-    """Set if it is the last one too."""
+    """Set if it is also the last one."""
     logprobs: list[TokenLogprobs] = []
-    """Of it, if the request asks for them: the client may hear of it from either side."""
+    """Of this token, if the request asks for them: the client may get them from either side."""
 
 
 class Handover(msgspec.Struct, frozen=True):
@@ -47,7 +48,7 @@ class Handover(msgspec.Struct, frozen=True):
     num_tokens: int
     """Of the request before its first token. Their keys and values were sent, or were there already."""
     first_tokens: list[FirstToken]
-    """One of each choice. If all are last ones, nobody needs the blocks, and those not sent yet are not sent."""
+    """One for each choice. If all are last ones, nobody needs the blocks, and those not sent yet are not sent."""
 
     @property
     def has_more(self) -> bool:
@@ -56,11 +57,11 @@ class Handover(msgspec.Struct, frozen=True):
 
     @property
     def tokens_to_go_on(self) -> list[int | None]:
-        """None for choices that have ended."""
+        """One for each choice; None for those that have ended."""
         return [None if each.finish_reason is not None else each.token_id for each in self.first_tokens]
 
     def events(self, index: int) -> list[TokenEvent]:
-        """The first tokens, as the prefill side says them; each is its choice's output token `index`."""
+        """The first tokens, as the prefill side reports them; each is output token `index` of its choice."""
         return [
             TokenEvent(index, [each.token_id], each.finish_reason, each.logprobs, choice=choice)
             for choice, each in enumerate(self.first_tokens)
@@ -68,10 +69,12 @@ class Handover(msgspec.Struct, frozen=True):
 
 
 class Inbox(asyncio.Queue[StepOutput | Reservation | TransferResult | GrantRequest | Exception]):
-    """Queue of what the engine, a transfer, the scheduler, a failure or its deadline says of one request."""
+    """Queue of what the engine, a transfer or the scheduler reports about one request, and of its failure or
+    deadline."""
 
     def __init__(self, left_s: float | None = None) -> None:
-        """left_s: the request ends so much later, by itself: whoever asked for it may be frozen, or cut off."""
+        """left_s: seconds after which the request ends by itself, because whoever asked for it may be frozen or cut
+        off."""
         super().__init__()
         self._deadline: asyncio.TimerHandle | None = None
         if left_s is not None:
@@ -89,10 +92,10 @@ class Inbox(asyncio.Queue[StepOutput | Reservation | TransferResult | GrantReque
         return item
 
     async def token_events(self, num_choices: int) -> AsyncIterator[TokenEvent]:
-        """Events until each of so many choices has ended; several steps' tokens in one if the client is slow.
+        """Events until this many choices have ended; several steps' tokens in one event if the client is slow.
 
-        Raises LogitsNotFinite or InvalidRequest, as `StepOutput.raise_error`, of the first choice to which that
-        happens.
+        Raises LogitsNotFinite or InvalidRequest, as `StepOutput.raise_error` does, for the first choice that ends by
+        it.
         """
         while num_choices:
             output: StepOutput = await self.next()
@@ -109,7 +112,7 @@ class Inbox(asyncio.Queue[StepOutput | Reservation | TransferResult | GrantReque
 
 
 def event_of(outputs: Sequence[StepOutput]) -> TokenEvent:
-    """Of one choice, as steps of an engine bring its tokens."""
+    """The event for one choice, from the outputs of one or several steps."""
     first, last = outputs[0], outputs[-1]
     return TokenEvent(
         first.index,
@@ -123,11 +126,13 @@ def event_of(outputs: Sequence[StepOutput]) -> TokenEvent:
 
 
 class PrefillSend:
-    """The blocks of one prefill on their way, behind its computation.
+    """Sends the blocks of one prompt while it is being computed.
 
-    blocks of the prompt   [0 .... first)  held by the decode side already
-                           [first .. pushed)  handed to the transfer
-                           [pushed .. num_blocks)  not computed, or the transfer is not open yet
+    Blocks of the prompt, and who owns them:
+
+        [0, first)             the decode side has them already: not sent
+        [first, pushed)        pushed: the transfer may read them, and the engine keeps them
+        [pushed, num_blocks)   not computed, or the transfer is not open yet: the engine's alone
 
     The grant may come after the computation has begun, or has ended.
     """
@@ -142,7 +147,7 @@ class PrefillSend:
         self._first = self._pushed = 0
         self._output: StepOutput | None = None
         self._has_ended = False
-        """Each choice has, with its first token."""
+        """Each choice has ended with its first token."""
         self._computed_at: list[tuple[float, int]] = []
         self._pushed_at: list[tuple[float, int]] = []
         self._inbox = inbox
@@ -166,13 +171,13 @@ class PrefillSend:
             return
         self.is_granted = True
         if grant:
-            # Connecting takes longer than a small prompt computes, so it goes on beside.
+            # Connecting takes longer than computing a small prompt, so it goes on meanwhile.
             self._opening = asyncio.create_task(self._open(grant))
 
     async def _open(self, grant: bytes) -> None:
         try:
             transfer = await self._open_send(self._transfer_id, grant)
-        except Exception as error:  # whatever it is, the request fails by it
+        except Exception as error:  # whatever it is, the request fails because of it
             self._fail(str(error))
             return
         if self._outcome is not None:
@@ -190,11 +195,12 @@ class PrefillSend:
         self._inbox.put_nowait(self._error)
 
     async def follow(self) -> list[StepOutput]:
-        """Push the blocks that each step has filled or, with an event, will have; with the first token, whose outputs
-        are returned, one of each choice, all the rest: they move while it is told.
+        """Push the blocks that each step has filled or, if there is an event, will have filled; with the first token,
+        push all the rest, so that they move while it is sent. Returns the outputs with the first token, one for each
+        choice.
 
         Raises:
-            LogitsNotFinite: there is none.
+            LogitsNotFinite: there is no first token.
             RemoteError: the transfer has failed.
         """
         first: list[StepOutput] = []
@@ -203,7 +209,7 @@ class PrefillSend:
             if isinstance(output, GrantRequest):
                 self._take(output.grant)
                 continue
-            # A step that was launched is told of before the one that was launched before it.
+            # The launch of a step is reported before the result of the one launched before it.
             if self._output is None or output.num_computed_tokens >= self._output.num_computed_tokens:
                 self._output = output
                 self._computed_at.append((time.monotonic(), output.num_computed_tokens))
@@ -216,7 +222,8 @@ class PrefillSend:
         return first
 
     async def wait_for_grant(self, timeout_s: float | None) -> bool:
-        """After `follow`. False: it is not there in time; then the blocks that were computed are not pushed any more.
+        """To be called after `follow`. False: it has not come in time; then the computed blocks are not pushed any
+        more.
 
         Raises:
             RemoteError: the transfer, or the engine, has failed, or the request's deadline has passed.
@@ -234,8 +241,8 @@ class PrefillSend:
         return self.is_granted
 
     def _push(self) -> None:
-        """Blocks that are full; the last one of the prompt, which may never be, when all of it is computed. None if the
-        request ends at its first token."""
+        """Push blocks that are full, and the prompt's last one, which may never be, once all of it is computed. Nothing
+        is pushed if the request ends at its first token."""
         if self._transfer is None or self._output is None or self._has_ended:
             return
         computed = self._output.num_computed_tokens
@@ -250,8 +257,8 @@ class PrefillSend:
             self._pushed_at.append((time.monotonic(), end - self._first))
 
     async def finish(self, outputs: Sequence[StepOutput]) -> TransferDone | None:
-        """Commit; also if the request ends at its first token, so that the decode side need not take the end for a
-        failure. None: nothing is to be moved.
+        """Commit, even if the request ends at its first token, so that the decode side does not take the end for a
+        failure. None: nothing was to be moved.
 
         Raises:
             RemoteError: the transfer has failed.
@@ -275,7 +282,7 @@ class PrefillSend:
         )
 
     async def abort(self, reason: str) -> Outcome:
-        """Stop, unless it has ended already or is about to. After anything but UNKNOWN no block is read any more.
+        """Stop, unless it has ended already or is about to. Unless the outcome is UNKNOWN, no block is read any more.
 
         Called once, at the end of every request.
         """
@@ -294,7 +301,7 @@ class PrefillSend:
             await self._transfer.drained()
 
     async def close(self) -> None:
-        """After `abort`: wait until a transfer that was being opened then has been ended too."""
+        """After `abort`: wait until a transfer that was just being opened has been ended too."""
         if self._opening is not None:
             await self._opening
 
@@ -307,12 +314,12 @@ def _ages(milestones: list[tuple[float, int]]) -> list[Milestone]:
 async def wait_for_kv(
     posted: PostedReceive | JointReceive, inbox: Inbox, request: DecodeRequest, vocab_size: int
 ) -> tuple[Handover, bool]:
-    """Wait until all blocks of a request are here, or none is needed: see `Handover.first_tokens`. Also whether it is
-    known who has sent them: see `TransferResult.is_trusted`.
+    """Wait until all blocks of a request have arrived, or none is needed: see `Handover.first_tokens`. Also returns
+    whether it is known who sent them: see `TransferResult.is_trusted`.
 
     Raises:
-        RemoteError: the transfer has failed, or brought something else than it should.
-        Exception: what was put into the inbox meanwhile: the engine has failed.
+        RemoteError: the transfer has failed, or brought something other than it should.
+        Exception: what was put into the inbox meanwhile, for example because the engine has failed.
     """
     posted.when_ended(inbox.put_nowait)
     result: TransferResult = await inbox.next()
@@ -321,14 +328,14 @@ async def wait_for_kv(
     try:
         handover = msgspec.msgpack.decode(result.payload, type=Handover)
     except msgspec.DecodeError as error:
-        raise RemoteError(f"KV transfer failed: what was committed with it is no handover: {error}") from error
+        raise RemoteError(f"KV transfer failed: what was committed is not a handover: {error}") from error
     if problem := _problem(handover, request, vocab_size, is_partial=result.is_partial):
         raise RemoteError(f"KV transfer failed: {problem}")
     return handover, result.is_trusted
 
 
 def _problem(handover: Handover, request: DecodeRequest, vocab_size: int, *, is_partial: bool) -> str:
-    """What the request cannot go on with; "" if it can. All of it is the word of another process."""
+    """Why the request cannot continue with it; "" if it can. All of it comes from another process."""
     num_tokens = len(request.prompt_token_ids) + len(request.output_token_ids)
     if handover.num_tokens != num_tokens:
         return f"it holds {handover.num_tokens} tokens, the request has {num_tokens}"

@@ -15,9 +15,11 @@ import json
 import logging
 import os
 import sys
+import threading
 from collections.abc import AsyncIterator, Sequence
 
 import msgspec
+from tqdm import tqdm
 
 from hbserve_core.config import InstanceConfig
 from hbserve_core.errors import InstanceFailed
@@ -55,7 +57,8 @@ async def run_instance(config: InstanceConfig, *, announce: bool = False, stop: 
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     with contextlib.suppress(OSError):  # the instance says what is wrong with the name
         keep_nccl_to(await look_up(config.kv_transfer.host))
-    instance = GpuInstance(config)
+    # Before anybody knows of it: the first requests would wait for that, a quarter of a second.
+    instance = GpuInstance(config, before_ready=own_process.freeze_heap)
     with own_process.on_ending_signals(lambda _: stop.set()):
         try:
             await instance.start()
@@ -86,21 +89,14 @@ async def _registered(instance: GpuInstance) -> AsyncIterator[None]:
 
 async def _serve(instance: GpuInstance, stop: asyncio.Event) -> None:
     stopping, failing = asyncio.create_task(stop.wait()), asyncio.create_task(instance.wait_failed())
-    freezing = asyncio.create_task(_freeze_when_ready(instance))
     try:
         await asyncio.wait([stopping, failing], return_when=asyncio.FIRST_COMPLETED)
         if failing.done():
             await asyncio.wait([stopping], timeout=FAILED_LINGER_S)
             raise InstanceFailed(failing.result())
     finally:
-        for task in (stopping, failing, freezing):
+        for task in (stopping, failing):
             task.cancel()
-
-
-async def _freeze_when_ready(instance: GpuInstance) -> None:
-    with contextlib.suppress(InstanceFailed):  # `wait_failed` says so too
-        await instance.wait_ready()
-        own_process.freeze_heap()
 
 
 async def _serve_launcher(config: InstanceConfig) -> None:
@@ -128,6 +124,8 @@ def main(arguments: Sequence[str] = ()) -> int:
     """Entry of `python -m hbserve_core`. Ends the process with the status that the module describes."""
     own_process.set_up()
     own_process.end_at_once_by_ctrl_c()
+    # Its own lock has a semaphore. From Python 3.14 on that is left behind by an end without finalizers, and told of.
+    tqdm.set_lock(threading.RLock())
     if arguments:
         sys.stderr.write(f"{arguments[0]}: python -m hbserve_core takes no arguments; expected on stdin: {EXPECTED}\n")
         return 2

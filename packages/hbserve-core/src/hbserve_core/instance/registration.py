@@ -32,7 +32,7 @@ async def _keep(instance_id: str, address: str, scheduler: str, keys: Keys | Non
                 now = f"{instance_id} is registered with the scheduler at {scheduler}"
             except HBServeRpcError as error:
                 level = logging.WARNING  # it may never serve, for another version or keys: nobody else says so here
-                now = f"{instance_id} cannot be registered, and tries on: {error}"
+                now = f"{instance_id} cannot be registered; still trying: {error}"
             if now != last:
                 logger.log(level, "%s", now)
                 last = now

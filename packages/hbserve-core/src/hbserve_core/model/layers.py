@@ -21,15 +21,15 @@ from hbserve_core.model.rank_group import RankGroup
 
 logger = logging.getLogger(__name__)
 
-# The layout is chosen for a product with this many rows; it serves all others well too.
+# The layout is chosen for a product with this many rows; it suits all others well too.
 _TYPICAL_ROWS = 16
 
 
 class Linear:
-    """x W^T + b, with W as checkpoints have it."""
+    """x W^T + b, with W laid out as in checkpoints."""
 
     narrow_bits = 0
-    """Of each number of W where it has fewer than 16, and is none that the kernels of other products can read."""
+    """Bits of each number of W, if it has fewer than 16 and only kernels of its own can read it."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         """weight: (O, I). bias: (O,)."""
@@ -41,7 +41,7 @@ class Linear:
         return F.linear(inputs, self.weight, self.bias)
 
     def form_of_rows(self, inputs: torch.Tensor) -> Any:
-        """The form in which many inputs (T, I) are multiplied, if it is another than theirs; see `RowForm` in
+        """The form in which many inputs (T, I) are multiplied, if it is not their own; see `RowForm` in
         cuda_runner/products.py."""
         return None
 
@@ -53,7 +53,7 @@ class Linear:
             torch.addmm(self.bias, inputs, self.weight.t(), out=out)
 
     def of_experts(self, count: int) -> Any:
-        """W as the matrices of so many experts, which are below each other in it: (count, O / count, I)."""
+        """W as the matrices of this many experts, which are stacked in it: (count, O / count, I)."""
         return self.weight.view(count, -1, self.weight.shape[1])
 
     def add_to(self, target: torch.Tensor, inputs: torch.Tensor) -> None:
@@ -66,8 +66,8 @@ class Linear:
 class PackedLinear(Linear):
     """A Linear with W in oneDNN's blocked layout.
 
-    A product with plain weights packs them on the way, every time. With few rows that costs more than the product: with
-    4 to 16 rows this one takes about half the time in bfloat16, and a third in float32.
+    A product with plain weights packs them each time. With few rows that costs more than the product: with 4 to 16 rows
+    this one takes about half the time in bfloat16, and a third in float32.
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
@@ -96,7 +96,7 @@ class WidenedLinear(Linear):
 
 
 def make_linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:
-    """The fastest that the weight's device and dtype have. The weight is not kept where the result has its own copy."""
+    """The fastest one for the weight's device and dtype. The weight is not kept if the result has its own copy."""
     if weight.device.type != "cpu":
         return Linear(weight, bias)
     if _can_pack(weight.dtype):
@@ -107,7 +107,7 @@ def make_linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linea
 def fewest_rows(device: torch.device) -> int:
     """To how many rows a step should be padded.
 
-    With AVX-512, oneDNN multiplies 4 rows faster than 1, 2 or 3. With AVX2 each row costs its share.
+    With AVX-512, oneDNN multiplies 4 rows faster than 1, 2 or 3. With AVX2, each row costs the same.
     """
     padded = device.type == "cpu" and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
     return 4 if padded else 1
@@ -117,7 +117,7 @@ def fewest_rows(device: torch.device) -> int:
 def _can_pack(dtype: torch.dtype) -> bool:
     """Whether this build of torch, on this processor, multiplies with packed weights of this dtype.
 
-    The operators are those that torch's own compiler emits. They are not everywhere, so they are tried.
+    The operators are those that torch's own compiler emits. They are not available everywhere, so they are tried.
     """
     weight = torch.eye(32, dtype=dtype, device="cpu")
     inputs = torch.arange(64, dtype=dtype, device="cpu").view(2, 32)
@@ -144,7 +144,7 @@ class RmsNorm:
         """(…, E) to (…, E), of the same dtype."""
         if inputs.device.type != "cpu":
             return F.rms_norm(inputs, (self._size,), None, self.eps) * self.weight
-        # torch's own is a dozen kernels on a CPU; these are five, and in a decode step it is the number that counts.
+        # torch's own is a dozen kernels on a CPU; these are five, and in a decode step their number is what counts.
         length = torch.linalg.vector_norm(inputs, 2, -1, keepdim=True, dtype=torch.float32)
         scale = torch.addcmul(self._eps_tensor, length, length, value=1 / self._size).rsqrt_()
         return (inputs * scale).to(inputs.dtype).mul_(self.weight)
@@ -155,14 +155,14 @@ class ProjectionNorm:
 
     def __init__(self, weight: torch.Tensor, eps: float, num_heads: int, sizes: tuple[int, int]) -> None:
         """weight: (H, D), of this rank's query heads, then its key heads. num_heads: of its query heads. sizes: numbers
-        of all ranks' query heads, and of their key heads, counting what several ranks have as often."""
+        in all ranks' query heads, and in their key heads; what several ranks have counts several times."""
         self._weight = weight
         self._eps = eps
         self._counts = (num_heads, len(weight) - num_heads)
         self._sizes = sizes
 
     def apply(self, heads: torch.Tensor, group: RankGroup) -> None:
-        """Norm the rotated ones among heads (T, H or more, D) in place. The means are taken in float32."""
+        """Norm the query and key heads among heads (T, H or more, D) in place. The means are taken in float32."""
         normed = heads[:, : sum(self._counts)]
         squares = normed.float().square().sum(-1)
         sums = [part.sum(-1) for part in torch.split(squares, list(self._counts), dim=1)]
@@ -177,7 +177,7 @@ class ProjectionNorm:
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
-    """One layer: attention, then an MLP, gated in most, each added to its input; most have norms before both."""
+    """One layer: attention, then an MLP, usually gated, each added to its input; usually with a norm before each."""
 
     attention_norm: RmsNorm | None
     qkv: Linear
@@ -185,13 +185,13 @@ class LayerWeights:
     qk_norm: RmsNorm | ProjectionNorm | None
     """Of query and key heads together: its weight has one row per head."""
     output: Linear
-    """Its results, and those of `down`, are to be summed over the ranks. Rank 0 alone has their biases."""
+    """Its results, and those of `down`, are to be summed over the ranks. Only rank 0 has their biases."""
     mlp_norm: RmsNorm | None
     gate_up: Linear | None
-    """Outputs: gate, then up, or what there is without gates. None, as `down`, where there are experts."""
+    """Outputs: gate, then up; without gates, only up. None, like `down`, if there are experts."""
     down: Linear | None
     attention_out_norm: RmsNorm | None = None
-    """Of the sum over the ranks, before it is added."""
+    """Norm of the sum over the ranks, before it is added."""
     mlp_out_norm: RmsNorm | None = None
     experts: "ExpertWeights | None" = None
     kv_scales: tuple[float, float] = (1.0, 1.0)
@@ -200,22 +200,22 @@ class LayerWeights:
 
 @dataclass(frozen=True, slots=True)
 class ExpertWeights:
-    """A mixture of experts: X MLPs of this rank, each of all of a model's tokens that are routed to it. Their results
-    are to be summed over the ranks."""
+    """A mixture of experts: X MLPs on this rank, each for those tokens that are routed to it. Their results are to be
+    summed over the ranks."""
 
     router: Linear
     """To the experts of all ranks."""
     gate_up: Any
-    """(X, 2 F, E): gates, then ups. A tensor, as `down`, or what kernels have for narrow ones."""
+    """(X, 2 F, E): gates, then ups. A tensor, like `down`, or for narrow weights what their kernels read."""
     down: Any
     """(X, E, F)"""
     first: int
-    """The number of the first one among those of all ranks."""
+    """Number of the first one among those of all ranks."""
 
 
 @dataclass(frozen=True, slots=True)
 class DecoderWeights:
-    """All of a model, or one rank's part of it."""
+    """All weights of a model, or one rank's part of them."""
 
     embedding: torch.Tensor
     """(vocab_size / ranks, hidden_size), rounded up; rows beyond the vocabulary are zero."""
@@ -224,9 +224,9 @@ class DecoderWeights:
     layers: tuple[LayerWeights, ...]
     norm: RmsNorm
     positions: torch.Tensor | None
-    """(P, hidden_size): what is added to the embedding at each position, if anything is."""
+    """(P, hidden_size): added to the embedding by position, if the model has learned positions."""
     head: Linear
-    """To the tokens of the embedding's rows; from the embedding's own weights where they are tied."""
+    """To the tokens of the embedding's rows; from the embedding's own weights if they are tied."""
     digest: str
     """Equal for equal weights, on every rank."""
 
@@ -234,14 +234,14 @@ class DecoderWeights:
 def first_inputs(
     embedded: torch.Tensor, positions: torch.Tensor, weights: DecoderWeights, switches: Switches
 ) -> torch.Tensor:
-    """What the first layer reads, (T, E), from rows of the embedding, the sum over the ranks, and positions (T,)."""
+    """Input of the first layer, (T, E), from rows of the embedding, summed over the ranks, and positions (T,)."""
     if weights.positions is not None:
         embedded = embedded + F.embedding(positions, weights.positions)
     return embedded - embedded.mean(-1, keepdim=True) if switches.layer_norms else embedded
 
 
 def activated(inner: torch.Tensor, switches: Switches) -> torch.Tensor:
-    """What the last product of an MLP reads, (T, F), from what its first one gives."""
+    """Input of an MLP's last product, (T, F), from the output of its first one."""
     gate, up = inner.chunk(2, dim=-1) if switches.is_gated else (inner, None)
     if switches.activation == "relu":
         gate = F.relu(gate)
@@ -251,6 +251,6 @@ def activated(inner: torch.Tensor, switches: Switches) -> torch.Tensor:
 
 
 def capped_logits(logits: torch.Tensor, config: ModelConfig) -> torch.Tensor:
-    """The same, in place, but not beyond the model's cap, if it has one."""
+    """The logits, in place, limited by the model's cap, if it has one."""
     cap = config.switches.logits_cap
     return logits.div_(cap).tanh_().mul_(cap) if cap else logits

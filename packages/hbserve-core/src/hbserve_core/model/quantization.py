@@ -84,7 +84,7 @@ def scale_block(folder: Path, raw: Mapping[str, Any]) -> tuple[int, int] | None:
             )
     raise UnsupportedModel(
         f"{folder}: quantization_config ({method}) is not supported; supported: awq, gptq, fp8, and compressed-tensors "
-        "of 8-bit floats; others need products of their own: use unquantised weights"
+        "of 8-bit floats; others need kernels that are not here: use unquantised weights"
     )
 
 

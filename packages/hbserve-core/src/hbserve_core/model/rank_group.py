@@ -12,28 +12,28 @@ from hbserve_core.model.shard import Shard
 
 
 class RankGroup:
-    """The ranks of an instance, as one of them sees them. This class itself: one that is alone."""
+    """The ranks of an instance, as one of them sees them. This class itself is a group of one."""
 
     shard = Shard()
     seed: int | None = None
-    """From which all ranks draw the same numbers for requests without a seed; None: nobody has to agree."""
+    """All ranks draw the same numbers from it for requests without a seed; None: nobody has to agree."""
     on_close: Callable[[], None] | None = None
-    """Called by `close`, to free the CUDA graphs that hold operations of the group: NCCL waits for their end."""
+    """Called by `close`, to free the CUDA graphs that contain operations of the group: NCCL waits for their end."""
 
     def all_reduce(self, partial: torch.Tensor) -> torch.Tensor:
         """(T, E): the sum of every rank's `partial`, which may be overwritten.
 
         Raises:
-            RankFailed: a rank is lost. Of all methods.
+            RankFailed: a rank is lost. This applies to all methods.
         """
         return partial
 
     def partial(self, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor | None:
-        """Where to write what `add_sum` sums next (T, E); None: anywhere."""
+        """Where to write the next `partial` (T, E) of `add_sum`; None: anywhere."""
         return None
 
     def rows_at_once(self, shape: tuple[int, int], dtype: torch.dtype) -> int:
-        """Of rows (T, E) that `add_sum` is to sum, how many to compute and sum at a time."""
+        """How many of the rows (T, E) for `add_sum` to compute and sum at a time."""
         return shape[0]
 
     def add_sum(
@@ -54,7 +54,7 @@ class RankGroup:
         return None
 
     def takes_parts(self, partial: torch.Tensor) -> bool:
-        """Whether `add_sum` of such rows (T, E) can make them of parts."""
+        """Whether `add_sum` of such rows (T, E) can assemble them from parts."""
         return False
 
     def gather_logits(self, logits: torch.Tensor, vocab_size: int) -> torch.Tensor:
@@ -62,7 +62,7 @@ class RankGroup:
         return logits
 
     def from_first(self, values: torch.Tensor) -> torch.Tensor:
-        """Those of rank 0; the others' may be overwritten."""
+        """Rank 0's values; those of other ranks may be overwritten."""
         return values
 
     def least(self, number: int) -> int:
@@ -70,7 +70,7 @@ class RankGroup:
         return number
 
     def check(self) -> None:
-        """Called when a step has ended: were its sums those of all ranks?"""
+        """To be called when a step has ended: raises if its sums did not include all ranks."""
 
     def close(self) -> None:
-        """Free what the group holds; whoever waits in it fails. From any thread, and more than once."""
+        """Free what the group holds; whoever waits in it fails. May be called from any thread, and more than once."""

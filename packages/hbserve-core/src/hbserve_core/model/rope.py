@@ -34,17 +34,17 @@ def _rotating(config: RopeConfig, head_dim: int) -> torch.Tensor:
 
 
 def _magnitudes(config: RopeConfig, head_dim: int) -> torch.Tensor:
-    """What each pair of dimensions is multiplied by, float32 (D / 2,), on the CPU."""
+    """The factor of each pair of dimensions, float32 (D / 2,), on the CPU."""
     magnitudes = torch.ones(head_dim // 2, dtype=torch.float32, device="cpu")
     magnitudes[: config.num_rotated(head_dim) // 2] = config.magnitude
     return magnitudes
 
 
 def head_order(config: RopeConfig, head_dim: int) -> torch.Tensor | None:
-    """(D,) int64: the order in which rows of query and key projections are kept; None: as they are.
+    """(D,) int64: the order in which rows of query and key projections are kept; None: unchanged.
 
-    Dimension i is rotated with i + D / 2 here, in checkpoints with i + R / 2 if the first R of D dimensions are. Scores
-    do not depend on the order.
+    Here dimension i is rotated with i + D / 2; in checkpoints, if only the first R of D dimensions rotate, with i + R /
+    2. Scores do not depend on the order.
     """
     rotated = config.num_rotated(head_dim)
     if rotated == head_dim:
@@ -56,7 +56,7 @@ def head_order(config: RopeConfig, head_dim: int) -> torch.Tensor | None:
 
 
 def _llama3(config: RopeConfig, frequencies: torch.Tensor) -> torch.Tensor:
-    """Long waves are slowed down by `factor`, short ones are kept, and those between are blended."""
+    """Slows long wavelengths down by `factor`, keeps short ones, and blends those in between."""
     waves_in_context = config.original_max_position_embeddings * frequencies / (2 * math.pi)
     span = config.high_freq_factor - config.low_freq_factor
     kept = ((waves_in_context - config.low_freq_factor) / span).clamp(0.0, 1.0)
@@ -64,11 +64,12 @@ def _llama3(config: RopeConfig, frequencies: torch.Tensor) -> torch.Tensor:
 
 
 def _yarn(config: RopeConfig, frequencies: torch.Tensor) -> torch.Tensor:
-    """As llama3, but blended by the pair's number, between those that turn beta_fast and beta_slow times."""
+    """Like llama3, but blended by the pair's number, between those that turn beta_fast and beta_slow times (YaRN, Peng
+    et al. 2023)."""
     head_dim = 2 * len(frequencies)
 
     def pair(turns: float) -> float:
-        """Number of the pair, not whole, that turns so often within the original length."""
+        """Number of the pair, not necessarily whole, that turns this often within the original length."""
         wave = config.original_max_position_embeddings / (turns * 2 * math.pi)
         return head_dim * math.log(wave) / (2 * math.log(config.theta))
 

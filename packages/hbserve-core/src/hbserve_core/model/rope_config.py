@@ -125,14 +125,14 @@ def read_rope_config(folder: Path, raw: Mapping[str, Any]) -> RopeConfig:
     partial = parameters.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))
     partial = 1.0 if partial is None else float(partial)
     if not 0 < partial <= 1:
-        raise UnsupportedModel(f"{folder}: partial_rotary_factor={partial} cannot be: expected above 0, at most 1")
+        raise UnsupportedModel(f"{folder}: partial_rotary_factor={partial}: expected above 0, at most 1")
     theta = float(parameters.get("rope_theta") or raw.get("rope_theta") or own.get("rope_theta") or 10000.0)
     if rope_type == "default":
         return RopeConfig(rope_type, theta, partial=partial)
     try:
         return replace(_read_scaling(rope_type, theta, parameters, raw), partial=partial)
     except (TypeError, ValueError, ArithmeticError) as error:
-        raise UnsupportedModel(f"{folder}: rope scaling {dict(parameters)} cannot be: {error}") from error
+        raise UnsupportedModel(f"{folder}: rope scaling {dict(parameters)}: {error}") from error
 
 
 def _read_scaling(rope_type: str, theta: float, parameters: Mapping[str, Any], raw: Mapping[str, Any]) -> RopeConfig:

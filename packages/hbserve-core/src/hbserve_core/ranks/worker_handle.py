@@ -85,7 +85,7 @@ class WorkerProcess:
             while rest:
                 rest = rest[self._popen.stdin.write(rest) :]
         except (OSError, ValueError) as error:  # ValueError: closed
-            raise RankFailed(f"{self._name} does not listen any more: {error}") from error
+            raise RankFailed(f"{self._name} no longer listens: {error}") from error
 
     def wait_for(self, state: RankState, timeout_s: float) -> None:
         """Wait until it has come as far as `state`.

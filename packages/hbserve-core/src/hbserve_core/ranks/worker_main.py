@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, BinaryIO
 
 import msgspec
+from tqdm import tqdm
 
 from hbserve_core.engine.step import PendingStep, Runner
 from hbserve_core.errors import HBServeCoreError, RankFailed
@@ -99,6 +100,7 @@ def follow(runner: Runner, messages: Iterable[bytes], launched: Callable[[Any], 
 def main() -> int:
     """Ends the process, with status 0 when rank 0 wanted it so."""
     own_process.set_up()
+    tqdm.set_lock(threading.RLock())  # see process.py
     reports = os.dup(1)
     os.dup2(2, 1)
     if not (line := sys.stdin.buffer.readline()):

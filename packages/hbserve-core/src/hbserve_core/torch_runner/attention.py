@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from hbserve_core.engine.sequence import ScheduledChunk
 from hbserve_core.model.model_config import ModelConfig
 
-# Sequences of different context share one call as long as padding does not make it this much larger, and their
-# gathered keys and values stay this small. Splitting costs nothing above 1 MiB.
+# Sequences of different context share a call if padding makes it no more than this much larger, and their gathered keys
+# and values stay this small. Splitting costs nothing above 1 MiB.
 _MOST_PADDING = 1.25
 _MOST_GATHERED_BYTES = 16 << 20
 
@@ -24,7 +24,7 @@ _MOST_GATHERED_BYTES = 16 << 20
 class TorchAttention:
     """Gathers the blocks of each sequence and calls torch's attention.
 
-    A sequence reads no memory but its own blocks, and what a step leaves unwritten of a new block it clears. So nothing
+    A sequence reads no memory but its own blocks, and a step clears what it leaves unwritten of a new block. So nothing
     that other requests left in a block, infinities included, can reach it, although masked positions take part in
     products.
     """
@@ -41,10 +41,10 @@ class TorchAttention:
         self._kv_scales = kv_scales
         self._workspace = torch.empty(0, dtype=self._pool.dtype, device=pool.device)
         self._wide = torch.empty(0, dtype=dtype, device=pool.device)
-        """Of 8-bit floats, those of the workspace in the dtype of queries."""
+        """For a pool of 8-bit floats: those of the workspace, in the dtype of queries."""
 
     def plan(self, chunks: Sequence[ScheduledChunk]) -> "AttentionPlan":
-        """For a step that computes `chunks`, whose tokens stand one after the other in this order.
+        """Plan a step that computes `chunks`, whose tokens follow one another in this order.
 
         Chunks must be sorted by number of new tokens, so that decodes come first and equal ones are neighbours.
         """
@@ -70,7 +70,7 @@ class TorchAttention:
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """Neighbouring chunks that one call computes: equally many new tokens, similarly many context tokens."""
+    """Neighbouring chunks that one call computes: with equally many new tokens and similarly many context tokens."""
 
     first_token: int
     """Row of the group's first token among the step's tokens."""
@@ -78,7 +78,7 @@ class _Group:
     contexts: list[int]
     """Context tokens of each sequence, the new ones included, from the first block that a layer sees."""
     block_tables: list[list[int]]
-    """Of each sequence, the blocks of that context."""
+    """The blocks of that context, for each sequence."""
     num_blocks: int
     """Blocks of the longest context; the others are padded to it with their own first block."""
 
@@ -107,14 +107,14 @@ def _groups(chunks: Sequence[ScheduledChunk], block_size: int, reach: int, most_
 
 
 def _first_block(chunk: ScheduledChunk, block_size: int, reach: int) -> int:
-    """The first one that a layer sees from the chunk's first token."""
+    """The first block that a layer sees from the chunk's first token."""
     return max(0, chunk.first + 1 - reach) // block_size if reach else 0
 
 
 def _split(
     chunks: Iterable[ScheduledChunk], block_size: int, reach: int, most_blocks: int
 ) -> Iterator[list[ScheduledChunk]]:
-    """Cut a run of chunks, in order, so that each piece, padded to its longest, is small and mostly not padding."""
+    """Divide a run of chunks, in order, so that each group, padded to its longest, is small and mostly not padding."""
     piece: list[ScheduledChunk] = []
     longest = total = 0
     for chunk in chunks:
@@ -131,7 +131,7 @@ def _split(
 
 
 class AttentionPlan:
-    """What attention needs to know of one step; made once per step, used by every layer."""
+    """What attention needs to know of a step; made once per step, used by every layer."""
 
     def __init__(
         self,
@@ -172,7 +172,7 @@ class AttentionPlan:
 
 
 def narrowed(numbers: torch.Tensor, scale: float) -> torch.Tensor:
-    """8-bit floats (e4m3), of numbers divided by a scale; what is beyond their range becomes the largest of them."""
+    """8-bit floats (e4m3) of numbers divided by a scale; numbers beyond their range become the largest of them."""
     return (numbers.float() * (1 / scale)).clamp_(-448.0, 448.0).to(torch.float8_e4m3fn)
 
 
@@ -192,7 +192,7 @@ def _slots(chunks: Sequence[ScheduledChunk], num_layers: int, block_size: int) -
 
 
 class _GroupPlan:
-    """One group's blocks, mask and place in the step's tokens."""
+    """One group's blocks, mask and place among the step's tokens."""
 
     def __init__(
         self, pool: torch.Tensor, model: ModelConfig, workspaces: tuple[torch.Tensor, torch.Tensor], group: _Group
@@ -211,7 +211,7 @@ class _GroupPlan:
         size = self._rows.shape[1] * self._block_rows.shape[1]
         self._gathered, self._wide = (each[:size].view(self._rows.shape[1], -1) for each in workspaces)
         shape = (2, group.num_sequences, group.num_blocks * block_size, num_kv_heads, head_dim)
-        # Equally long contexts are cut to their length; others are masked.
+        # Contexts of equal length are cut to that length; others are masked.
         self._equal = len(set(group.contexts)) == 1
         used = group.contexts[0] if self._equal else shape[2]
         self._keys, self._values = self._wide.view(shape)[:, :, :used].transpose(2, 3)
@@ -247,7 +247,7 @@ class _GroupPlan:
         rows = slice(self._group.first_token, self._end)
         query = heads[rows, : num_kv_heads * num_queries]
         if num_new == 1:
-            # The queries that share a key head stand in for the query tokens that there are not.
+            # The queries that share a key head take the place of the query tokens, of which there is only one.
             packed = query.view(num_sequences, num_kv_heads, num_queries, head_dim)
             out[rows].view(packed.shape).copy_(self._weigh(packed, self._masks[window], self._scale * key_scale))
         else:

@@ -1,6 +1,6 @@
 """One step's input as flat tensors, and the decoder: embedding, layers of attention and MLP, norm, output projection.
 
-What architectures differ by (model/architectures.py) is in the weights, most of it where they are loaded.
+The differences between architectures (model/architectures.py) are in the weights, most of them applied at load time.
 Shapes: T rows of one step (tokens, and padding after them), R of them sampled, E hidden_size, D head_dim.
 """
 
@@ -28,7 +28,7 @@ from hbserve_core.model.rope import Rope
 from hbserve_core.torch_runner.attention import AttentionPlan
 
 # On a CPU the MLP takes this many rows at a time: its wide intermediates then stay in the cache, and are small enough
-# for malloc to keep, where larger ones come from the system anew each time, page by page.
+# for malloc to keep; larger ones are requested from the system anew each time, page by page.
 _MLP_ROWS = 512
 
 Angles = tuple[torch.Tensor, torch.Tensor]
@@ -36,7 +36,7 @@ Angles = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True, slots=True)
 class StepInput:
-    """T rows of one step: its tokens, then padding, which is computed and not used. R of its chunks sample."""
+    """T rows of one step: its tokens, then padding, which is computed but not used. R of its chunks sample."""
 
     chunks: tuple[ScheduledChunk, ...]
     """In the order of their tokens: by number of new tokens, then by context."""
@@ -45,17 +45,17 @@ class StepInput:
     positions: torch.Tensor
     """(T,) int64: each token's place in its sequence."""
     sampling_rows: torch.Tensor | None
-    """(R,) int64: rows, among the T, whose hidden states give next tokens. None: the first R rows."""
+    """(R,) int64: rows, among the T, whose hidden states yield next tokens. None: the first R rows."""
     sampling_places: tuple[int, ...]
-    """(R,): places of the sampling chunks in the batch as it was given."""
+    """(R,): positions of the sampling chunks in the batch as it was given."""
     scored: tuple[ScoredRows, ...]
-    """Rows, among the T, that score tokens of prompts."""
+    """Rows, among the T, that score prompt tokens."""
 
 
 def prepare_step(batch: Sequence[ScheduledChunk], device: torch.device, fewest_rows: int = 1) -> StepInput:
     """Flatten a batch, and pad it to `fewest_rows`.
 
-    The order is the kernels' convenience: decodes first, equal shapes together. `sampling_places` leads back.
+    The order suits the kernels: decodes first, equal shapes together. `sampling_places` leads back.
     """
     order = sorted(range(len(batch)), key=lambda i: (batch[i].num_new_tokens, batch[i].sequence.num_computed_tokens))
     token_ids: list[int] = []
@@ -99,7 +99,7 @@ class Decoder:
         self._ropes = {each: Rope(each, config.head_dim, dtype, device) for each in self._layer_ropes}
 
     def hidden(self, step: StepInput, attention: AttentionPlan) -> torch.Tensor:
-        """(T, E): what the last layer gives. Writes the step's keys and values into the pool."""
+        """(T, E): the last layer's output. Writes the step's keys and values into the pool."""
         all_reduce = self._group.all_reduce
         embedded = all_reduce(self._embed(step.token_ids))
         hidden = first_inputs(embedded, step.positions, self._weights, self._config.switches)
@@ -111,12 +111,12 @@ class Decoder:
         return hidden
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(R, vocab_size) of rows (R, E), in the engine's dtype, on every rank."""
+        """(R, vocab_size) from rows (R, E), in the engine's dtype, on every rank."""
         logits = self._weights.head(self._weights.norm(hidden))
         return capped_logits(self._group.gather_logits(logits, self._config.vocab_size), self._config)
 
     def _embed(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """(T, E); zeros for tokens that other ranks have."""
+        """(T, E); zeros for tokens that are on other ranks."""
         table = self._weights.embedding
         if len(table) >= self._config.vocab_size:
             return F.embedding(token_ids, table)
@@ -151,7 +151,7 @@ class Decoder:
         return layer.down(activated(layer.gate_up(rows), self._config.switches))
 
     def _experts(self, weights: ExpertWeights, rows: torch.Tensor) -> torch.Tensor:
-        """(T, E): each row's experts, those that this rank has, one expert after the other."""
+        """(T, E): the sum of each row's experts that are on this rank, computed one expert after another."""
         switches, experts = self._config.switches, self._config.switches.experts
         assert experts is not None
         shares, chosen = weights.router(rows).float().softmax(-1).topk(experts.per_token, dim=-1)

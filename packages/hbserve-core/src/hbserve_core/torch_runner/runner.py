@@ -1,8 +1,9 @@
-"""The runner that needs nothing but torch: the model, its pool and its sampler behind one call, `launch(batch)`.
+"""The runner that needs only torch: the model, its pool and its sampler behind one call, `launch(batch)`.
 
     batch ─prepare_step▶ T rows ─Decoder▶ logits (R, V) ─Sampler▶ R tokens ─▶ one, or None, for each chunk
 
-Rows whose requests ask for more are sampled once more, by hbserve_core/logits; those with grammars in `draw`.
+Rows whose requests ask for more than temperature, top-k and top-p are sampled again, by hbserve_core/logits; those with
+grammars in `draw`.
 
 Shapes: T rows of one step, R of them sampled, V vocab_size. The pool: see model/kv_pool.py.
 """
@@ -32,7 +33,7 @@ class ModelRunner:
 
     Raises:
         ModelFilesMissing, UnsupportedModel, WeightsMismatch: see `LoadedModel`.
-        InvalidInstanceConfig: a setting that cannot be.
+        InvalidInstanceConfig: a setting that is impossible here.
         NotEnoughMemory: the pool does not fit.
     """
 
@@ -57,10 +58,10 @@ class ModelRunner:
         self._special_rows = SpecialRows(model.model_config, model.device)
         self._fewest_rows = fewest_rows(self.device)
         self._left: Callable[[], None] | None = None
-        """What `draw` is to do."""
+        """What is left for `draw` to do."""
 
     def launch(self, batch: Sequence[ScheduledChunk]) -> PendingStep:
-        """All is computed when it returns, but for rows that are left for `draw`."""
+        """Everything is computed when it returns, except rows that are left for `draw`."""
         with torch.inference_mode():
             step = prepare_step(batch, self.device, self._fewest_rows)
             hidden = self._decoder.hidden(step, self._attention.plan(step.chunks))
@@ -92,7 +93,7 @@ class ModelRunner:
         return True
 
     def close(self) -> None:
-        """Nothing to end."""
+        """Does nothing: there is nothing to end."""
 
     def run(self, batch: Sequence[ScheduledChunk]) -> StepResult:
         """Compute one step: write its keys and values into the pool, and sample."""
@@ -105,7 +106,7 @@ class ModelRunner:
     def _sample_special(
         self, special: Sequence[LogitsRow], logits: torch.Tensor, sampled: torch.Tensor
     ) -> PendingLogprobs:
-        """Other tokens for some rows go to `sampled`, now or in `draw`."""
+        """Draw other tokens for some rows into `sampled`, now or in `draw`."""
         pending = PendingLogprobs()
 
         def draw(scores: torch.Tensor, places: torch.Tensor, rows: Sequence[LogitsRow]) -> torch.Tensor:

@@ -1,10 +1,12 @@
 """Choosing next tokens: greedy, temperature, top-k, top-p, and seeds.
 
-A token is drawn by one uniform number per request, which falls into the cumulated probabilities, in the order of token
-ids. A seeded request's number follows from its seed and from how many tokens it has so far, and from nothing else: the
-same request gets the same tokens in any batch, on any instance, and after a restart on another one.
-A row with a NaN, or whose maximum is an infinity, says nothing of any token: NOT_FINITE is sampled from it. A token
-whose logit is -inf is one that must not be drawn.
+A token is drawn by one uniform number per request, looked up in the cumulative probabilities, in the order of token
+ids. A seeded request's number depends only on its seed and on how many tokens it has so far: the same request gets the
+same tokens in any batch, on any instance, and after a restart on another one.
+
+A row with a NaN, or whose maximum is infinite, yields no token: NOT_FINITE is sampled from it. A token whose logit is
+-inf must not be drawn.
+
 Shapes: R rows, one per sampling request; V vocab_size.
 """
 
@@ -17,7 +19,7 @@ from hbserve_core.engine.sequence import COLDEST, HOTTEST, NOT_FINITE, Sequence
 from hbserve_rpc import SamplingParams
 
 _MASK = (1 << 64) - 1
-# Top-p rarely needs more of the most likely tokens than this; where it does, all of them are sorted.
+# Top-p rarely needs more of the most likely tokens than this; if it does, all of them are sorted.
 _FEW = 512
 
 
@@ -31,7 +33,7 @@ class Sampler:
         """One token per row of logits (R, V): (R,) int64, on their device."""
         if not sequences:
             return torch.empty(0, dtype=torch.int64, device=logits.device)
-        # On a CPU, the detour by float32 is four times as fast.
+        # On a CPU, the detour through float32 is four times as fast.
         scores = logits.float()
         drawn = [row for row, sequence in enumerate(sequences) if sequence.params.temperature > 0]
         if len(drawn) == len(sequences):
@@ -47,7 +49,7 @@ class Sampler:
         uniforms = [self._uniform(sequence) for sequence in sequences]
         temperatures = torch.tensor([min(max(float(p.temperature), COLDEST), HOTTEST) for p in params])
         highest = logits.amax(-1, keepdim=True)
-        # None is above 0, so that none can overflow to infinity.
+        # None is above 0, so none can overflow to infinity.
         scores = (logits - highest).div_(temperatures[:, None].to(logits.device))
         _keep_top_k(scores, logits, params)
         probabilities = scores.softmax(-1)
@@ -55,7 +57,7 @@ class Sampler:
         cumulated = probabilities.cumsum(-1, dtype=torch.float64)
         total = cumulated[:, -1:]
         points = torch.tensor(uniforms, dtype=torch.float64, device=logits.device)[:, None] * total
-        # Rounding must not lift a point to the total: the token found there would be one of probability 0.
+        # Rounding must not lift a point to the total: the token found there would have probability 0.
         points = torch.minimum(points, torch.nextafter(total, torch.zeros_like(total)))
         return _where_finite(highest, torch.searchsorted(cumulated, points, right=True))
 
@@ -66,7 +68,7 @@ class Sampler:
 
 
 def seeded_uniform(seed: int, index: int) -> float:
-    """A number in [0, 1) for output token `index` of a request with `seed`: same everywhere, on every device."""
+    """A number in [0, 1) for output token `index` of a request with `seed`: the same everywhere, on every device."""
     mixed = _scramble(_scramble(seed) + index)
     return (mixed >> 11) * 2.0**-53
 
@@ -80,7 +82,7 @@ def _scramble(value: int) -> int:
 
 
 def _keep_top_k(scores: torch.Tensor, logits: torch.Tensor, params: Rows[SamplingParams]) -> None:
-    """Set all scores but those of each row's k highest logits to -inf. Logits equal to the k-th stay too."""
+    """Set all scores but those of each row's k highest logits to -inf. Logits equal to the k-th are kept too."""
     vocab_size = logits.shape[1]
     limits = {row: p.top_k for row, p in enumerate(params) if 0 < p.top_k < vocab_size}
     if not limits:
@@ -94,7 +96,8 @@ def _keep_top_k(scores: torch.Tensor, logits: torch.Tensor, params: Rows[Samplin
 
 
 def _keep_top_p(probabilities: torch.Tensor, params: Rows[SamplingParams]) -> None:
-    """Zero all but the most likely tokens that together reach top_p. Tokens as likely as the last kept one stay too."""
+    """Set all but the most likely tokens that together reach top_p to zero. Tokens as likely as the last one kept stay
+    too."""
     limits = {row: p.top_p for row, p in enumerate(params) if p.top_p < 1}
     if not limits:
         return
@@ -119,5 +122,5 @@ def _most_likely(logits: torch.Tensor) -> torch.Tensor:
 
 
 def _where_finite(highest: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """(R,) of columns (R, 1): the tokens of rows with a finite maximum. torch takes a NaN for the maximum."""
+    """(R,) from columns (R, 1): the tokens of rows with a finite maximum. torch treats a NaN as the maximum."""
     return tokens.masked_fill(~highest.isfinite(), NOT_FINITE)[:, 0]

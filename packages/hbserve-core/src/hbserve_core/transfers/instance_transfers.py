@@ -26,18 +26,18 @@ T = TypeVar("T", bound=PostedReceive | SendTransfer | RemoteTransfer)
 
 
 class InstanceTransfers:
-    """The transfers of an instance, whatever number of ranks it has. Lives in the event loop that ran `start`."""
+    """The transfers of an instance, whatever its number of ranks. Belongs to the event loop that ran `start`."""
 
     def __init__(
         self, config: InstanceConfig, runner: Runner, epoch: str, on_lost: Callable[[Exception], None]
     ) -> None:
-        """on_lost: called if a rank does not answer any more; the instance must end then.
+        """on_lost: called if a rank no longer answers; then the instance must end.
 
         Raises:
             BackendUnavailable: see `KVTransferManager`.
         """
         self.endpoint = b""
-        """Where all ranks of the instance receive, for a sender's `open_link`; from `start` on."""
+        """Where all ranks of the instance receive, for a sender's `open_link`; set by `start`."""
         addresses = runner.transfer_addresses
         self._manager = make_manager(config, runner, Shard(0, 1 + len(addresses)), epoch)
         self._others = [RemoteRank(rank, address, on_lost, config.keys) for rank, address in enumerate(addresses, 1)]
@@ -47,8 +47,8 @@ class InstanceTransfers:
         ]
 
     async def start(self) -> None:
-        """Afterwards a block has moved from each rank to itself: who says then that it is ready can move KV, as far as
-        that can be known without a peer.
+        """When this returns, a block has moved from each rank to itself: an instance that then reports ready can move
+        KV, as far as that can be known without a peer.
 
         Raises AddressInUse, BackendUnavailable, or TransferFailed if a rank is lost.
         """
@@ -63,7 +63,7 @@ class InstanceTransfers:
             raise
 
     async def open_link(self, endpoint: bytes) -> None:
-        """Connect each rank that sends to those ranks of a receiver that want heads of it, ahead of any transfer.
+        """Connect each rank to those ranks of a receiver that want heads of it, before any transfer.
 
         Raises:
             FingerprintMismatch: the receiver's KV means something else.
@@ -75,11 +75,11 @@ class InstanceTransfers:
     async def post_receive(
         self, transfer_id: str, block_ids: Sequence[int], sender: str = ""
     ) -> "PostedReceive | JointReceive":
-        """Expect one transfer into these blocks of every rank's pool; no blocks: only its commit. It may bring fewer,
-        for a request that its first token ends: see `TransferResult.is_partial`.
+        """Expect one transfer into these blocks of every rank's pool; with no blocks, only its commit. It may bring
+        fewer, for a request that ends with its first token: see `TransferResult.is_partial`.
 
         Raises:
-            ValueError: the id is in use, or a block is outside the pool or there twice.
+            ValueError: the id is in use, or a block is outside the pool or appears twice.
             TransferFailed: a rank is lost.
         """
 
@@ -95,11 +95,11 @@ class InstanceTransfers:
         return JointReceive(await _all_or_none(posting))
 
     async def open_send(self, transfer_id: str, grant: bytes) -> "SendTransfer | JointSend":
-        """Begin the transfer that `grant`, of an instance with any number of ranks, allows.
+        """Begin the transfer that `grant`, from an instance with any number of ranks, allows.
 
         Raises:
             FingerprintMismatch: the receiver's KV means something else.
-            TransferFailed: the receiver is not there, was restarted, or has given the transfer up; or a rank is lost.
+            TransferFailed: the receiver is not there, was restarted, or has given up the transfer; or a rank is lost.
         """
         own = self._manager.open_send(transfer_id, grant)
         if not self._others:
@@ -111,12 +111,12 @@ class InstanceTransfers:
         return JointSend(await _all_or_none(opening))
 
     async def stats(self) -> TransferStats:
-        """Added up over ranks, so a transfer counts once for each."""
+        """Summed over ranks, so that a transfer counts once for each."""
         found = [self._manager.stats(), *await asyncio.gather(*(rank.stats() for rank in self._others))]
         return TransferStats(*map(sum, zip(*map(astuple, found), strict=True)))
 
     def lose_ranks(self) -> None:
-        """The instance has failed, perhaps because a rank is lost: nothing waits for other ranks any more."""
+        """Stop waiting for other ranks: the instance has failed, perhaps because one is lost."""
         for rank in self._others:
             rank.lose()
 
@@ -132,7 +132,7 @@ class JointTransfer:
         self._parts = parts
 
     async def wait(self) -> TransferResult:
-        """As soon as one rank's has failed, the others' are cancelled: nobody wants them without it."""
+        """As soon as one rank's transfer has failed, the others are cancelled: nobody wants them without it."""
         waiting = [asyncio.ensure_future(part.wait()) for part in self._parts]
         try:
             cause = ""
@@ -161,7 +161,7 @@ class JointReceive(JointTransfer):
         self.grant = join_grants([part.grant for part in parts])
 
     def when_ended(self, call: Callable[[TransferResult], None]) -> None:
-        """`call` with how it ended, from the event loop. Once."""
+        """Have `call` called with the result, once, from the event loop."""
         self._ending = asyncio.create_task(self.wait())
         self._ending.add_done_callback(lambda done: call(done.result()))
 

@@ -144,7 +144,7 @@ class Exchange:
         try:
             return msgspec.json.decode(content, type=dict[str, Any]).get("kv_transfer_params")
         except UNREADABLE as error:
-            raise Refused.saying(502, f"{server.url} has answered what is no JSON object: {error}", server) from error
+            raise Refused.saying(502, f"{server.url} did not answer with a JSON object: {error}", server) from error
 
     async def pass_on(self, server: Server, body: Body, prefill: Server | None = None) -> web.StreamResponse:
         """What a decode server answers, to the client, as it comes. `prefill`: where its KV comes from.
@@ -160,7 +160,7 @@ class Exchange:
             piece = await anext(pieces, b"")
             if piece.startswith(END_OF_STREAM):
                 suspects = [each for each in (prefill, server) if each]
-                raise Refused.saying(502, f"{server.url} has ended the answer before a token", *suspects)
+                raise Refused.saying(502, f"{server.url} ended the answer before its first token", *suspects)
             response = await self._begin(answer)
             while piece:
                 await self._write(response.write(piece))
@@ -198,7 +198,7 @@ class Exchange:
     async def break_off(self, why: str) -> web.StreamResponse:
         """The client has got a part of an answer, and hears that no more comes."""
         assert self.response is not None
-        logger.warning("an answer has been broken off: %s", why)
+        logger.warning("an answer was cut off: %s", why)
         with contextlib.suppress(ConnectionError):
             if self.response.content_type == "text/event-stream":  # as vLLM ends a stream that fails
                 await self.response.write(b"data: " + Refused.saying(502, why).body + b"\n\n")
@@ -246,7 +246,7 @@ class Router:
         try:
             body = _read(await request.read())
         except UNREADABLE as error:
-            return _response(Refused.saying(400, f"the body is no JSON object: {error}"))
+            return _response(Refused.saying(400, f"the body is not JSON object: {error}"))
         return await self._answer(request, body)
 
     async def _pass_on(self, request: web.Request) -> web.StreamResponse:

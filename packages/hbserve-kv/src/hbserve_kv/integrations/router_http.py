@@ -29,7 +29,7 @@ class Connections:
         """Raises ValueError: it is no http or https URL."""
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"{url!r} is no http:// or https:// URL")
+            raise ValueError(f"{url!r} is not an http:// or https:// URL")
         self.host: str = parts.hostname
         self._ssl = ssl.create_default_context() if parts.scheme == "https" else None
         self._port = parts.port or (443 if self._ssl else 80)
@@ -197,7 +197,7 @@ class Answer(asyncio.Protocol):
         head, end, rest = data.partition(b"\r\n\r\n")
         if not end:
             if len(data) > MOST_HEAD_BYTES:
-                raise ValueError("its head does not end")
+                raise ValueError("its header does not end")
             return data
         first, *lines = head.split(b"\r\n")
         version, _, rest_of_line = first.partition(b" ")
@@ -288,5 +288,5 @@ class Answer(asyncio.Protocol):
 
 def _number(digits: bytes, base: int) -> int:
     if len(digits) > 15 or not digits.isalnum():
-        raise ValueError(f"{digits[:20]!r} is no number")
+        raise ValueError(f"{digits[:20]!r} is not a number")
     return int(digits, base)

@@ -30,7 +30,7 @@ class Server:
         self.url = given.rstrip("/")
         try:
             if len(numbers) > 2 or not all(number.isdecimal() and int(number) for number in numbers):
-                raise ValueError("its port or its number of ranks is no number")
+                raise ValueError("its port or its number of ranks is not a number")
             self.connections = Connections(self.url)
         except ValueError:
             form = "http://HOST:PORT, with ,KV_PORT or ,KV_PORT,TP_SIZE behind it or not"
@@ -62,7 +62,7 @@ class Server:
                 finally:
                     self._asking.discard(asking)
         except TimeoutError:
-            raise ServerLost(self, "does not answer any more") from None
+            raise ServerLost(self, "no longer answers") from None
         finally:
             self.num_requests -= 1
 

@@ -186,7 +186,9 @@ def _of_dlpack(found: Any) -> Array:
         capsule = found.__dlpack__()
         tensor = _DLTensor.from_address(pointer(capsule, b"dltensor"))
     except Exception as error:  # whatever its owner raises
-        raise TypeError(f"pool: the memory of {type(found).__name__} cannot be had by __dlpack__: {error}") from error
+        raise TypeError(
+            f"pool: the memory of {type(found).__name__} cannot be exported by __dlpack__: {error}"
+        ) from error
     if tensor.device_type not in (DLPACK_CPU, DLPACK_PINNED):
         raise TypeError("pool: memory of a GPU is taken as torch tensors: torch.from_dlpack makes them")
     shape = tuple(tensor.shape[: tensor.ndim])

@@ -1,19 +1,19 @@
 """Layouts of pools: where each piece of a block lies, and how the blocks of one pool are copied to those of another.
 
-A pool is planes: the keys, or the values, of one layer. Of a plane, block b, token t and head h lie at
-`offset + b * block + t * token + h * head`, `size` bytes of them. So a pool may be one tensor or several, with the
-block dimension anywhere:
+A pool consists of planes: the keys, or the values, of one layer. In a plane, block b, token t and head h are `size`
+bytes at `offset + b * block + t * token + h * head`. So a pool may be one tensor or several, with the block dimension
+anywhere:
 
     block-major  (blocks, layers, kv, tokens, heads, dim)    one block is one piece
     layer-major  layers x (kv, blocks, tokens, heads, dim)   one block is 2 x layers pieces, which lie apart
 
-Two pools fit if they have the same planes, in this order: layer by layer, keys before values. A plane that has the key
-and the value of each token side by side is two for a peer that has them apart. One side's blocks may
-have r times as many tokens as the other's: both then count *units*, the smaller blocks, and unit u of the larger ones
-is tokens [u % r x unit, …) of block u // r.
+Two pools fit if they have the same planes in this order: layer by layer, keys before values. A plane that has the key
+and the value of each token side by side counts as two for a peer that has them apart. One side's blocks may have r
+times as many tokens as the other's: both then count *units*, the smaller blocks, and unit u of the larger ones is
+tokens [u % r * n, (u % r + 1) * n) of block u // r, with n tokens in a unit.
 
 Under tensor parallelism each rank's blocks hold the KV heads [first, first + count) of `total`. A prefill and a decode
-instance may be cut differently: each prefill rank then sends to each decode rank the heads that both hold.
+instance may be split differently: each prefill rank then sends to each decode rank the heads that both hold.
 
     P, 1 rank    |  0  1  2  3  |        D, 2 ranks   |  0  1  |  2  3  |
 """
@@ -40,7 +40,9 @@ class HeadRange(msgspec.Struct, frozen=True, array_like=True):
 
     def __post_init__(self) -> None:
         if not (self.first >= 0 and self.count >= 1 and self.end <= self.total):
-            raise ValueError(f"heads [{self.first}, {self.end}) of {self.total}: expected a part of them, not empty")
+            raise ValueError(
+                f"heads [{self.first}, {self.end}) of {self.total}: expected a part of them that is not empty"
+            )
 
     @property
     def end(self) -> int:
@@ -48,9 +50,9 @@ class HeadRange(msgspec.Struct, frozen=True, array_like=True):
 
     @classmethod
     def of_rank(cls, rank: int, num_ranks: int, total: int) -> "HeadRange":
-        """An equal cut. Raises ValueError if `total` heads cannot be cut into `num_ranks` equal parts."""
+        """An equal split. Raises ValueError if `total` heads cannot be split into `num_ranks` equal parts."""
         if total % num_ranks:
-            raise ValueError(f"{total} heads cannot be cut into {num_ranks} equal parts")
+            raise ValueError(f"{total} heads cannot be split into {num_ranks} equal parts")
         count = total // num_ranks
         return cls(rank * count, count, total)
 
@@ -64,7 +66,7 @@ class HeadRange(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Plane(msgspec.Struct, frozen=True, array_like=True):
-    """Keys or values of one layer; see the drawing above. All in bytes."""
+    """Keys or values of one layer: see the formula above. All in bytes."""
 
     extent: NotNegative
     """Which of the pool's pieces of memory it lies in."""
@@ -80,7 +82,7 @@ class Layout(msgspec.Struct, frozen=True):
 
     num_blocks: NotNegative
     num_tokens: Positive
-    """In a block of a plane."""
+    """Tokens per block of a plane."""
     num_heads: Positive
     num_layers: Positive
     planes: Annotated[list[Plane], msgspec.Meta(min_length=1, max_length=1 << 14)]
@@ -88,12 +90,12 @@ class Layout(msgspec.Struct, frozen=True):
     extents: list[NotNegative]
     """Bytes of each piece of memory."""
     is_opaque: bool = False
-    """Nobody has said what a block is made of: `num_tokens` are places in it, and no block size."""
+    """Nobody has said what a block consists of: `num_tokens` then counts places in it, and is no block size."""
     has_keys_beside_values: bool = False
-    """A plane is keys and values of a layer: of each token and head its key, and then its value."""
+    """Each plane has both keys and values of a layer: for each token and head its key, then its value."""
 
     def __post_init__(self) -> None:
-        """Raises ValueError, also for a peer's word: a plane is not where its memory is."""
+        """Raises ValueError if a plane lies outside its memory; a peer's layout is checked too."""
         if len(self.planes) % self.num_layers:
             raise ValueError(f"{len(self.planes)} planes are not as many for each of {self.num_layers} layers")
         for plane in self.planes:
@@ -110,7 +112,7 @@ class Layout(msgspec.Struct, frozen=True):
 
     @property
     def head_bytes(self) -> int:
-        """Of one head in a block."""
+        """Bytes of one head in a block."""
         return self.num_tokens * sum(self.sizes)
 
     @property
@@ -118,7 +120,7 @@ class Layout(msgspec.Struct, frozen=True):
         return self.num_heads * self.head_bytes
 
     def in_rows(self, num_blocks: int) -> "Layout":
-        """The same blocks, each in one piece, and one after the other."""
+        """The same blocks, each in one piece, one after another."""
         planes, offset = [], 0
         for size in self.sizes:
             planes.append(Plane(0, offset, self.block_bytes, self.num_heads * size, size, size))
@@ -127,7 +129,7 @@ class Layout(msgspec.Struct, frozen=True):
         return msgspec.structs.replace(self, num_blocks=num_blocks, planes=planes, extents=extents)
 
     def beside(self, theirs: "Layout") -> "Layout":
-        """This, with keys and values in planes of their own if they are so on the other side."""
+        """This layout, with keys and values in separate planes if the other side has them so."""
         if not self.has_keys_beside_values or theirs.has_keys_beside_values or any(size % 2 for size in self.sizes):
             return self
         planes = []
@@ -137,7 +139,7 @@ class Layout(msgspec.Struct, frozen=True):
         return msgspec.structs.replace(self, planes=planes, has_keys_beside_values=False)
 
     def mismatch(self, theirs: "Layout") -> tuple[str, object, object] | None:
-        """What differs and cannot be bridged: its name, theirs, and this one's. None: the blocks fit."""
+        """What differs and cannot be bridged: its name, their value, and this one's. None: the blocks fit."""
         both = theirs.beside(self), self.beside(theirs)
         if self.is_opaque or theirs.is_opaque:
             name = (
@@ -156,7 +158,7 @@ class Layout(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, eq=False)
 class Side:
-    """Of one side's blocks, what goes over a link: heads, and units of which a block has `ratio`."""
+    """What goes over a link of one side's blocks: which heads, and units, of which a block has `ratio`."""
 
     layout: Layout
     first_head: int
@@ -165,12 +167,12 @@ class Side:
 
     @property
     def is_whole(self) -> bool:
-        """Whole blocks, all heads of them."""
+        """Whether whole blocks go over it, with all heads."""
         return self.ratio == 1 and self.num_heads == self.layout.num_heads
 
     @property
     def num_units(self) -> int:
-        """In the pool."""
+        """Units in the pool."""
         return self.layout.num_blocks * self.ratio
 
     @property
@@ -187,7 +189,7 @@ class Side:
         return [block_id * self.ratio + unit for block_id in block_ids for unit in range(self.ratio)]
 
     def of_layers(self, layers: range | None) -> "Side":
-        """Only these; None: all."""
+        """Only these layers; None: all."""
         if layers is None:
             return self
         each = len(self.layout.planes) // self.layout.num_layers
@@ -195,7 +197,7 @@ class Side:
         return replace(self, layout=msgspec.structs.replace(self.layout, planes=planes, num_layers=len(layers)))
 
     def in_rows(self, num_units: int) -> "Side":
-        """The same units, each in one piece, and one after the other: how they are sent."""
+        """The same units, each in one piece, one after another: as they are sent."""
         unit = msgspec.structs.replace(
             self.layout,
             num_blocks=0,
@@ -206,7 +208,8 @@ class Side:
 
 
 def agreement(mine: Side, peer: Side) -> str:
-    """What a link of two pools that differ moves, for people to read; "" if all that differs is how many blocks."""
+    """What a link between two different pools moves, for people to read; "" if they differ only in their numbers of
+    blocks."""
     found, both = [], (mine, peer)
     if max(each.ratio for each in both) > 1:
         found.append(
@@ -221,7 +224,7 @@ def agreement(mine: Side, peer: Side) -> str:
 
 
 def sides(mine: Layout, my_heads: HeadRange, theirs: Layout, their_heads: HeadRange) -> tuple[Side, Side]:
-    """Of a link between two layouts that fit, and have heads in common: this side, and the peer's."""
+    """The two sides of a link, this one first, between layouts that fit and have heads in common."""
     common = my_heads.common(their_heads)
     assert common is not None
     unit_tokens = min(mine.num_tokens, theirs.num_tokens)
@@ -233,8 +236,8 @@ def sides(mine: Layout, my_heads: HeadRange, theirs: Layout, their_heads: HeadRa
 
 
 class Piece(NamedTuple):
-    """Bytes of a unit that lie together on both sides. On each side, of unit u at `offset + u // ratio * block +
-    u % ratio * unit`, from where that side's memory begins."""
+    """Bytes of a unit that lie together on both sides. On each side, those of unit u begin at `offset + u // ratio *
+    block + u % ratio * unit`, counted from where that side's memory begins."""
 
     source: int
     source_block: int
@@ -246,12 +249,12 @@ class Piece(NamedTuple):
 
 
 class CopyPlan:
-    """How units of one side become units of another: made once for a link, and for all parts of its transfers."""
+    """How units of one side become units of another: computed once for a link, for all parts of its transfers."""
 
     def __init__(
         self, source: Side, source_addresses: Sequence[int], target: Side, target_addresses: Sequence[int]
     ) -> None:
-        """The addresses of each side's extents. What is copied is told relative to the first of them."""
+        """The addresses of each side's extents. Positions are relative to the first of them."""
         self.source_ratio, self.target_ratio = source.ratio, target.ratio
         self.pieces: list[Piece] = []
         for mine, theirs in zip(source.layout.planes, target.layout.planes, strict=True):
@@ -278,7 +281,7 @@ class CopyPlan:
             self._add(Piece(here, mine.block, units[0], there, theirs.block, units[1], run))
 
     def _add(self, piece: Piece) -> None:
-        """Merge it with the one before, if they are neighbours on both sides, in every unit."""
+        """Merge it with the one before, if they are neighbours on both sides in every unit."""
         if self.pieces:
             last = self.pieces[-1]
             grown = last._replace(length=last.length + piece.length)
@@ -291,7 +294,7 @@ class CopyPlan:
 
     @cached_property
     def reversed(self) -> "CopyPlan":
-        """The way back."""
+        """The plan for the opposite direction."""
         made = CopyPlan.__new__(CopyPlan)
         made.source_ratio, made.target_ratio, made.device_tables = self.target_ratio, self.source_ratio, {}
         made.pieces = [Piece(*piece[3:6], *piece[:3], piece.length) for piece in self.pieces]
@@ -304,12 +307,12 @@ class CopyPlan:
 
     @property
     def whole(self) -> Piece | None:
-        """The only piece, if a block is one on both sides and neither side's blocks are cut."""
+        """The only piece, if a block is one piece on both sides and neither side's blocks are divided into units."""
         return self.pieces[0] if len(self.pieces) == self.source_ratio == self.target_ratio == 1 else None
 
     def moves(self, source_units: Sequence[int], target_units: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-        """(source, target, length) of each run of bytes, relative to where both sides' memory begins: units that are
-        neighbours on both sides are one."""
+        """(source, target, length) of each run of bytes, relative to where both sides' memory begins. Units that are
+        neighbours on both sides are one run."""
         runs: dict[tuple[int, ...], list[tuple[int, int, int]]] = {}
         for piece in self.pieces:
             key = (piece.source_block, piece.source_unit, piece.target_block, piece.target_unit, piece.length)
@@ -328,7 +331,7 @@ def _offsets(units: Sequence[int], ratio: int, block: int, unit: int) -> list[in
 
 
 def runs_of(sources: Sequence[int], targets: Sequence[int], length: int) -> Iterator[tuple[int, int, int]]:
-    """(source, target, length) of runs of places that are `length` apart in both lists."""
+    """(source, target, length) of runs of positions that are `length` apart in both lists."""
     start = 0
     for i in range(1, len(sources) + 1):
         is_end = i == len(sources)
@@ -338,10 +341,10 @@ def runs_of(sources: Sequence[int], targets: Sequence[int], length: int) -> Iter
 
 
 def checked_blocks(block_ids: Iterable[int], num_blocks: int) -> list[int]:
-    """As whole numbers of Python: tensors of one number, for example, are all different from each other.
+    """The same as Python integers: one-element tensors, for example, would all compare as different.
 
     Raises:
-        TypeError: they are no whole numbers; ValueError: one is outside the pool.
+        TypeError: they are not integers; ValueError: one is outside the pool.
     """
     try:
         found = [index(each) for each in block_ids]
@@ -353,7 +356,7 @@ def checked_blocks(block_ids: Iterable[int], num_blocks: int) -> list[int]:
 
 
 def checked_layers(layers: object, num_layers: int) -> None:
-    """Raises TypeError or ValueError: not neighbours, or not there."""
+    """Raises TypeError or ValueError: not consecutive layers, or not there."""
     if layers is None:
         return
     if not isinstance(layers, range):

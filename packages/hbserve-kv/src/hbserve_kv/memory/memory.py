@@ -1,7 +1,7 @@
-"""The memory that a transfer may touch: the engine's block pool and the lookup buffer, which is called the arena here.
+"""The memory that a transfer may touch: the engine's block pool, and the lookup buffer, which is called the arena here.
 
-Of the pool a PoolLayout says where its blocks lie; in the arena they have the same bytes, one block after the other.
-torch is imported where there is a GPU, and for `Rows`.
+A PoolLayout says where the pool's blocks lie; in the arena, blocks have the same bytes and lie one after another. torch
+is imported only where there is a GPU, and for `Rows`.
 """
 
 import os
@@ -22,16 +22,16 @@ if TYPE_CHECKING:
 Region = Literal["pool", "arena"]
 REGIONS: tuple[Region, ...] = ("pool", "arena")
 _MANY_UNITS = 17
-"""From so many on torch gathers by another kernel."""
+"""From this many units on, torch gathers with another kernel."""
 WORD_BYTES = 8
-"""Enough to say where memory begins."""
+"""Enough to tell where memory begins."""
 
 
 class Memory:
     """Pool and arena of one instance. The arena is the lookup buffer; its blocks are handed out here."""
 
     def __init__(self, pool: Any, buffer_size: int, heads: HeadRange | None = None) -> None:
-        """Raises TypeError or ValueError: it is no pool, or not of as many heads; BufferTooLarge."""
+        """Raises TypeError or ValueError: it is no pool, or does not have as many heads; BufferTooLarge."""
         found = pool if isinstance(pool, PoolLayout) else PoolLayout.of_blocks(pool, heads)
         layout = found.layout
         if heads is not None and heads.count != layout.num_heads:
@@ -44,18 +44,18 @@ class Memory:
         arena = _make_arena(buffer_size, self.block_bytes, self.device if self.is_on_gpu else None)
         self.extents: dict[Region, list[Extent]] = {"pool": found.extents, "arena": extents_of(arena)}
         self.num_arena_blocks = buffer_size // self.block_bytes
-        # With small blocks they are so many that a list of all would be larger than the arena.
+        # With small blocks there are so many that a list of all would be larger than the arena.
         self._num_used = 0
         self._free: list[int] = []
         self.locate()
 
     def locate(self) -> None:
-        """Find the memory again: a transport has moved some of it."""
+        """Find the memory again, after a transport has moved some of it."""
         self.addresses = {region: [each.address for each in extents] for region, extents in self.extents.items()}
 
     @cached_property
     def events(self) -> "EventWatch":
-        """When blocks have been computed, or copied, on a device."""
+        """Tells when blocks have been computed, or copied, on a device."""
         from hbserve_kv.memory.events import EventWatch
 
         return EventWatch()
@@ -70,7 +70,7 @@ class Memory:
         return Side(self.layout.in_rows(self.num_arena_blocks), 0, self.layout.num_heads)
 
     def tensor(self, region: Region) -> "torch.Tensor":
-        """uint8 (num_blocks, block_bytes), of the arena or of a pool that is one block after the other."""
+        """uint8 (num_blocks, block_bytes): of the arena, or of a pool whose blocks lie one after another."""
         layout = self.layout if region == "pool" else self.layout.in_rows(self.num_arena_blocks)
         assert layout.in_rows(layout.num_blocks).planes == layout.planes, "blocks are in several pieces"
         flat = tensor_at(self.addresses[region][0], layout.extents[0], self.device) if layout.extents[0] else _nothing()
@@ -92,7 +92,7 @@ class Memory:
         return self.num_arena_blocks - self._num_used + len(self._free)
 
     def allocate(self, num_blocks: int) -> list[int]:
-        """Blocks of the arena; the caller has seen that there is room."""
+        """Take blocks of the arena; the caller has checked that there is room."""
         assert num_blocks <= self.num_free
         again = [self._free.pop() for _ in range(min(num_blocks, len(self._free)))]
         first, self._num_used = self._num_used, self._num_used + num_blocks - len(again)
@@ -102,7 +102,7 @@ class Memory:
         self._free.extend(block_ids)
 
     def release(self) -> None:
-        """Give the arena's memory back."""
+        """Give back the arena's memory."""
         self.extents["arena"], self.addresses["arena"], self.num_arena_blocks, self._num_used = [], [], 0, 0
         self._free.clear()
 
@@ -112,7 +112,7 @@ class Memory:
 
 
 def _make_arena(buffer_size: int, block_bytes: int, gpu: Any) -> Any:
-    """As many blocks as fit. Touches no page of host memory: it costs what is used of it."""
+    """As many blocks as fit. Touches no page of host memory: only what is used of it costs memory."""
     if buffer_size < 0:
         raise ValueError(f"kv_transfer.buffer_size={buffer_size}: expected a number of bytes, 0 or more")
     num_bytes, total = buffer_size // block_bytes * block_bytes, _host_memory_bytes()
@@ -128,7 +128,7 @@ def _make_arena(buffer_size: int, block_bytes: int, gpu: Any) -> Any:
             return (
                 torch.empty(num_bytes, dtype=torch.uint8, device=gpu) if gpu is not None else shared_buffer(num_bytes)
             )
-        except (OSError, RuntimeError, MemoryError) as error:  # of the system, or of torch's allocators
+        except (OSError, RuntimeError, MemoryError) as error:  # raised by the system, or by torch's allocators
             reason = str(error) or type(error).__name__
     raise BufferTooLarge(
         f"kv_transfer.buffer_size={buffer_size}: {gpu or 'cpu'} has no {buffer_size} bytes for the lookup buffer "
@@ -141,7 +141,8 @@ def _host_memory_bytes() -> int:
 
 
 def tensor_at(address: int, num_bytes: int, device: Any) -> "torch.Tensor":
-    """uint8 (num_bytes,) over memory of somebody else. Not by __cuda_array_interface__, which needs numpy."""
+    """uint8 (num_bytes,) over memory that belongs to someone else. Not by __cuda_array_interface__, which needs
+    numpy."""
     import torch
 
     storage = torch._C._construct_storage_from_data_pointer(address, torch.device(device or "cpu"), num_bytes)
@@ -157,13 +158,13 @@ def _nothing() -> "torch.Tensor":
 def copy_on_host(
     plan: CopyPlan, source: int, source_units: Sequence[int], target: int, target_units: Sequence[int]
 ) -> None:
-    """By memmove, between where the memory of both sides begins."""
+    """By memmove, with positions relative to where both sides' memory begins."""
     for here, there, length in plan.moves(source_units, target_units):
         copy(target + there, source + here, length)
 
 
 class Rows:
-    """Units of one side as rows of bytes, (len(units), unit_bytes): how they are sent, and what checksums are of."""
+    """Units of one side as rows of bytes, (len(units), unit_bytes): how they are sent, and what checksums cover."""
 
     def __init__(self, memory: Memory, side: Side, region: Region) -> None:
         self.unit_bytes = side.unit_bytes
@@ -180,7 +181,7 @@ class Rows:
             self._wide = _wide(self._whole)
 
     def neighbours(self, units: Sequence[int]) -> "torch.Tensor | None":
-        """A contiguous view of these, if they are neighbours in this order."""
+        """A contiguous view of these units, if they are neighbours in this order; else None."""
         if self._whole is None:
             return None
         first, last = units[0], units[-1]
@@ -190,13 +191,13 @@ class Rows:
         return view if view.is_contiguous() else None
 
     def empty(self, num_units: int, **options: Any) -> "torch.Tensor":
-        """Room for some; on this memory's device, or as torch's options have it."""
+        """Room for some units, on this memory's device unless `options` of torch say otherwise."""
         import torch
 
         return torch.empty((num_units, self.unit_bytes), dtype=torch.uint8, **({"device": self.device} | options))
 
     def gather(self, units: Sequence[int]) -> "torch.Tensor":
-        """A view if they are neighbours, else a copy; on a GPU by one kernel, in its current stream."""
+        """A view if they are neighbours, else a copy; on a GPU by one kernel, on its current stream."""
         if (view := self.neighbours(units)) is not None:
             return view
         if self.device is not None and self._whole is not None:
@@ -213,12 +214,13 @@ class Rows:
         return blocks
 
     def places(self, units: Sequence[int]) -> Any:
-        """These units as `scatter` takes them too, and any slice of them: told to a GPU once for several calls."""
+        """These units as `scatter` also takes them, like any slice of the result: sent to a GPU once for several
+        calls."""
         return units if self.device is None or self._whole is None else _indices(units, self.device)
 
     def scatter(self, units: Any, blocks: "torch.Tensor") -> None:
-        """Write what `gather` gave: uint8, of any shape, contiguous, on the same device. units: or `places` of
-        them."""
+        """Write what `gather` returned: uint8, of any shape, contiguous, on the same device. units: unit numbers, or
+        `places` of them."""
         if self.device is None:
             copy_on_host(self._plan.reversed, blocks.data_ptr(), range(len(units)), self._start, units)
         elif self._whole is not None:
@@ -230,7 +232,8 @@ class Rows:
             copy_pieces(self._plan.reversed, blocks, range(len(units)), self._memory, units)
 
     def load_kernels(self) -> None:
-        """Have a GPU load what `gather` and `scatter` run, which takes longer than to run it. Changes nothing."""
+        """Have a GPU load the kernels of `gather` and `scatter`, which takes longer than running them. Changes
+        nothing."""
         if self._whole is not None:
             for units in ([0] * 2, [0] * _MANY_UNITS):
                 some = self._whole[:1].clone()
@@ -244,7 +247,7 @@ class Rows:
 
 
 def _write(rows: "torch.Tensor", wide: "torch.Tensor", places: "torch.Tensor", new: "torch.Tensor") -> None:
-    """New rows (len(places), row_bytes) over some of `rows`, which are `wide` too."""
+    """Write rows (len(places), row_bytes) over some of `rows`; `wide` is another view of it."""
     new_wide = _wide(new)
     if wide.dtype == new_wide.dtype:
         wide.index_copy_(0, places, new_wide)
@@ -261,7 +264,7 @@ def _wide(blocks: "torch.Tensor") -> "torch.Tensor":
 
 
 def _indices(units: "Sequence[int] | torch.Tensor", device: Any) -> "torch.Tensor":
-    """On the device, behind what its current stream does: the host waits for nothing."""
+    """Indices on the device, queued on its current stream: the host waits for nothing."""
     import torch
 
     if isinstance(units, torch.Tensor):

@@ -1,4 +1,4 @@
-"""The first exchange of the two ends of a link, and what they conclude: that their KV means the same, and which
+"""The first exchange between the two ends of a link, and what follows from it: that their KV means the same, and which
 transport carries it."""
 
 from collections.abc import Mapping
@@ -12,12 +12,12 @@ from hbserve_kv.transports.base import Transport
 from hbserve_rpc import InvalidAddress, InvalidRequest, parse_address
 
 KV_PROTOCOL = "protocol of hbserve_kv"
-"""As it is called where two are compared; hbserve_rpc has another one."""
+"""Its name where two versions are compared; hbserve_rpc has a protocol version of its own."""
 
 
 @dataclass(frozen=True)
 class Identity:
-    """What one instance is."""
+    """What an instance tells its peers about itself."""
 
     rank: int
     epoch: str
@@ -30,11 +30,11 @@ class Identity:
 
 
 def check(hello: Handshake, me: Identity) -> HeadRange:
-    """The heads that both have.
+    """The heads that both sides have.
 
     Raises:
-        InvalidRequest: a field of the fingerprint or the layouts differ, which cannot be bridged, or they have no head
-            in common; says which, and both values. Or the address is none.
+        InvalidRequest: a field of the fingerprint differs, or the layouts differ in a way that cannot be bridged, or
+            the two have no head in common; says which, and both values. Or the address is not one.
     """
     try:
         parse_address(hello.address)
@@ -65,10 +65,10 @@ def _mismatch(name: str, theirs: object, their_rank: int, mine: object, my_rank:
 def choose_transport(
     hello: Handshake, transports: Mapping[str, Transport], rank: int
 ) -> tuple[Transport, dict[str, str]]:
-    """The sender's best offer that works from here too, and why better ones do not.
+    """The sender's best offer that works from here too, and for each better one, why it does not.
 
     Raises:
-        InvalidRequest: none does; says why for each.
+        InvalidRequest: none works; says why, for each.
     """
     passed_over = {}
     for name, description in hello.offers.items():

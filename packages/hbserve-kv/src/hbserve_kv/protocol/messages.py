@@ -42,11 +42,12 @@ PROTOCOL_VERSION = 10
 
 NotNegative = Annotated[int, msgspec.Meta(ge=0)]
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
-"""NaN and infinity are none."""
+"""NaN and infinity are refused."""
 
 
 class Grant(msgspec.Struct, frozen=True, tag=True):
-    """Made by the receiver, read by the sender; opaque to whoever carries it."""
+    """Permission to write to blocks of the receiver. Made by the receiver, read by the sender; opaque to whoever
+    carries it."""
 
     transfer_id: str
     """ "" in an endpoint, which says where the receiver is and grants nothing."""
@@ -63,10 +64,10 @@ def join_grants(grants: Sequence[bytes]) -> bytes:
 
 
 def read_grants(grant: bytes) -> list[Grant]:
-    """Of one rank, or of several.
+    """The grants of one rank, or of several.
 
     Raises:
-        TransferFailed: it is none.
+        TransferFailed: it is not a grant.
         TypeError: it is not even bytes.
     """
     if not isinstance(grant, bytes | bytearray | memoryview):
@@ -74,24 +75,24 @@ def read_grants(grant: bytes) -> list[Grant]:
     try:
         found = msgspec.msgpack.decode(grant, type=Grant | list[Grant])
     except msgspec.DecodeError as error:
-        raise TransferFailed(f"a grant that is none: {error}") from error
+        raise TransferFailed(f"not a grant: {error}") from error
     return found if isinstance(found, list) else [found]
 
 
 def checked_id(transfer_id: object) -> str:
-    """Raises TypeError or ValueError: nobody could be told this id."""
+    """Raises TypeError or ValueError: the id cannot be sent to a peer."""
     if not isinstance(transfer_id, str):
         raise TypeError(f"transfer_id={transfer_id!r}: expected a string")
     if not transfer_id.isascii():
         try:
             transfer_id.encode()
         except UnicodeEncodeError:
-            raise ValueError(f"transfer_id={transfer_id!r}: expected one that UTF-8 has") from None
+            raise ValueError(f"transfer_id={transfer_id!r}: expected text that UTF-8 can encode") from None
     return transfer_id
 
 
 def checked_payload(payload: object) -> bytes:
-    """Raises TypeError: it is not of bytes."""
+    """Raises TypeError: it is not bytes."""
     if not isinstance(payload, bytes | bytearray | memoryview):
         raise TypeError(f"payload: expected bytes, got {type(payload).__name__}")
     return bytes(payload)
@@ -107,12 +108,14 @@ class Handshake(msgspec.Struct, frozen=True, tag=True):
     fingerprint: dict[str, str | int]
     heads: HeadRange
     layout: Layout
-    """Of the sender's pool. What both sides have of it in common follows from both layouts, as `sides` says."""
+    """Of the sender's pool. What the two sides have in common follows from both layouts: see
+    `hbserve_kv.memory.layout.sides`."""
     offers: dict[str, bytes]
     """Transports that the sender can use, best first, each with its `describe()`."""
     link: str
     name: str = ""
-    """Of the sender's instance. A transfer may be granted to one by name: `KVTransferManager.post_receive`."""
+    """Of the sender's instance: a transfer may be granted to one instance by name, see
+    `KVTransferManager.post_receive`."""
 
 
 class LinkReply(msgspec.Struct, frozen=True, tag=True):
@@ -123,14 +126,14 @@ class LinkReply(msgspec.Struct, frozen=True, tag=True):
     heads: HeadRange
     layout: Layout
     transport: str
-    """The first of the offers that the receiver can use too."""
+    """The first of the sender's offers that the receiver can use too."""
     description: bytes
     passed_over: dict[str, str]
-    """Better offers, and why they were not taken."""
+    """Better offers, and why they were not chosen."""
 
 
 class Told(msgspec.Struct, frozen=True, tag=True):
-    """A value of the link's rendezvous: see `hbserve_kv.transports.base.Rendezvous`."""
+    """Sets a value of the link's rendezvous: see `hbserve_kv.transports.base.Rendezvous`."""
 
     link: str
     name: str
@@ -138,21 +141,21 @@ class Told(msgspec.Struct, frozen=True, tag=True):
 
 
 class Asked(msgspec.Struct, frozen=True, tag=True):
-    """Wants a value of the link's rendezvous, as soon as there is one: answered by a Told."""
+    """Waits for a value of the link's rendezvous; answered by a Told as soon as either end has set it."""
 
     link: str
     name: str
 
 
 class Cancelled(msgspec.Struct, frozen=True, tag=True):
-    """The receiver gives a transfer up."""
+    """The receiver gives up a transfer."""
 
     transfer_id: str
     reason: str
 
 
 class Begin(msgspec.Struct, frozen=True, tag=True):
-    """Opens a transfer. `num_bytes` is set for one that the receiver did not grant: it goes to the lookup buffer."""
+    """Opens a transfer. `num_bytes` is set if the receiver has not granted it: then it goes to the lookup buffer."""
 
     transfer_id: str
     link: str
@@ -160,7 +163,7 @@ class Begin(msgspec.Struct, frozen=True, tag=True):
 
 
 class Accepted(msgspec.Struct, frozen=True, tag=True):
-    """Now the sender may write."""
+    """The sender may write from now on."""
 
     region: Region
     block_ids: list[int]
@@ -169,19 +172,19 @@ class Accepted(msgspec.Struct, frozen=True, tag=True):
 
 
 class UnknownLink(msgspec.Struct, frozen=True, tag=True):
-    """What was said goes over a link that the receiver does not have (any more)."""
+    """The message was about a link that the receiver does not have, or no longer has."""
 
 
 class AnnouncedPart(msgspec.Struct, frozen=True, array_like=True):
-    """A part that the sender begins to send."""
+    """A part that the sender is about to send."""
 
     index: int
     first: int
-    """Blocks [first, first + num_blocks) of those that were granted; where those of one side are larger, units of them:
+    """Blocks [first, first + num_blocks) of those that were granted; where one side's blocks are larger, units of them:
     see `hbserve_kv.memory.layout`."""
     num_blocks: int
     layers: tuple[NotNegative, NotNegative] | None = None
-    """Only layers [first, end)."""
+    """Layers [first, end) only; None: all."""
 
     @property
     def end(self) -> int:
@@ -204,54 +207,54 @@ class Commit(msgspec.Struct, frozen=True, tag=True):
     link: str
     num_parts: NotNegative
     num_bytes: NotNegative
-    """Of a one-sided transport, they say how many blocks have been written."""
+    """For a one-sided transport these say how many blocks have been written."""
     time_s: Seconds
-    """In which parts were moving; of a two-sided transport the receiver measures that."""
+    """Seconds during which parts were moving; for a two-sided transport the receiver measures that."""
     payload: Annotated[bytes, msgspec.Meta(max_length=1 << 20)]
     checksums: dict[int, int] = {}
     """By position among the granted blocks; see `hbserve_kv.protocol.checksum`."""
 
 
 class Abandon(msgspec.Struct, frozen=True, tag=True):
-    """The sender gives a transfer up."""
+    """The sender gives up a transfer."""
 
     transfer_id: str
     link: str
     reason: str
     drained: bool
-    """The sender writes no more to this transfer's blocks."""
+    """The sender will not write to this transfer's blocks any more."""
     may_be_buffered: bool = False
-    """What the sender's system has taken already may still arrive for a moment."""
+    """What the sender's system has already taken may still arrive for a moment."""
 
 
 class Keep(msgspec.Struct, frozen=True, tag=True):
-    """The receiver wants what is offered, or will be. Ends with the stream that it opens."""
+    """The receiver wants what is offered, or will be offered. Ends with the stream that it opens."""
 
     transfer_id: str
     epoch: str = ""
     """Of the sender that has offered it; "" if it may be offered much later, by any life."""
     num_receivers: NotNegative = 1
-    """Ranks of the receiver that fetch from this rank of the sender; 0: none needs it, and it may be forgotten."""
+    """Ranks of the receiver that fetch from this rank of the sender; 0: none needs it, and it may be dropped."""
 
 
 class Offered(msgspec.Struct, frozen=True, tag=True):
     """Now the receiver may fetch it."""
 
     heads: HeadRange
-    """That the sender's blocks hold."""
+    """Heads that the sender's blocks hold."""
 
 
 class Fetch(msgspec.Struct, frozen=True, tag=True):
-    """Of who keeps it: where the blocks go."""
+    """Sent by the receiver that keeps an offer: where the blocks are to go."""
 
     transfer_id: str
     grant: bytes
     first: NotNegative = 0
-    """Place of the first wanted block among those that are offered. What is before it the receiver has."""
+    """Position of the first wanted block among those offered; the receiver already has those before it."""
 
 
 class Alive(msgspec.Struct, frozen=True, tag=True):
-    """What an instance says of itself as a sender."""
+    """What an instance reports about itself as a sender."""
 
     epoch: str
     writing: list[str]
@@ -265,7 +268,7 @@ class Nothing(msgspec.Struct, frozen=True, tag=True):
 LINK: StreamMethod[Handshake, Any] = StreamMethod("kv.link", Handshake, LinkReply | Cancelled)
 TELL: Method[Told, Nothing] = Method("kv.tell", Told, Nothing)
 ASK: Method[Asked, Told] = Method("kv.ask", Asked, Told)
-"""Is answered when either end has told it."""
+"""Answered as soon as either end has set the value by TELL."""
 BEGIN: Method[Begin, Accepted | UnknownLink] = Method("kv.begin", Begin, Accepted | UnknownLink)
 PARTS: Notification[PartsAnnounced] = Notification("kv.parts", PartsAnnounced)
 COMMIT: Method[Commit, Nothing] = Method("kv.commit", Commit, Nothing)

@@ -5,15 +5,17 @@
        └────────── fail ─────────┴──────────────────────┴──▶ DRAINING ──no block is in use any more──▶ FAILED_DRAINED
                                                                 └──patience is over──▶ UNKNOWN ──(as above)──▶ ″
 
-COMMITTING is of the sender, until every receiver has acknowledged. COMPLETED and FAILED_DRAINED are final: only then
-are the blocks free, or there. The first cause of a failure is kept. Anything that does not fit the phase (late,
-duplicate, of another sender) changes nothing and returns False, for the caller to count.
+Only a sender is COMMITTING, until every receiver has acknowledged. COMPLETED and FAILED_DRAINED are final: only in
+these may the blocks be freed, or used. The first cause of a failure is kept. Anything that does not fit the phase
+(late, duplicate, from another sender) changes nothing and returns False, for the caller to count.
 
-Under tensor parallelism a receiver has several senders, which bring different heads of the same blocks. Each begins
-and commits for itself; the transfer is COMPLETED when all heads have been committed. A sender is named by its link,
-which no other life has. A sender has a leg to each rank of the receiver, whose progress is three integers: parts
-pushed, begun (announced, or handed to the transport) and moved. One leg that fails fails the transfer, unless its
+Under tensor parallelism a receiver has several senders, which bring different heads of the same blocks. Each begins and
+commits for itself; the transfer is COMPLETED when all heads have been committed. A sender is identified by its link,
+whose key no other life has. A sender has a leg to each rank of the receiver, whose progress is three integers: parts
+pushed, begun (announced, or handed to the transport) and moved. A leg that fails fails the transfer, unless its
 receiver has acknowledged it.
+
+Which side owns the blocks in each phase is drawn in docs/kv-transfer.md.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -22,10 +24,10 @@ from enum import Enum, IntEnum
 
 
 class Phase(IntEnum):
-    """Place of a transfer in its life, as drawn above."""
+    """Where a transfer is in its life, as drawn above."""
 
     OPENING = 0
-    """No sender has begun; or not every receiver has accepted."""
+    """No sender has begun; at a sender, not every receiver has accepted."""
     MOVING = 1
     COMMITTING = 2
     DRAINING = 3
@@ -35,7 +37,7 @@ class Phase(IntEnum):
 
 
 class Outcome(Enum):
-    """How a transfer ended, which decides what may happen to its blocks. From the best to the worst."""
+    """How a transfer ended, which decides what may happen to its blocks; from the best to the worst."""
 
     COMPLETED = "completed"
     """All bytes are there."""
@@ -55,24 +57,24 @@ class TransferResult:
     num_bytes: int = 0
     num_parts: int = 0
     time_s: float = 0.0
-    """Time during which a part of this transfer was moving, as the side measured it that moved it; of several senders,
+    """Seconds during which a part of this transfer was moving, measured by the side that moved it; of several senders,
     the longest."""
     error: str = ""
     """The first cause, unless the outcome is COMPLETED."""
     is_partial: bool = False
     """COMPLETED with fewer blocks than were granted; only of a receive that was posted with `may_be_partial`."""
     is_trusted: bool = True
-    """Of a receive: each of its senders had a key, or is a process of this host. Else nobody knows who has sent what is
-    there: it is not for other requests."""
+    """For a receive: every sender had a key, or is a process of this host. Otherwise nobody knows who sent what is
+    there, and other requests must not use it."""
 
 
 def worst(outcomes: Iterable[Outcome]) -> Outcome:
-    """Outcome of a transfer whose parts have ended so."""
+    """Outcome of a transfer whose parts ended with these outcomes."""
     return max(outcomes, key=list(Outcome).index)
 
 
 def joint_result(results: Sequence[TransferResult], error: str = "") -> TransferResult:
-    """Result of a transfer whose parts have ended so: bytes are added up."""
+    """Result of a transfer whose parts ended with these results: bytes are added up."""
     return TransferResult(
         worst(each.outcome for each in results),
         results[0].payload,
@@ -111,11 +113,11 @@ class TransferState:
 
 @dataclass
 class SenderState:
-    """What one sender has done for a transfer."""
+    """The progress of one sender of a transfer."""
 
     heads: frozenset[int]
     one_sided: bool
-    """It writes without our help, so losing it does not show that nothing more will land; its death does."""
+    """It writes without our help, so that losing it does not prove that nothing more will land; its death does."""
     landed: set[int] = field(default_factory=set)
     in_flight: set[int] = field(default_factory=set)
     committed: bool = False
@@ -131,11 +133,11 @@ class IncomingState(TransferState):
     """A transfer at its receiver."""
 
     heads: frozenset[int] = frozenset({0})
-    """Heads that must come."""
+    """KV heads that must arrive."""
     num_blocks: int = 0
-    """Blocks that were granted: each sender must have brought its heads of all of them when it commits."""
+    """Blocks that were granted: when a sender commits, it must have brought its heads of all of them."""
     may_be_partial: bool = False
-    """Or of fewer."""
+    """A sender may bring fewer."""
     senders: dict[str, SenderState] = field(default_factory=dict)
 
     def begin(self, link: str, heads: Iterable[int] = (0,), *, one_sided: bool) -> bool:
@@ -148,7 +150,8 @@ class IncomingState(TransferState):
         return True
 
     def start_parts(self, link: str, *parts: int) -> bool:
-        """All or none. Also while draining: what the sender had begun to send is taken, so that both sides agree."""
+        """All of them or none. Allowed while draining too: what the sender has begun to send is taken, so that both
+        sides agree."""
         sender = self.senders.get(link)
         if sender is None or sender.committed or sender.drained or self.phase not in (Phase.MOVING, Phase.DRAINING):
             return False
@@ -158,7 +161,7 @@ class IncomingState(TransferState):
         return True
 
     def end_part(self, link: str, part: int, error: str = "") -> None:
-        """A part that was started has landed, or has failed and nothing of it can land any more."""
+        """A part that was started has landed, or has failed so that nothing of it can land any more."""
         sender = self.senders[link]
         sender.in_flight.discard(part)
         if error:
@@ -168,7 +171,7 @@ class IncomingState(TransferState):
         self._drain()
 
     def commit(self, link: str, num_parts: int, num_blocks: int = 0) -> bool:
-        """`num_blocks`: of those that were granted, how many have come."""
+        """`num_blocks`: how many of the granted blocks have arrived."""
         sender = self.senders.get(link)
         if self.phase is not Phase.MOVING or sender is None or sender.committed:
             return False
@@ -189,7 +192,8 @@ class IncomingState(TransferState):
             self._drain()
 
     def sender_drained(self, link: str) -> bool:
-        """The sender says that it sends no more; or its loss shows it, or its death if it is one-sided."""
+        """The sender sends nothing more: it says so, or its loss shows it; for a one-sided sender only its death
+        does."""
         sender = self.senders.get(link)
         if self.phase in (Phase.COMPLETED, Phase.FAILED_DRAINED) or sender is None:
             return False
@@ -208,7 +212,7 @@ class IncomingState(TransferState):
             self.phase = Phase.FAILED_DRAINED
 
     def is_taking(self, link: str) -> bool:
-        """Parts that were started over this link are under way."""
+        """Whether parts that were started over this link are under way."""
         return link in self.senders and bool(self.senders[link].in_flight)
 
     @property
@@ -218,7 +222,8 @@ class IncomingState(TransferState):
 
 
 class Coverage:
-    """Blocks of a transfer that were pushed, or have come: one that goes layer by layer, when all of it has."""
+    """Blocks of a transfer that were pushed, or have arrived; those that move layer by layer count when all layers
+    have."""
 
     def __init__(self, num_layers: int) -> None:
         self._whole: set[int] = set()
@@ -232,7 +237,7 @@ class Coverage:
 
     @property
     def by_layers(self) -> set[int]:
-        """Those that went so, and are complete."""
+        """Blocks that moved layer by layer, and are complete."""
         return set.intersection(*self._by_layer)
 
     def __len__(self) -> int:
@@ -240,16 +245,16 @@ class Coverage:
 
 
 def _are_all(parts: set[int], num_parts: int) -> bool:
-    """Whether they are 0, 1 … `num_parts` - 1. That number is a peer's word, and may be any."""
+    """Whether they are 0, 1 … `num_parts` - 1. That number comes from a peer, and may be anything."""
     return len(parts) == num_parts and all(0 <= part < num_parts for part in parts)
 
 
 @dataclass
 class LegState:
-    """Progress of one leg: of what a transfer sends to one rank of its receiver."""
+    """Progress of one leg, which is what a transfer sends to one rank of its receiver."""
 
     one_sided: bool = False
-    """Its receiver learns from the commit alone that parts have landed."""
+    """Its receiver learns only from the commit that parts have landed."""
     accepted: bool = False
     num_pushed: int = 0
     num_begun: int = 0
@@ -257,9 +262,9 @@ class LegState:
     num_moving: int = 0
     """Parts that were begun and have not ended yet."""
     has_stray: bool = False
-    """A part that has failed may go on."""
+    """A part that has failed may still be moving."""
     closed: bool = False
-    """Its connection is: nothing is read for it any more, whatever the transport says later."""
+    """Its connection is closed: nothing is read for it any more, whatever the transport reports later."""
     acknowledged: bool = False
 
     @property
@@ -268,7 +273,7 @@ class LegState:
 
     @property
     def may_commit(self) -> bool:
-        """The receiver of a two-sided transport knows when the parts have landed that were announced to it."""
+        """The receiver of a two-sided transport knows by itself when announced parts have landed."""
         return self.num_pushed == (self.num_moved if self.one_sided else self.num_begun)
 
 
@@ -276,7 +281,8 @@ class SendState(TransferState):
     """A transfer at its sender."""
 
     def __init__(self, num_legs: int = 1, on_change: Callable[[], None] = lambda: None) -> None:
-        """on_change: called after what somebody may wait for, which the parts that move before the commit are not."""
+        """on_change: called after changes that somebody may wait for; parts that move before the commit are not among
+        them."""
         super().__init__()
         self.legs = [LegState() for _ in range(num_legs)]
         self.error: Exception | None = None
@@ -296,21 +302,21 @@ class SendState(TransferState):
         return True
 
     def push(self, leg: int) -> bool:
-        """One part more."""
+        """Count one more part."""
         if self.phase is not Phase.MOVING:
             return False
         self.legs[leg].num_pushed += 1
         return True
 
     def commit(self, payload: bytes = b"") -> bool:
-        """No more parts are pushed."""
+        """Note that no more parts will be pushed."""
         if self.phase is not Phase.MOVING:
             return False
         self.phase, self.payload = Phase.COMMITTING, payload
         return self._changed()
 
     def begin_parts(self, leg: int, num_parts: int) -> bool:
-        """Parts go to the transport now, so their blocks may be read. False: they must not."""
+        """Hand parts to the transport, which may read their blocks from now on. False: it must not."""
         mine = self.legs[leg]
         is_open = self.phase in (Phase.MOVING, Phase.COMMITTING) and not (mine.closed or mine.acknowledged)
         if not is_open or mine.num_begun + num_parts > mine.num_pushed:
@@ -320,7 +326,8 @@ class SendState(TransferState):
         return self._changed()
 
     def end_parts(self, leg: int, num_parts: int, error: str = "", *, may_go_on: bool = False) -> None:
-        """Parts that were begun have moved or, with an error, have failed; then they may go on until `close`."""
+        """Parts that were begun have moved or, with an error, have failed; `may_go_on`: then they may still move until
+        `close`."""
         mine = self.legs[leg]
         mine.num_moving -= num_parts
         if error:
@@ -335,14 +342,14 @@ class SendState(TransferState):
         return self.phase is Phase.COMMITTING and self.legs[leg].may_commit
 
     def acknowledge(self, leg: int) -> bool:
-        """The receiver has all of this leg, whatever happens to its connection now."""
+        """The receiver has all of this leg, whatever happens to its connection from now on."""
         if not self.may_commit(leg) or self.legs[leg].acknowledged:
             return False
         self.legs[leg].acknowledged = True
         return self._changed()
 
     def fail(self, cause: str, leg: int | None = None, error: Exception | None = None) -> bool:
-        """`leg`: the one by which the transfer fails."""
+        """`leg`: the one that made the transfer fail."""
         given = self.legs if leg is None else [self.legs[leg]]
         if self.failed or all(each.acknowledged for each in given):
             return False
@@ -355,7 +362,7 @@ class SendState(TransferState):
         self._changed()
 
     def give_up(self) -> bool:
-        """Patience with what is still under way is over."""
+        """Stop waiting for what is still under way."""
         if self.phase is not Phase.DRAINING:
             return False
         self.phase = Phase.UNKNOWN

@@ -163,5 +163,5 @@ def tensor_of(request_id: str, shape: bytes, blocks: "torch.Tensor") -> "torch.T
         return blocks.view(-1)[:num_bytes].view(dtype).view(what.shape)
     except (msgspec.DecodeError, AttributeError, TypeError, ValueError, RuntimeError) as error:
         raise TransferFailed(
-            f"{request_id}: what its sender says of it is not of a tensor that came: {error}"
+            f"{request_id}: its sender describes another tensor than the one that came: {error}"
         ) from error

@@ -124,7 +124,7 @@ class Quarantine:
         try:
             revoked = await link.transport.revoke(link.link)
         except Exception:  # whatever a backend raised; the sender can still be asked
-            logger.exception("what a sender writes with could not be taken from it")
+            logger.exception("the means to write could not be taken from a lost sender")
             return False
         self._on_revoked(revoked, "a sender that was lost had to be kept from writing")
         return bool(revoked)
@@ -144,7 +144,8 @@ def _warn(transfer: IncomingTransfer, since_s: float) -> None:
     senders = " and ".join(link.hello.address for link in transfer.undrained)
     logger.warning(
         "transfer %s: its %d blocks are out of use since it failed %.0f s ago: %s may still write to them, and does "
-        "not answer. They come back when it does, when its host says that it is gone, or by a restart here.",
+        "not answer. They come back when it answers, when its host says that it is gone, or when this process is "
+        "restarted.",
         transfer.transfer_id,
         len(transfer.block_ids),
         since_s,

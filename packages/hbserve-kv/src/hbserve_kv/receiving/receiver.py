@@ -1,4 +1,4 @@
-"""The receiving half of a KVTransferManager: the handlers of its control server, and the links and transfers they work
+"""The receiving half of a KVTransferManager: the handlers of its control server, and the links and transfers they act
 on."""
 
 import asyncio
@@ -35,7 +35,7 @@ from hbserve_rpc import InvalidRequest, Peer, RpcServer, calling_peer
 
 
 class Receiver:
-    """Handlers of the control server, and what they work on: links, while they are connected, and transfers."""
+    """Handlers of the control server, the links while they are connected, and the transfers."""
 
     def __init__(
         self,
@@ -51,12 +51,12 @@ class Receiver:
         self._buffer = buffer
         self._config = config
         self.transfers: dict[str, IncomingTransfer] = {}
-        """By id, until they have a result. A failed one that is not drained yet is the quarantine's, too."""
+        """By id, until they have a result. A failed one that is not drained yet is also in the quarantine."""
         self.dropped_messages = 0
         self.links: dict[str, IncomingLink] = {}
         self.quarantine = Quarantine(longest_s=config.expiry_s, on_revoked=self.end_links, keys=config.keys)
         self._asking: dict[str, asyncio.Task[None]] = {}
-        """Whether a sender is still there, by link."""
+        """By link, a task that asks whether its sender is still there."""
         self._dropping: set[asyncio.Task[None]] = set()
 
     def serve_on(self, server: RpcServer) -> None:
@@ -77,7 +77,7 @@ class Receiver:
         may_be_partial: bool = False,
         sender: str = "",
     ) -> IncomingTransfer:
-        """Raises ValueError if the id is in use."""
+        """Start to expect a transfer. Raises ValueError if the id is in use."""
         if transfer_id in self.transfers:
             raise ValueError(f"transfer_id={transfer_id!r} is in use")
         heads, watch = self._me.heads.heads(), self.quarantine.watch
@@ -95,7 +95,7 @@ class Receiver:
             transfer.fail(f"no sender began within {self._config.expiry_s} s")
 
     async def say_goodbye(self) -> None:
-        """End every transfer and every link, and let the senders know. Before the server stops."""
+        """End every transfer and every link, and tell the senders. To be called before the server stops."""
         self._fail_all()
         links = list(self.links.values())
         for link in links:
@@ -105,7 +105,7 @@ class Receiver:
                 await asyncio.gather(*(link.ended.wait() for link in links))
 
     async def close(self) -> None:
-        """Leave nothing behind. After the server has stopped."""
+        """Leave nothing behind. To be called after the server has stopped."""
         self._fail_all()  # a message may have begun to arrive meanwhile
         await self.quarantine.close()
         await self._buffer.close()
@@ -118,7 +118,7 @@ class Receiver:
     # ---- links ---------------------------------------------------------------------------------------------------
 
     async def serve_link(self, hello: Handshake) -> AsyncIterator[LinkReply | Cancelled]:
-        """Handler of LINK, one for each sender as long as that is connected."""
+        """Handler of LINK: runs for each sender as long as it is connected."""
         me, common, peer = self._me, check(hello, self._me), calling_peer()
         transport, passed_over = choose_transport(hello, self._transports, me.rank)
         if hello.link in self.links:
@@ -136,7 +136,7 @@ class Receiver:
         )
         made = self.links[link.key] = IncomingLink(hello, link, transport, common, peer, rendezvous)
         if not transport.one_sided:
-            made.connect(self._config.timeout_s)  # from both ends at once, so the answer must not wait for it
+            made.connect(self._config.timeout_s)  # from both ends at once, so the reply must not wait for it
         try:
             description = await transport.admit(link)
             yield LinkReply(me.rank, me.epoch, me.heads, me.layout, transport.name, description, passed_over)
@@ -146,15 +146,15 @@ class Receiver:
             self._lose(made, "the sender was lost")
 
     def end_links(self, keys: set[str], why: str) -> None:
-        """Nothing comes over these links any more: the senders that are still there hear it, and make new ones."""
+        """Nothing arrives over these links any more: senders that are still there are told, and make new ones."""
         for key in keys & self.links.keys():
             link = self.links[key]
             self._lose(link, why)
             link.notices.put_nowait(None)
 
     def _replace(self, hello: Handshake, peer: Peer) -> None:
-        """A sender has one link. So what it had is over if this is the same life of it, by name and host; who says to
-        be another life, at the same address, may be anybody: that address itself is asked."""
+        """A sender has one link, so its old one has ended if this is the same life of it, by name and host. Whoever
+        claims to be another life at the same address may be anybody, so that address itself is asked."""
         for old in [each for each in self.links.values() if each.hello.address == hello.address]:
             key = old.link.key
             is_its_host = old.peer.address == peer.address
@@ -214,7 +214,7 @@ class Receiver:
         return transfer
 
     def _parts(self, message: PartsAnnounced) -> None:
-        """No coroutine, which could pause: what the sender asks later finds these parts begun."""
+        """Not a coroutine, which could be suspended: what the sender sends next must find these parts begun."""
         link = self._find_link(message.link)
         if link is None or not link.take(self.transfers.get(message.transfer_id), message):
             self.dropped_messages += 1
@@ -239,7 +239,7 @@ class Receiver:
         wanted = [units[place] for place in places]
         found = await link.link.run(link_checksums, self._memory, link.link, transfer.region, wanted)
         wrong = [place for place, number in zip(places, found, strict=True) if number != message.checksums[place]]
-        return f"checksum: blocks {wrong} of those granted are not as they were sent" if wrong else ""
+        return f"checksum: granted blocks {wrong} differ from what was sent" if wrong else ""
 
     async def _abandon(self, message: Abandon) -> Nothing:
         expected, link = self.transfers.get(message.transfer_id), self._find_link(message.link)
@@ -261,7 +261,7 @@ class Receiver:
     # ---- helpers -------------------------------------------------------------------------------------------------
 
     def _find_link(self, key: str) -> IncomingLink | None:
-        """None: there is none (any more), or it is not the caller's."""
+        """None: there is none, or no longer, or it is not the caller's."""
         link = self.links.get(key)
         return link if link is not None and _is_callers(link) else None
 
@@ -283,5 +283,5 @@ class Receiver:
 
 
 def _is_callers(link: IncomingLink) -> bool:
-    """Whether what is handled came by the connection by which the link was made."""
+    """Whether the message being handled came over the connection by which the link was made."""
     return link.peer.connection == calling_peer().connection

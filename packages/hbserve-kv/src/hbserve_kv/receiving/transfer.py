@@ -1,12 +1,12 @@
-"""One transfer on the side that receives it, and the links over which it comes.
+"""One transfer at its receiver, and the links over which transfers arrive.
 
-An IncomingTransfer owns its state, and each of its methods that changes the state publishes what it has become:
-`result` when it has ended, `drained` when nothing can land any more, and when it fails its senders hear why.
+An IncomingTransfer owns its state, and each of its methods that changes the state publishes the change: `result` when
+it has ended, `drained` when nothing can land any more; when it fails, its senders are told why.
 
-Over a two-sided transport each link's parts are taken in the order in which they were announced. What was announced is
-on its way, and the next part would be taken in its place. So a part that is not taken ends its link: the two sides no
-longer agree on what goes over it. The sender hears why, then that the link has ended, and ends the send that nobody
-takes.
+Over a two-sided transport each link's parts are taken in the order in which they were announced. An announced part is
+on its way, and if it were skipped, the next one would be taken in its place. So a part that is not taken ends its link,
+because the two sides no longer agree on what goes over it. The sender learns why, then that the link has ended, and
+ends the send that nobody takes.
 """
 
 import asyncio
@@ -44,34 +44,34 @@ class IncomingLink:
     link: Link
     transport: Transport
     common_heads: HeadRange
-    """Heads that this sender and this rank both hold."""
+    """Heads that both this sender and this rank hold."""
     peer: Peer
-    """Whose connection it is."""
+    """The other end of the RPC connection by which the link was made."""
     rendezvous: HeldRendezvous = field(default_factory=HeldRendezvous)
     is_connected: bool = True
-    """The sender's heartbeats come."""
+    """The sender's heartbeats arrive."""
     notices: asyncio.Queue[Cancelled | None] = field(default_factory=asyncio.Queue)
-    """For the sender; None closes the link."""
+    """To be sent to the sender; None closes the link."""
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     transfers: "set[IncomingTransfer]" = field(default_factory=set)
-    """Those that the sender has begun, until they are drained."""
+    """Transfers that the sender has begun, until they are drained."""
     announced: "deque[tuple[IncomingTransfer, AnnouncedPart]]" = field(default_factory=deque)
-    """Parts that are under way, in the order in which they come; this and the rest: two-sided transports only."""
+    """Parts that are under way, in the order in which they arrive. This and what follows: two-sided transports only."""
     has_announced: asyncio.Event = field(default_factory=asyncio.Event)
     connecting: asyncio.Task[None] | None = None
     taking: asyncio.Task[None] | None = None
-    """Takes the announced parts."""
+    """The task that takes the announced parts."""
     broken: str = ""
-    """Why nothing more is taken, although the sender may not have heard it yet; "" while parts are taken."""
+    """Why nothing more is taken, even if the sender does not know yet; "" while parts are taken."""
 
     def connect(self, timeout_s: float) -> None:
         """Two-sided transports only: connect, from both ends at once, and take what is announced from now on. A part
-        may take `timeout_s` from its turn on."""
+        may take `timeout_s`, counted from its turn."""
         self.connecting = asyncio.create_task(self.transport.connect(self.link))
         self.taking = asyncio.create_task(self._take_announced(timeout_s))
 
     def take(self, transfer: "IncomingTransfer | None", message: PartsAnnounced) -> bool:
-        """Queue parts of `transfer`, None if there is no such one (any more). False: they are not taken."""
+        """Queue parts of `transfer`, which is None if it is not, or no longer, known. False: they are not taken."""
         if self.broken:
             return False
         late = f"a part of transfer {message.transfer_id} is late"
@@ -85,7 +85,7 @@ class IncomingLink:
         return True
 
     async def _take_announced(self, timeout_s: float) -> None:
-        """One task, so that parts are taken in order. Ends with the link."""
+        """Take parts one after another, in order, until the link ends."""
         error = "the link was lost"
         deadline: Deadline[_Taking] = Deadline(timeout_s, lambda late: self._late(timeout_s, *late))
         try:
@@ -99,14 +99,14 @@ class IncomingLink:
         except Exception as failure:  # whatever a backend raised
             error = f"part {self.announced[0][1].index}: {type(failure).__name__}: {failure}"
         finally:
-            # Nothing of the parts that were not taken can land any more: they have failed.
+            # What was not taken counts as failed, and nothing of it can land any more.
             self._break(error)
             while self.announced:
                 transfer, part = self.announced.popleft()
                 transfer.end_part(self.link.key, part, error=self.broken)
 
     async def _accept(self, transfer: "IncomingTransfer", part: AnnouncedPart, deadline: "Deadline[_Taking]") -> None:
-        """Take a part, or leave it to a device: then it lands later."""
+        """Take a part, or hand it to a device: then it lands later."""
         under_way = transfer, part
         deadline.begin(under_way)
         began_s, landing = time.monotonic(), None
@@ -115,7 +115,7 @@ class IncomingLink:
             deadline.end(under_way)
             if (failure := done.exception()) is not None:
                 self._break(f"part {part.index}: {type(failure).__name__}: {failure}")
-            # A device that was told to stop says no more than that it has.
+            # A device that was told to stop reports only that it has.
             transfer.end_part(self.link.key, part, 0.0 if failure else done.result(), self.broken)
 
         try:
@@ -136,7 +136,7 @@ class IncomingLink:
         self._break(f"part {part.index} of transfer {transfer.transfer_id} did not come within {timeout_s:.3g} s")
 
     def _break(self, why: str) -> None:
-        """End it from this side: its transfers fail, which tells the sender why, and then its stream ends."""
+        """End the link from this side: its transfers fail, which tells the sender why, and then its stream ends."""
         if self.broken:
             return
         self.broken = why
@@ -147,7 +147,8 @@ class IncomingLink:
         self.notices.put_nowait(None)
 
     def lose(self, why: str) -> asyncio.Task[None]:
-        """It has ended: nothing comes over it any more. Returns what ends with the last of it."""
+        """The link has ended, and nothing arrives over it any more. Returns a task that ends when nothing of it is
+        left."""
         self.is_connected = False
         self.ended.set()
         self.rendezvous.end()
@@ -181,27 +182,27 @@ class IncomingTransfer:
         may_be_partial: bool = False,
         sender: str = "",
     ) -> None:
-        """`heads`: those that must come. `on_failed` is called once, if it fails and something may still land. `sender`
-        is the name of the only instance that may send it; "" is any."""
+        """`heads`: those that must arrive. `on_failed` is called once, if it fails while something may still land.
+        `sender` is the name of the only instance that may send it; "" means any."""
         self.sender = sender
         self.transfer_id = transfer_id
         self.region: Region = region
         self.block_ids = block_ids
         self.links: dict[str, IncomingLink] = {}
-        """Of the senders that have begun, by key; also after they were lost."""
+        """Of the senders that have begun, by key; they stay after they are lost."""
         self.result: asyncio.Future[TransferResult] = asyncio.get_running_loop().create_future()
         self.drained = asyncio.Event()
-        """Nothing can land any more; or nobody will know, because the receiver was closed before."""
+        """Set when nothing can land any more; or when the receiver was closed before that, and nobody will know."""
         self._state = IncomingState(frozenset(heads), len(block_ids), may_be_partial)
         self._on_failed = on_failed
         self._has_failed = False
         self._changed = asyncio.Event()
         self._landed: dict[str, Coverage] = {}
-        """Of `units`, those that were taken, by link; two-sided transports only."""
+        """By link, which of `units` were taken; two-sided transports only."""
         self._taking_s: dict[str, float] = {}
-        """Time during which parts were taken, by link; two-sided transports only."""
+        """By link, seconds during which parts were taken; two-sided transports only."""
         self._committed: list[TransferResult] = []
-        """One of each sender that has committed."""
+        """One result for each sender that has committed."""
 
     @property
     def phase(self) -> Phase:
@@ -218,7 +219,7 @@ class IncomingTransfer:
         return [self.links[key] for key in self._state.undrained]
 
     def units(self, link: Link) -> list[int]:
-        """Of the granted blocks, as a link counts them."""
+        """The granted blocks, as a link counts them."""
         return self.block_ids if self.region == "arena" else link.mine.units(self.block_ids)
 
     def begin(self, link: IncomingLink) -> bool:
@@ -231,7 +232,8 @@ class IncomingTransfer:
         return True
 
     def start_parts(self, key: str, parts: Sequence[AnnouncedPart]) -> str:
-        """Parts are under way over a two-sided link. Returns why not, if they do not fit; then none of them is."""
+        """Parts are under way over a two-sided link. Returns why they do not fit, and then none of them counts; "" if
+        they do."""
         what, link = f"a part of transfer {self.transfer_id}", self.links.get(key)
         num_units = len(self.block_ids) * (link.link.mine.ratio if link else 1)
         num_layers = link.link.mine.layout.num_layers if link else 1
@@ -244,7 +246,7 @@ class IncomingTransfer:
         return ""
 
     def end_part(self, key: str, part: AnnouncedPart, took_s: float = 0.0, error: str = "") -> None:
-        """A part has landed; or with an `error` it has failed, and nothing of it can land any more."""
+        """A part has landed; or, with an `error`, it has failed and nothing of it can land any more."""
         self._taking_s[key] = self._taking_s.get(key, 0.0) + took_s
         if not error:
             landed = self._landed.setdefault(key, Coverage(self.links[key].link.mine.layout.num_layers))
@@ -260,9 +262,9 @@ class IncomingTransfer:
     def commit(self, message: Commit, side: Side) -> bool:
         """One sender has sent all its heads. False also if it has not: then the transfer has failed.
 
-        `side`: what comes over its link. Whose transport is two-sided, what has landed is what counts; what one-sided
-        writes have brought is known by the sender's word alone, and its blocks' checksums. Of blocks that are larger
-        than the sender's, it need not fill the last one.
+        `side`: what arrives over its link. With a two-sided transport, what has landed is what counts. What one-sided
+        writes have brought is known only by the sender's word, and by checksums of the blocks. If this side's blocks
+        are larger than the sender's, the last one need not be full.
         """
         key = message.link
         num_units = len(self._landed.get(key, ()))
@@ -286,7 +288,7 @@ class IncomingTransfer:
         return fits
 
     def fail(self, reason: str) -> None:
-        """End it, unless it has ended: its senders are told, and end after the part that is under way."""
+        """End it, unless it has ended: its senders are told, and stop after the part that is under way."""
         self._state.fail(reason)
         self._publish()
 
@@ -296,17 +298,17 @@ class IncomingTransfer:
         self._publish()
 
     def give_up(self) -> None:
-        """The deadline for draining has passed: UNKNOWN, until it is drained after all."""
+        """The deadline for draining has passed: UNKNOWN, until it turns out to be drained after all."""
         self._state.give_up()
         self._publish()
 
     def close(self) -> None:
-        """Wake who waits for it to be drained: nobody will be there to see it."""
+        """Wake whoever waits for it to be drained: this receiver will not be there to see it."""
         self.give_up()
         self.drained.set()
 
     def _publish(self) -> None:
-        """Tell whoever waits what the state has become."""
+        """Let everyone who waits know the new state."""
         phase = self.phase
         if self._state.failed and not self._has_failed:
             self._has_failed = True
@@ -330,35 +332,35 @@ class IncomingTransfer:
 
 
 class PostedReceive:
-    """A receive that waits for its sender, as whoever posted it sees it: `KVTransferManager.post_receive`."""
+    """A receive that waits for its sender, as its poster sees it: `KVTransferManager.post_receive`."""
 
     def __init__(self, transfer: IncomingTransfer, grant: bytes) -> None:
         self.grant = grant
-        """What the sender gives to `open_send`; opaque to whoever carries it."""
+        """To be passed to the sender's `open_send`; opaque to whoever carries it."""
         self._transfer = transfer
 
     async def wait(self) -> TransferResult:
-        """How it ended. Unless the outcome is UNKNOWN, the blocks are the caller's again."""
+        """Wait for its end. Unless the outcome is UNKNOWN, the blocks belong to the caller again."""
         return await asyncio.shield(self._transfer.result)
 
     def fail(self, reason: str) -> None:
-        """Want it no more. Returns at once. Nothing, if it has ended."""
+        """Give it up. Returns at once; does nothing if it has ended."""
         self._transfer.fail(reason)
 
     def when_ended(self, call: Callable[[TransferResult], None]) -> None:
-        """`call` with how it ended, from the event loop."""
+        """Have `call` called with its result, from the event loop."""
         self._transfer.result.add_done_callback(lambda done: call(done.result()))
 
     async def cancel(self, reason: str) -> Outcome:
-        """Want it no more. Returns once nothing can land any more, or UNKNOWN at the deadline."""
+        """Give it up. Returns once nothing can land any more, or with UNKNOWN at the deadline."""
         self.fail(reason)
         return (await self.wait()).outcome
 
     async def drained(self) -> None:
-        """After UNKNOWN: wait until nothing can land any more. That is never, for a sender that stays frozen.
+        """After UNKNOWN: wait until nothing can land any more. If the sender stays frozen, that never happens.
 
         Raises:
-            TransferFailed: the manager was closed before; nobody will know.
+            TransferFailed: the manager was closed first, so nobody will know.
         """
         await self._transfer.drained.wait()
         if self._transfer.phase < Phase.FAILED_DRAINED:

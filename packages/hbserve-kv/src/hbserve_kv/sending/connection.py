@@ -33,18 +33,18 @@ logger = logging.getLogger(__name__)
 
 MAX_ANNOUNCED_PARTS = 16
 DRAIN_PATIENCE_S = 2.0
-"""How long a part may go on after its connection was lost, as Mooncake's may for a minute, before its transfer is
-UNKNOWN."""
+"""How long a part may keep moving after its connection was lost before its transfer is UNKNOWN. One of Mooncake's may
+for a minute."""
 CAUSE_PATIENCE_S = 0.2
-"""How long a push that fails waits for the better cause, which comes over another connection."""
+"""How long a failed push waits for a better explanation, which comes over another connection."""
 
 
 class LinkUnknown(ConnectionError):
-    """The receiver has ended a connection that this side still has."""
+    """The receiver has already ended a connection that this side still has."""
 
 
 class Leg:
-    """What one transfer sends over one connection. Leg `number` of `state`; its life is one task, `run`."""
+    """What one transfer sends over one connection: leg `number` of `state`. Its life is one task, `run`."""
 
     def __init__(self, connection: "Connection", number: int, state: SendState, begin: Begin, memory: Memory) -> None:
         self.connection = connection
@@ -53,16 +53,16 @@ class Leg:
         self.begin = msgspec.structs.replace(begin, link=connection.link.key)
         self.target: Accepted  # set when the receiver accepts
         self.parts: deque[tuple[Part, AnnouncedPart]] = deque()
-        """Pushed, and not begun yet."""
+        """Pushed, but not begun yet."""
         self.side = connection.link.mine
         self.target_units: list[int] = []
         """What the receiver has granted, as the link counts it."""
         self.pushed = Coverage(self.side.layout.num_layers)
-        """Of those."""
+        """Which of `target_units` have been pushed."""
         self.num_bytes_moved = 0
-        """One may be sent twice."""
+        """Bytes that moved; may be more than the blocks have, because a block may be sent twice."""
         self.time_s = 0.0
-        """In which parts were moving."""
+        """Seconds during which parts were moving."""
         self.memory = memory
         self._checksums: dict[int, int] = {}
         self._begun = Coverage(self.side.layout.num_layers)
@@ -70,7 +70,7 @@ class Leg:
         self._handing_over: asyncio.Timeout | None = None
 
     def wake(self) -> None:
-        """Something has changed that `run` may wait for."""
+        """Have `run` look again: what it waits for may have come true."""
         self._has_changed.set()
         if self.state.failed and self._handing_over is not None:
             self._handing_over.reschedule(0)
@@ -82,15 +82,15 @@ class Leg:
             await self._has_changed.wait()
 
     async def run(self) -> bool:
-        """From BEGIN to the last word to the receiver. False: that has ended the connection, which we had not heard of;
-        nothing has happened then."""
+        """From BEGIN to the last message to the receiver. False: the receiver had ended the connection, without our
+        having heard, and nothing has been sent."""
         legs, name = self.connection.legs, self.begin.transfer_id
         if name in legs:
             self.state.fail(f"one to {self.connection.client.address} is under way already")
             return True
         legs[name] = self
         try:
-            # It may have failed while it was being connected: then the receiver hears so at once, not of a BEGIN first.
+            # It may have failed while connecting: then the receiver is told so at once, without a BEGIN.
             if self.state.failed or await self._hand_over():
                 await self._drain()
         except LinkUnknown as error:
@@ -123,14 +123,14 @@ class Leg:
 
     async def _begin(self) -> None:
         connection = self.connection
-        # The receiver waits for room in its lookup buffer for no longer than its own deadline.
+        # The receiver waits for room in its lookup buffer no longer than its own deadline.
         timeout_s = 2 * connection.timeout_s
         target = await connection.client.call(messages.BEGIN, self.begin, timeout_s=timeout_s)
         if isinstance(target, UnknownLink):
             raise LinkUnknown(f"{connection.client.address} does not know the link any more")
         region: Region = "pool" if self.begin.num_bytes is None else "arena"
         if target.region != region or not all(block_id >= 0 for block_id in target.block_ids):
-            raise TransferFailed(f"{connection.client.address} accepts it into what it cannot have granted: {target}")
+            raise TransferFailed(f"{connection.client.address} accepts it into blocks it cannot have granted: {target}")
         self.target = target
         self.target_units = connection.link.peer.units(target.block_ids) if region == "pool" else target.block_ids
         self.state.accept(self.number, one_sided=connection.transport.one_sided)
@@ -146,13 +146,13 @@ class Leg:
             self.state.payload,
             self._checksums,
         )
-        # The receiver answers when all parts have landed, and gives each its own deadline.
+        # The receiver answers when all parts have landed, and each of them has a deadline of its own.
         timeout_s = self.connection.timeout_s * (2 + num_parts)
         await self.connection.client.call(messages.COMMIT, message, timeout_s=timeout_s)
         self.state.acknowledge(self.number)
 
     async def _drain(self) -> None:
-        """Wait until nothing is read for this leg any more. If it has failed its receiver is told so, and before also
+        """Wait until nothing is read for this leg any more. If it has failed, tell the receiver, and before that also
         that it is not known yet."""
         connection, mine, name = self.connection, self.state.legs[self.number], self.begin.transfer_id
 
@@ -174,19 +174,19 @@ class Leg:
             await connection.abandon(name, self.state.cause, drained=True, may_be_buffered=may_be_buffered)
 
     async def note_checksums(self, parts: Sequence[tuple[Part, AnnouncedPart]]) -> None:
-        """For the commit, if the receiver wants them."""
+        """Compute checksums for the commit, if the receiver wants them."""
         if not self.target.checksum:
             return
         link = self.connection.link
         try:
             for part, what in parts:
                 units = dict(zip(range(what.first, what.end), part.block_ids, strict=True))
-                if part.layers is not None:  # of whole blocks only
+                if part.layers is not None:  # checksums are of whole blocks only
                     self._begun.add(range(what.first, what.end), part.layers)
                     units = {place: units[place] for place in self._begun.by_layers & units.keys()}
                 numbers = await link.run(link_checksums, self.memory, link, part.region, [*units.values()], part.ready)
                 self._checksums.update(zip(units, numbers, strict=True))
-        except Exception as error:  # the device's, for example
+        except Exception as error:  # for example, of the device
             self.state.fail(f"checksum: {type(error).__name__}: {error}", self.number, error)
 
 
@@ -212,15 +212,15 @@ class Connection:
         self.timeout_s = timeout_s
         self.epoch = reply.epoch
         self.lost = ""
-        """Why it is of no use any more; "" while it is."""
+        """Why it cannot be used any more; "" while it can."""
         self.quiet = asyncio.Event()
-        """Set some time after it was lost: this side reads and writes nothing of it any more."""
+        """Set some time after the loss, when this side does not read or write anything for it any more."""
         self.legs: dict[str, Leg] = {}
         """By transfer id, until the receiver knows how they ended."""
         self.turns: asyncio.Queue[Leg | None] = asyncio.Queue()
-        """Each leg that has a part which may be begun, once; None after the loss."""
+        """Each leg that has a part ready to begin, once; None after the loss."""
         self.on_lost: Callable[[asyncio.Task[None]], None] = lambda closing: None
-        """Called with what closes it then."""
+        """Called with the task that closes it then."""
         self._stream = stream
         self._under_way: Deadline[Part] = Deadline(2 * timeout_s, self._late)
         self._has_moved = asyncio.Event()
@@ -229,7 +229,7 @@ class Connection:
         self._moving = asyncio.create_task(self._move_parts())
         self._closing: asyncio.Task[None] | None = None
         self._peer_knows = False
-        """The receiver ended the link, so there is nothing to tell it."""
+        """The receiver has ended the link, so it need not be told anything."""
 
     async def _listen(self) -> None:
         try:
@@ -242,7 +242,8 @@ class Connection:
             self.lose(str(error))
 
     def queue(self, leg: Leg) -> None:
-        """Give a leg that has parts a turn, as soon as the first of them may be begun: those of others do not wait."""
+        """Give a leg that has parts a turn as soon as its first part may begin: parts of other legs do not wait for
+        it."""
         part, _ = leg.parts[0]
         if self._may_begin(leg, part):
             self.turns.put_nowait(leg)
@@ -255,8 +256,9 @@ class Connection:
         self.turns.put_nowait(leg)
 
     def _may_begin(self, leg: Leg, part: Part) -> bool:
-        """Whether the part is ready; or else the device waits for that, and no checksum is wanted, for which the link's
-        thread would. What is not ready is not announced: the receiver would wait for it, and for nothing else."""
+        """Whether the part is ready; or else, whether the device waits for that, and no checksum is wanted, for which
+        the link's thread would wait. A part that is not ready is not announced, because the receiver would wait for it
+        and nothing else."""
         return (
             part.ready is None
             or (self.transport.waits_on_device and not leg.target.checksum)
@@ -264,7 +266,7 @@ class Connection:
         )
 
     def _next_parts(self, leg: Leg) -> list[tuple[Part, AnnouncedPart]]:
-        """Those of a leg whose turn it is that may be begun together; it gets another turn for the rest."""
+        """The parts of a leg that may begin together, now that it is its turn; it gets another turn for the rest."""
         parts, most = [leg.parts.popleft()], 1 if self.transport.one_sided else MAX_ANNOUNCED_PARTS
         while leg.parts and len(parts) < most and self._may_begin(leg, leg.parts[0][0]):
             parts.append(leg.parts.popleft())
@@ -273,11 +275,11 @@ class Connection:
         return parts
 
     async def _move_parts(self) -> None:
-        """Push what the legs have, in turn: each leg's parts in the order of their pushes.
+        """Push the legs' parts, turn by turn: each leg's parts in the order in which they were pushed.
 
         Over a two-sided transport they are announced first, several in one message, and may land a little later than
-        this says: see COMMIT. A part that may go on after it has failed loses the connection, and so does any if the
-        two sides may disagree on what was sent.
+        this counts them: see COMMIT. A failed part that may still be moving loses the connection, and so does any
+        failure after which the two sides may disagree on what was sent.
         """
         is_announced = not self.transport.one_sided
         while not self.lost and (leg := await self.turns.get()) is not None:
@@ -303,7 +305,7 @@ class Connection:
                 self._fail(leg, parts[-num_left][0], num_left, error)
 
     async def _push(self, leg: Leg, part: Part) -> None:
-        """Move a part, or leave it to a device: then it ends later."""
+        """Move a part, or hand it to a device: then it ends later."""
         self._under_way.begin(part)
         began_s, moving = time.monotonic(), None
         try:
@@ -333,7 +335,7 @@ class Connection:
         leg.state.end_parts(leg.number, 1)
 
     def _fail(self, leg: Leg, part: Part, num_parts: int, error: BaseException) -> None:
-        """`num_parts`: it, and those behind it that were announced with it."""
+        """`num_parts`: this part, and those behind it that were announced with it."""
         may_go_on = isinstance(error, DrainUnknown)
         if may_go_on or not self.transport.one_sided:
             self.lose(f"the link broke: {str(error) or type(error).__name__}")
@@ -341,12 +343,12 @@ class Connection:
         leg.state.end_parts(leg.number, num_parts, cause, may_go_on=may_go_on)
 
     def _late(self, part: Part) -> None:
-        """The receiver gives a part half of this time, and then says so. What needs no receiver ends by itself."""
+        """The receiver gives a part half of this time, and then says so; one-sided parts end by themselves."""
         if not self.transport.one_sided:
             self.lose(f"part {part.index} was not taken within {2 * self.timeout_s:.3g} s")
 
     async def abandon(self, transfer_id: str, reason: str, *, drained: bool, may_be_buffered: bool = False) -> None:
-        """Tell the receiver that a transfer has failed. If it does not answer it will find out by itself."""
+        """Tell the receiver that a transfer has failed. If it does not answer, it will find out by itself."""
         if self._peer_knows:
             return
         message = Abandon(transfer_id, self.link.key, reason, drained, may_be_buffered)
@@ -356,13 +358,13 @@ class Connection:
             logger.debug("transfer %s: the receiver was not told of its end: %s", transfer_id, error)
 
     def forget(self, transfer_id: str) -> None:
-        """The transfer has ended, and the receiver knows."""
+        """Drop a transfer that has ended and of whose end the receiver knows."""
         del self.legs[transfer_id]
         if self.lost and not self.legs:
             self._idle.set()
 
     def lose(self, why: str) -> None:
-        """Of no use any more. What goes over it fails, and then it is closed in the background."""
+        """Never use it again. What goes over it fails, and then it is closed in the background."""
         if self.lost:
             return
         self.lost = why
@@ -383,7 +385,7 @@ class Connection:
         self.quiet.set()
         for leg in self.legs.values():
             leg.wake()
-        # The receiver hears how each transfer ended before it hears that the link has.
+        # The receiver is told how each transfer ended before it learns that the link has ended.
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(2 * self.timeout_s):
                 await self._idle.wait()
@@ -393,6 +395,6 @@ class Connection:
         await self.hang_up()
 
     async def hang_up(self) -> None:
-        """Wait for no answer of the peer any more. What was said to it may still arrive."""
+        """Wait for no more answers of the peer. What was sent to it may still arrive."""
         await self._stream.aclose()
         await self.client.close()

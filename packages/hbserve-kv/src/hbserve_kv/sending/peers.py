@@ -1,4 +1,4 @@
-"""The peers that one instance sends to: they come, go, are restarted and freeze, each without touching the others."""
+"""The peers that one instance sends to: they come, go, restart and freeze, each without affecting the others."""
 
 import asyncio
 import logging
@@ -26,10 +26,10 @@ LONGEST_PAUSE_S = 10.0
 
 @dataclass
 class Breaker:
-    """Backoff before a peer that could not be reached is tried again. Time is given by the caller.
+    """Backoff before a peer that could not be reached is tried again. The caller supplies the time.
 
-    After a failure nothing is tried for a while, which doubles up to a limit; then one attempt decides (half-open).
-    There is no state in which a peer is given up.
+    After a failure nothing is tried for a while, which doubles up to a limit; then one attempt decides (half-open). A
+    peer is never given up for good.
     """
 
     num_failures: int = 0
@@ -49,12 +49,12 @@ class Breaker:
         self.retry_at_s, self.last_error = now_s + pause_s, error
 
     def is_stale(self, now_s: float) -> bool:
-        """So long after the last failure that it says nothing any more."""
+        """Whether the last failure is so long ago that it means nothing any more."""
         return now_s > self.retry_at_s + LONGEST_PAUSE_S
 
 
 class Peers:
-    """One connection per peer that is there; nothing of those that are gone, but when to try them again."""
+    """One connection for each peer that is there; of peers that are gone, only when to try them again."""
 
     def __init__(
         self,
@@ -95,7 +95,7 @@ class Peers:
         return found
 
     async def _is_old(self, found: Connection, epoch: str) -> bool:
-        """Whether `epoch` is of the past, and not `found`: a healthy connection must survive an old grant."""
+        """Whether `epoch` is an earlier life than that of `found`: a healthy connection must survive an old grant."""
         try:
             alive = await found.client.call(messages.ALIVE, messages.Nothing(), timeout_s=self._timeout_s)
         except HBServeRpcError:
@@ -123,7 +123,7 @@ class Peers:
     def _attempted(self, address: str, done: asyncio.Task[Connection]) -> None:
         del self._connecting[address]
         if not done.cancelled():
-            done.exception()  # whoever waited has it; if nobody does any more, the breaker still has
+            done.exception()  # whoever waited has the error; if nobody does any more, the breaker has it
 
     async def _attempt(self, address: str, epoch: str) -> Connection:
         try:
@@ -151,7 +151,7 @@ class Peers:
         closing.add_done_callback(self._closing.pop)
 
     def writing(self) -> list[str]:
-        """Keys of the links over which this side may still write, also of those that were lost."""
+        """Keys of the links over which this side may still write, including those that were lost."""
         self._not_quiet = {each for each in self._not_quiet if not each.quiet.is_set()}
         return [each.link.key for each in self._not_quiet]
 
@@ -175,7 +175,7 @@ class Peers:
     # ---- connecting ----------------------------------------------------------------------------------------------
 
     async def _connect(self, address: str) -> Connection:
-        """Connect by the best transport of both sides. If that fails when it is tried, the next best is.
+        """Connect by the best transport that both sides have. If connecting by it fails, try the next best.
 
         Raises:
             FingerprintMismatch: the peer's KV means something else.
@@ -269,7 +269,7 @@ async def _try_transport(transport: Transport, link: Link, timeout_s: float) -> 
 
 
 class _RemoteRendezvous:
-    """A Rendezvous at the sender, who asks the receiver."""
+    """A Rendezvous at the sender, which asks the receiver."""
 
     def __init__(self, client: RpcClient, link: str, timeout_s: float) -> None:
         self._client = client

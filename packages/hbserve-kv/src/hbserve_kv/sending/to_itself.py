@@ -44,7 +44,7 @@ async def transfer_to_itself(peers: Peers, address: str, epoch: str, memory: Mem
         if result.outcome is not Outcome.COMPLETED:
             raise TransferFailed(result.error)
         if not _read(rows, target).equal(sent):
-            raise TransferFailed("what has come is not what was sent")
+            raise TransferFailed("what arrived is not what was sent")
         _write(rows, target, before)
         _settle(memory)
     finally:

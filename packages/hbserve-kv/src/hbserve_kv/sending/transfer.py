@@ -1,4 +1,4 @@
-"""One transfer on the side that sends it."""
+"""One transfer at its sender."""
 
 import asyncio
 import logging
@@ -47,16 +47,16 @@ class SendTransfer:
         self._region: Region = "pool" if begin.num_bytes is None else "arena"
         self._peers = peers
         self._legs: dict[int, Leg] = {}
-        """Those that are connected."""
+        """Those whose connection has been made."""
         self._opened = asyncio.Event()
         self._drained = asyncio.Event()
         self.state = SendState(len(receivers), self._publish)
         self.result: asyncio.Future[TransferResult] = asyncio.get_running_loop().create_future()
         self.tasks = [asyncio.create_task(self._run_leg(i, *receiver)) for i, receiver in enumerate(receivers)]
-        """One for each leg; they end when the receiver knows the end too."""
+        """One for each leg; it ends when the receiver knows how the transfer ended."""
 
     async def _run_leg(self, number: int, address: str, epoch: str) -> None:
-        for _ in range(2):  # with a connection that the receiver has ended already, once more over a new one
+        for _ in range(2):  # if the receiver has ended the connection already, once more over a new one
             try:
                 connection = await self._peers.connection(address, epoch)
             except Exception as error:
@@ -113,17 +113,17 @@ class SendTransfer:
 
     @property
     def num_blocks(self) -> int:
-        """How many blocks the receiver wants, of `block_size`."""
+        """How many blocks of `block_size` tokens the receiver wants."""
         return len(self._legs[0].target_units)
 
     @property
     def block_size(self) -> int:
-        """Tokens of the blocks in which this transfer counts: the smaller ones, where those of one side are larger."""
+        """Tokens per block, as this transfer counts blocks: the smaller of the two sides' block sizes."""
         return self._legs[0].side.unit_tokens
 
     @property
     def has_equal_blocks(self) -> bool:
-        """The blocks of all receivers have as many tokens as this side's."""
+        """Whether the blocks of all receivers have as many tokens as this side's."""
         return all(
             leg.side.ratio == 1 and len(leg.target_units) == len(leg.target.block_ids) for leg in self._legs.values()
         )
@@ -131,16 +131,17 @@ class SendTransfer:
     def push(self, block_ids: Sequence[int], first: int, ready: Any = None, *, layers: range | None = None) -> None:
         """Queue blocks: `block_ids[i]` goes to block `first + i` of those granted. Returns at once.
 
-        Where the blocks of one side are larger, `first` counts the smaller ones, of `block_size` tokens. If this side's
-        are, r times, `block_ids[i]` goes to [first + r * i, …); what is before or behind the granted ones does not, so
-        `first` may be above -r. `layers`: only these of the blocks, which are computed; the others follow.
+        If the two sides' blocks differ in size, `first` counts the smaller ones, of `block_size` tokens. If this side's
+        are r times larger, `block_ids[i]` goes to [first + r * i, first + r * (i + 1)); what falls outside the granted
+        blocks is not sent, so `first` may be anything above -r. `layers`: push only these layers, because only they are
+        computed; the others follow.
 
-        On CUDA the blocks are read after the event `ready`, or without one after the work that is now queued on the
-        caller's current stream; other transfers do not wait for it. Nothing, if the transfer has failed.
+        On CUDA the blocks are read after the event `ready`; without one, after the work that is now queued on the
+        caller's current stream. Other transfers do not wait for it. Does nothing if the transfer has failed.
 
         Raises:
             ValueError: more blocks than were granted, or one that this side does not have; or no such layers; or the
-                transfer is committed.
+                transfer has been committed.
         """
         require_loop(self.result.get_loop())
         block_ids = checked_blocks(block_ids, self._memory.num_blocks(self._region))
@@ -152,13 +153,13 @@ class SendTransfer:
 
             ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
             ready.record(torch.cuda.current_stream(self._memory.device))
-        # All are found, which raises what does not fit, before one is pushed.
+        # Positions are found for all legs, which raises if something does not fit, before anything is pushed to one.
         for leg, (units, start) in [(leg, self._units(leg, block_ids, first)) for leg in self._legs.values()]:
             if units and not self._push(leg, units, start, ready, layers):
                 return
 
     def _units(self, leg: Leg, block_ids: Sequence[int], first: int) -> tuple[list[int], int]:
-        """As the leg counts them, and their place among the granted ones."""
+        """Units as the leg counts them, and the position of the first one among those granted."""
         ratio = leg.side.ratio if self._region == "pool" else 1
         end, num_granted = first + ratio * len(block_ids), len(leg.target_units)
         if not (-ratio < first and end < num_granted + ratio):
@@ -168,7 +169,7 @@ class SendTransfer:
         return units[before : before + max(0, min(end, num_granted) - start)], start
 
     def _push(self, leg: Leg, units: list[int], first: int, ready: Any, layers: range | None) -> bool:
-        """False: the transfer has failed."""
+        """Queue parts of a leg. False: the transfer has failed."""
         is_waiting = bool(leg.parts)
         step = max(1, leg.connection.transport.max_part_bytes // leg.side.of_layers(layers).unit_bytes)
         span = None if layers is None else (layers.start, layers.stop)
@@ -186,22 +187,22 @@ class SendTransfer:
         return True
 
     async def commit(self, payload: bytes = b"") -> TransferResult:
-        """Wait for all parts, then hand the transfer over with `payload`. COMPLETED: the receiver has acknowledged,
-        which it does for all blocks that it has granted, and for fewer only if it was posted so. The payload may have
-        1 MiB."""
+        """Wait for all parts, then hand the transfer over with `payload`, of at most 1 MiB. COMPLETED: the receiver has
+        acknowledged, which it does only if all blocks have arrived that it granted, or if it accepts fewer."""
         self.state.commit(checked_payload(payload))
         return await self.wait()
 
     async def abort(self, reason: str) -> Outcome:
-        """Send no more. Returns once no block is read any more, or UNKNOWN. Nothing, if the transfer has ended."""
+        """Send nothing more. Returns once no block is read any more, or with UNKNOWN. Does nothing if the transfer has
+        ended."""
         self.state.fail(reason)
         return (await self.wait()).outcome
 
     cancel = abort
-    """Its name at a PostedReceive, for who has both."""
+    """Its name on a PostedReceive, for callers that have both."""
 
     async def wait(self) -> TransferResult:
-        """How it ended: after a commit, an abort or a failure."""
+        """Wait for its end, after a commit, an abort or a failure."""
         return await asyncio.shield(self.result)
 
     async def drained(self) -> None:

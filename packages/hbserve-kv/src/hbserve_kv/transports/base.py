@@ -1,4 +1,4 @@
-"""The interface that moves bytes between instances, once both know which blocks: where backends differ."""
+"""The interface by which backends differ: it moves bytes between instances that already know which blocks to move."""
 
 import asyncio
 import logging
@@ -18,26 +18,27 @@ from hbserve_kv.memory.memory import Memory, Region, Rows
 T = TypeVar("T")
 
 MAX_VALUES, MAX_BYTES = 64, 1 << 20
-"""Of one link's rendezvous; a group of two ranks needs two values of some hundred bytes."""
+"""Limits of one link's rendezvous; a group of two ranks needs two values of a few hundred bytes."""
 
 GPU_PART_BYTES = 1 << 30
-"""For `max_part_bytes` of transports that move GPU memory: to queue a part and to hear of its end takes two changes of
+"""For `max_part_bytes` of transports that move GPU memory: queueing a part and hearing of its end takes two switches of
 thread, in which more than 64 MiB could move."""
 
 COPY_PRIORITY = -1
-"""Of CUDA streams that move blocks; less is more urgent, and the computation's have 0. So a kernel that copies gets the
-next processors that are free, and not those that a large product leaves when its last tiles have begun."""
+"""Priority of CUDA streams that move blocks; lower is more urgent, and the computation's is 0. So a copy kernel gets
+the next multiprocessors that are free, and not those that a large matrix product leaves when its last tiles have
+begun."""
 
 logger = logging.getLogger(__name__)
 
 
 class Rendezvous(Protocol):
-    """Values by name that the ends of a link tell each other while they connect, as either end sees them. Belongs to
-    the manager's event loop.
+    """Named values that the two ends of a link exchange while they connect, as either end sees them. Belongs to the
+    manager's event loop.
 
-    The receiver keeps them; the sender reaches them over the RPC connection that carries the link already. So a process
-    group needs no store with a port of its own. Torch's TCPStore binds every interface, and whenever it is connected to
-    it looks up the peer's name: a name server that drops a question costs five seconds then.
+    The receiver keeps them; the sender reaches them over the RPC connection that carries the link. So a process group
+    needs no store with a port of its own. Torch's TCPStore binds every interface, and looks up the peer's name whenever
+    it is connected to: a name server that drops the query then costs five seconds.
     """
 
     async def set(self, name: str, value: bytes) -> None: ...
@@ -48,7 +49,7 @@ class Rendezvous(Protocol):
 
 
 class HeldRendezvous:
-    """A Rendezvous at the receiver, who keeps the values."""
+    """A Rendezvous at the receiver, which keeps the values."""
 
     def __init__(self) -> None:
         self._values: dict[str, asyncio.Future[bytes]] = {}
@@ -73,19 +74,19 @@ class HeldRendezvous:
         return self._values[name]
 
     def end(self) -> None:
-        """Whoever waits hears that nothing comes."""
+        """Fail whoever waits for a value."""
         self._ended = True
         for value in self._values.values():
             if not value.done():
                 value.set_exception(ConnectionError("the link has ended"))
-                value.exception()  # or asyncio complains where nobody waits
+                value.exception()  # or asyncio complains if nobody waits
         self._values.clear()
 
 
 class LinkValues:
     """A link's rendezvous as the store of a process group, for the thread that makes the group: see `nccl.link_store`.
 
-    Made in the event loop, and held by whoever uses the group: torch itself holds only the half of it that is C++.
+    Made in the event loop, and kept by whoever uses the group: torch itself keeps only the C++ half of it.
     """
 
     def __init__(self, rendezvous: Rendezvous, timeout_s: float) -> None:
@@ -107,7 +108,7 @@ class LinkValues:
             self._run(self._rendezvous.get(name), timeout.total_seconds() if timeout else self._timeout_s)
 
     def check(self, names: Sequence[str]) -> bool:
-        """Asked by NCCL's watchdog each second, for a sign that some rank wants a dump: there is none."""
+        """NCCL's watchdog asks each second whether some rank wants a dump; none does."""
         return False
 
     def _run(self, work: Coroutine[Any, Any, T], timeout_s: float) -> T:
@@ -124,24 +125,24 @@ class LinkValues:
 
 @dataclass(eq=False)
 class Link:
-    """One direction between two instances, in one life of both: parts go over it one after the other."""
+    """One direction between two instances, in one life of both: parts go over it one after another."""
 
     key: str
-    """Names the pair on both sides; never used again, so that a new life of a peer gets a new link."""
+    """Identifies the link on both sides; never reused, so that a new life of a peer gets a new link."""
     is_sender: bool
     peer_rank: int
     peer_description: bytes
-    """The peer's `Transport.describe()`; on the sender what the receiver's `admit` returned."""
+    """The peer's `Transport.describe()`; on the sender, what the receiver's `admit` returned."""
     mine: Side
-    """Of this side's blocks, what goes over the link, in units of the smaller blocks of both sides."""
+    """What goes over the link of this side's blocks, in units of the smaller of both sides' blocks."""
     peer: Side
     """The same, as it lies in the peer's memory."""
     rendezvous: Rendezvous = field(default_factory=HeldRendezvous)
-    """What the ends tell each other while they connect."""
+    """What the ends exchange while they connect."""
     detail: str = ""
     """Set by `connect`: what really carries the bytes, for people to read."""
     executor: ThreadPoolExecutor = field(init=False)
-    """Where blocking I/O of this link runs: a peer that hangs stops nobody else."""
+    """Runs blocking I/O of this link, so that a peer that hangs blocks nobody else."""
     _plans: dict[tuple[object, ...], Any] = field(init=False, default_factory=dict)
     _is_given_up: bool = field(init=False, default=False)
     _told: "SimpleQueue[Exception | None]" = field(init=False, default_factory=SimpleQueue)  # see `each`
@@ -155,11 +156,11 @@ class Link:
 
     @property
     def told(self) -> str:
-        """`detail`, and what was agreed on where the two pools differ."""
+        """`detail`, and how the two sides bridge differences between their pools."""
         return "; ".join(filter(None, (self.detail, self._agreed)))
 
     def rows(self, memory: Memory, region: Region, layers: range | None = None) -> Rows:
-        """This side's units as rows of bytes, for what cannot write where the peer has them."""
+        """This side's units as rows of bytes, for transports that cannot write to the peer's layout directly."""
         key = region, layers
         if key not in self._plans:
             self._plans[key] = Rows(memory, memory.side(self.mine, region, layers), region)
@@ -167,7 +168,7 @@ class Link:
         return found
 
     def plan(self, memory: Memory, part: "Part", target_addresses: Sequence[int]) -> CopyPlan:
-        """How units of this side become the peer's, whose region's extents have these addresses."""
+        """How units of this side become the peer's, whose region has its extents at these addresses."""
         key = part.region, part.target_region, part.layers
         if key not in self._plans:
             target = self.peer.of_layers(part.layers) if part.target_region == "pool" else self.peer.in_rows(0)
@@ -177,8 +178,8 @@ class Link:
         return found
 
     def each(self, waits: Sequence[Callable[[], Any]]) -> Iterator[None]:
-        """In the link's thread: have these called, one after the other, and yield after each. Raises what one raises,
-        or ConnectionError once the link is given up: then a daemon thread may still wait."""
+        """In the link's thread: have these called, one after another, and yield after each. Raises what one raises, or
+        ConnectionError once the link is given up: then a daemon thread may still be waiting."""
         told: SimpleQueue[Exception | None] = SimpleQueue()
         self._told = told
         if self._is_given_up:
@@ -190,7 +191,7 @@ class Link:
             yield
 
     def give_up(self) -> None:
-        """End what `each` waits for. May be called twice."""
+        """End the waits of `each`. May be called twice."""
         self._is_given_up = True
         self._told.put(ConnectionError("the link is closed"))
 
@@ -199,8 +200,8 @@ class Link:
         await self.run(lambda: None)
 
     async def run(self, blocking: Callable[..., T], *arguments: Any) -> T:
-        """Run in the link's thread. Cancelling the caller does not stop the thread: it waits for it."""
-        # Not run_in_executor: what it returns can be cancelled, and a shield around that costs a turn of the loop.
+        """Run in the link's thread. Cancelling the caller does not stop the thread; the caller waits for it."""
+        # Not run_in_executor: its future can be cancelled, and a shield around that costs a turn of the loop.
         future, finished = self.executor.submit(blocking, *arguments), asyncio.Event()
         loop = asyncio.get_running_loop()
         future.add_done_callback(lambda _: loop.is_closed() or loop.call_soon_threadsafe(finished.set))
@@ -217,13 +218,13 @@ class Link:
 
 @dataclass(frozen=True)
 class Part:
-    """Some blocks of one transfer, as its link counts them: `block_ids` are this side's, `target_block_ids` known to
-    both."""
+    """Some blocks of one transfer, as its link counts them: `block_ids` are this side's, `target_block_ids` the
+    receiver's, which both know."""
 
     transfer_id: str
     index: int
     region: Region
-    """Region of the blocks on the side that uses this part."""
+    """The region of `block_ids`."""
     block_ids: list[int]
     target_region: Region = "pool"
     target_block_ids: list[int] = field(default_factory=list)
@@ -234,19 +235,18 @@ class Part:
     """Only these layers of the blocks; None: all."""
 
     def require_targets_below(self, num_blocks: int) -> None:
-        """Raises ValueError: the peer has named a block that it does not have, and a write would go elsewhere."""
+        """Raises ValueError: the peer has named a block that it does not have, so that the write would go elsewhere."""
         if max(self.target_block_ids) >= num_blocks:
             raise ValueError(f"target_block_ids={self.target_block_ids}: the peer has {num_blocks} blocks")
 
 
 Moving = asyncio.Future[float] | None
-"""A part that was handed to a device, which moves it by itself: done, with the seconds that took, when it has. None: it
-has moved."""
+"""The end of a part that a device moves by itself: a future of the seconds that it took. None: it has moved already."""
 
 
 class Deadline(Generic[T]):
-    """Of what is under way on a link, in order: `late` is called with the first of it when that has taken longer than
-    `timeout_s` since it began, or since what was before it has ended."""
+    """For items under way on a link, in order: calls `late` with the first of them if that has taken longer than
+    `timeout_s` since it began, or since the one before it ended."""
 
     def __init__(self, timeout_s: float, late: Callable[[T], None]) -> None:
         self._timeout_s = timeout_s
@@ -279,9 +279,9 @@ class Deadline(Generic[T]):
 class Transport(ABC):
     """Moves the blocks of parts over links. All methods run in the manager's event loop and must not block it.
 
-    A link's parts are pushed one after the other, in the same order on both sides, and those of one transfer in the
-    order in which they were queued. If a part fails, and the transport is two-sided or raised DrainUnknown, the link
-    is disconnected and never used again.
+    A link's parts are pushed one after another, in the same order on both sides, and those of one transfer in the order
+    in which they were queued. If a part fails, and the transport is two-sided or raised DrainUnknown, the link is
+    disconnected and never used again.
     """
 
     name: ClassVar[str]
@@ -289,16 +289,16 @@ class Transport(ABC):
     """True: `push` writes into the peer's memory without its help, and `accept` is never called."""
     waits_on_device = False
     """True, for one-sided transports only: `push` may be called before the part is ready. The device waits for that by
-    itself, and for one part's sake no other one's waits."""
+    itself, and no other part waits because of it."""
     connects_to_itself = False
-    """True: both ends of a link may be this transport, of one memory. Then an instance tries it before it is ready."""
+    """True: both ends of a link may be this transport, over one memory. An instance tries that before it is ready."""
     max_part_bytes = 64 << 20
-    """A larger push is cut into parts: this bounds the staging memory of two-sided transports, and what still moves
-    after a transfer was given up."""
+    """Larger pushes are cut into parts of this size. It bounds the staging memory of two-sided transports, and what
+    still moves after a transfer was given up."""
 
     @abstractmethod
     async def start(self, memory: Memory) -> None:
-        """Make `memory` ready to send from and receive into.
+        """Prepare to send from and receive into `memory`.
 
         Raises:
             BackendUnavailable: a library or device is missing.
@@ -309,17 +309,17 @@ class Transport(ABC):
         """What a peer's `unreachable` needs, and its `connect` unless `admit` says otherwise."""
 
     def unreachable(self, description: bytes) -> str:
-        """Why the peer with this `describe()` cannot be reached by this transport; "" if it can, as far as is known."""
+        """Why this transport cannot reach the peer with this `describe()`; "" if it can, as far as is known."""
         return ""
 
     @abstractmethod
     async def connect(self, link: Link) -> None:
-        """Make the link usable. Called on the sender, and for two-sided transports on both sides at the same time."""
+        """Make the link usable. Called on the sender; for two-sided transports on both sides at the same time."""
 
     @abstractmethod
     async def push(self, link: Link, part: Part) -> Moving:
-        """Sender: move a part. It has moved when its source blocks are no longer read; one-sided: and its bytes have
-        landed. Returns then, or, if a device does it, when the next part may be pushed behind this one.
+        """Sender: move a part. It has moved when its source blocks are no longer read and, if one-sided, its bytes have
+        landed. Returns then, or, if a device moves it, as soon as the next part may be pushed behind it.
 
         Two-sided: is cancelled, and `disconnect` called, when the receiver does not take it.
 
@@ -328,29 +328,29 @@ class Transport(ABC):
         """
 
     async def accept(self, link: Link, part: Part) -> Moving:
-        """Receiver, two-sided only: take a part into `part.block_ids`. However it ends, nothing lands afterwards. As
+        """Receiver, two-sided only: take a part into `part.block_ids`. However it ends, nothing lands afterwards. Like
         `push`, it may return before the part has landed.
 
-        Is cancelled, and `disconnect` called, when nothing comes in time or the link is lost.
+        Is cancelled, and `disconnect` called, when nothing arrives in time or the link is lost.
         """
         raise NotImplementedError(f"{self.name} is one-sided")
 
     async def admit(self, link: Link) -> bytes:
-        """Receiver: make ready for what comes over the link; returns what the sender's `connect` needs."""
+        """Receiver: prepare for what arrives over the link; returns what the sender's `connect` needs."""
         return self.describe()
 
     async def revoke(self, link: Link) -> set[str]:
-        """Receiver, one-sided only: take from the sender what it writes with, whatever it says or does.
+        """Receiver, one-sided only: take from the sender its means to write, whatever it says or does.
 
-        Returns the keys of the links over which nothing lands any more, nor what some system has taken: this one, and
-        those that went with it. None, as here, if that cannot be: then the sender is asked, and waited for.
+        Returns the keys of the links over which nothing lands any more, buffered or not: this one, and others that
+        shared its means. Empty, as here, if that is impossible: then the sender is asked, and waited for.
         """
         return set()
 
     @abstractmethod
     async def disconnect(self, link: Link) -> None:
-        """Forget the link; what waits on it fails soon, and what a device moves is over, whether or not it has come.
-        Returns once nothing of it is read or written by this side.
+        """Forget the link. What waits on it fails soon, and what a device moves is over, whether or not it arrived.
+        Returns once this side neither reads nor writes anything of it.
 
         May be called twice, and for a link that was never connected. May take long; callers wait in the background.
         """
@@ -374,7 +374,7 @@ def _tell_each(told: "SimpleQueue[Exception | None]", waits: Sequence[Callable[[
 
 
 async def abandonable(blocking: Callable[..., T], *arguments: Any) -> T:
-    """Run in a daemon thread of its own, which whoever is cancelled does not wait for.
+    """Run in a daemon thread of its own, for which a cancelled caller does not wait.
 
     Gloo and NCCL wait for a frozen peer until their timeout, and no call ends that wait. It touches no block meanwhile.
     """
@@ -392,7 +392,7 @@ async def abandonable(blocking: Callable[..., T], *arguments: Any) -> T:
 
 
 async def disconnect(transport: Transport, link: Link) -> None:
-    """`Transport.disconnect`, and the link's thread. What goes wrong is logged: there is nobody to tell."""
+    """`Transport.disconnect`, and the end of the link's thread. Errors are logged, because there is nobody to tell."""
     try:
         await transport.disconnect(link)
     except Exception:

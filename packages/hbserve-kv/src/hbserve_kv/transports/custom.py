@@ -52,7 +52,9 @@ class CustomTransport(Transport):
     async def _call(self, method: str, *arguments: Any) -> Any:
         result = getattr(self._backend, method)(*arguments)
         if not inspect.isawaitable(result):
-            raise TypeError(f"{self.name}.{method} returned {result!r} and no coroutine; write it with `async def`")
+            raise TypeError(
+                f"{self.name}.{method} returned {result!r}, which is not a coroutine; write it with `async def`"
+            )
         return await result
 
     async def disconnect(self, link: Link) -> None:

@@ -139,7 +139,7 @@ class IpcTransport(Transport):
         regions: dict[str, list[Any]] = {**peer.host_regions, **peer.device_regions}
         expected = link.peer.layout.extents
         if [each.num_bytes for each in regions.get("pool", [])] != expected:
-            raise ConnectionError(f"the peer says that its pool is of {expected} bytes, and names other memory")
+            raise ConnectionError(f"the peer says that its pool is of {expected} bytes, but describes other memory")
         for name, extents in regions.items():
             target.num_bytes[name] = sum(each.num_bytes for each in extents)
             find = self._find_on_gpu if peer.gpu else self._find_on_host

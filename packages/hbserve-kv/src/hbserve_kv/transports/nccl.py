@@ -1,14 +1,14 @@
 """torch.distributed, one two-rank process group per link: NCCL between GPUs, else Gloo.
 
-Groups are made directly on the link's rendezvous, not by init_process_group: there is no world whose membership is
-fixed, no global default group, no port of a store, and peers come and go. Rank 0 of a group is the sender.
+Groups are made directly on the link's rendezvous, not by init_process_group: there is no world of fixed membership, no
+global default group and no port for a store, and peers come and go. Rank 0 of a group is the sender.
 
-What a part goes through:  blocks ─gather─▶ one tensor ─send─▶ recv ─▶ one tensor ─scatter─▶ blocks
-On a GPU the messages of a part overlap: one is gathered and one scattered while others are sent. Both sides only queue
-a part there, so the next one follows without the host. A part is not announced before its blocks are computed: what is
-sent over a group is in order, and what is received waits in a kernel, on processors that a decode step wants.
-On the CPU neighbouring blocks need neither, nor do large ones: see `_pieces`. All pieces of a part are on their way at
-once, and the last one is waited for first: to wake up for each would take the processor from Gloo's own thread.
+The way of a part:  blocks ─gather─▶ one tensor ─send─▶ recv ─▶ one tensor ─scatter─▶ blocks
+On a GPU the messages of a part overlap: one is gathered and another scattered while a third is sent. Both sides only
+queue a part there, so the next one follows without the host. A part is not announced before its blocks are computed:
+sends of a group are in order, and a receive waits in a kernel, on multiprocessors that a decode step wants. On the CPU,
+neither is needed for neighbouring blocks or large ones: see `_pieces`. All pieces of a part are sent at once, and the
+last is waited for first: waking up for each would take the processor from Gloo's own thread.
 
 Shapes: the message of positions [start, end) of a part is uint8 (end - start, unit_bytes). See `Rows`, which gathers or
 scatters a message in one kernel, wherever the pieces of its blocks lie.
@@ -48,17 +48,17 @@ if TYPE_CHECKING:
 
 SENDER, RECEIVER = 0, 1
 CLOSING, AT_ONCE = 1, timedelta(milliseconds=1)
-"""Tag of a message that never comes, and how long that is waited for. Those of parts have tag 0."""
+"""Tag of a message that never arrives, and how long it is waited for. Messages of parts have tag 0."""
 PACKED_BYTES, LONGEST_BYTES = 1 << 20, 16 << 20
 NCCL_MESSAGE_BYTES, STAGED_MESSAGE_BYTES = 128 << 20, 32 << 20
-"""Of GPU memory. NCCL needs 0.07 ms for a message besides its bytes, in which 25 MB could move between two GPUs; pinned
-host memory, through which Gloo's go, is slow to make."""
+"""Of GPU memory. NCCL needs 0.07 ms per message besides its bytes, in which 25 MB could move between two GPUs; pinned
+host memory, which Gloo's messages go through, is slow to allocate."""
 MOST_CTAS = 32
 """Of NCCL's kernels: each takes a processor of the GPU from a prefill or decode step for as long as a message moves,
 and the receiver's also while it waits for one. Half as many move half as much, and a gigabyte costs the products of a
 prefill more, 5.0 ms and not 3.3 (docs/performance-handoff.md). Both sides must have the same."""
 MESSAGES_AT_ONCE = 1
-"""And one more that is gathered or scattered: two messages are a link's staging memory."""
+"""And one more that is gathered or scattered: a link's staging memory is two messages."""
 
 
 class _Description(msgspec.Struct, frozen=True):
@@ -76,7 +76,7 @@ class _Group:
     on_gpu: bool
     """The group moves GPU memory itself; otherwise GPU blocks are staged through host memory."""
     stream: Any
-    """CUDA stream of the link's own, or None on the CPU."""
+    """The link's own CUDA stream, or None on the CPU."""
     link: Link
     moving: set[asyncio.Future[float]] = field(default_factory=set)
     """Parts that the GPU moves."""
@@ -86,8 +86,8 @@ _Way = Callable[[_Group, Rows, Part], None]
 
 
 def link_store(rendezvous: Rendezvous, timeout_s: float) -> Any:
-    """`LinkValues` that torch takes for a store. Made here since its base is torch's, and this file does not import
-    torch, which takes seconds: `auto` has this transport also where another one carries everything."""
+    """`LinkValues` as a torch store. Made here because its base class is torch's, and this file does not import torch,
+    which takes seconds: with `auto` this transport is there even where another one carries everything."""
     from torch.distributed.distributed_c10d import Store
 
     class LinkStore(LinkValues, Store):  # type: ignore[misc]  # the stubs say str, torch gives bytes
@@ -129,11 +129,11 @@ class NcclTransport(Transport):
 
     def unreachable(self, description: bytes) -> str:
         theirs, mine = _decode(description).ip_version, self._mine.ip_version
-        differs = f"one's address is of IPv{theirs}, the other's of IPv{mine}; Gloo needs the same"
+        differs = f"one address is IPv{theirs}, the other IPv{mine}; Gloo needs the same"
         return differs if theirs != mine else ""
 
     async def connect(self, link: Link) -> None:
-        # With a pool that is not of torch, under `auto`, only here: to import it takes seconds, and the loop goes on.
+        # With a pool that is not torch's, under `auto`, only here: importing takes seconds, in which the loop goes on.
         await link.run(importlib.import_module, "torch.distributed")
         store = link_store(link.rendezvous, self._timeout.total_seconds())
         self._groups[link] = await abandonable(self._make_group, link, store)
@@ -159,7 +159,7 @@ class NcclTransport(Transport):
         return stream(self._memory.device, priority=COPY_PRIORITY)
 
     def _may_use_nccl(self, peer_device: str) -> bool:
-        """NCCL refuses two ranks on one GPU, unless it is of 2.30 or newer and told so."""
+        """NCCL refuses two ranks on one GPU, unless it is 2.30 or newer and told to allow them."""
         return peer_device != self._device or os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1"
 
     def _make_nccl(self, store: Any, rank: int) -> Any:
@@ -179,7 +179,7 @@ class NcclTransport(Transport):
         # Gloo would guess an interface from the host's name, which on many hosts is a loopback address.
         options._devices = [gloo.create_device(hostname=self._ip)]
         made = gloo(store, rank, 2, options)
-        # It listens on, and keeps every connection that a stranger makes, as long as the group lives.
+        # It listens, and accepts connections from anybody, as long as the group lives.
         let_nobody_in(store.published)
         return made
 
@@ -192,7 +192,7 @@ class NcclTransport(Transport):
         return await self._move(group, link, part, self._accept_on_host, self._accept_staged, self._accept_on_gpu)
 
     async def _move(self, group: _Group, link: Link, part: Part, on_host: _Way, staged: _Way, on_gpu: _Way) -> Moving:
-        """In the link's thread, which on a GPU only queues the part: so the next one follows without the host."""
+        """Run in the link's thread. On a GPU that only queues the part, so the next one follows without the host."""
         rows = link.rows(self._memory, part.region, part.layers)
         if group.stream is None or not group.on_gpu:
             await link.run(on_host if group.stream is None else staged, group, rows, part)
@@ -209,7 +209,7 @@ class NcclTransport(Transport):
         return moving
 
     def _queue(self, way: _Way, group: _Group, rows: Rows, part: Part, moving: asyncio.Future[float]) -> None:
-        """On the group's stream. `moving` is told of its end from here: the loop is a change of threads away."""
+        """Queue on the group's stream. `moving` is completed from here; by way of the loop it would take longer."""
         import torch
 
         began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
@@ -245,7 +245,7 @@ class NcclTransport(Transport):
             _send_in_turn(group, staged())
 
     def _accept_on_gpu(self, group: _Group, rows: Rows, part: Part) -> None:
-        """A message is scattered while the next one comes. Blocks that are neighbours are received in place."""
+        """Scatter a message while the next one arrives. Blocks that are neighbours are received in place."""
         moving: deque[tuple[Any, torch.Tensor, int, int, bool]] = deque()
         places: Any = None
 
@@ -254,7 +254,7 @@ class NcclTransport(Transport):
             work, received, start, end, is_there = moving.popleft()
             _wait(group, [work])
             if not is_there:
-                places = rows.places(part.block_ids) if places is None else places  # the first is on its way by now
+                places = rows.places(part.block_ids) if places is None else places  # the first one is on its way by now
                 new = received if group.on_gpu else received.to(rows.device, non_blocking=True)
                 rows.scatter(places[start:end], new)
 
@@ -310,11 +310,11 @@ def _decode(description: bytes) -> _Description:
 
 
 def _wait(group: _Group, works: list[Any], landed: Callable[[int], None] = lambda _: None) -> None:
-    """For messages, in this order. Of NCCL one is only queued, and an abort of its group ends it.
+    """Wait for messages, in this order. With NCCL this only queues a wait, which an abort of the group ends.
 
     When a connection ends, Gloo forgets whoever waits for a message that is half written or half read; when a peer
-    freezes it tells nobody. So the link gives such a wait up, and the sockets are closed, which only a wait does that
-    takes too long: nothing is read or written any more.
+    freezes it tells nobody. So the link gives such a wait up, and closes the sockets, which only a wait that times out
+    does: then nothing is read or written any more.
     """
     if group.on_gpu:
         works[0].wait()
@@ -325,7 +325,7 @@ def _wait(group: _Group, works: list[Any], landed: Callable[[int], None] = lambd
         for i, _ in enumerate(group.link.each([work.wait for work in works])):
             landed(i)
     except BaseException:
-        with suppress(RuntimeError):  # it does take too long, or they are closed already
+        with suppress(RuntimeError):  # it does time out, or they are closed already
             peer = RECEIVER if group.link.is_sender else SENDER
             group.process_group.recv([torch.empty(1)], peer, CLOSING).wait(AT_ONCE)
         raise
@@ -335,8 +335,8 @@ def _pieces(block_bytes: int, target_block_ids: list[int]) -> Iterator[tuple[int
     """Positions [start, end) that are one message on the CPU. Both sides know the target, so both find the same.
 
     A block of PACKED_BYTES or more is a message of its own, which neither side copies, whatever its neighbours are. Of
-    smaller ones a run of neighbours that is so long is a message, which the receiver does not copy. What is left
-    between such runs is packed until it is so long. No message is longer than LONGEST_BYTES.
+    smaller blocks, a run of neighbours of at least that size is a message, which the receiver does not copy. What is
+    left between such runs is packed together up to that size. No message is longer than LONGEST_BYTES.
 
     For blocks of 256 KiB, four are enough for a message:
 
@@ -346,7 +346,7 @@ def _pieces(block_bytes: int, target_block_ids: list[int]) -> Iterator[tuple[int
                              |        |            |       what is left at the end
                              |        |            three short runs, copied: together four blocks
                              |        a long run, received in place
-                             not packed with the long run behind it, which would have to be copied then
+                             not packed with the long run behind it, which would then have to be copied
     """
     if block_bytes >= PACKED_BYTES:
         yield from ((i, i + 1) for i in range(len(target_block_ids)))
@@ -369,8 +369,8 @@ def _pieces(block_bytes: int, target_block_ids: list[int]) -> Iterator[tuple[int
 
 
 def _warm_up_nccl(group: _Group, rows: Rows, is_sender: bool) -> None:
-    """NCCL connects at its first use, and at theirs the device loads the kernels that gather and scatter, and makes
-    room for messages: together 0.15 s. A first transfer goes through none of it, because one block of zeros has."""
+    """NCCL connects when it is first used, and the device then loads the kernels that gather and scatter, and allocates
+    messages: 0.15 s together. One block of zeros goes through all of it, so that the first transfer need not."""
     room = [_staging(rows, max(1, NCCL_MESSAGE_BYTES // rows.unit_bytes), True) for _ in range(MESSAGES_AT_ONCE + 1)]
     block = room[0][:1].zero_()
     rows.load_kernels()
@@ -385,8 +385,8 @@ def _messages(group: _Group, rows: Rows, block_ids: list[int]) -> Iterator[tuple
 
 
 def _send_in_turn(group: _Group, messages: "Iterable[torch.Tensor]") -> None:
-    """Make and send one after the other, with at most MESSAGES_AT_ONCE under way while the next is made."""
-    moving: deque[tuple[Any, torch.Tensor]] = deque()  # which must live until they are sent
+    """Make and send messages one after another, with at most MESSAGES_AT_ONCE under way while the next is made."""
+    moving: deque[tuple[Any, torch.Tensor]] = deque()  # they must live until they are sent
     for message in messages:
         moving.append((group.process_group.send([message], RECEIVER, 0), message))
         if len(moving) > MESSAGES_AT_ONCE:

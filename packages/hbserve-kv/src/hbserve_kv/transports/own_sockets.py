@@ -1,6 +1,7 @@
-"""Sockets that a library has opened in this process, found and changed from outside, for what it has no call for.
+"""Sockets that a library has opened in this process, found and changed from outside, where the library has no call for
+it.
 
-Linux: /proc/self/fd has the sockets, /proc/thread-self/net the connections of the network namespace that they are in.
+Linux: /proc/self/fd lists the sockets, /proc/thread-self/net the connections of their network namespace.
 """
 
 import contextlib
@@ -17,21 +18,21 @@ FEWEST_HOPS_LEFT = {
     socket.AF_INET: (socket.IPPROTO_IP, 21),  # IP_MINTTL
     socket.AF_INET6: (socket.IPPROTO_IPV6, 73),  # IPV6_MINHOPCOUNT
 }
-"""Socket options: with fewer, a packet is dropped."""
+"""Socket options: a packet with fewer hops left is dropped."""
 MOST_HOPS = 255
 BPF_LOAD_WORD, BPF_LOAD_BYTE, BPF_JUMP_IF_EQUAL, BPF_SHIFT_RIGHT, BPF_RETURN = 0x20, 0x30, 0x15, 0x74, 0x06
 NETWORK_HEADER = 0x1_0000_0000 - 0x10_0000
-"""Of Linux (linux/filter.h, SKF_NET_OFF); Python has no names for them."""
+"""From Linux (linux/filter.h, SKF_NET_OFF); Python has no names for these."""
 WHOLE, NOTHING = 0xFFFF_FFFF, 0
-"""What a filter returns: how many bytes are kept."""
+"""What a filter returns: how many bytes to keep."""
 _Instruction = tuple[int, int, int, int]
-"""Operation, how many to pass over if it is true and if it is false, operand."""
+"""Operation, how many instructions to skip if it is true and if it is false, operand."""
 
 
 def _own_sockets() -> Iterator[tuple[str, socket.socket]]:
-    """(inode, the socket, which may be closed here without closing the library's)."""
+    """Pairs of inode and socket; closing that socket does not close the library's."""
     for name in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(OSError):  # closed since, or no socket that Python knows
+        with contextlib.suppress(OSError):  # closed since, or not a socket that Python knows
             inode = os.readlink(f"/proc/self/fd/{name}")
             if inode.startswith("socket:["):
                 with socket.socket(fileno=os.dup(int(name))) as found:
@@ -39,7 +40,7 @@ def _own_sockets() -> Iterator[tuple[str, socket.socket]]:
 
 
 def _connections_to(host: str, port: int) -> set[str]:
-    """Inodes of the sockets of this namespace that are connected or connecting to there."""
+    """Inodes of the sockets of this namespace that are connected, or connecting, to that address."""
     try:
         wanted = str(ipaddress.ip_address(host))
     except ValueError:  # a name: then the port must do
@@ -63,7 +64,8 @@ def _readable(address: str) -> str:
 
 
 def hang_up(host: str, port: int) -> None:
-    """End what this process has connected there, or is connecting: calls that wait for an answer fail at once."""
+    """End this process's connections to that address, or attempts at one: calls that wait for an answer fail at
+    once."""
     wanted = _connections_to(host, port)
     for inode, found in _own_sockets():
         if inode in wanted:
@@ -71,7 +73,7 @@ def hang_up(host: str, port: int) -> None:
 
 
 def look_every(port: int, interval_s: float) -> None:
-    """How long accept() waits at most where this process listens on `port`."""
+    """Bound how long accept() waits where this process listens on `port`."""
     seconds, rest_s = divmod(interval_s, 1)
     for _, found in _listening():
         if found.getsockname()[1] == port:
@@ -79,11 +81,11 @@ def look_every(port: int, interval_s: float) -> None:
 
 
 def let_nobody_in(published: Iterable[bytes]) -> None:
-    """Drop whatever comes to where this process listens at an address that is in one of these values, as C has it.
+    """Drop whatever arrives at this process's listening sockets whose address is in one of these values, in C's form.
 
-    Connections that are there stay. By a filter of the socket: who closes or shuts down a listening socket has the
-    library's thread fail that waits on it. Where the kernel lets this process set none (see `_filter`), whoever does
-    not ask for more than the usual 64 hops is dropped.
+    Existing connections stay. This uses a socket filter, because closing or shutting down a listening socket makes the
+    library's thread that waits on it fail. Where the kernel does not let this process set one (see `_filter`), packets
+    with no more than the usual 64 hops are dropped.
     """
     for _, found in _listening():
         if any(_as_in_c(found) in value for value in published):
@@ -94,15 +96,15 @@ def let_nobody_in(published: Iterable[bytes]) -> None:
 
 
 def listening_everywhere() -> set[str]:
-    """Inodes of the sockets by which this process listens at all interfaces."""
+    """Inodes of the sockets on which this process listens on all interfaces."""
     return {inode for inode, found in _listening() if ipaddress.ip_address(found.getsockname()[0]).is_unspecified}
 
 
 def listen_only_at(addresses: Iterable[str], inodes: Collection[str]) -> None:
-    """Drop whatever comes to these listening sockets and is not sent to one of these addresses, of IPv4 or IPv6.
+    """Drop whatever arrives at these listening sockets unless it was sent to one of these addresses, IPv4 or IPv6.
 
     Raises:
-        PermissionError: the kernel lets this process do so to none of them: see `_filter`.
+        PermissionError: the kernel does not let this process do so for any of them: see `_filter`.
     """
     program = [instruction for each in addresses for instruction in _keep_if_sent_to(each)]
     program.append((BPF_RETURN, 0, 0, NOTHING))
@@ -112,7 +114,7 @@ def listen_only_at(addresses: Iterable[str], inodes: Collection[str]) -> None:
 
 
 def _keep_if_sent_to(address: str) -> Iterator[_Instruction]:
-    """Of a packet; what was sent elsewhere is for the instruction behind these."""
+    """Keep a packet sent to this address; one sent elsewhere goes on to the instructions behind these."""
     wanted = ipaddress.ip_address(address)
     words = struct.unpack(f">{len(wanted.packed) // 4}I", wanted.packed)
     left = 1 + 2 * len(words)
@@ -134,10 +136,10 @@ def _listening() -> Iterator[tuple[str, socket.socket]]:
 
 
 def _filter(listening: socket.socket, program: Sequence[_Instruction]) -> None:
-    """Give a socket, and those that it accepts, a program.
+    """Attach a program to a socket, and to the connections that it accepts.
 
     Raises:
-        PermissionError: from 2026 on Linux, and what it mends of older releases (6.18.44), wants CAP_NET_ADMIN for TCP.
+        PermissionError: since 2026 Linux, and its fixes of older releases (6.18.44), require CAP_NET_ADMIN for TCP.
     """
     code = ctypes.create_string_buffer(b"".join(struct.pack("@HBBI", *each) for each in program))
     fprog = struct.pack("@HP", len(program), ctypes.addressof(code))
@@ -145,7 +147,7 @@ def _filter(listening: socket.socket, program: Sequence[_Instruction]) -> None:
 
 
 def _as_in_c(listening: socket.socket) -> bytes:
-    """What sockaddr_in and sockaddr_in6 have of its address after the family."""
+    """The part of its address that sockaddr_in and sockaddr_in6 have after the family."""
     host, port, *_ = listening.getsockname()
     between = bytes(4) if listening.family == socket.AF_INET6 else b""  # flow information
     return struct.pack("!H", port) + between + socket.inet_pton(listening.family, host.partition("%")[0])

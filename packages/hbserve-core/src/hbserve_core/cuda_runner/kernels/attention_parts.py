@@ -1,10 +1,10 @@
-"""Parts common to prefill and decode attention: heads as they want them, and one tile of context after the other.
+"""Parts common to prefill and decode attention: heads as they need them, and one tile of context after another.
 
-Heads are normed, if the model does that, and rotated by their positions, as they are read. Attention keeps, for each
-row of queries, a state that is the same however its context is cut into tiles (online softmax; flash attention).
-A pool of 8-bit floats (NARROW) holds keys and values divided by their scales, and all that is attended to is so, the
-step's own tokens too: a token's numbers do not depend on whether it sees another one in the pool. Scores are multiplied
-by the scale of keys, and results by that of values.
+Heads are normed, if the model does that, and rotated by their positions, as they are read. For each row of queries,
+attention keeps a state that does not depend on how the context is divided into tiles (online softmax; flash attention).
+A pool of 8-bit floats (NARROW) holds keys and values divided by their scales, and everything that is attended to is in
+that form, the step's own tokens included: a token's result does not depend on whether it finds another one in the pool.
+Scores are multiplied by the scale of keys, and results by that of values.
 Shapes: R rows, one head each, C tokens of context, D head_dim, padded to a power of two with zeros, K key heads.
 """
 

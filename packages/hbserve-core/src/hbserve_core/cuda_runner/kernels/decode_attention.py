@@ -1,10 +1,11 @@
-"""One new token of each sequence: its key and value go into the pool, then it attends to its paged context.
+"""Attention of one new token of each sequence: its key and value go into the pool, then it attends to its paged
+context.
 
-The work is cut into pieces of similar length on the host: a sequence of long context is several pieces, so that a few
-long sequences, or a single one, fill the card. A program takes one piece and one key head: the G query heads that share
-it are the rows of one product, padded to what tensor cores take. The program of a sequence's last piece holds the new
-token's key and value in registers and stores them; nobody reads them from the pool in this step. Of a sequence of
-several pieces, the program that ends last joins what all have found (flash decoding, Dao et al. 2023).
+The host cuts the work into pieces of similar length: a long context is several pieces, so that a few long sequences, or
+even a single one, fill the GPU. A program takes one piece and one key head: the G query heads that share the key head
+are the rows of one product, padded to what tensor cores take. The program of a sequence's last piece holds the new
+token's key and value in registers and stores them; nothing reads them from the pool in this step. If a sequence has
+several pieces, the program that ends last combines the results of all (flash decoding, Dao et al. 2023).
 Shapes: R rows, one sequence each, N query heads, K key heads, G = N / K, D head_dim, P pieces.
 """
 
@@ -30,16 +31,16 @@ from hbserve_core.cuda_runner.kernels.attention_parts import (
 from hbserve_core.cuda_runner.kernels.dependent_launch import LAUNCH, begin, num_processors
 
 _FEW_PROGRAMS = 3
-"""Of each processor. With no more than that, they are not enough to hide what each one waits for."""
+"""Programs per multiprocessor that are too few to hide the latency of each one's reads."""
 _JOINED_AT_ONCE = 4096
-"""Numbers of several parts that are joined at once."""
+"""Numbers of several parts that are combined at once."""
 
 
 @triton.jit
 def _piece(pieces, stride, WINDOW: tl.constexpr):
-    """Row, part, number of parts, first and last position of the pool, position of the new token.
+    """Row, part, number of parts, first and last position in the pool, position of the new token.
 
-    With a window the parts share what is in it equally; some may have nothing.
+    With a window, the parts share what is in it equally; some may have nothing.
     """
     row, part, num_parts = tl.load(pieces), tl.load(pieces + stride), tl.load(pieces + 2 * stride)
     first, last, position = tl.load(pieces + 3 * stride), tl.load(pieces + 4 * stride), tl.load(pieces + 5 * stride)
@@ -140,7 +141,7 @@ def _join(
     N: tl.constexpr, K: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr, PADDED_G: tl.constexpr,
     AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """Weigh what the pieces of one row and key head have found by their sums of exponentials."""
+    """Combine the results of one row's and key head's pieces, weighted by their sums of exponentials."""
     G: tl.constexpr = N // K
     d, g = tl.arange(0, PADDED_D), tl.arange(0, PADDED_G)
     highest = tl.full((PADDED_G,), float("-inf"), tl.float32)
@@ -168,8 +169,8 @@ def _leave(
     N: tl.constexpr, K: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr, PACK: tl.constexpr,
     PADDED_G: tl.constexpr, AT_ONCE: tl.constexpr, MAY_BE_BLIND: tl.constexpr,
 ):  # fmt: skip
-    """Write what the only piece has found. Or leave what one of several has; the last program of the row and head to
-    come joins them."""
+    """Write the result of the only piece. Or store that of one of several; the last program of the row and head to
+    finish combines them."""
     highest, total, weighted = state
     packed, d = tl.arange(0, PACK), tl.arange(0, PADDED_D)
     used, heads = (packed < N // K)[:, None], (head * (N // K) + packed)[:, None]
@@ -234,15 +235,15 @@ def _decode(
 
 
 class DecodeWorkspace:
-    """Where pieces leave what they have found. One for all layers: only one of them runs at a time."""
+    """Where pieces leave their results. One for all layers, because only one of them runs at a time."""
 
     def __init__(self, rows: int, num_pieces: int, heads: tuple[int, int, int], device: torch.device) -> None:
-        """For steps of at most so many rows and pieces. heads: N, K and D."""
+        """For steps of at most this many rows and pieces. heads: N, K and D."""
         num_heads, num_kv_heads, head_dim = heads
         self.parts = torch.empty((num_pieces, num_heads, head_dim), dtype=torch.float32, device=device)
         self.logs = torch.empty((num_pieces, num_heads), dtype=torch.float32, device=device)
         self.arrived = torch.zeros((rows, num_kv_heads), dtype=torch.int32, device=device)
-        """Programs of each row and key head that have ended; 0 between launches."""
+        """Finished programs for each row and key head; 0 between launches."""
         self.few_programs = _FEW_PROGRAMS * num_processors(device)
 
 

@@ -1,9 +1,9 @@
-"""Kernels that begin before the one before them has ended: programmatic dependent launch, of Hopper and later.
+"""Kernels that start before the one before them has ended: programmatic dependent launch, on Hopper and later.
 
-A step is a chain of kernels of a few microseconds, and starting one costs about as much. With a dependent launch the
-next kernel's programs are started while the last ones of this kernel still run. Each of our kernels calls `begin`
-before it touches memory that an earlier kernel writes; what never changes, such as weights, may be read before that.
-See griddepcontrol in NVIDIA's PTX ISA.
+A step is a chain of kernels of a few microseconds each, and starting one costs about as much. With a dependent launch
+the next kernel's programs start while the last ones of this kernel still run. Each of our kernels calls `begin` before
+it touches memory that an earlier kernel writes; what never changes, such as weights, may be read before that. See
+griddepcontrol in NVIDIA's PTX ISA.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ import triton.language as tl
 from triton.language.extra import cuda
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-"""Whether kernels run in Triton's interpreter, which knows no instruction of a device."""
+"""Whether kernels run in Triton's interpreter, which has no instructions of a device."""
 
 
 def _is_supported() -> bool:
@@ -25,7 +25,7 @@ def _is_supported() -> bool:
 
 DEPENDENT = tl.constexpr(_is_supported())
 LAUNCH: dict[str, Any] = {"launch_pdl": True} if DEPENDENT.value else {}
-"""Options for the launch of a kernel that calls `begin`."""
+"""Launch options for a kernel that calls `begin`."""
 
 
 @triton.jit
@@ -38,9 +38,9 @@ def begin():
 
 @triton.jit
 def begin_step():
-    """The same for a step's first kernel: none of the others begins before all that was written for the step is there.
+    """The same for a step's first kernel: no other kernel of the step starts before all its input has been written.
 
-    So what only the host writes may be read before `begin`, in any of them.
+    So any of them may read, before `begin`, what only the host writes.
     """
     if DEPENDENT:
         cuda.gdc_wait()
@@ -49,7 +49,7 @@ def begin_step():
 
 @triton.jit
 def prefetch(pointers):
-    """Ask for the cache lines at `pointers`, a tensor of any shape, to come into the second-level cache."""
+    """Request that the cache lines at `pointers`, a tensor of any shape, be brought into the L2 cache."""
     if DEPENDENT:
         tl.inline_asm_elementwise(
             "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers.to(tl.int64)], dtype=tl.int32, is_pure=False,

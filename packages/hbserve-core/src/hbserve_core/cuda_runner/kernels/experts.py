@@ -2,13 +2,15 @@
 
     logits ─route▶ experts and weights of each row ─assign▶ rows by expert, in tiles ─gate_up▶ ─down▶ ─combine▶ rows
 
-A pair is a row and one of the experts that it goes to. `assign` puts pairs of an expert next to each other, each
-expert's from a new tile on, so that a program reads one expert's weights only and all of a tile's rows share them.
-Of a step of decodes, a program finds one expert's pairs and looks through all of them, which takes less time than to
-wait for one that sorts them. Where there are more, many programs count and put them; in which order an expert's pairs
-then stand differs from run to run, and no number depends on it.
-All of it is queued without the host: a launch has as many programs as tiles there can be, and those without one end at
-once. Pairs of experts that other ranks have, and of padding, are in no tile.
+A pair is a row and one of the experts that it goes to. `assign` puts the pairs of an expert next to each other, each
+expert's from a new tile on, so that a program reads only one expert's weights and all rows of a tile share them. In a
+step of decodes, each program finds one expert's pairs by looking through all of them, which takes less time than
+waiting for a program that sorts them. For more pairs, many programs count and place them; the order of an expert's
+pairs then differs from run to run, and no result depends on it.
+
+Everything is queued without the host: a launch has as many programs as there can be tiles, and those without one end at
+once. Pairs of experts on other ranks, and of padding, are in no tile.
+
 Shapes: T rows, E hidden_size, X experts, K of them for each row, P = T * K pairs, F intermediate_size of an expert.
 """
 
@@ -25,11 +27,11 @@ from hbserve_core.cuda_runner.kernels.pointwise import activated
 
 _SMALL_TILE, _LARGE_TILE = 16, 128
 _MANY_PAIRS = 128
-"""Of an expert, on average, from which on tiles are large: with fewer, too many rows of tiles would have no pair."""
+"""Pairs of an expert, on average, from which on tiles are large: with fewer, too many rows of tiles would be empty."""
 _FEWEST_AT_ONCE, _MOST_AT_ONCE = 512, 4096
 """Pairs that one program looks through."""
 _CHUNK = 512
-"""Pairs of a program where there are more."""
+"""Pairs of a program if there are more."""
 
 
 @triton.jit

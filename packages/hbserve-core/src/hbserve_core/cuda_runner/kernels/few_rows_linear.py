@@ -1,18 +1,19 @@
-"""Products of few rows with a weight matrix: what a step of decodes consists of.
+"""Products of few rows with a weight matrix, which are most of a step of decodes.
 
-Either is as fast as its weights can be read, so what surrounds a product is done inside it; products.py says which is
-for what.
+Both kernels are as fast as their weights can be read, so that whatever surrounds a product is done inside it;
+products.py says which one is used when.
 
-`small_linear` (GEMV) is for one row, or very few. The norm before it, and the residual addition or silu(gate) * up
-after it, are in it. Each program has all inputs of a few outputs, and has asked for their weights before the kernel in
-front of it has ended.
+`small_linear` (GEMV) is for one row, or very few. It includes the norm before it, and the residual addition or
+silu(gate) * up after it. Each program has all inputs of a few outputs, and requests their weights before the kernel
+before it has ended.
 
-`skinny_linear` (skinny GEMM) is for up to 128 rows, on tensor cores. The weights are the long side of each tile, so the
-rows cost next to nothing; where a matrix has too few tiles to keep every processor reading, its inputs are split too
-(split-K) and the program of a tile that ends last adds what all have found, always in the same order. The residual
-addition, or silu(gate) * up, is done on the way out. An RMS norm between two such products is half of the first one and
-half of the second: each row is multiplied by the norm's weights as it is written, with its sum of squares tile by tile
-beside it, and the next product's results are divided by the root of their mean.
+`skinny_linear` (skinny GEMM) is for up to 128 rows, on tensor cores. The weights are the long side of each tile, so
+that the rows cost next to nothing. If a matrix has too few tiles to keep every multiprocessor reading, its inputs are
+split too (split-K), and the program of a tile that ends last adds up all results, always in the same order. The
+residual addition, or silu(gate) * up, is done on the way out. An RMS norm between two such products is half of the
+first and half of the second: each row is multiplied by the norm's weights as it is written, with its sums of squares by
+tile beside it, and the next product's results are divided by the root of their mean.
+
 Shapes: M rows, I inputs, O outputs, T tiles.
 """
 

@@ -1,11 +1,12 @@
 """Kernels that read and write rows, and compute next to nothing.
 
-They are a step's beginning and end, and what stands between products of cuBLAS: those of our own have it in them.
+They begin and end a step, and stand between products of cuBLAS; our own products include them.
 
     host_copy    a step's numbers to the device, and sampled tokens back
-    embed        token ids, some of them known to the device only, to rows of the embedding table
+    embed        token ids, some of them known only to the device, to rows of the embedding table
     rms_norm     rows to normed rows
     gate_mul     gate and up to silu(gate) * up
+
 Shapes: T rows of one step, E hidden_size, F intermediate_size, V vocab_size, C numbers to copy.
 """
 
@@ -17,7 +18,7 @@ from hbserve_core.cuda_runner.kernels.dependent_launch import LAUNCH, begin, beg
 
 _COPY_BLOCK = 1024
 _MOST_COPIED = 1 << 18
-"""Numbers; more than these a copy engine moves faster."""
+"""For more numbers than these, a copy engine is faster."""
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -61,8 +62,8 @@ def embed(
 ) -> torch.Tensor:
     """(T, E) rows of `table` (V, E), which holds tokens from `first_token` on; zeros for others.
 
-    ids, sources: (T,) int32. Row t is token ids[t], or, where sources[t] is not negative, sampled[sources[t]]: what the
-    step before has sampled, and nobody has read yet. sampled: (R,) int32.
+    ids, sources: (T,) int32. Row t is token ids[t], or, if sources[t] is not negative, sampled[sources[t]]: what the
+    step before has sampled, and the host has not read yet. sampled: (R,) int32.
     """
     size = table.shape[1]
     out = torch.empty((len(ids), size), dtype=table.dtype, device=table.device)
@@ -104,7 +105,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 @triton.jit
 def activated(gate, GELU: tl.constexpr):
-    """silu(gate), or gelu(gate) by its approximation with a tanh, which is a sigmoid too. gate: float32."""
+    """silu(gate), or gelu(gate) in its tanh approximation, which can be written as a sigmoid too. gate: float32."""
     slope = gate
     if GELU:
         slope = 1.5957691216057308 * gate * (1.0 + 0.044715 * gate * gate)

@@ -1,13 +1,15 @@
-"""Chunks of several new tokens over paged context: their keys and values are stored, then flash attention (Dao 2023).
+"""Attention of chunks of several new tokens to paged context: keys and values are stored, then flash attention (Dao
+2023).
 
-`store_kv` norms and rotates keys, and writes keys and values to their blocks; a decode's new token is written by
-decode_attention.py. On Hopper, hopper_attention.py is what `prefill_attention` calls for most models. What it calls for
-all others reads the context in two parts.
+`store_kv` norms and rotates keys, and writes keys and values to their blocks; decode_attention.py writes a decode's new
+token itself. On Hopper, `prefill_attention` calls hopper_attention.py for most models. The kernel that it calls for all
+others reads the context in two parts.
 
-A chunk's earlier context is read from the pool, block by block; its own keys and values, which lie one after the other
-in the step's rows, come in whole tiles through a tensor descriptor (on Hopper, the copy engine: TMA). One program takes
-a tile of new tokens of one sequence and key head. The G query heads of a key head share the program, so each key is
-read once for all of them: row r of a tile is new token r // G and query head r % G.
+A chunk's earlier context is read from the pool, block by block; its own keys and values, which lie one after another in
+the step's rows, are read in whole tiles through a tensor descriptor (on Hopper, by the copy engine, TMA). One program
+takes a tile of new tokens of one sequence and key head. The G query heads of a key head share the program, so that each
+key is read once for all of them: row r of a tile is new token r // G and query head r % G.
+
 Shapes: T rows of the step, N query heads, K key heads, G = N / K, D head_dim.
 """
 
@@ -32,12 +34,12 @@ from hbserve_core.cuda_runner.kernels.dependent_launch import LAUNCH, begin
 from hbserve_core.cuda_runner.kernels.hopper_attention import hopper_prefill_attention, suits_hopper
 
 _PARTS = {128: 8, 511: 2}
-"""By the most rows of a step, how many programs share a tile: few rows have too few tiles for all processors, and what
-counts is how long one program takes."""
+"""By the most rows of a step, how many programs share a tile: few rows have too few tiles for all multiprocessors, so
+that the time of one program is what counts."""
 _FEWEST_ROWS = 16
-"""Of a program: tensor cores multiply so many at a time."""
+"""Rows of a program: tensor cores multiply at least this many at a time."""
 _STORED_ROWS = 4, 16
-"""Of a program of `store_kv`: of few rows, and of more than 512."""
+"""Rows of a program of `store_kv`: for few rows, and for more than 512."""
 
 
 @triton.jit(do_not_specialize=["num_rows"])

@@ -1,12 +1,14 @@
-"""Next tokens on the device: greedy, temperature, top-k and top-p, all rows of a step at once and without the host.
+"""Next tokens on the device: greedy, temperature, top-k and top-p, for all rows of a step at once and without the host.
 
 A token is drawn by the Gumbel-max rule: the argmax of logit + temperature * g, where the g are independent standard
-Gumbel numbers, is distributed as the softmax is (Gumbel 1954; Maddison et al. 2014). So one pass over the logits is
-all, no probabilities are stored, and every g follows from the request's seed, the index of the token and the token's id
-alone: the same request gets the same tokens in any batch.
-Top-k and top-p are a threshold on the logits, found by bisection over the bits of a float.
-Logits may be anything; what torch_runner/sampler.py says of those that are not finite holds here too.
-No maximum is taken of a NaN: what a device makes of that is not said anywhere.
+Gumbel numbers, has the distribution of the softmax (Gumbel 1954; Maddison et al. 2014). So one pass over the logits is
+enough, no probabilities are stored, and every g depends only on the request's seed, the token's index and the token's
+id: the same request gets the same tokens in any batch.
+
+Top-k and top-p are a threshold on the logits, found by bisection over the bits of a float. Logits may be anything; what
+torch_runner/sampler.py says of those that are not finite holds here too. No maximum is taken of a NaN, because its
+result on a device is not specified.
+
 Shapes: R rows, V vocab_size.
 """
 

@@ -53,7 +53,7 @@ class PackedWeight(NamedTuple):
         outputs, order = slice(rows.start, rows.stop), None
         if not torch.equal(groups, torch.arange(num_inputs, device=device) // size):
             if len(columns) < num_inputs:
-                raise SplitGroups(f"{name}: inputs that share a scale are anywhere (act-order)")
+                raise SplitGroups(f"{name}: inputs that share a scale are not next to each other (act-order)")
             order = torch.argsort(groups, stable=True)
             if not torch.equal(groups[order], torch.arange(num_inputs, device=device) // size):
                 return None

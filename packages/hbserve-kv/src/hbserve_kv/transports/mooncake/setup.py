@@ -92,7 +92,7 @@ def choose_ip_version(host: str) -> int:
     if there != wanted:
         cure = f"set {IPV6_VARIABLE}=1" if wanted == 6 else f"unset {IPV6_VARIABLE}"
         raise BackendUnavailable(
-            f"Mooncake uses IPv{there} in this process, and {host} is of IPv{wanted}: {cure}, or use other addresses"
+            f"Mooncake uses IPv{there} in this process, and {host} is IPv{wanted}: {cure}, or use other addresses"
         )
     return wanted
 

@@ -4,7 +4,7 @@ What its Python API makes necessary (read and measured on 0.3.13):
 - Only registered memory may be a source or target; over TCP an unregistered source works by accident. Both regions are
   registered whole, in each engine, by the call that releases the GIL: each extent once, whatever allocation it lies in.
 - One engine holds one mutex while it opens a peer, for 60 s if that is frozen. So a peer is probed first, without the
-  mutex, and links that share an engine turn to another one: `mooncake_engines`.
+  mutex, and links that share an engine turn to another one: see engines.py.
 - A synchronous write returns -1 when it has timed out, or as soon as one of its pieces has failed; the others go on
   and land. So that is `DrainUnknown`, and only the end of the engine stops it.
 - `protocol` does not choose the transport, and a wrong one falls back to TCP in silence. MC_FORCE_TCP is set for "tcp".
@@ -132,7 +132,7 @@ class MooncakeTransport(Transport):
         except PermissionError as error:
             if not self._is_open_said:
                 logger.warning(
-                    "mooncake listens on every interface of this host, and whoever reaches it may write: only a "
+                    "mooncake listens on every interface of this host, and anybody who reaches it may write: only a "
                     "process with CAP_NET_ADMIN may have the kernel drop what is not sent to %s (%s); see SECURITY.md",
                     self._host,
                     error,
