@@ -221,6 +221,16 @@ def test_whatever_a_simulation_is_given_is_figures_or_one_line(options, caplog):
     invoke(["simulate", "--num-requests=3", *options.split(" ")], caplog)
 
 
+@pytest.mark.parametrize(
+    "words",
+    ["bench serve --num-prompts", "bench compare --rates=1 --num-prompts", "simulate --num-requests",
+     "simulate --prefill", "simulate --decode", "simulate --hybrid", "simulate --cells", "simulate --repeat"],
+)  # fmt: skip
+def test_a_number_that_no_memory_holds_is_refused(words, caplog):
+    result = invoke([*words.split(" "), str(10**12)], caplog)
+    assert (result.exit_code, "less than or equal to" in result.stderr) == (2, True)
+
+
 @pytest.mark.parametrize("option", ["--ttft-ms=inf", "--tpot-ms=1e308", "--itl-ms=1e400"])
 def test_a_plan_for_goals_that_are_none_is_refused(option, caplog):
     goals = {"--ttft-ms": "300", "--tpot-ms": "15"} | dict([option.split("=")])

@@ -137,6 +137,13 @@ async def test_what_is_known_of_a_prompt_is_told_with_each_of_its_choices(server
     assert len({tuple(choice["logprobs"]["tokens"]) for choice in answer["choices"]}) == 1
 
 
+async def test_an_answer_may_be_told_to_be_longer_than_the_context_and_ends_with_it(server):
+    """Clients send a cap that is always the same."""
+    await server.chat(max_completion_tokens=65535)
+    await server.complete(max_tokens=65535)
+    assert [params.max_tokens for _, params in server.scheduler.asked] == [65535, 65535]
+
+
 async def test_the_length_of_an_answer_that_does_not_say_is_16_or_the_rest_of_the_context(server):
     await server.complete()
     await server.chat()

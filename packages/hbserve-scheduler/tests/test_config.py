@@ -7,7 +7,15 @@ from typing import Any
 import msgspec
 import pytest
 
-from hbserve_scheduler import ConfigError, DeploymentConfig, InstanceSection, convert, load_config, parse_size
+from hbserve_scheduler import (
+    ConfigError,
+    DeploymentConfig,
+    InstanceSection,
+    SchedulerConfig,
+    convert,
+    load_config,
+    parse_size,
+)
 
 PREFILL = {"instance_id": "p0", "instance_type": "prefill", "kv_rank": 0, "port": 7000}
 DECODE = {"instance_id": "d0", "instance_type": "decode", "kv_rank": 1, "port": 7001}
@@ -336,3 +344,20 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_a_folder_is_not_a_configuration(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="directory"):
         load_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"max_queue_size": 0}, "max_queue_size=0: expected at least 1"),
+        ({"max_queue_size": True}, "max_queue_size=True: expected `int`, got `bool`"),
+        ({"request_timeout_s": float("nan")}, "request_timeout_s=nan: expected at least 0.001"),
+        ({"heartbeat_interval_s": float("inf")}, "heartbeat_interval_s=inf: expected 0.05 to"),
+        ({"instance_wait_s": "30"}, "instance_wait_s='30': expected `float`, got `str`"),
+    ],
+)
+def test_a_scheduler_is_configured_in_python_as_in_a_file(given, message):
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        SchedulerConfig(**given)
+    with pytest.raises(ConfigError, match=r"^scheduler\."):
+        convert({"scheduler": given})

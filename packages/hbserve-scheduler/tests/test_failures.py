@@ -556,6 +556,22 @@ async def test_few_of_those_that_were_on_a_dead_instance_are_tried_at_a_time(mak
     await asyncio.gather(*waiting.values(), return_exceptions=True)
 
 
+async def test_those_on_trial_that_have_to_be_placed_again_do_not_hold_themselves_back(make_scheduler, pair, ask):
+    fleet = (await make_scheduler(*pair, max_pending_reservations=99)).fleet
+    retries, gone = Retries(fleet, lambda: None), fleet.handles["d0"]
+    gone.note_death("an earlier life")
+    suspects = [ScheduledRequest(ask(f"s{i}")) for i in range(MOST_SUSPECTS)]
+    for entry in suspects:
+        entry.was_on = [(gone, "an earlier life")]
+    for _ in range(2):
+        waiting = [asyncio.create_task(retries.wait_for_place(entry, 20)) for entry in suspects]
+        await asyncio.sleep(0)
+        retries.place()
+        async with asyncio.timeout(20):
+            for place in await asyncio.gather(*waiting):
+                present(place).end()
+
+
 IMPOSSIBLE = {
     "more than were asked for": TokenEvent(0, [5] * 5),
     "before the first": TokenEvent(-1, [5]),

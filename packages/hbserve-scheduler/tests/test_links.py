@@ -224,3 +224,37 @@ def test_those_that_are_connected_come_first_then_those_that_are_not_yet():
     assert chosen((True, most), (None, 0), (False, 0)) == [(True, most)]
     assert chosen((True, most + 1), (None, 0), (None, 1), (False, 0)) == [(None, 0)], "only where it pays"
     assert chosen((True, most + 1), (False, 0)) == [(True, most + 1)], "there is nothing to be gained"
+
+
+async def test_instances_that_come_later_are_looked_at_together_and_give_nobody_more_links_than_it_may_have(
+    monkeypatch,
+):
+    kept: list[str] = []
+
+    async def keep(_: Any, prefill: Any, decode: Any) -> None:
+        kept.append(decode.epoch)
+        await asyncio.Event().wait()
+
+    looked: list[links.Links] = []
+    look = links.Links._look
+
+    def noting(self: links.Links) -> None:
+        looked.append(self)
+        look(self)
+
+    monkeypatch.setattr(links.Links, "_keep", keep)
+    monkeypatch.setattr(links.Links, "_look", noting)
+    handles: dict[str, Any] = {}
+    held = links.Links(handles, most=3)
+    for names, num_links in (["p", "d0"], 1), (["d1", "d2", "d3", "d4", "d5"], 3), (["d6"], 3):
+        looked.clear()
+        for name in names:
+            role = "prefill" if name == "p" else "decode"
+            info = SimpleNamespace(kv_endpoint=b"" if name == "p" else b"there")
+            handles[name] = SimpleNamespace(epoch=name, status="ready", role=role, links={}, info=info)
+            held.look()
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert (len(looked), len(kept)) == (1, num_links)
+    await held.close()
+    assert asyncio.all_tasks() == {asyncio.current_task()}

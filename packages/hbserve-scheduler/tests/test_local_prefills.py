@@ -62,6 +62,17 @@ async def test_a_prompt_that_is_nearly_all_cached_is_computed_where_it_is(make_s
     assert kinds(prefill) == [PrefillRequest]
 
 
+async def test_a_request_that_failed_where_its_prompt_is_cached_is_not_computed_there_again(make_scheduler, three):
+    fleet = (scheduler := await make_scheduler(*three, local_prefill_tokens=10)).fleet
+    say_cached(scheduler, "d0", 32)
+    prompt = shape_of(PROMPT, BLOCK)
+    there, elsewhere = [fleet.place(len(PROMPT), avoid, prompt=prompt) for avoid in ((), ("d0",))]
+    assert (there.prefill, there.decode.instance_id) == (None, "d0")
+    assert (elsewhere.prefill.instance_id, elsewhere.decode.instance_id) == ("p0", "d1")
+    for each in (there, elsewhere):
+        each.end()
+
+
 async def test_a_busy_instance_computes_no_prompt_for_its_cache(make_scheduler, three, collect, until):
     prefill, cached, other = three
     cached.hold = {"tokens"}

@@ -244,3 +244,13 @@ async def test_busy_decode_instances_that_are_connected_give_way_to_one_that_is_
     chosen = present(fleet.place(5)).decode
     assert chosen not in linked
     assert chosen.role == "decode"
+
+
+@pytest.mark.parametrize("links", [{"d1": False}, {"gone": True, "d1": False}], ids=["lost", "to one that has left"])
+async def test_links_that_are_lost_or_lead_to_nobody_are_none(links):
+    fleet = await fleet_of(4)
+    for handle in fleet.handles.values():
+        if handle.role == "prefill":
+            handle.links.clear()
+            handle.links.update(links)
+    assert present(fleet.place(5)).decode.instance_id == "d3"

@@ -6,6 +6,7 @@ import ssl
 from collections.abc import AsyncIterator
 from typing import Any
 
+from hbserve.event_data import EventData
 from hbserve.server_url import parse_url, require_header
 from hbserve_rpc import PeerLost, RemoteError
 
@@ -98,14 +99,10 @@ async def _plain(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
 
 async def _texts(parts: AsyncIterator[bytes]) -> AsyncIterator[str]:
     """Content of the events of a stream."""
-    held = b""
+    events = EventData()
     async for part in parts:
-        *lines, held = (held + part).split(b"\n")
-        for line in lines:
-            field, _, value = line.partition(b":")
-            if field != b"data" or value.strip() == b"[DONE]":
-                continue
-            chunk = json.loads(value)
+        for event in events.feed(part):
+            chunk = json.loads(event)
             if "error" in chunk:
                 raise RemoteError(chunk["error"]["message"])
             for choice in chunk["choices"]:

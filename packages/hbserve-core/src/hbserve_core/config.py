@@ -8,7 +8,7 @@ from hbserve_core.errors import InvalidInstanceConfig
 from hbserve_kv.config import KVTransferConfig
 from hbserve_rpc import InvalidAddress, Keys, check_peer_host, parse_address
 from hbserve_rpc.messages import Role
-from hbserve_rpc.settings import NOT_NEGATIVE, PORT, EngineSettings, out_of_bounds
+from hbserve_rpc.settings import NOT_NEGATIVE, PORT, EngineSettings, misfits
 
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
@@ -47,9 +47,10 @@ class InstanceConfig(  # type: ignore[misc]  # EngineSettings are not frozen, be
     log_level: str = "INFO"
 
     def __post_init__(self) -> None:
-        for name, value, bounds in out_of_bounds(self):
-            if name != "max_model_len":  # the model has a limit too, which is named with this one when it is loaded
-                raise InvalidInstanceConfig(f"{name}={value!r}: expected {bounds.instead_of(value)}")
+        for name, problem in misfits(self):
+            # The model has a limit too, which is named with this one when it is loaded.
+            if name != "max_model_len" or not isinstance(self.max_model_len, int):
+                raise InvalidInstanceConfig(problem)
         try:
             check_peer_host(self.host)
         except InvalidAddress as error:

@@ -2,11 +2,12 @@
 
 import socket
 from enum import StrEnum
+from typing import Annotated
 
 from hbserve_kv.errors import AddressNotAvailable
 from hbserve_rpc import InvalidAddress, Keys, check_peer_host
 from hbserve_rpc.address import is_own_address
-from hbserve_rpc.settings import KVTransferSettings
+from hbserve_rpc.settings import PORT, Bounds, KVTransferSettings, misfits
 
 GOODBYE_TIMEOUT_S = 1.0
 """What a manager that is closed gives its peers to hear how their transfers ended, on either side."""
@@ -26,18 +27,26 @@ class KVTransferBackend(StrEnum):
 
 
 class KVTransferConfig(KVTransferSettings, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How one instance moves KV."""
+    """How one instance moves KV.
+
+    Raises:
+        ValueError: names the field, the value and what is allowed.
+    """
 
     host: str = "127.0.0.1"
     """Address that the control server binds, and that peers are told: an IP address without brackets, or a name."""
-    port: int = 0
+    port: Annotated[int, PORT] = 0
     """Port of the control server; 0 lets the OS choose."""
     keys: Keys | None = None
     """Of an instance: then the control server lets in only instances that have keys too. Without, anybody who reaches
     it."""
-    expiry_s: float = 120.0
+    expiry_s: Annotated[float, Bounds(0.0)] = 120.0
     """What nobody comes for in this time is given up: an unexpected transfer that was not asked for is dropped from the
     lookup buffer, and a posted receive fails whose sender never began."""
+
+    def __post_init__(self) -> None:
+        for _, problem in misfits(self):
+            raise ValueError(problem)
 
     def check_host(self) -> None:
         """Refuse what cannot work, before anything waits for it. May ask a name server.

@@ -27,6 +27,8 @@ def describe_misfit(error: msgspec.ValidationError, content: Any, kind: type[msg
         return f"{path + '.' if path else ''}{missing[1]}: missing; it has no default"
     if not path and not what.startswith("Expected `"):  # of a check of the struct's own, in its words
         return what
+    if re.match(r"\w+=", what):
+        return f"{path}.{what}"
     value = content
     for name, index in keys:
         value = value[name] if name else value[int(index)]

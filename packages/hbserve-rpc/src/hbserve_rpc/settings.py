@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import msgspec
 
 from hbserve_rpc.messages import Role
+from hbserve_rpc.plain_values import shown
 
 LARGEST = 2.0**62
 """Of all numbers that can be set. Infinity is beyond it."""
@@ -172,6 +173,25 @@ def out_of_bounds(settings: msgspec.Struct) -> Iterator[tuple[str, object, Bound
         value = getattr(settings, name)
         if not bounds.allow(value) and value not in others:
             yield name, value, bounds
+
+
+def misfits(settings: msgspec.Struct) -> Iterator[tuple[str, str]]:
+    """Name of each field that cannot be what it is, and one line that says so: of another type, or out of its bounds.
+
+    For structs that are made in Python, of which msgspec checks nothing, and by its decoders, which call the same.
+    """
+    for field in msgspec.structs.fields(settings):
+        value = getattr(settings, field.name)
+        try:
+            found = msgspec.convert(str(value) if isinstance(value, str) else value, field.type)
+            if isinstance(found, msgspec.Struct) and found is not value:
+                raise msgspec.ValidationError(f"Expected `{type(found).__name__}`, got `{type(value).__name__}`")
+        except msgspec.ValidationError as error:
+            what = str(error)
+            yield field.name, f"{field.name}={shown(value)}: {what[:1].lower()}{what[1:]}"
+            return
+    for name, value, bounds in out_of_bounds(settings):
+        yield name, f"{name}={shown(value)}: expected {bounds.instead_of(value)}"
 
 
 @functools.cache

@@ -17,7 +17,9 @@ from hbserve_rpc.settings import (
     Bounds,
     EngineSettings,
     KVTransferSettings,
+    misfits,
 )
+from hbserve_scheduler.errors import ConfigError
 
 S = TypeVar("S", bound=msgspec.Struct)
 
@@ -96,6 +98,12 @@ class EngineSection(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How one scheduler chooses instances and waits for them.
+
+    Raises:
+        ConfigError: (a ValueError) names the field, the value and what is allowed.
+    """
+
     host: str = "127.0.0.1"
     """Where it serves clients; 0.0.0.0 and :: are every address of its machine."""
     port: Annotated[int, PORT] = 5550
@@ -133,6 +141,10 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     decode instance's from prefill instances. 0: each is made by its first request."""
     max_inflight_requests: Annotated[int, POSITIVE] = 512
     """Requests that may be with one hybrid instance."""
+
+    def __post_init__(self) -> None:
+        for _, problem in misfits(self):
+            raise ConfigError(problem)
 
     def shared_among(self, count: int) -> "SchedulerConfig":
         """For each of so many schedulers of the same instances: all bounds together are about those of one."""

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from hbserve.load.prompts import MOST_TOKENS
+from hbserve.load.prompts import MOST_REQUESTS, MOST_TOKENS
 
 
 class Backend(StrEnum):
@@ -57,7 +57,7 @@ class BenchServeArgs:
     )
     dataset_name: Dataset = Dataset.RANDOM
     dataset_path: Annotated[Path | None, Option(help="The file of a dataset that has one.")] = None
-    num_prompts: Annotated[int | None, Option(min=1, help="1000, or all of a trace.")] = None
+    num_prompts: Annotated[int | None, Option(min=1, max=MOST_REQUESTS, help="1000, or all of a trace.")] = None
     seed: int = 0
     input_len: Annotated[int | None, Option(min=1, max=MOST_TOKENS, help="In place of the dataset's own option.")] = (
         None
@@ -146,7 +146,7 @@ class CompareArgs:
     ] = "2H,1P1D"
     input_len: Length = 1024
     output_len: Length = 128
-    num_prompts: Annotated[int, Option(min=1, help="Of each load.")] = 200
+    num_prompts: Annotated[int, Option(min=1, max=MOST_REQUESTS, help="Of each load.")] = 200
     ready_timeout_s: Annotated[float, Option("--ready-timeout", metavar="SECONDS", help="Until a layout serves.")] = (
         600.0
     )

@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 
+from hbserve.event_data import EventData
 from hbserve.load.http_stream import HttpClient
 from hbserve_rpc import HBServeRpcError
 
@@ -88,17 +89,15 @@ class Answering:
 
     def __init__(self, outcome: Outcome) -> None:
         self._outcome = outcome
-        self._held = b""
+        self._events = EventData()
         self._texts: list[str] = []
         self._last_s = 0.0
 
     def feed(self, data: bytes) -> None:
         """A piece of the body, which has just come."""
         now_s = self._last_s = time.perf_counter()
-        *lines, self._held = (self._held + data).split(b"\n")
-        for line in lines:
-            if line.startswith(b"data:") and (event := line[5:].strip()) != b"[DONE]":
-                self._take(_DECODER.decode(event), now_s)
+        for event in self._events.feed(data):
+            self._take(_DECODER.decode(event), now_s)
 
     def _take(self, event: _Event, now_s: float) -> None:
         outcome = self._outcome

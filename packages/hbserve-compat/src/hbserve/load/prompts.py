@@ -21,7 +21,7 @@ MOONCAKE_BLOCK = 512
 SHAREGPT_FEWEST, SHAREGPT_MOST_PROMPT, SHAREGPT_MOST = 4, 1024, 2048
 """Tokens of a ShareGPT prompt, of its answer, and of both: others are passed over, as vLLM does."""
 
-MOST_TOKENS = 10_000_000
+MOST_TOKENS = MOST_REQUESTS = 10_000_000
 """Of a prompt or an answer: no model has room for more, and a slip of the pen must not fill the memory."""
 
 

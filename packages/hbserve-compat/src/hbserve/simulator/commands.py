@@ -12,7 +12,7 @@ from typing import Annotated
 import msgspec
 from typer import Option
 
-from hbserve.load.prompts import MOONCAKE_BLOCK, MOST_TOKENS
+from hbserve.load.prompts import MOONCAKE_BLOCK, MOST_REQUESTS, MOST_TOKENS
 from hbserve.load.report import goals_of
 from hbserve.output_file import require_folder_of, writing
 from hbserve.plotting import require_plotting
@@ -31,7 +31,8 @@ MOST_MS = 1e9
 MOST_TURNS_A_SECOND = 1e6
 """Of conversations, as many of which go on at a time as come in a minute."""
 ProfileOption = Annotated[str, Option(metavar="NAME|FILE", help=f"One of {', '.join(own_profiles())}, or a file.")]
-Count = Annotated[int, Option(min=0)]
+MOST_INSTANCES, MOST_REPEATS = 100_000, 10_000
+Count = Annotated[int, Option(min=0, max=MOST_INSTANCES)]
 Length = Annotated[int, Option(min=1, max=MOST_TOKENS)]
 
 
@@ -61,12 +62,14 @@ class SimulateArgs:
     prefill_profile: Annotated[
         str | None, Option(metavar="NAME|FILE", help="Of prefill instances, where they are others: of more ranks.")
     ] = None
-    prefill: Annotated[int, Option(min=0, help="Instances; with none of any kind, one pair.")] = 0
+    prefill: Annotated[int, Option(min=0, max=MOST_INSTANCES, help="With none of any kind, one pair.")] = 0
     decode: Count = 0
     hybrid: Count = 0
-    cells: Annotated[int, Option(min=1, help="Deployments that share nothing; sessions are hashed to them.")] = 1
+    cells: Annotated[
+        int, Option(min=1, max=MOST_INSTANCES, help="Deployments that share nothing; sessions are hashed to them.")
+    ] = 1
     config: Annotated[Path | None, Option(help="A deployment's file, for its scheduler and its chunk sizes.")] = None
-    num_requests: Annotated[int, Option(min=1)] = 1000
+    num_requests: Annotated[int, Option(min=1, max=MOST_REQUESTS)] = 1000
     rate: Annotated[float, Option(min=0.001, help="Requests a second.")] = 4.0
     burstiness: Annotated[float, Option(min=0.001, help="1 is a Poisson process, less is burstier.")] = 1.0
     input_len: Length = 1024
@@ -75,7 +78,7 @@ class SimulateArgs:
     conversations: Annotated[bool, Option("--conversations", help="Prompts of Mooncake's conversation shape.")] = False
     trace: Annotated[Path | None, Option(help="A timed trace, of Mooncake's format.")] = None
     speed: Annotated[float, Option(min=0.001, help="Of the trace, by its own.")] = 1.0
-    repeat: Annotated[int, Option(min=1, help="The trace, so many times, with other prompts.")] = 1
+    repeat: Annotated[int, Option(min=1, max=MOST_REPEATS, help="The trace, so many times, with other prompts.")] = 1
     fault: Annotated[
         list[str] | None, Option(metavar="INSTANCE@SECONDS[+DOWN]", help="Kill it then, and start it again after DOWN.")
     ] = None
