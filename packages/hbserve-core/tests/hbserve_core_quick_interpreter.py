@@ -16,8 +16,8 @@ def hasten(patch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Returns what takes the language's meaning back; `patch` has the rest to undo.
 
     It gives the language its meaning once, not again for each launch and each function that a kernel calls; it looks
-    for no overflow of integers, which it would only tell in debug mode; it makes the types and shapes of blocks once,
-    and no broadcast where both sides have the same shape.
+    for no overflow of integers, which it would only tell in debug mode; it makes types, shapes and constants once; and
+    what both sides of an operation have to become it finds out once for each two types, and broadcasts by numpy.
     """
     patch.setattr(interpreter, "_patch_attr", _give_meaning)
     scope = interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
@@ -27,7 +27,8 @@ def hasten(patch: pytest.MonkeyPatch) -> Callable[[], None]:
     patch.setattr(tl.block_type, "__init__", _made_once(tl.block_type.__init__, _block_of))
     patch.setattr(tl.tensor, "__init__", _with_known_shape(tl.tensor.__init__))
     patch.setattr(TritonSemantic, "broadcast_impl_value", _unless_alike(TritonSemantic.broadcast_impl_value))
-    patch.setattr(TritonSemantic, "computation_type_impl", _computed_once(TritonSemantic.computation_type_impl))
+    pairs = _paired_as_before(TritonSemantic.binary_op_type_checking_impl)
+    patch.setattr(TritonSemantic, "binary_op_type_checking_impl", pairs)
     builder = interpreter.interpreter_builder
     patch.setattr(builder, "options", replace(builder.options, sanitize_overflow=False))
     return scope.restore
@@ -78,15 +79,14 @@ def _made_once(make: Callable[..., None], key_of: Callable[..., Any]) -> Callabl
 
 
 def _with_known_shape(make: Callable[..., None]) -> Callable[..., None]:
-    found: dict[tuple[Any, ...], tuple[Any, Any]] = {}
+    found: dict[str, tuple[Any, Any]] = {}
 
     def init(made: Any, handle: Any, kind: Any) -> None:
-        key = _shape_of(kind.shape) if kind.is_block() else ()
-        if key in found:
-            made.handle, made.type, made.dtype, (made.shape, made.numel) = handle, kind, kind.scalar, found[key]
+        if kind.name in found:
+            made.handle, made.type, made.dtype, (made.shape, made.numel) = handle, kind, kind.scalar, found[kind.name]
         else:
             make(made, handle, kind)
-            found[key] = made.shape, made.numel
+            found[kind.name] = made.shape, made.numel
 
     return init
 
@@ -101,16 +101,42 @@ def _unless_alike(broadcast: Callable[..., Any]) -> Callable[..., Any]:
     return broadcast_both
 
 
-def _computed_once(compute: Callable[..., Any]) -> Callable[..., Any]:
-    found: dict[Any, Any] = {}
+def _paired_as_before(pair: Callable[..., Any]) -> Callable[..., Any]:
+    """What both sides of an operation become, which only their types say: constants are made once, and a side that is
+    only broadcast keeps its data, as numpy broadcasts it anyway."""
+    found: dict[Any, tuple[Any, Any]] = {}
 
-    def known(semantic: Any, left: Any, is_left_scalar: bool, right: Any, is_right_scalar: bool, divides: bool) -> Any:
-        key = left.name, is_left_scalar, right.name, is_right_scalar, divides
-        if key not in found:
-            found[key] = compute(semantic, left, is_left_scalar, right, is_right_scalar, divides)
-        return found[key]
+    def paired(semantic: Any, left: Any, right: Any, *options: Any, **others: Any) -> Any:
+        key = _pair_key(left), _pair_key(right), options, others.get("div_or_mod", False)
+        if key in found:
+            return tuple(map(_become, (left, right), found[key]))
+        pair_of = pair(semantic, left, right, *options, **others)
+        if all(map(_keeps_its_numbers, (left, right), pair_of)):
+            found[key] = tuple(map(_what_becomes, (left, right), pair_of))
+        return pair_of
 
-    return known
+    return paired
+
+
+def _pair_key(side: Any) -> Any:
+    return side.type.name if isinstance(side, tl.tensor) else (type(side), repr(side))
+
+
+def _keeps_its_numbers(given: Any, made: Any) -> bool:
+    return not isinstance(given, tl.tensor) or given.dtype == made.dtype
+
+
+def _what_becomes(given: Any, made: Any) -> Any:
+    """Of a side: itself, what it is as a block of that type, or the constant that it is."""
+    if made is given:
+        return None
+    return made.type if isinstance(given, tl.tensor) else made
+
+
+def _become(given: Any, what: Any) -> Any:
+    if what is None:
+        return given
+    return what if isinstance(what, tl.tensor) else tl.tensor(given.handle, what)
 
 
 def _with_8_bit_floats(convert: Callable[..., Any]) -> Callable[..., Any]:
