@@ -50,19 +50,26 @@ def test_a_module_and_a_file_run_too_and_their_exit_status_is_that_of_the_progra
 def test_it_ends_as_any_other_but_for_the_destructors_of_libraries():
     """What has been printed, by C too, is written; exit handlers and objects' ends are called; the status is kept."""
     code = """
-import atexit, ctypes, sys
+import atexit, ctypes, sys, weakref
 class Object:
     def __del__(self, write=sys.stdout.write):
         write("object ")
 held = Object()
 atexit.register(print, "handler", end=" ")
+weakref.finalize(Object, print, "finalizer", end=" ")
 libc = ctypes.CDLL(None)
 libc.printf(b"from C ")
 sys.exit(7)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (7, "")
-    assert sorted(done.stdout.split()) == sorted(["from", "C", "handler", "object"])
+    assert sorted(done.stdout.split()) == sorted(["from", "C", "handler", "finalizer", "object"])
+
+
+def test_finalizers_of_what_all_share_are_not_called_when_it_ends():
+    """torch has thousands, which took a fork longer than all else."""
+    code = "import sys, weakref; print(sum(each.atexit for each in weakref.finalize._registry), 'torch' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True, timeout=60) == "0 True\n"
 
 
 def test_what_it_prints_is_there_at_once_if_it_is_told_to_hold_nothing_back():
