@@ -68,25 +68,21 @@ def test_neither_files_of_the_users_folder_nor_his_environment_change_the_answer
     assert done.stdout == answer(12).encode("ascii", "backslashreplace") + b"\nand one\n", done.stderr.decode()
 
 
-HBSERVE = ("-m", "hbserve")
 # Also where these tests run under `nohup`.
-HEEDS_SIGHUP = (
-    "-c",
-    "import runpy, signal; signal.signal(signal.SIGHUP, signal.SIG_DFL); runpy.run_module('hbserve', None, '__main__')",
+HEEDS_SIGHUP = "signal.signal(signal.SIGHUP, signal.SIG_DFL)"
+BLOCKS_SIGTERM_AND_IGNORES_SIGCHLD = (
+    "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM]); signal.signal(signal.SIGCHLD, signal.SIG_IGN)"
 )
 
 
-def start(
-    config: Path,
-    prepare: Callable[[], object] | None = None,
-    *,
-    program: tuple[str, str] = HBSERVE,
-    num_tokens: int = 100000,
-) -> tuple[subprocess.Popen[bytes], list[int]]:
-    """A command in the middle of an answer that lasts a second, and its instances."""
+def start(config: Path, inherits: str = "", *, num_tokens: int = 100000) -> tuple[subprocess.Popen[bytes], list[int]]:
+    """A command in the middle of an answer that lasts a second, and its instances. inherits: what its process does
+    first, as if whoever started it had done so."""
+    program = ["-c", f"import runpy, signal; {inherits}; runpy.run_module('hbserve', None, '__main__')"]
     client = subprocess.Popen(
-        [sys.executable, "-P", *program, "generate", "Hello", "--config", config, f"--max-tokens={num_tokens}"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=prepare,
+        [sys.executable, "-P", *(program if inherits else ["-m", "hbserve"]), "generate", "Hello", "--config", config,
+         f"--max-tokens={num_tokens}"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     assert client.stdout is not None
     assert os.read(client.stdout.fileno(), 1)
@@ -102,15 +98,10 @@ def wait_for_the_end_of(pids: list[int]) -> None:
         time.sleep(0.05)
 
 
-def block_sigterm_and_ignore_sigchld() -> None:
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-
-
-ENDS: dict[str, tuple[dict[str, Any], list[signal.Signals], int]] = {
-    "Ctrl-C for all, thrice": ({}, [signal.SIGINT] * 3, 130),
-    "the terminal closes": ({"program": HEEDS_SIGHUP}, [signal.SIGHUP], 129),
-    "SIGTERM, which was blocked": ({"prepare": block_sigterm_and_ignore_sigchld}, [signal.SIGTERM], 143),
+ENDS = {
+    "Ctrl-C for all, thrice": ("", [signal.SIGINT] * 3, 130),
+    "the terminal closes": (HEEDS_SIGHUP, [signal.SIGHUP], 129),
+    "SIGTERM, which was blocked": (BLOCKS_SIGTERM_AND_IGNORES_SIGCHLD, [signal.SIGTERM], 143),
 }
 
 
@@ -118,8 +109,8 @@ ENDS: dict[str, tuple[dict[str, Any], list[signal.Signals], int]] = {
 @pytest.mark.parametrize("name", ENDS)
 def test_a_signal_ends_everything_in_order_and_without_a_word(config, name):
     # Known elsewhere: vLLM #7554.
-    how, numbers, status = ENDS[name]
-    client, instances = start(config, **how)
+    inherits, numbers, status = ENDS[name]
+    client, instances = start(config, inherits)
     for number in numbers:
         for pid in [client.pid, *instances] if len(numbers) > 1 else [client.pid]:
             if alive(pid):
