@@ -106,6 +106,39 @@ for environment in (None, elsewhere):
     assert subprocess.check_output([sys.executable, "-c", code], text=True, env=environment, timeout=60) == "0\n1\n"
 
 
+OF_MULTIPROCESSING = """
+import multiprocessing, os, sys, time
+def say(pipe):
+    pipe.send(("torch" in sys.modules, os.getppid(), multiprocessing.current_process().name, pipe.recv()))
+def sleep():
+    time.sleep(60)
+if __name__ == "__main__":
+    context = multiprocessing.get_context(sys.argv[1])
+    ours, theirs = context.Pipe()
+    process = context.Process(target=say, args=(theirs,), name="its name")
+    process.start()
+    theirs.close()
+    ours.send("sent")
+    warm, parent, *rest = ours.recv()
+    process.join(30)
+    is_child = parent == os.getpid()
+    sleeper = context.Process(target=sleep)
+    sleeper.start()
+    sleeper.kill()
+    sleeper.join(30)
+    print(warm, is_child, *rest, process.exitcode, sleeper.exitcode)
+"""
+
+
+@pytest.mark.parametrize(("how", "is_child"), [("spawn", True), ("forkserver", False)])
+def test_processes_of_multiprocessing_are_forks_too_with_the_files_that_they_are_passed(tmp_path, how, is_child):
+    (tmp_path / "program.py").write_text(OF_MULTIPROCESSING)
+    done = subprocess.run(
+        [sys.executable, tmp_path / "program.py", how], capture_output=True, text=True, timeout=60, cwd=tmp_path
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"True {is_child} its name sent 0 -9\n", "")
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_signal_ends_it_and_what_it_has_started_is_its_own_child(number):
     code = """

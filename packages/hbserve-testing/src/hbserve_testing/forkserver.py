@@ -13,6 +13,7 @@ takes the modules apart that all forks share: that needs a cold one.
 import atexit
 import contextlib
 import ctypes
+import fcntl
 import gc
 import importlib
 import importlib.util
@@ -55,6 +56,7 @@ TITLE = "hbserve-forkserver"
 HUGE_PAGE, MADV_COLLAPSE = 1 << 21, 25  # Linux since 6.1; where there are none, nothing changes
 _LONGEST_TITLE = 4096
 _LONGEST_REQUEST = 1 << 20
+_MOST_FILES = 64
 NUM_THREADS, SEARCHED = "OMP_NUM_THREADS", "PYTHONPATH"
 UNBUFFERED, SAFE_PATH = "-u", "-P"
 """Options of the interpreter that a fork knows."""
@@ -73,6 +75,8 @@ class Program:
     new_session: bool
     namespace: str
     """Of the network; empty: that of whoever starts it."""
+    passed: list[int]
+    """File descriptors that it has beside its streams, by these numbers."""
 
 
 def server_command(connection: int) -> list[str]:
@@ -82,17 +86,18 @@ def server_command(connection: int) -> list[str]:
 
 def ask(connection: socket.socket, program: Program, streams: list[int]) -> int:
     """Have a forkserver start a program with these standard streams; returns its pid."""
-    socket.send_fds(connection, [json.dumps(asdict(program)).encode()], streams)
+    socket.send_fds(connection, [json.dumps(asdict(program)).encode()], [*streams, *program.passed])
     if not (answer := connection.recv(64)):
         raise OSError(f"the forkserver has ended; it should have started {program.arguments}")
     return int(answer)
 
 
 def _serve(connection: socket.socket) -> tuple[Program, list[int]]:
-    """Fork for whoever asks. Returns in each fork; the forkserver itself ends with the process that it serves."""
+    """Fork for whoever asks. Returns in each fork, with its streams and what it is passed; the forkserver itself ends
+    with the process that it serves."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is not for it
     while True:
-        request, streams, _, _ = socket.recv_fds(connection, _LONGEST_REQUEST, 3)
+        request, files, _, _ = socket.recv_fds(connection, _LONGEST_REQUEST, _MOST_FILES)
         if not request:
             os._exit(0)
         read, write = os.pipe()
@@ -107,15 +112,15 @@ def _serve(connection: socket.socket) -> tuple[Program, list[int]]:
             os.write(write, str(os.getpid()).encode())
             for fd in (read, write, connection.detach()):
                 os.close(fd)
-            return program, streams
+            return program, files
         os.waitpid(between, 0)
-        for fd in (write, *streams):
+        for fd in (write, *files):
             os.close(fd)
         connection.send(os.read(read, 64))
         os.close(read)
 
 
-def _become(program: Program, streams: list[int]) -> None:
+def _become(program: Program, files: list[int]) -> None:
     """Make a fork what a new process of this program would be."""
     if program.new_session:
         os.setsid()
@@ -126,10 +131,8 @@ def _become(program: Program, streams: list[int]) -> None:
     _look_in(program.environment.get(SEARCHED, ""))
     os.environ.clear()
     os.environ.update(program.environment)
-    for own, fd in enumerate(streams):
-        os.dup2(fd, own)
-        os.close(fd)
-    _fork_a_forkserver()
+    _number(files, [0, 1, 2, *program.passed])
+    _fork_a_forkserver(program.passed)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for own, name in enumerate(("stdin", "stdout", "stderr")):
         stream = _open(own, name, UNBUFFERED in program.options)
@@ -140,6 +143,17 @@ def _become(program: Program, streams: list[int]) -> None:
 
         torch.set_num_threads(int(threads))
     _leave_libraries_as_they_are()
+
+
+def _number(files: list[int], numbers: list[int]) -> None:
+    """Give these files these numbers, which others of them may have."""
+    beyond = 1 + max(numbers)
+    elsewhere = [fcntl.fcntl(fd, fcntl.F_DUPFD, beyond) for fd in files]
+    for fd in files:
+        os.close(fd)
+    for fd, number in zip(elsewhere, numbers, strict=True):
+        os.dup2(fd, number)
+        os.close(fd)
 
 
 def _open(own: int, name: str, unbuffered: bool) -> io.TextIOWrapper:
@@ -167,7 +181,7 @@ def _leave_libraries_as_they_are() -> None:
     libc.on_exit(libc._exit, None)  # with the exit status; the last to be registered is the first to be called
 
 
-def _fork_a_forkserver() -> None:
+def _fork_a_forkserver(passed: list[int]) -> None:
     """For what this process starts. Returns in the process, and in each fork of its forkserver once it is ready."""
     from hbserve_testing.warm_starts import WarmStarts
 
@@ -179,16 +193,17 @@ def _fork_a_forkserver() -> None:
         return
     ours.close()
     _set_title([TITLE])
-    nowhere = os.open(os.devnull, os.O_RDWR)  # it holds none of its process's streams open
+    nowhere = os.open(os.devnull, os.O_RDWR)  # it holds none of its process's files open
     for own in range(3):
         os.dup2(nowhere, own)
-    os.close(nowhere)
+    for fd in (nowhere, *passed):
+        os.close(fd)
     theirs.send(b"ready")
     begin(*_serve(theirs))
 
 
-def begin(program: Program, streams: list[int]) -> NoReturn:
-    _become(program, streams)
+def begin(program: Program, files: list[int]) -> NoReturn:
+    _become(program, files)
     shared = set(sys.modules) - {"__main__"}
     _end(_status_of(program), shared)
 

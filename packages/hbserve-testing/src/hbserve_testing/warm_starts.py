@@ -1,14 +1,15 @@
-"""Popen whose Python programs are forks of a forkserver: see forkserver.py."""
+"""Popen whose Python programs are forks of a forkserver, and multiprocessing's: see forkserver.py."""
 
 import contextlib
 import ctypes
 import inspect
+import multiprocessing.util
 import os
 import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import takewhile
 from typing import Any
 
@@ -20,6 +21,8 @@ _ONLY_COLD = ("executable", "preexec_fn", "pass_fds", "shell", "gid", "gids", "u
 """What of Popen's arguments a forkserver does not do."""
 _ELSEWHERE = ["ip", "netns", "exec"]
 """Before a namespace and a program: it needs no process in between that would run it."""
+_TRACKER = "multiprocessing.resource_tracker"
+"""Is small, and lives as long as whoever has started it."""
 _READ_AT_START = ("PYTHON", "LD_", "OMP_", "MKL_", "KMP_", "CUDA_")
 """Beginnings of variables that an interpreter, or a library in it, reads once: who changes one gets a cold process. Not
 Triton's, which no fork has loaded."""
@@ -29,7 +32,8 @@ modules that are not there yet where it is told to."""
 
 
 class WarmStarts:
-    """Makes `subprocess.Popen`, and so asyncio, start Python programs from a forkserver while `is_on`."""
+    """Makes `subprocess.Popen`, and so asyncio, start Python programs from a forkserver while it is on, and
+    multiprocessing its processes and its own forkserver."""
 
     def __init__(self, connection: socket.socket | None = None) -> None:
         """`connection`: to the forkserver of this process. Without, it starts one when it is first switched on."""
@@ -41,6 +45,7 @@ class WarmStarts:
         self._server: subprocess.Popen[bytes] | None = None
         self._cold = subprocess.Popen._execute_child  # type: ignore[attr-defined]
         self._signature = inspect.signature(self._cold)
+        self._cold_spawn = multiprocessing.util.spawnv_passfds
 
     @staticmethod
     def of_this_process() -> "WarmStarts":
@@ -54,7 +59,7 @@ class WarmStarts:
 
         def execute_child(popen: Any, *arguments: Any) -> None:
             given = warm._signature.bind(popen, *arguments).arguments
-            program = warm._program(given) if warm._is_on else None
+            program = warm._program_of(given)
             if program is None:
                 warm._cold(popen, *arguments)
             else:
@@ -62,6 +67,13 @@ class WarmStarts:
 
         execute_child.warm_starts = self  # type: ignore[attr-defined]
         subprocess.Popen._execute_child = execute_child  # type: ignore[attr-defined]
+
+        def spawn(path: Any, arguments: Sequence[Any], passed: Sequence[Any]) -> int:
+            needs_torch = not any(_TRACKER in os.fsdecode(word) for word in arguments)
+            program = warm._program(arguments, passed=passed) if needs_torch else None
+            return warm._cold_spawn(path, arguments, passed) if program is None else warm._ask(program, [0, 1, 2])
+
+        multiprocessing.util.spawnv_passfds = spawn  # type: ignore[assignment]
 
     def switch(self, is_on: bool) -> None:
         """Linux only: elsewhere all programs are cold."""
@@ -80,30 +92,42 @@ class WarmStarts:
         if self._server is not None:
             self._server.wait(60)
 
-    def _program(self, given: Mapping[str, Any]) -> Program | None:
-        """None: only a cold start can be what is asked for."""
+    def _program_of(self, given: Mapping[str, Any]) -> Program | None:
+        """By what Popen is given."""
         if isinstance(given["args"], str | bytes | os.PathLike) or any(given[name] for name in _ONLY_COLD):
             return None
-        words = list(map(os.fsdecode, given["args"]))
+        return self._program(given["args"], given["env"], given["cwd"], given["start_new_session"])
+
+    def _program(
+        self, command: Sequence[Any], env: Mapping[Any, Any] | None = None, folder: Any = None,
+        new_session: bool = False, passed: Sequence[int] = (),
+    ) -> Program | None:  # fmt: skip
+        """None: only a cold start can be what is asked for."""
+        if not self._is_on:
+            return None
+        words = list(map(os.fsdecode, command))
         namespace = words[3] if words[:3] == _ELSEWHERE else ""
         interpreter, *arguments = words[4 if namespace else 0 :]
         options = list(takewhile((UNBUFFERED, SAFE_PATH).__contains__, arguments))
         arguments = arguments[len(options) :]
         what = arguments[0] if arguments and interpreter == sys.executable else "-"
-        environment = dict(os.environ if given["env"] is None else given["env"])
-        if (what[0] == "-" and what not in ("-m", "-c")) or _read_once(environment) != _read_once(self._environment):
+        environment = dict(os.environ if env is None else env)
+        is_another = _read_once(environment) != _read_once(self._environment)
+        if is_another or (what[0] == "-" and what not in ("-m", "-c")):
             return None
-        folder = os.path.abspath(os.fsdecode(given["cwd"] or "."))
-        return Program(options, arguments, folder, environment, given["start_new_session"], namespace)
+        place = os.path.abspath(os.fsdecode(folder or "."))
+        return Program(options, arguments, place, environment, new_session, namespace, sorted(passed))
 
     def _start(self, popen: Any, program: Program, given: Mapping[str, Any]) -> None:
-        assert self._connection is not None
         ends = [given[name] for name in ("p2cread", "c2pwrite", "errwrite")]
-        streams = [own if end == -1 else end for own, end in enumerate(ends)]
-        with self._lock, _adopting():
-            popen.pid = ask(self._connection, program, streams)
+        popen.pid = self._ask(program, [own if end == -1 else end for own, end in enumerate(ends)])
         popen._child_created = True
         popen._close_pipe_fds(*(given[name] for name in _PIPES))
+
+    def _ask(self, program: Program, streams: list[int]) -> int:
+        assert self._connection is not None
+        with self._lock, _adopting():
+            return ask(self._connection, program, streams)
 
 
 @contextlib.contextmanager
