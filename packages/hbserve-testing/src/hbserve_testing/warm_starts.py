@@ -99,9 +99,13 @@ class WarmStarts:
         return self._program(given["args"], given["env"], given["cwd"], given["start_new_session"])
 
     def _program(
-        self, command: Sequence[Any], env: Mapping[Any, Any] | None = None, folder: Any = None,
-        new_session: bool = False, passed: Sequence[int] = (),
-    ) -> Program | None:  # fmt: skip
+        self,
+        command: Sequence[Any],
+        env: Mapping[Any, Any] | None = None,
+        folder: Any = None,
+        new_session: bool = False,
+        passed: Sequence[int] = (),
+    ) -> Program | None:
         """None: only a cold start can be what is asked for."""
         if not self._is_on:
             return None
