@@ -273,11 +273,11 @@ def _has_ipv6() -> bool:
 
 
 LONGEST = (
-    "test_vanishing_hosts.py", "test_kernel_compilation.py", "test_processes.py", "test_pd_tokens.py",
-    "test_surroundings.py", "test_hosts.py", "test_serve_http.py", "test_cli.py", "test_triton_path.py",
-    "test_peer_deaths.py", "test_hostile_commands.py", "test_examples.py", "test_pd_instances.py", "test_kernels.py",
+    "test_peer_deaths.py", "test_surroundings.py", "test_kernels.py", "test_vanishing_hosts.py", "test_triton_path.py",
+    "test_pd_instances.py", "test_pd_deaths.py", "test_chunk_sizes.py", "test_pd_tokens.py", "test_vllm_deaths.py",
+    "test_benchmarks.py", "test_processes.py", "test_hosts.py", "test_serve_http.py",
 )  # fmt: skip
-"""Files of over 20 s, the longest first: one that a worker began last would leave the others idle. Those that wait, for
+"""Files of over 17 s, the longest first: one that a worker began last would leave the others idle. Those that wait, for
 hosts and processes, stand between those that compute."""
 
 

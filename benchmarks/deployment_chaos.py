@@ -32,7 +32,6 @@ from hbserve_rpc import HBServeRpcError, SamplingParams
 from hbserve_rpc.messages import GenerateRequest, RequestFinished, SchedulerStats
 from hbserve_scheduler import RemoteScheduler, load_config
 from hbserve_testing.processes import end_as_by_ctrl_c
-from hbserve_testing.small_models import write_small_model
 
 AT_ONCE = 20
 STEP_S, TOKEN_S = 0.01, 0.0001
@@ -130,13 +129,17 @@ def free_ports(count: int) -> list[int]:
 
 
 @contextlib.asynccontextmanager
-async def deployment(folder: Path) -> AsyncIterator[tuple[dict[str, Child], RemoteScheduler]]:
+async def deployment(folder: Path, model: Path | None) -> AsyncIterator[tuple[dict[str, Child], RemoteScheduler]]:
     from hbserve.launcher import instance_settings
 
-    write_small_model(folder, "qwen3")
+    if model is None:
+        from hbserve_testing.small_models import write_small_model
+
+        model = folder / "model"
+        write_small_model(model, "qwen3")
     *ports, port = free_ports(len(ROLES) + 1)
     content = {
-        "model": {"path": str(folder), "max_model_len": 256},
+        "model": {"path": str(model), "max_model_len": 256},
         "gpu_instances": [
             {"instance_id": name, "instance_type": role, "port": at, "kv_rank": number}
             for number, ((name, role), at) in enumerate(zip(ROLES.items(), ports, strict=True))
@@ -150,7 +153,7 @@ async def deployment(folder: Path) -> AsyncIterator[tuple[dict[str, Child], Remo
     command = ["-m", "hbserve_scheduler", "--config", str(path)]
     children = {"scheduler": Child("scheduler", folder / "scheduler.log", command)}
     for each in config.gpu_instances:
-        settings = json.dumps(instance_settings(config, each, folder, log_level="WARNING")).encode() + b"\n"
+        settings = json.dumps(instance_settings(config, each, model, log_level="WARNING")).encode() + b"\n"
         children[each.instance_id] = Child(
             each.instance_id, folder / f"{each.instance_id}.log", [__file__, "--instance"], settings
         )
@@ -301,9 +304,9 @@ async def thaw(event: str, child: Child) -> None:
     child.signal(signal.SIGCONT)
 
 
-async def run(num_requests: int) -> bool:
+async def run(num_requests: int, model: Path | None) -> bool:
     with tempfile.TemporaryDirectory() as name:
-        async with deployment(Path(name)) as (children, remote):
+        async with deployment(Path(name), model) as (children, remote):
             await wait_for(remote, are_ready)
             clients, size = Clients(remote), -(-num_requests // (NUM_SLICES + 1))
             await clients.run(NUM_PROMPTS, Slice())
@@ -347,12 +350,13 @@ async def told_all(slices: list[Slice], remote: RemoteScheduler) -> bool:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=4000)
+    parser.add_argument("--model", type=Path, help="a model folder; none: a small random one is made")
     parser.add_argument("--instance", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.instance:
         return serve_instance()
     end_as_by_ctrl_c()
-    return 0 if asyncio.run(run(arguments.requests)) else 1
+    return 0 if asyncio.run(run(arguments.requests, arguments.model)) else 1
 
 
 if __name__ == "__main__":

@@ -231,8 +231,8 @@ WAYS = (
     Way("nccl, high priority, 16 CTAs", "nccl", {"MOST_CTAS": 16}),
     Way("nccl, high priority, 8 CTAs", "nccl", {"MOST_CTAS": 8}),
 )
-PREFILL_S = 0.25
-"""Of products, in one go."""
+PREFILL_S = {True: 0.25, False: 0.05}
+"""Of products, in one go, on a GPU and on a CPU."""
 
 
 class Prefill:
@@ -248,7 +248,7 @@ class Prefill:
         self._stream = torch.cuda.Stream(device) if is_gpu else None
         self._num_layers = 10
         took_s = statistics.median(self.begin()() for _ in range(5))
-        self._num_layers = max(1, int(self._num_layers * PREFILL_S / took_s))
+        self._num_layers = max(1, int(self._num_layers * PREFILL_S[is_gpu] / took_s))
 
     def begin(self) -> Callable[[], float]:
         """Queue the products. The result waits until they are done, and returns the seconds that they took; on a CPU it

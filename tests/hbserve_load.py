@@ -64,7 +64,7 @@ async def main(address: str) -> None:
             if is_over.is_set():
                 return
             await request(scheduler, lane, number)
-            await asyncio.sleep(0.25)  # leaves the processor to the others
+            await asyncio.sleep(0.5)  # leaves the processor to the others
 
     async with asyncio.TaskGroup() as group:
         for number in range(AT_ONCE):

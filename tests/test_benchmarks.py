@@ -104,9 +104,9 @@ def test_the_time_of_a_simulation_is_said_with_its_figures():
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-async def test_a_deployment_under_chaos_ends_with_who_is_told_to_end(number):
+async def test_a_deployment_under_chaos_ends_with_who_is_told_to_end(small_model, number):
     nowhere = asyncio.subprocess.DEVNULL
-    command = [sys.executable, str(FOLDER / "deployment_chaos.py")]
+    command = [sys.executable, str(FOLDER / "deployment_chaos.py"), "--model", str(small_model("qwen3"))]
     chaos = await asyncio.create_subprocess_exec(*command, stdout=nowhere, stderr=nowhere)
     try:
         await until(lambda: len(children_of(chaos.pid)) == 5)  # a scheduler, and four instances

@@ -1,5 +1,6 @@
 """Configuration files for commands that start a pair of instances."""
 
+import importlib.util
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -15,8 +16,11 @@ def pytest_configure() -> None:
     """What takes 15 ms each time is made once: the parser of all commands, for each one that a test runs here, and what
     a client of HTTP would trust over TLS."""
     typer.testing._get_command = cache(typer.testing._get_command)
-    transports: Any = httpx._transports.default
-    transports.create_ssl_context = cache(httpx.create_ssl_context)
+    if importlib.util.find_spec("httpx") is not None:
+        import httpx
+
+        transports: Any = httpx._transports.default
+        transports.create_ssl_context = cache(httpx.create_ssl_context)
 
 
 @pytest.fixture

@@ -273,8 +273,8 @@ def test_the_time_is_linear_in_the_tokens(kind, tokens, stops):
         return time.process_time() - began_s
 
     seconds(100)
-    short, long = min(seconds(1000) for _ in range(3)), min(seconds(8000) for _ in range(2))
-    assert long < 8 * 3 * short + 0.05
+    short = min(seconds(1000) for _ in range(3))
+    assert any(seconds(8000) < 8 * 3 * short + 0.05 for _ in range(2))
 
 
 @given(text=st.text("ab", max_size=60), stops=st.lists(st.text("ab", min_size=1, max_size=5), min_size=1, max_size=4))

@@ -538,7 +538,7 @@ def language_is_interpreted() -> Iterator[None]:
 
 
 @pytest.fixture
-def fewer_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+def fewer_programs(language_is_interpreted: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """For whole steps: the interpreter takes as long for a program, however much of the work it has."""
     if importlib.util.find_spec("triton") is not None:
         from hbserve_core.cuda_runner.kernels import few_rows_linear, prefill_attention
@@ -548,7 +548,7 @@ def fewer_programs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def one_kernel_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def one_kernel_at_a_time(language_is_interpreted: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton's interpreter is not made for threads; nor is Python 3.11's `ast.parse` (python/cpython#106905), by which
     it rewrites a kernel at its first launch."""
     import threading

@@ -107,7 +107,7 @@ def _paired_as_before(pair: Callable[..., Any]) -> Callable[..., Any]:
     found: dict[Any, tuple[Any, Any]] = {}
 
     def paired(semantic: Any, left: Any, right: Any, *options: Any, **others: Any) -> Any:
-        key = _pair_key(left), _pair_key(right), options, others.get("div_or_mod", False)
+        key = _pair_key(left), _pair_key(right), options, tuple(others.items())
         if key in found:
             return tuple(map(_become, (left, right), found[key]))
         pair_of = pair(semantic, left, right, *options, **others)

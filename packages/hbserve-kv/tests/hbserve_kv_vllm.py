@@ -492,7 +492,7 @@ def serve(control: Connection, port: int, backend: str, num_blocks: int, timeout
     is_paused = False
     with contextlib.suppress(EOFError):
         while True:
-            while control.poll(0.002):
+            while control.poll(0.005):
                 what, *arguments = control.recv()
                 if what == "pause":
                     is_paused = arguments[0]

@@ -37,7 +37,10 @@ from hbserve_testing.namespaces import enter, mount_files
 
 PRELOADED = (
     "torch",
+    "encodings.idna",
+    "llguidance",
     "hbserve_core",
+    "hbserve_core.instance.process",
     "hbserve_core.ranks.distributed_group",
     "hbserve_core.transfers.rank_transfers",
     "hbserve_kv.transports.ipc",
@@ -46,7 +49,9 @@ PRELOADED = (
     "hbserve.disaggregated",
     "hbserve.generate",
     "hbserve.hybrid",
+    "hbserve.live_view",
     "hbserve.serve",
+    "hbserve.server.front_end",
     "typer._adapters",
     "uvicorn",
 )
