@@ -142,13 +142,6 @@ def _surplus(file: Path, config: Any) -> list[str]:
     return [".".join(each) for each in names if each[0] == "blk" and int(each[1]) >= config.num_hidden_layers]
 
 
-def _surplus(file: Path, config: Any) -> list[str]:
-    """Tensors of layers beyond those that a GGUF file says it has."""
-    gguf = importlib.import_module("gguf")
-    names = [each.name.split(".") for each in gguf.GGUFReader(file).tensors]
-    return [".".join(each) for each in names if each[0] == "blk" and int(each[1]) >= config.num_hidden_layers]
-
-
 def write_main(file: Path, scratch: Path, folder: Path) -> None:
     """What the writing process does. `scratch` becomes `folder`, or goes."""
     try:
