@@ -253,5 +253,5 @@ def test_a_client_and_a_server_that_were_never_closed_are_collected_without_wait
 async def test_where_something_else_listens_the_error_says_that_there_is_no_connection(rpc, connect):
     with socket.create_server(("127.0.0.1", 0)) as other:  # which says nothing, as a web server that waits to be asked
         client = await connect(f"127.0.0.1:{other.getsockname()[1]}", heartbeat_timeout_s=0.3)
-        with pytest.raises(PeerLost, match=r"was silent for .* during .*; there is no connection: nobody who speaks"):
+        with pytest.raises(PeerLost, match=r"was silent for .* during .*; there is no connection: nothing that speaks"):
             await client.call(rpc.CALL, rpc.Ask(), timeout_s=20)
