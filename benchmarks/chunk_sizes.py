@@ -17,12 +17,13 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, Literal
 
+import torch
+
 from hbserve_core import Engine, InstanceConfig, make_runner
 from hbserve_core.bench.simulated_device import H100_06B, H100_8B, SimulatedDevice
 from hbserve_core.engine.step_times import StepWork
 from hbserve_rpc import SamplingParams
 
-GRAPH_TOKENS = 2048
 GREEDY: dict[str, Any] = {"temperature": 0, "ignore_eos": True}
 
 
@@ -41,7 +42,7 @@ def main() -> None:
     parser.add_argument("--simulated", choices=["8b", "0.6b"], default="8b")
     parser.add_argument(
         "--launch-ms", type=float, default=0.0,
-        help="what the host takes to launch the kernels of a simulated step without a CUDA graph, of over 2048 tokens",
+        help="what the host takes to launch the kernels of a simulated step without a CUDA graph",
     )  # fmt: skip
     parser.add_argument("--sizes", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096, 8192])
     parser.add_argument("--requests", type=int, default=1000)
@@ -90,10 +91,11 @@ def serve(args: argparse.Namespace, size: int | Literal["auto"], work: list[tupl
         device_s = H100_8B if args.simulated == "8b" else H100_06B
 
         def law(work: StepWork) -> float:
-            return max(device_s(work), 1e-3 * args.launch_ms if work.num_tokens > GRAPH_TOKENS else 0.0)
+            return max(device_s(work), 1e-3 * args.launch_ms if work.num_tokens > config.most_graph_tokens else 0.0)
 
         model: Any = SimpleNamespace(vocab_size=1000, max_model_len=1 << 30, reach=0, eos_token_ids=())
         runner = device = SimulatedDevice(model, 1 << 16, law, lambda: 0.0005)
+        device.device = torch.device("cuda" if args.launch_ms else "cpu")
         engine, clock = Engine(config, runner, device.clock), device.clock
 
         def sleep(seconds: float) -> None:

@@ -4,15 +4,17 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
+import torch
 
 from hbserve_core import Engine, InstanceConfig
 from hbserve_core.bench.simulated_device import H100_06B, H100_8B, SimulatedDevice
 from hbserve_core.engine.step_times import (
     FEWEST_BESIDE_DECODES,
     FEWEST_TOKENS,
+    LAUNCH_S,
     SHORT_TOKENS,
     STEP_S,
     ChunkSizes,
@@ -197,6 +199,52 @@ def test_sizes_that_were_never_seen_are_taken_to_be_in_proportion():
     for _ in range(20):
         times.learn(decode.with_chunk(0, FEWEST_BESIDE_DECODES), 0.004)
     assert FEWEST_BESIDE_DECODES < sizes.of_step(decode, [], []) <= 2.5 * FEWEST_BESIDE_DECODES
+
+
+def waiting(*lengths: int) -> Any:
+    return [SimpleNamespace(num_computed_tokens=0, num_uncomputed_tokens=each, prefill_only=True) for each in lengths]
+
+
+def test_a_step_beyond_the_cuda_graphs_is_one_that_the_host_launches_in_less_time_than_the_device_computes():
+    config = InstanceConfig(
+        model_path="", role="prefill", max_num_batched_tokens=16384, max_chunk_prefill_tokens=16384, max_num_seqs=8
+    )
+    in_graph, nothing, many = config.most_graph_tokens, StepWork(0, 0, 0), waiting(*[2048] * 40)
+
+    def sizes(token_s: float, has_graphs: bool = True) -> ChunkSizes:
+        return ChunkSizes(config, config.role, lambda work: token_s * work.num_tokens, has_graphs=has_graphs)
+
+    quick, slow, unknown = sizes(2.6e-6), sizes(24e-6), ChunkSizes(config, config.role, lambda _: None, has_graphs=True)
+    assert quick.of_step(nothing, [], waiting(9000)) == in_graph
+    assert quick.of_step(nothing, [], many) == in_graph
+    assert quick.of_step(StepWork(16, 8000, 16000), [], many) == in_graph - 16
+    assert sizes(2.6e-6, has_graphs=False).of_step(nothing, [], many) == 40 * 2048 // 8
+    assert slow.of_step(nothing, [], many) == 40 * 2048 // 8
+    assert unknown.of_step(nothing, [], many) == in_graph
+    of_two = waiting(in_graph + 1000)[
+        0
+    ]  # its last chunk would be half a step, and the one before it longer than a graph
+    assert quick.of_step(nothing, [], [of_two]) == in_graph
+    assert quick.of(of_two, of_two.num_uncomputed_tokens, in_graph, 16384) == in_graph
+    assert LAUNCH_S / 2.6e-6 < 16384, "of so many tokens it would be another matter"
+    assert quick.of_step(nothing, [], waiting(*[2048] * 64)) == 64 * 2048 // 8
+
+
+def test_a_small_model_serves_bursts_from_its_cuda_graphs():
+    """Steps without one take as long as their launches, which on a busy host is five times what the device needs."""
+
+    def law(work: StepWork) -> float:
+        return max(H100_06B(work), 0.036 if work.num_tokens > engine.config.most_graph_tokens else 0.0)
+
+    engine = make_engine(lambda work: law(work), role="prefill")
+    engine._runner.device = torch.device("cuda")
+    engine = Engine(engine.config, engine._runner, cast("Any", engine._runner).clock)
+    for burst in range(12):
+        for number in range(8):
+            add(engine, f"{burst} {number}", 2048, prefill_only=True)
+        run(engine)
+    longest = max(sum(tokens.values()) for _, _, tokens in steps_of(engine))
+    assert longest <= engine.config.most_graph_tokens
 
 
 def test_where_nobody_decodes_a_target_makes_no_step_shorter():

@@ -115,7 +115,7 @@ class ModelledEngine:
         self.batch = self.keys = 0
         """Sequences that decode, and their tokens together."""
         self._law = law
-        self._chunk_sizes = ChunkSizes(limits, role, self._predict_s)
+        self._chunk_sizes = ChunkSizes(limits, role, self._predict_s, has_graphs=law.has_graphs)
         self._launch_times = ModelledLaunchTimes(law, limits.most_graph_tokens)
         self._loop = asyncio.get_running_loop()
         self._step = 0

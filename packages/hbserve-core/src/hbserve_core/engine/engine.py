@@ -49,9 +49,9 @@ class Engine:
         """Any thread may use it: its results are passed to `add` or `reserve`."""
         self.limits = RequestLimits(config, self._model.vocab_size, self._model.max_model_len, self.blocks.num_blocks)
         # It would also have to wait for the other ranks' hosts, and it is not known how long these need.
-        several = config.tensor_parallel_size > 1
-        self.launch_times = LaunchTimes(clock, runner.is_idle, always_at_once=several)
-        chunk_sizes = ChunkSizes(config, config.role, self.launch_times.step_times.predict_s)
+        self.launch_times = LaunchTimes(clock, runner.is_idle, always_at_once=config.tensor_parallel_size > 1)
+        predict_s, has_graphs = self.launch_times.step_times.predict_s, runner.device.type == "cuda"
+        chunk_sizes = ChunkSizes(config, config.role, predict_s, has_graphs=has_graphs)
         self._scheduler = BatchScheduler(config, self.blocks, chunk_sizes)
         self._sequences: dict[str, Sequence] = {}
         """By request id, all sequences whose id is in use."""
