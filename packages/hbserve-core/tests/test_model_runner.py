@@ -149,7 +149,7 @@ def test_equal_fingerprints_mean_equal_models_and_block_layouts(model_folder):
         ({"device": "tpu"}, "device='tpu': expected 'auto', 'cpu' or 'cuda:N'"),
         ({"device": "meta"}, "device='meta': expected"),
         ({"device": "cuda:99"}, "device='cuda:99': this host has"),
-        ({"dtype": "int8"}, "dtype='int8': expected auto, float32"),
+        ({"dtype": "int8"}, "dtype='int8': expected one of auto, float32"),
         ({"load_format": "gguf"}, "load_format='gguf': expected"),
         ({"max_model_len": 513}, "max_model_len=513: expected 1 to 512"),
         ({"max_model_len": 0}, "max_model_len=0: expected 1 to 512"),

@@ -41,7 +41,7 @@ def test_who_has_named_an_interface_knows_better(monkeypatch):
 
 async def test_an_instance_has_nccl_listen_where_its_peers_reach_it(monkeypatch):
     class Broken:
-        def __init__(self, config):
+        def __init__(self, config, **_):
             raise InstanceFailed(f"NCCL listens at {os.environ.get('NCCL_SOCKET_IFNAME')}")
 
     monkeypatch.setattr(process, "GpuInstance", Broken)

@@ -297,7 +297,7 @@ async def test_a_corrupted_block_fails_its_transfer_by_its_checksum(managers):
     sent = await transfer.commit()
     result = await posted.wait()
     assert (sent.outcome, result.outcome) == (Outcome.FAILED_DRAINED, Outcome.FAILED_DRAINED)
-    assert "checksum: blocks [1]" in result.error
+    assert "checksum: granted blocks [1]" in result.error
 
 
 async def test_checksums_of_blocks_that_were_not_granted_are_nobodys(managers):

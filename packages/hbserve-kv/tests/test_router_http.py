@@ -124,7 +124,7 @@ async def test_a_connection_that_the_server_closes_is_not_used_again(server, sai
     ("given", "why"),
     [
         (b"SSH-2.0-OpenSSH\r\n\r\n", "no HTTP"),
-        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n-5\r\n", "no number"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n-5\r\n", "not a number"),
         (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhel", "ended"),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhello", "ended"),
         (b"HTTP/1.1 200 OK\r\nContent-", "ended"),

@@ -32,10 +32,7 @@ def describe_misfit(error: msgspec.ValidationError, content: Any, kind: type[msg
     value = content
     for name, index in keys:
         value = value[name] if name else value[int(index)]
-    found = _type_at(kind, path) if path else None
-    words = _words(found)
-    or_number = "`int`, or " if int in getattr(found, "__args__", ()) else ""
-    detail = f"expected {or_number}one of {', '.join(words)}" if words else what[:1].lower() + what[1:]
+    detail = (expected_words(_type_at(kind, path)) if path else "") or what[:1].lower() + what[1:]
     return f"{path or whole}={shown(value)}: {detail}"
 
 
@@ -51,9 +48,12 @@ def _type_at(kind: type[msgspec.Struct], path: str) -> Any:
     return found
 
 
-def _words(found: Any) -> list[str]:
-    """That a key of this type may have."""
+def expected_words(found: Any) -> str:
+    """What a key of this type may be, if there are words for it; else nothing."""
+    found = found.__origin__ if hasattr(found, "__metadata__") else found
     choices = getattr(found, "__args__", ())
     # Of a number that may be a word instead, the words are one level deeper.
     nested = [word for choice in choices for word in getattr(choice, "__args__", ())]
-    return [str(choice) for choice in (*choices, *nested) if isinstance(choice, str)]
+    words = [str(choice) for choice in (*choices, *nested) if isinstance(choice, str)]
+    or_number = "`int`, or " if int in choices else ""
+    return f"expected {or_number}one of {', '.join(words)}" if words else ""

@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import msgspec
 
 from hbserve_rpc.messages import Role
+from hbserve_rpc.misfits import expected_words
 from hbserve_rpc.plain_values import shown
 
 LARGEST = 2.0**62
@@ -188,7 +189,8 @@ def misfits(settings: msgspec.Struct) -> Iterator[tuple[str, str]]:
                 raise msgspec.ValidationError(f"Expected `{type(found).__name__}`, got `{type(value).__name__}`")
         except msgspec.ValidationError as error:
             what = str(error)
-            yield field.name, f"{field.name}={shown(value)}: {what[:1].lower()}{what[1:]}"
+            detail = expected_words(field.type) or what[:1].lower() + what[1:]
+            yield field.name, f"{field.name}={shown(value)}: {detail}"
             return
     for name, value, bounds in out_of_bounds(settings):
         yield name, f"{name}={shown(value)}: expected {bounds.instead_of(value)}"
