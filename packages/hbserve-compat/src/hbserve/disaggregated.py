@@ -1,6 +1,7 @@
 """A DisaggregatedLLM in a thread of its own, for LLM, which is synchronous."""
 
 import asyncio
+import inspect
 import os
 import threading
 from collections.abc import Coroutine
@@ -43,8 +44,9 @@ class DisaggregatedBackend:
             if self._loop.is_closed():
                 raise Ended()
             future = asyncio.run_coroutine_threadsafe(job, self._loop)
-        except RuntimeError:
-            job.close()
+        except BaseException:  # also a Ctrl-C
+            if inspect.getcoroutinestate(job) == inspect.CORO_CREATED:
+                job.close()
             raise
         try:
             return future.result()
