@@ -238,7 +238,7 @@ class DistributedRankGroup(RankGroup):
 
     def _abort(self) -> None:
         try:
-            if self._process_group is not None:  # it is not connected yet
+            if self._process_group is not None:  # else it is not connected yet
                 self._process_group.abort()
         except RuntimeError:
             logger.exception("rank %d: closing its group failed", self.shard.rank)
