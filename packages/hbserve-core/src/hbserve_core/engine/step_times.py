@@ -12,7 +12,8 @@ as possible.
 Prompts are computed in chunks of `chunk_size`, or `auto`: each step gets as many prompt tokens as take STEP_S, and at
 least FEWEST_TOKENS, below which reading the weights takes longer than the matrix products. A longer step would compute
 hardly more per second, and delay requests that arrive meanwhile. The more work waits, the longer a step may
-nevertheless be. With `itl_target_ms`, a step that also has decodes takes no longer than that.
+nevertheless be. With `itl_target_ms`, a step that also has decodes takes no longer than that. Where steps are replayed
+from CUDA graphs, one that none of them has room for takes at least LAUNCH_S, or is not made.
 
 Nothing here depends on a device, and torch is not imported: `hbserve simulate` chooses chunks by the same code, which
 then asks a profile how long a step would take.
