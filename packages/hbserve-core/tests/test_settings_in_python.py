@@ -47,7 +47,7 @@ def test_a_backend_may_be_one_of_the_enumeration():
         ({"block_size": 16.0}, "block_size=16.0: expected `int`, got `float`"),
         ({"prefix_caching": "no"}, "prefix_caching='no': expected `bool`, got `str`"),
         ({"gpu_memory_utilization": NAN}, "gpu_memory_utilization=nan: expected 0.01 to 1"),
-        ({"role": "other"}, "role='other': invalid enum value"),
+        ({"role": "other"}, "role='other': expected one of prefill, decode, hybrid"),
         ({"max_model_len": "8"}, "max_model_len='8': expected"),
         ({"kv_transfer": {"backend": "ipc"}}, "kv_transfer=.* expected `KVTransferConfig`, got `dict`"),
     ],
