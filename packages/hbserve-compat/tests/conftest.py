@@ -1,19 +1,23 @@
 """Configuration files for commands that start a pair of instances."""
 
 import importlib.util
+import warnings
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
-import typer.testing
 import yaml
 
 
 def pytest_configure() -> None:
     """What takes 15 ms each time is made once: the parser of all commands, for each one that a test runs here, and what
     a client of HTTP would trust over TLS."""
+    with warnings.catch_warnings():
+        # The lowest typer imports what the newest click calls deprecated.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        import typer.testing
     typer.testing._get_command = cache(typer.testing._get_command)
     if importlib.util.find_spec("httpx") is not None:
         import httpx
