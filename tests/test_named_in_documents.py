@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-FOUND = (path for folder in ["", "docs/", "packages/*/"] for path in ROOT.glob(f"{folder}*.md"))
+FOUND = (path for folder in ["", "docs/", "benchmarks/", "packages/*/"] for path in ROOT.glob(f"{folder}*.md"))
 DOCUMENTS = sorted(path for path in FOUND if path.name != "CHANGELOG.md")
 """But for those that tell what once was."""
 SOURCES = {path.as_posix().rpartition("/src/")[2]: path for path in ROOT.glob("packages/*/src/**/*.py")}
@@ -58,3 +58,9 @@ def test_a_file_that_a_document_names_is_there(document):
 def test_a_member_that_a_document_names_is_of_its_class(document, classes):
     named = {(name, member) for name, member in MEMBER.findall(document.read_text()) if name in classes}
     assert [f"{name}.{member}" for name, member in sorted(named) if member not in classes[name]] == []
+
+
+def test_every_benchmark_is_in_their_list():
+    scripts = sorted(path.name for path in ROOT.glob("benchmarks/*.py"))
+    listed = sorted(PYTHON_FILE.findall((ROOT / "benchmarks/README.md").read_text()))
+    assert listed == scripts

@@ -16,7 +16,8 @@ MEMBERS = sorted(path for path in (ROOT / "packages").iterdir() if (path / "pypr
 PACKAGES = [path for path in MEMBERS if path.name != "hbserve-testing"]
 """Those that are published."""
 SOURCES = sorted(source for member in MEMBERS for source in (member / "src").rglob("*.py"))
-DOCUMENTS = sorted(path for folder in ["", "docs/", "examples/", "packages/*/"] for path in ROOT.glob(f"{folder}*.md"))
+FOLDERS = ["", "docs/", "examples/", "benchmarks/", "packages/*/"]
+DOCUMENTS = sorted(path for folder in FOLDERS for path in ROOT.glob(f"{folder}*.md"))
 MOST_COLUMNS = 120
 MOST_FILE_LINES = 400
 MOST_FUNCTION_LINES = 40
