@@ -139,6 +139,29 @@ async def test_who_is_called_back_while_it_leaves_stays(serve, pair, ask, collec
     assert "d0" in server.scheduler.fleet.handles
 
 
+async def test_who_waits_for_one_to_leave_waits_on_when_it_is_told_again_and_hears_that_it_was_called_back(
+    serve, pair, ask, collect, until
+):
+    server, remote = await serve(*pair)
+    members = server.members
+    pair[1].hold = {"tokens"}
+    stream = server.scheduler.submit(ask())
+    await until(lambda: pair[1].requests)
+    members.leave("d0")
+    waiting = asyncio.create_task(members.until_left("d0"))
+    await remote.fetch_stats()
+    members.leave("d0", within_s=60)
+    await remote.fetch_stats()
+    assert not waiting.done()
+    await remote.join(pair[1].address)
+    assert await waiting is False
+    pair[1].release()
+    await collect(stream)
+    members.leave("d0")
+    assert await members.until_left("d0") is True
+    assert list(server.scheduler.fleet.handles) == ["p0"]
+
+
 async def test_what_one_that_leaves_has_not_finished_in_time_goes_on_elsewhere(
     serve, make_instance, pair, ask, collect, until, caplog
 ):
