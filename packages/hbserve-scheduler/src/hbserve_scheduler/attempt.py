@@ -69,7 +69,7 @@ class Attempt:
         self._decoding = False
         """D has sent tokens, so it has all it needs."""
         self._decided = self._loop.create_future()
-        """Completed when the last token has come, or when a leg has failed."""
+        """Set when the last token has come, or a leg has failed."""
 
     def _since_submit_s(self) -> float:
         return self._loop.time() - self._entry.submitted_s
@@ -121,10 +121,7 @@ class Attempt:
             self._record.decode_instance = ""
             self._placement.granted()
             await self._prefill(place.prefill, b"")
-            try:
-                self._expect_end()
-            except RemoteError as error:
-                raise self._named(place.prefill, error) from error
+            self._require_end(place.prefill)
         else:
             await self._pair(place.prefill, place.decode)
 
@@ -142,11 +139,11 @@ class Attempt:
             async with instance.client.stream(GENERATE, request) as events:
                 self._tell_ends_of_choices(instance)
                 await events.each(self._take)
-            self._expect_end()
         except HBServeRpcError as error:
-            raise self._named(instance, error) from error
+            raise self._note_failure(instance, error) from error
         finally:
             entry.on_choice_ended = None
+        self._require_end(instance)
 
     def _take(self, event: Granted | TokenEvent) -> bool:
         """Deliver an event; returns True for the last one that is wanted."""
@@ -177,10 +174,11 @@ class Attempt:
             self._record.first_token_s = self._since_submit_s()
             self._debug("first token")
 
-    def _expect_end(self) -> None:
-        """Raises RemoteError if the stream has ended but the request has not."""
+    def _require_end(self, instance: InstanceHandle) -> None:
+        """Raises RemoteError: an instance has ended its stream, but the request has not ended."""
         if self._entry.finish_reason is None:
-            raise RemoteError(f"ended the stream after {len(self._entry.output)} tokens, without a finish reason")
+            problem = f"ended the stream after {len(self._entry.output)} tokens, without a finish reason"
+            raise self._note_failure(instance, RemoteError(problem))
 
     async def _pair(self, prefill: InstanceHandle, decode: InstanceHandle) -> None:
         """Reserve on D, prefill on P, decode on D. If one leg fails, the other is closed and the cause raised."""
@@ -213,7 +211,7 @@ class Attempt:
             if not isinstance(granted, Granted):
                 raise RemoteError(f"sent {type(granted).__name__} before its grant")
         except HBServeRpcError as error:
-            raise self._named(decode, error) from error
+            raise self._note_failure(decode, error) from error
         self._is_granted = True
         self._record.granted_s = self._since_submit_s()
         self._moving = self._entry.figures.link(self._record.prefill_instance, self._record.decode_instance)
@@ -242,28 +240,23 @@ class Attempt:
         try:
             prefill.client.notify(GRANT, GrantRequest(self._request_id, grant))
         except HBServeRpcError as error:
-            raise self._named(prefill, error) from error
+            raise self._note_failure(prefill, error) from error
         await self._decode(decode, events)
 
     async def _both(self, *legs: Coroutine[Any, Any, None]) -> None:
         """Run P's leg and D's together.
 
         One may fail only because the other has ended, well or not, and its failure may be heard first. So the first
-        failure is not raised at once: see VERDICT_TIMEOUT_S.
+        failure is not raised at once, and P's rather than D's: P knows better why nothing more came from it.
         """
         prefill, decode = tasks = [self._loop.create_task(self._deciding(leg)) for leg in legs]
         try:
             await self._decided
-            # Without a grant, neither side knows why the other has failed; without a first token, D does not know why P
-            # has.
-            others_know = self._is_granted and (self._first_token.is_set() or not prefill.done())
-            if others_know and not (prefill.done() and decode.done()):
-                has_all = self._decoding and self._entry.finish_reason is not None
-                await asyncio.wait(tasks, timeout=ACCOUNT_TIMEOUT_S if has_all else VERDICT_TIMEOUT_S)
+            await self._hear_other(prefill, decode)
             if self._entry.finish_reason is None and self._decoding and prefill.done():
                 # D has the KV, whatever has become of P since.
                 await decode
-            for task in tasks:  # in order: if both have failed, P knows better why nothing more came from it
+            for task in tasks:
                 if task.done() and self._entry.finish_reason is None:
                     task.result()
         finally:
@@ -271,6 +264,15 @@ class Attempt:
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _hear_other(self, prefill: "asyncio.Task[None]", decode: "asyncio.Task[None]") -> None:
+        """Wait a moment for the leg that has not ended, if it may say why the other has failed, or what was moved."""
+        # Without a grant, neither side knows why the other has failed; without a first token, D does not know why P
+        # has.
+        may_know = self._is_granted and (self._first_token.is_set() or not prefill.done())
+        if may_know and not (prefill.done() and decode.done()):
+            has_all = self._decoding and self._entry.finish_reason is not None
+            await asyncio.wait([prefill, decode], timeout=ACCOUNT_TIMEOUT_S if has_all else VERDICT_TIMEOUT_S)
 
     async def _deciding(self, leg: Coroutine[Any, Any, None]) -> None:
         try:
@@ -298,7 +300,7 @@ class Attempt:
             if not self._first_token.is_set():
                 raise RemoteError("ended the stream before the first token")
         except HBServeRpcError as error:
-            raise self._named(instance, error) from error
+            raise self._note_failure(instance, error) from error
         finally:
             entry.is_prefilling = False
             if entry.finish_reason is None:
@@ -335,13 +337,13 @@ class Attempt:
     async def _decode(self, instance: InstanceHandle, events: InstanceStream[Granted | TokenEvent]) -> None:
         num_delivered = len(self._entry.output)
         # P sends these with its first token, and D does not have them.
-        expects_more = self._entry.request.params.prompt_logprobs is not None and num_delivered == 0
+        expects_logprobs = self._entry.request.params.prompt_logprobs is not None and num_delivered == 0
         early: list[TokenEvent] = []  # they have overtaken P's token, which comes by another connection
 
         def take(event: Granted | TokenEvent) -> bool:
             if not isinstance(event, TokenEvent):
                 return False
-            if (event.index > num_delivered or expects_more) and not self._first_token.is_set():
+            if (event.index > num_delivered or expects_logprobs) and not self._first_token.is_set():
                 early.append(event)
                 return True
             return self._take_decoded(event)
@@ -356,11 +358,11 @@ class Attempt:
                 await events.each(take)
             if self._entry.finish_reason is None:
                 await self._first_token.wait()
-            self._expect_end()
         except HBServeRpcError as error:
-            raise self._named(instance, error) from error
+            raise self._note_failure(instance, error) from error
         finally:
             self._entry.on_choice_ended = None
+        self._require_end(instance)
         self._decide()
 
     def _take_decoded(self, event: TokenEvent) -> bool:
@@ -375,9 +377,9 @@ class Attempt:
         if prefill is not None and prefill.links.get(self._decode_epoch):
             del prefill.links[self._decode_epoch]
 
-    def _named(self, instance: InstanceHandle, error: HBServeRpcError) -> HBServeRpcError:
-        """The same error with the instance's name. Also notes what it says of the instance: a lost one is not used
-        again until it has answered."""
+    def _note_failure(self, instance: InstanceHandle, error: HBServeRpcError) -> HBServeRpcError:
+        """Note what an error says of its instance: a lost one, for example, is not used again until it has answered.
+        Returns the same error with the instance's name, to be raised."""
         problem = f"{instance.instance_id}: {error}"
         if isinstance(error, Overloaded):
             instance.refused()
