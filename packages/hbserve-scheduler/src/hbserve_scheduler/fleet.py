@@ -257,30 +257,29 @@ class Fleet:
         self, num_tokens: int, avoid: Collection[str], computed_on: str, prompt: PromptShape
     ) -> InstanceHandle:
         available, decodes = self._available["prefill"], self._available["decode"]
-        if not avoid and self._is_linked(first := available.choose(prompt)):
-            return first
+        if not avoid:
+            first = available.choose(prompt)
+            if next(self._linked_to(first), None) is not None:
+                return first
         candidates = _others(available, avoid)
         candidates = [each for each in candidates if each.instance_id == computed_on] or candidates
         epochs = {each.epoch for each in _others(decodes, avoid)}
         candidates = connected_first(candidates, lambda each: _best_link(each, epochs), num_tokens)
         return available.choose(prompt, candidates)
 
-    def _is_linked(self, prefill: InstanceHandle) -> bool:
-        """Whether it has a link to a decode instance that has room."""
+    def _linked_to(self, prefill: InstanceHandle) -> Iterator[InstanceHandle]:
+        """The decode instances with room to which it has a link."""
         there, decodes = self._available["decode"].members, self._decodes
-        for epoch, is_there in prefill.links.items():
-            if is_there and (decode := decodes.get(epoch)) is not None and decode in there:
-                return True
-        return False
+        for epoch, is_up in prefill.links.items():
+            if is_up and (decode := decodes.get(epoch)) is not None and decode in there:
+                yield decode
 
     def _choose_decode(self, prefill: InstanceHandle, avoid: Collection[str], prompt: PromptShape) -> InstanceHandle:
         available = self._available["decode"]
         if not avoid:
-            members, decodes = available.members, self._decodes
-            linked = [decodes[epoch] for epoch, is_there in prefill.links.items() if is_there and epoch in decodes]
-            there = [each for each in linked if each in members]
-            if there and min([each.load for each in there]) <= available.least_load() + SPARE_REQUESTS:
-                return available.choose(prompt, there)
+            linked = [*self._linked_to(prefill)]
+            if linked and min([each.load for each in linked]) <= available.least_load() + SPARE_REQUESTS:
+                return available.choose(prompt, linked)
         candidates = connected_first(
             _others(available, avoid), lambda each: prefill.links.get(each.epoch), num_tokens=1
         )
@@ -289,9 +288,9 @@ class Fleet:
     def linked(self) -> Iterator[tuple[InstanceHandle, InstanceHandle, bool]]:
         """The prefill and decode instances between which a link is kept, and whether it is up."""
         for prefill in self.handles.values():
-            for epoch, is_there in prefill.links.items():
+            for epoch, is_up in prefill.links.items():
                 if (decode := self._decodes.get(epoch)) is not None:
-                    yield prefill, decode, is_there
+                    yield prefill, decode, is_up
 
     def may_serve(self, *, soon: bool = False) -> bool:
         """Whether each role that a request needs has an instance that serves; with `soon`, or one that is loading its
