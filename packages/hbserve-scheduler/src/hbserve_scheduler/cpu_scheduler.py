@@ -276,7 +276,7 @@ class CpuScheduler:
             self._end(entry, entry.finish_reason)
             return
         state = "started" if entry in self.waiting_requests else "finished"
-        self._fail(entry, RequestTimeout(f"not {state} within {entry.time_limit}"))
+        entry.fail(RequestTimeout(f"not {state} within {entry.time_limit}"))
         self._drop(entry)
 
     def _fail_hopeless(self) -> None:
@@ -289,17 +289,17 @@ class CpuScheduler:
         elif now_s - self._missing_since_s > self.config.instance_wait_s:
             for entry in list(self.waiting_requests):
                 self.waiting_requests.remove(entry)
-                self._fail(entry, Unavailable(self.fleet.why_nobody()))
+                entry.fail(Unavailable(self.fleet.why_nobody()))
 
     async def _follow(self, entry: ScheduledRequest, placement: Placement) -> None:
         TRACEPARENT.set(entry.traceparent)  # for this task
         try:
             await self._attempts(entry, placement)
         except HBServeRpcError as error:
-            self._fail(entry, error)
+            entry.fail(error)
         except Exception as error:  # a bug of this package: the client must hear of it all the same
             logger.exception("request %s failed", entry.request.request_id)
-            self._fail(entry, RequestFailed(f"internal error: {error!r}"))
+            entry.fail(RequestFailed(f"internal error: {error!r}"))
         else:
             assert entry.finish_reason is not None, "an attempt ended without error, but the request did not end"
             self._end(entry, entry.finish_reason)
@@ -351,10 +351,6 @@ class CpuScheduler:
                         choice.task = group.create_task(follow(choice))
         except BaseExceptionGroup as several:
             raise several.exceptions[0] from None
-
-    def _fail(self, entry: ScheduledRequest, error: Exception) -> None:
-        if not entry.ended:
-            entry.fail(error)
 
     # ---- figures -------------------------------------------------------------------------------------------------
 

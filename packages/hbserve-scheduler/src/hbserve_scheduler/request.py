@@ -336,6 +336,9 @@ class ScheduledRequest:
             self._timer = None
 
     def fail(self, error: Exception) -> None:
+        """End it with an error, unless it has ended."""
+        if self.ended:
+            return
         self._end_timer()
         for each in [self, *self.choices]:
             each.ended = True
