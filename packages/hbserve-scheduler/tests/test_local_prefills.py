@@ -143,3 +143,19 @@ async def test_no_more_prompts_are_with_a_decode_instance_than_may_wait_there(ma
     decode.release()
     await asyncio.gather(*map(collect, streams))
     assert DecodeRequest not in kinds(decode)
+
+
+async def test_a_prompt_that_is_computed_makes_room_for_the_next_while_its_answer_is_decoded(
+    make_scheduler, three, collect, until
+):
+    _, decode, _ = three
+    decode.hold = {"tokens"}
+    scheduler = await make_scheduler(decode, max_pending_reservations=1)
+    streams = [scheduler.submit(request(f"r{number}")) for number in range(2)]
+    await until(lambda: decode.num_held == 1)
+    decode.release()
+    decode.hold = {"tokens"}
+    await until(lambda: decode.num_held == 2)
+    assert (scheduler.stats().running_requests, scheduler.stats().completed_requests) == (2, 0)
+    decode.release()
+    await asyncio.gather(*map(collect, streams))
