@@ -225,21 +225,24 @@ async def test_a_hybrid_instance_whose_model_gives_no_numbers_is_asked_once(
     assert len((await collect(scheduler.submit(ask())))[0]) == 4, "others go on"
 
 
-async def test_where_both_legs_have_failed_the_prefill_side_says_why(ask):
+async def test_where_both_legs_have_failed_the_prefill_side_says_why(make_scheduler, pair, ask):
     """Its end ends the transfer too, and that may be heard of in the same moment."""
     end = asyncio.Event()
+    placement = (await make_scheduler(*pair)).fleet.place(4)
+    assert placement is not None
 
     async def leg(error: Exception) -> None:
         await end.wait()
         raise error
 
     for _ in range(20):
-        attempt = Attempt(ScheduledRequest(ask()), placement=None)  # type: ignore[arg-type]  # it goes nowhere
+        attempt = Attempt(ScheduledRequest(ask()), placement)
         both = asyncio.create_task(attempt._both(leg(LogitsNotFinite("why")), leg(RemoteError("its transfer ended"))))
         await asyncio.sleep(0)
         end.set()
         with pytest.raises(LogitsNotFinite, match="why"):
             await both
+    placement.end()
 
 
 async def test_a_request_that_ends_at_its_first_token_has_not_failed_though_its_decode_leg_has(

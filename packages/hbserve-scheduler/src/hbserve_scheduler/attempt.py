@@ -55,12 +55,13 @@ class Attempt:
         self._placement = placement
         self._loop = asyncio.get_running_loop()
         self._is_debugged = logger.isEnabledFor(logging.DEBUG)
-        self._record = AttemptRecord(self._since_submit_s())
+        prefill, decode = placement.prefill, placement.decode
+        self._record = AttemptRecord(self._since_submit_s(), (prefill or decode).instance_id, decode.instance_id)
         entry.attempts.append(self._record)
         self._transfer_id = os.urandom(16).hex()
         self._moving: LinkCounts | None = None
         """The link that its transfer uses, from the grant to the end of the transfer."""
-        self._lives: list[tuple[InstanceHandle, str]] = []
+        self._lives = [(handle, handle.epoch) for handle in (prefill, decode) if handle is not None]
         """The instances that compute for it, each with its epoch at the start of the attempt."""
         self._request_id = f"{entry.request.request_id}.{self._transfer_id[:8]}"
         self._decode_epoch = ""
@@ -108,10 +109,8 @@ class Attempt:
             self._moving = None
 
     async def _run(self) -> None:
+        """On one instance, on P alone, or on P and D."""
         entry, place = self._entry, self._placement
-        self._lives = [(handle, handle.epoch) for handle in (place.prefill, place.decode) if handle is not None]
-        self._record.decode_instance = place.decode.instance_id
-        self._record.prefill_instance = (place.prefill or place.decode).instance_id
         self._debug("placed on %s and %s", self._record.prefill_instance, self._record.decode_instance)
         if place.prefill is None:
             entry.figures.num_local_prefills += place.decode.role == "decode"
