@@ -100,26 +100,26 @@ async def ttft_s(events: Any) -> float:
 def test_the_rate_is_of_the_time_in_which_requests_wait_and_is_not_known_before():
     rate, now_s = BeginningRate(), 0.0
     rate.begun(5000)  # nobody waits: it is as fast as requests come, and says nothing
-    rate.look(now_s, some_wait=True)
+    rate.update(now_s, some_wait=True)
     for _ in range(200):
         assert (rate.tokens_per_s is None) == (now_s < LEAST_S + 0.3), now_s
         now_s += 0.5
         rate.begun(50)
-        rate.look(now_s, some_wait=True)
+        rate.update(now_s, some_wait=True)
     assert rate.tokens_per_s == pytest.approx(100, rel=0.05)
-    rate.look(now_s, some_wait=False)
+    rate.update(now_s, some_wait=False)
     assert rate.tokens_per_s is None, "nobody waits: it bounds nothing"
-    rate.look(now_s + 1e6, some_wait=True)
+    rate.update(now_s + 1e6, some_wait=True)
     assert rate.tokens_per_s == pytest.approx(100, rel=0.05), "the time between does not count"
 
 
 def test_the_rate_follows_a_deployment_that_gets_slower():
     rate, now_s = BeginningRate(), 0.0
     for tokens in [100] * 100 + [10] * int(3 * MEMORY_S):
-        rate.look(now_s, some_wait=True)
+        rate.update(now_s, some_wait=True)
         rate.begun(tokens)
         now_s += 1.0
-    rate.look(now_s, some_wait=True)
+    rate.update(now_s, some_wait=True)
     assert rate.tokens_per_s == pytest.approx(10 + 90 * math.exp(-3), rel=0.1)
 
 

@@ -236,14 +236,14 @@ async def test_instances_that_come_later_are_looked_at_together_and_give_nobody_
         await asyncio.Event().wait()
 
     looked: list[links.Links] = []
-    look = links.Links._look
+    update = links.Links._update
 
     def noting(self: links.Links) -> None:
         looked.append(self)
-        look(self)
+        update(self)
 
     monkeypatch.setattr(links.Links, "_keep", keep)
-    monkeypatch.setattr(links.Links, "_look", noting)
+    monkeypatch.setattr(links.Links, "_update", noting)
     handles: dict[str, Any] = {}
     held = links.Links(handles, most=3)
     for names, num_links in (["p", "d0"], 1), (["d1", "d2", "d3", "d4", "d5"], 3), (["d6"], 3):
@@ -252,7 +252,7 @@ async def test_instances_that_come_later_are_looked_at_together_and_give_nobody_
             role = "prefill" if name == "p" else "decode"
             info = SimpleNamespace(kv_endpoint=b"" if name == "p" else b"there")
             handles[name] = SimpleNamespace(epoch=name, status="ready", role=role, links={}, info=info)
-            held.look()
+            held.update()
         await asyncio.sleep(0)
         await asyncio.sleep(0)
         assert (len(looked), len(kept)) == (1, num_links)

@@ -83,7 +83,7 @@ def test_the_first_by_a_policy_is_the_one_that_a_look_at_all_of_them_finds(rank,
         handle = handles[number]
         handle.load = handle.num_inflight = load
         handle.turn = next(turns) if is_given else handle.turn
-        available.look(handle)
+        available.update(handle)
         there = [each for each in handles if each in available]
         assert set(available) == set(there)
         assert all(each.num_inflight < 3 for each in there)
@@ -99,7 +99,7 @@ def all_available(policy: Any, loads: list[int]) -> Available:
     for number, load in enumerate(loads):
         handle = ready_handle("prefill", f"p{number}", number)
         handle.load = load
-        available.look(handle)
+        available.update(handle)
     return available
 
 
@@ -115,7 +115,7 @@ def test_the_power_of_two_choices_takes_neither_the_busiest_nor_always_the_idles
 def test_a_scheduler_that_is_alone_takes_the_idlest_and_one_among_others_the_idler_of_two():
     available = all_available(make_policy("x", SchedulerConfig().prefill_policy, Prefixes()), [5, 0, 3, 9, 1, 7])
     busiest = max(available, key=least_loaded)
-    busiest._on_change = available.look
+    busiest._on_change = available.update
 
     def chosen() -> set[int]:
         return {available.choose(PROMPT).load for _ in range(200)}
@@ -198,11 +198,11 @@ async def test_a_place_is_found_without_a_look_at_every_instance(monkeypatch):
     fleet, looked = await fleet_of(400, prefill_policy="least_loaded", decode_policy="least_loaded"), []
     for available in fleet._available.values():
 
-        def noting(each, look=available.look):
+        def noting(each, update=available.update):
             looked.append(each)
-            return look(each)
+            return update(each)
 
-        monkeypatch.setattr(available, "look", noting)
+        monkeypatch.setattr(available, "update", noting)
         monkeypatch.setattr(Available, "__iter__", lambda _: pytest.fail("it looked at all of them"))
     places = []
     for _ in range(100):

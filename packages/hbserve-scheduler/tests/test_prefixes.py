@@ -37,7 +37,7 @@ class Handles:
         self.all = [handle(f"i{number}", role, load) for number, load in enumerate(loads)]
         self.available = Available(PrefixAware(self.prefixes), lambda each: each.load < 1000)
         for each in self.all:
-            self.available.look(each)
+            self.available.update(each)
 
     def chosen(self, prompt: list[int] = PROMPT) -> int:
         return self.all.index(self.available.choose(shape_of(prompt, BLOCK)))
@@ -118,7 +118,7 @@ def test_a_prefix_that_all_hold_is_looked_for_in_few():
     for number in range(500):
         each = handle(f"i{number}", load=number)
         prefixes.set(each, digests(40 if number % 2 else 20))
-        available.look(each)
+        available.update(each)
     for _ in range(20):
         available.choose(PromptShape(40, 0, digests(40)))
     assert Counted.num_seen <= 20 * 32

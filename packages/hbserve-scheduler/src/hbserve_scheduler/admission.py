@@ -170,7 +170,7 @@ class BeginningRate:
         # Half of the last one: it was started at once, and no other is until it has made room.
         return max(0.0, self._tokens - self._last / 2) / self._seconds
 
-    def look(self, now_s: float, *, some_wait: bool) -> None:
+    def update(self, now_s: float, *, some_wait: bool) -> None:
         """To be called when no more requests can be started now. `some_wait`: some are waiting for room."""
         if self._waiting_since_s is not None and now_s > self._waiting_since_s:
             passed_s = now_s - self._waiting_since_s
@@ -195,14 +195,14 @@ class Admission:
         self._rate = BeginningRate()
         self._changed = asyncio.Event()
 
-    def look(self, now_s: float, *, is_served: bool) -> None:
+    def update(self, now_s: float, *, is_served: bool) -> None:
         """To be called when no more requests can be started now. `is_served`: there are instances that serve
         requests."""
         if is_served:
-            self._rate.look(now_s, some_wait=bool(self._waiting))
+            self._rate.update(now_s, some_wait=bool(self._waiting))
         else:  # what is started without instances says nothing of the rate with those that may come
             self._rate = BeginningRate()
-        self.look_again()
+        self.wake()
 
     def begun(self, entry: ScheduledRequest) -> None:
         self._rate.begun(entry.num_tokens)
@@ -239,10 +239,10 @@ class Admission:
         return too_many or (self._queue_time_s(priority) or 0.0) > self._config.max_queue_time_s / 2
 
     async def wait_until(self, there_is: Callable[[], bool]) -> None:
-        """Wait until `there_is()`, which is asked whenever `look_again` is called."""
+        """Wait until `there_is()`, which is asked whenever `wake` is called."""
         while not there_is():
             self._changed.clear()
             await self._changed.wait()
 
-    def look_again(self) -> None:
+    def wake(self) -> None:
         self._changed.set()

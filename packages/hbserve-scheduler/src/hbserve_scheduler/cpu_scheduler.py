@@ -103,7 +103,7 @@ class CpuScheduler:
         """End every request; those without all of their tokens count as aborted. Leaves no task or socket behind."""
         self._stopped = True
         self.figures.loop_lag.stop()
-        self._admission.look_again()
+        self._admission.wake()
         for entry in [*self.waiting_requests, *self.running_requests.values()]:
             self._end(entry, entry.finish_reason or "abort")
         tasks = [entry.task for entry in self.running_requests.values() if entry.task is not None]
@@ -269,7 +269,7 @@ class CpuScheduler:
                 logger.exception("_schedule_waiting_requests failed; scheduling first come, first served instead")
                 await CpuScheduler._schedule_waiting_requests(self)
             self._fail_hopeless()
-            self._admission.look(loop.time(), is_served=self.fleet.may_serve())
+            self._admission.update(loop.time(), is_served=self.fleet.may_serve())
 
     def _out_of_time(self, entry: ScheduledRequest) -> None:
         if entry.finish_reason is not None:  # it has all of its tokens; only its instances are not done

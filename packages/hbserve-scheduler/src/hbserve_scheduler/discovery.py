@@ -87,10 +87,10 @@ class Discovery:
 
     async def _follow(self) -> None:
         while True:
-            await self._look()
+            await self._look_up()
             await asyncio.sleep(INTERVAL_S)
 
-    async def _look(self) -> None:
+    async def _look_up(self) -> None:
         now_s = asyncio.get_running_loop().time()
         try:
             async with asyncio.timeout(TIMEOUT_S):

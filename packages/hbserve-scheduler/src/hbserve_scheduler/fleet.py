@@ -72,7 +72,7 @@ class Fleet:
         if instance_id in self.handles:
             raise ConfigError(f"instance_id={instance_id!r}: is in use; each instance needs its own")
         handle = InstanceHandle(
-            instance_id, role, address, self._config, self._look, self._look_at_info, self.make_client
+            instance_id, role, address, self._config, self._handle_changed, self._info_changed, self.make_client
         )
         handle.turn = next(self._turns)
         self.handles[instance_id] = handle
@@ -137,20 +137,20 @@ class Fleet:
             self._limiting = [min(ready, key=bound) for bound in bounds] if ready else []
         return self._limiting
 
-    def _look(self, handle: InstanceHandle) -> None:
+    def _handle_changed(self, handle: InstanceHandle) -> None:
         """Take note of a change of an instance: there may be more room than before."""
-        self._available[handle.role].look(handle)
+        self._available[handle.role].update(handle)
         self._on_change()
 
-    def _look_at_info(self, handle: InstanceHandle) -> None:
+    def _info_changed(self, handle: InstanceHandle) -> None:
         """Take note of another state, or another life, of an instance."""
         self._limiting, self._roles_there, self._lacks_prefill = None, {}, None
         self._decodes = {each.epoch: each for each in self.handles.values() if each.role == "decode" and each.info}
         for role, available in self._available.items():
             if role != handle.role:
                 available.forget(handle)  # it may have been the one with that id
-        self._available[handle.role].look(handle)
-        self.links.look()
+        self._available[handle.role].update(handle)
+        self.links.update()
 
     async def refresh(self) -> None:
         """Ask every reachable instance for its figures; one that does not answer soon keeps its last ones."""
@@ -212,7 +212,7 @@ class Fleet:
         placement = Placement(prefill, decode, num_tokens, num_choices)
         for handle in filter(None, (prefill, decode)):
             handle.turn = next(self._turns)
-            self._available[handle.role].look(handle)
+            self._available[handle.role].update(handle)
         return placement
 
     def place_request(self, entry: ScheduledRequest) -> Placement | None:

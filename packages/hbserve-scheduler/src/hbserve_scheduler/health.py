@@ -42,12 +42,12 @@ class Health:
     def answers(self, info: InstanceInfo) -> bool:
         """It says what it is. Returns whether its state is another, as all of these do."""
         self._info = info
-        return self._look()
+        return self._derive()
 
     def doubted(self, why: str) -> bool:
         """It is silent, or not connected; with "", it is heard again."""
         self._doubt = why
-        return self._look()
+        return self._derive()
 
     def lost(self, why: str) -> bool:
         self._info, self._doubt = None, ""
@@ -56,9 +56,9 @@ class Health:
     def drain(self, epoch: str) -> bool:
         """This life is to take no requests any more; with "", it may again."""
         self.drained = epoch
-        return self._look()
+        return self._derive()
 
-    def _look(self) -> bool:
+    def _derive(self) -> bool:
         info = self._info
         if info is None:
             return False

@@ -88,7 +88,7 @@ class InstanceHandle:
 
     def _client_in_doubt(self, client: InstanceClient, why: str) -> None:
         if client is self.client:
-            self._look(self.health.doubted(why))
+            self._pass_on(self.health.doubted(why))
 
     async def start(self) -> None:
         self._outage = Outage(asyncio.get_running_loop().time())
@@ -194,7 +194,7 @@ class InstanceHandle:
             self.load -= self.load_of_others
             self.load_of_others = 0
             self._set_info(None)
-        self._look(self.health.lost(why), level=level)
+        self._pass_on(self.health.lost(why), level=level)
         self._complain()
         # Whatever the cause, it is to describe itself anew; but not if the event loop is cancelling what follows it.
         if self._following is not None and not self._following.done():
@@ -206,13 +206,13 @@ class InstanceHandle:
             self.links.clear()
         is_another, self.info = info != self.info, info
         if info is not None:
-            self._look(self.health.answers(info), is_another=is_another)
+            self._pass_on(self.health.answers(info), is_another=is_another)
 
     def drain(self, epoch: str) -> None:
         """Give it no new requests while it is in this life; with "" as the epoch, let it have requests again."""
-        self._look(self.health.drain(epoch))
+        self._pass_on(self.health.drain(epoch))
 
-    def _look(self, has_changed: bool, *, is_another: bool = False, level: int = logging.INFO) -> None:
+    def _pass_on(self, has_changed: bool, *, is_another: bool = False, level: int = logging.INFO) -> None:
         """Log and pass on a change of its state, or of what it reports itself to be."""
         if has_changed:
             why = f": {self.health.why}" if self.health.why else ""

@@ -32,20 +32,20 @@ class Links:
         self._most = most
         self._keeping: dict[tuple[str, str], asyncio.Task[None]] = {}
         """By the epochs of both instances."""
-        self._is_to_look = False
+        self._is_update_due = False
 
-    def look(self) -> None:
+    def update(self) -> None:
         """Keep links between those that serve. To be called when an instance comes, goes, or is another life.
 
         All that change in one turn of the loop are looked at together, at its end: to look at all pairs once for each
         of a thousand instances that are ready at the same time took 20 s.
         """
-        if not self._is_to_look:
-            self._is_to_look = True
-            asyncio.get_running_loop().call_soon(self._look)
+        if not self._is_update_due:
+            self._is_update_due = True
+            asyncio.get_running_loop().call_soon(self._update)
 
-    def _look(self) -> None:
-        self._is_to_look = False
+    def _update(self) -> None:
+        self._is_update_due = False
         ready = {handle.epoch: handle for handle in self._handles.values() if handle.status in SERVING}
         for pair in [pair for pair in self._keeping if not ready.keys() >= set(pair)]:
             self._keeping.pop(pair).cancel()

@@ -184,7 +184,7 @@ class Ranking:
         """Every rank that an instance has had; outdated ones are skipped. The instance is last in each entry, and ranks
         are never equal, so that instances are never compared."""
 
-    def look(self, handle: InstanceHandle) -> None:
+    def update(self, handle: InstanceHandle) -> None:
         """To be called when the instance is added, or its rank may have changed."""
         rank = self._rank(handle)
         if self._ranks.get(handle) != rank:
@@ -228,7 +228,7 @@ class Available(Sequence[InstanceHandle]):
         if isinstance(policy, LowestRank) and policy.rank is not least_loaded:
             self._by_rank = Ranking(policy.rank)
 
-    def look(self, handle: InstanceHandle) -> None:
+    def update(self, handle: InstanceHandle) -> None:
         """To be called when the instance is added, removed, or has another load."""
         if handle.load_of_others or self._shared:
             self._note_others(handle, handle.load_of_others)
@@ -238,9 +238,9 @@ class Available(Sequence[InstanceHandle]):
         if handle not in self.members:
             self.members[handle] = len(self._members)
             self._members.append(handle)
-        self._by_load.look(handle)
+        self._by_load.update(handle)
         if self._by_rank is not self._by_load:
-            self._by_rank.look(handle)
+            self._by_rank.update(handle)
 
     def forget(self, handle: InstanceHandle) -> None:
         """To be called when it was removed, or has another role."""

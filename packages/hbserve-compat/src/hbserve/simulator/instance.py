@@ -150,7 +150,7 @@ class ModelledInstance:
         """It is told to `enter` once there is room."""
         self._num_active += session.num_choices
         self._waiting.append(session)
-        self._look()
+        self._admit()
 
     def let_out(self, session: Entering) -> None:
         """It needs no room, or no more."""
@@ -160,9 +160,9 @@ class ModelledInstance:
         else:
             self._used_tokens -= session.num_tokens
             self._num_inside -= session.num_choices
-        self._look()
+        self._admit()
 
-    def _look(self) -> None:
+    def _admit(self) -> None:
         """Give room to those that wait, in order."""
         if not self._waiting:
             return

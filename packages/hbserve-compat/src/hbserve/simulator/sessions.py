@@ -37,14 +37,14 @@ class Reporting:
         self._stream = stream
         self._last: InstanceReport | None = None
         stream.put(instance.info())
-        self._look()
+        self._report()
 
-    def _look(self) -> None:
+    def _report(self) -> None:
         report = InstanceReport(self._instance.figures())
         if report != self._last:
             self._last = report
             self._stream.put(report)
-        self._timer = self._instance.loop.call_later(self._interval_s, self._look)
+        self._timer = self._instance.loop.call_later(self._interval_s, self._report)
 
     def close(self) -> None:
         self._timer.cancel()
