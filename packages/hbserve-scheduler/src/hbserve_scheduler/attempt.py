@@ -65,6 +65,7 @@ class Attempt:
         """The instances that compute for it, each with its epoch at the start of the attempt."""
         self._request_id = f"{entry.request.request_id}.{self._transfer_id[:8]}"
         self._decode_epoch = ""
+        """Of D, where P computes for it."""
         self._is_granted = False
         self._first_token = asyncio.Event()
         self._decoding = False
@@ -337,7 +338,7 @@ class Attempt:
         num_delivered = len(self._entry.output)
         # P sends these with its first token, and D does not have them.
         expects_logprobs = self._entry.request.params.prompt_logprobs is not None and num_delivered == 0
-        early: list[TokenEvent] = []  # they have overtaken P's token, which comes by another connection
+        early: list[TokenEvent] = []  # at most one, which has overtaken P's token: that comes by another connection
 
         def take(event: Granted | TokenEvent) -> bool:
             if not isinstance(event, TokenEvent):
@@ -350,11 +351,10 @@ class Attempt:
         self._tell_ends_of_choices(instance)
         try:
             await events.each(take)
-            while early:
+            if early:
                 await self._first_token.wait()
-                if self._take_decoded(early.pop()):
-                    break
-                await events.each(take)
+                if not self._take_decoded(early[0]):
+                    await events.each(take)
             if self._entry.finish_reason is None:
                 await self._first_token.wait()
         except HBServeRpcError as error:
