@@ -42,7 +42,7 @@ class Steps:
             samples = chunk.samples
             end = chunk.first + chunk.num_new_tokens
             if samples:
-                self.scheduler.share(chunk.sequence, end)
+                self.scheduler.cache(chunk.sequence, end)
             chunk.sequence.num_computed_tokens = end
             if samples:
                 chunk.sequence.token_ids.append(7)

@@ -108,18 +108,18 @@ def test_only_a_held_request_can_be_quarantined(engine):
 
 
 @pytest.mark.parametrize("num_choices", [1, 2])
-@pytest.mark.parametrize("is_shared", [True, False])
-def test_others_find_what_was_handed_over_only_where_it_is_shared(engine, num_choices, is_shared):
+@pytest.mark.parametrize("is_trusted", [True, False])
+def test_others_find_what_was_handed_over_only_where_it_is_shared(engine, num_choices, is_trusted):
     engine.reserve("r", [1] * 9, SamplingParams(0, 6, n=num_choices))
     engine.poll_reservations()
-    engine.activate("r", *[5] * num_choices, is_shared=is_shared)
+    engine.activate("r", *[5] * num_choices, is_trusted=is_trusted)
     while engine.has_work():
         engine.step()
     engine.add("goes on", [1] * 9 + [5] * 5, SamplingParams(0, 1))
     outputs = []
     while engine.has_work():
         outputs += engine.step()
-    assert outputs[-1].num_cached_tokens == (12 if is_shared else 0)
+    assert outputs[-1].num_cached_tokens == (12 if is_trusted else 0)
 
 
 def test_what_is_not_held_is_not_activated(engine):

@@ -219,7 +219,7 @@ class BatchScheduler:
         count = self._chunk_size(sequence, sequence.num_tokens - len(prefix) * self._blocks.block_size)
         if count == 0 or not self._allocate(sequence, prefix, self._blocks.allocate):
             return []
-        sequence.num_computed_tokens = sequence.num_shared_tokens
+        sequence.num_computed_tokens = sequence.num_findable_tokens
         self.move(sequence, Phase.RUNNING)
         return self._chunks([sequence])
 
@@ -239,9 +239,9 @@ class BatchScheduler:
             return False
         self._blocks.share(prefix)
         sequence.block_table = array("i", prefix + allocate(wanted))
-        sequence.num_shared_tokens = len(prefix) * self._blocks.block_size
-        sequence.num_cached_tokens = sequence.num_shared_tokens if prefix and prefix[-1] != NO_BLOCK else 0
-        sequence.is_shared = True  # its earlier blocks are gone, and are computed again here
+        sequence.num_findable_tokens = len(prefix) * self._blocks.block_size
+        sequence.num_cached_tokens = sequence.num_findable_tokens if prefix and prefix[-1] != NO_BLOCK else 0
+        sequence.is_trusted = True  # its earlier blocks are gone, and are computed again here
         self.num_cached_tokens += sequence.num_cached_tokens
         return True
 
@@ -262,15 +262,15 @@ class BatchScheduler:
         self.move(sequence, Phase.HELD)
         return sequence
 
-    def share(self, sequence: Sequence, end: int) -> None:
+    def cache(self, sequence: Sequence, end: int) -> None:
         """A token was sampled from the keys and values of tokens [0, end): others may find the full blocks from now on.
 
         Not earlier: nothing can be sampled if a block holds a NaN, or anything else that spoils what is computed from
         it.
         """
-        first, last = sequence.num_shared_tokens // self._blocks.block_size, end // self._blocks.block_size
-        sequence.num_shared_tokens = end
-        if last > first and sequence.is_shared:
+        first, last = sequence.num_findable_tokens // self._blocks.block_size, end // self._blocks.block_size
+        sequence.num_findable_tokens = end
+        if last > first and sequence.is_trusted:
             self.make_digests(sequence, end)
             self._blocks.cache(sequence.block_table[first:last], sequence.block_digests[first:last])
         if self._blocks.window and not (sequence.prefill_only or sequence.choices):  # whose blocks others will read
@@ -279,8 +279,8 @@ class BatchScheduler:
     def _free_unseen(self, sequence: Sequence) -> None:
         """Give back the blocks that no step launched from now on sees."""
         table = sequence.block_table
-        # Tokens of steps in flight are not shared yet.
-        last = self._blocks.first_seen(min(sequence.num_computed_tokens, sequence.num_shared_tokens))
+        # Not those of a step in flight: others are to find them when its token has been read.
+        last = self._blocks.first_seen(min(sequence.num_computed_tokens, sequence.num_findable_tokens))
         first = last
         while first and table[first - 1] != NO_BLOCK:
             first -= 1
@@ -289,7 +289,7 @@ class BatchScheduler:
             table[first:last] = array("i", [NO_BLOCK]) * (last - first)
 
     def make_digests(self, sequence: Sequence, end: int) -> None:
-        """Make the digests of the blocks that tokens [0, end) fill, as far as they are known. `share` needs them; it is
+        """Make the digests of the blocks that tokens [0, end) fill, as far as they are known. `cache` needs them; it is
         better to make them while a step is computed than after it."""
         known = min(end, sequence.num_read_tokens)
         self._blocks.extend_digests(sequence.block_digests, sequence.token_ids, known)
@@ -317,8 +317,8 @@ class BatchScheduler:
             choice.block_table = kept + array("i", self._blocks.allocate(num_new_blocks))
             choice.block_digests = parent.block_digests.copy()
             choice.num_computed_tokens = num_kept
-            choice.num_cached_tokens, choice.num_shared_tokens = parent.num_cached_tokens, parent.num_shared_tokens
-            choice.is_shared = parent.is_shared
+            choice.num_cached_tokens, choice.num_findable_tokens = parent.num_cached_tokens, parent.num_findable_tokens
+            choice.is_trusted = parent.is_trusted
             self.move(choice, Phase.RUNNING)
         for choice in reversed(late):
             self.move(choice, Phase.WAITING, is_promised=True)

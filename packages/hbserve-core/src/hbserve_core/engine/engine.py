@@ -111,7 +111,7 @@ class Engine:
         use one of them for its earlier owner; most are granted at once, because they get blocks that no step may use.
         """
         while (sequence := self._scheduler.grant()) is not None:
-            first = sequence.num_shared_tokens // self.config.block_size
+            first = sequence.num_findable_tokens // self.config.block_size
             block_ids = sequence.block_table[first:].tolist()
             granted = Reservation(sequence.request_id, block_ids, sequence.num_cached_tokens)
             self._granted.append((granted, self.blocks.last_step(block_ids)))
@@ -120,15 +120,15 @@ class Engine:
         self._granted = [each for each in self._granted if each[1] > ended]
         return safe
 
-    def activate(self, request_id: str, *first_tokens: int | None, is_shared: bool = True) -> None:
+    def activate(self, request_id: str, *first_tokens: int | None, is_trusted: bool = True) -> None:
         """Continue a reserved request after its first token: its KV has arrived. Does nothing if it has ended.
 
-        first_tokens: one for each choice, None for those that ended with it. is_shared: others may find its KV.
+        first_tokens: one for each choice, None for those that ended with it. is_trusted: see `Sequence.is_trusted`.
         """
         sequence = self._sequences.get(request_id)
         if sequence is None or sequence.phase is not Phase.HELD:
             return
-        sequence.num_computed_tokens, sequence.is_shared = sequence.num_tokens, is_shared
+        sequence.num_computed_tokens, sequence.is_trusted = sequence.num_tokens, is_trusted
         if not sequence.choices:
             sequence.token_ids += first_tokens  # type: ignore[arg-type]
             if sequence.matcher is not None:
@@ -313,7 +313,7 @@ class Engine:
         if token is not None and error is None:
             # A preempted one has given up its blocks.
             if sequence.block_table:
-                self._scheduler.share(sequence, end)
+                self._scheduler.cache(sequence, end)
             self._num_generated += 1
             finish_reason = sequence.finish_reason(token, self._model.eos_token_ids)
             if sequence.matcher is not None and finish_reason is None and not sequence.prefill_only:
@@ -329,7 +329,7 @@ class Engine:
         """Take in the first tokens of several choices, which a step drew after it had computed their prompt."""
         del parent.token_ids[end:]
         if all(token != NOT_FINITE for token, _ in drawn):
-            self._scheduler.share(parent, end)
+            self._scheduler.cache(parent, end)
         outputs: list[StepOutput] = []
         for choice, (token, logprobs) in zip(parent.choices, drawn, strict=True):
             if choice.phase is Phase.ENDED:

@@ -110,10 +110,10 @@ class Sequence:
     num_cached_tokens: int = 0
     """How many of the computed tokens the prefix cache supplied when the sequence last got its blocks, including those
     before them that no layer sees."""
-    num_shared_tokens: int = 0
+    num_findable_tokens: int = 0
     """How many of the computed tokens are in blocks that others may find, if these are full."""
-    is_shared: bool = True
-    """Whether others may find its blocks: not if it has keys and values of which nobody knows who computed them."""
+    is_trusted: bool = True
+    """Whether others may find its blocks: not if nobody knows who has sent them; see `TransferResult.is_trusted`."""
     prefill_only: bool = False
     """The sequence ends with its next token, and its blocks are sent away while it is computed."""
     max_num_tokens: int = maxsize

@@ -354,7 +354,7 @@ class GpuInstance:
                     yield event
                 return
             first = handover.tokens_to_go_on
-            await self._thread.call(lambda engine: engine.activate(request.request_id, *first, is_shared=is_trusted))
+            await self._thread.call(lambda engine: engine.activate(request.request_id, *first, is_trusted=is_trusted))
             async for event in inbox.token_events(len(first) - first.count(None)):
                 yield event
         finally:
