@@ -3,9 +3,9 @@
 from array import array
 from collections.abc import Callable
 from collections.abc import Sequence as Ids
-from dataclasses import replace
 from sys import maxsize
 from time import perf_counter
+from typing import Any
 
 from hbserve_core.config import InstanceConfig
 from hbserve_core.engine.batch_scheduler import BatchScheduler
@@ -43,12 +43,12 @@ class Engine:
         self._runner = runner
         self._clock = clock
         self._model = runner.model_config
-        pool_of = runner.pool.shape[0], config.block_size
-        self.blocks = BlockManager(*pool_of, prefix_caching=config.prefix_caching, window=self._model.reach)
+        num_blocks, caching = runner.pool.shape[0], config.prefix_caching
+        self.blocks = BlockManager(num_blocks, config.block_size, prefix_caching=caching, window=self._model.reach)
         self.grammars = GrammarCompiler(config.model_path, self._model.vocab_size, self._model.eos_token_ids)
         """Any thread may use it: its results are passed to `add` or `reserve`."""
         self.limits = RequestLimits(config, self._model.vocab_size, self._model.max_model_len, self.blocks.num_blocks)
-        # It would also have to wait for the other ranks' hosts, and it is not known how long these need.
+        # A late launch would also have to wait for the other ranks' hosts, and it is not known how long these need.
         self.launch_times = LaunchTimes(clock, runner.is_idle, always_at_once=config.tensor_parallel_size > 1)
         predict_s, has_graphs = self.launch_times.step_times.predict_s, runner.device.type == "cuda"
         chunk_sizes = ChunkSizes(config, config.role, predict_s, has_graphs=has_graphs)
@@ -228,16 +228,11 @@ class Engine:
         """Launch a batch, and read the tokens of the one before; of the same one, if the runner does not overlap."""
         begin, preemptions = self._clock(), self._scheduler.num_preemptions
         batch = self._scheduler.schedule()
-        sent = [chunk for chunk in batch if chunk.sequence.prefill_only]
-        self._tell_cached_prefixes(sent)
         launched = self._launch(batch) if batch else None
-        self._tell_launched(sent)
-        # Including those that `before` is about to end: every rank draws what was launched.
-        has_grammars = self._num_matchers > 0
         before, host_time_s = self._in_flight, self._clock() - begin
         self._host_time_s += host_time_s
         outputs = self._read(before, host_time_s if launched else None)
-        if launched is not None and has_grammars:
+        if launched is not None and launched.may_have_grammars:
             launched.wait_for_masks()
             self._runner.draw()
         self._begin(launched)
@@ -250,12 +245,23 @@ class Engine:
         return outputs
 
     def _launch(self, batch: list[ScheduledChunk]) -> StepInFlight:
+        chunks = [(chunk.sequence, chunk.first, chunk.num_new_tokens) for chunk in batch]
+        sent = [each for each in chunks if each[0].prefill_only]
+        for sequence, first, _ in sent:
+            if first == sequence.num_cached_tokens > 0:
+                self._tell_early(sequence, first)
         begin = self._clock()
         read = self._runner.launch(batch)
         self.blocks.last_launched += 1
-        chunks = [(chunk.sequence, chunk.first, chunk.num_new_tokens) for chunk in batch]
         launched_at = self._clock() if self._runner.overlaps else begin
-        return StepInFlight(chunks, read, self.blocks.last_launched, launched_at, [])
+        if sent and (computed := self._runner.computed) is not None:
+            for sequence, first, count in sent:
+                self._tell_early(sequence, first + count, computed)
+        return StepInFlight(chunks, read, self.blocks.last_launched, launched_at, self._num_matchers > 0, [])
+
+    def _tell_early(self, sequence: Sequence, num_computed_tokens: int, ready: Any = None) -> None:
+        if self.on_early_output is not None:
+            self.on_early_output(StepOutput.of(sequence, num_computed_tokens, ready=ready))
 
     def _begin(self, step: StepInFlight | None) -> None:
         """Count a launched step's tokens as computed, so that the next step can be scheduled before they have been."""
@@ -305,11 +311,10 @@ class Engine:
 
     def _advance(self, sequence: Sequence, end: int, token: int | None, logprobs: TokenLogprobs | None) -> StepOutput:
         """Take in what a step computed of a sequence: tokens up to `end`, and the next one if it was sampled."""
+        finish_reason = error = None
         if token is not None:
             sequence.token_ids[end] = token
-        index = end - sequence.num_prompt_tokens if token is not None else sequence.num_output_tokens
-        finish_reason = None
-        error = None if token is None else error_of(sequence, token, index)
+            error = error_of(sequence, token, end - sequence.num_prompt_tokens)
         if token is not None and error is None:
             # A preempted one has given up its blocks.
             if sequence.block_table:
@@ -318,7 +323,7 @@ class Engine:
             finish_reason = sequence.finish_reason(token, self._model.eos_token_ids)
             if sequence.matcher is not None and finish_reason is None and not sequence.prefill_only:
                 sequence.matcher.advance(token)
-        output = StepOutput.of(sequence, token, index, finish_reason, end, logprobs, error)
+        output = StepOutput.of(sequence, end, token, finish_reason, logprobs, error)
         if token is not None and sequence.prefill_only:
             self._scheduler.move(sequence, Phase.HELD)
         elif finish_reason is not None or error is not None:
@@ -334,13 +339,15 @@ class Engine:
         for choice, (token, logprobs) in zip(parent.choices, drawn, strict=True):
             if choice.phase is Phase.ENDED:
                 continue
-            index, choice.token_ids = parent.num_output_tokens, [*parent.token_ids, token]
-            error = error_of(choice, token, index)
+            choice.token_ids = [*parent.token_ids, token]
+            error = error_of(choice, token, parent.num_output_tokens)
             self._num_generated += error is None
             finish_reason = None if error else choice.finish_reason(token, self._model.eos_token_ids)
-            output = StepOutput.of(parent, token, index, finish_reason, end, logprobs, error)
-            of_prompt = [] if outputs else output.prompt_logprobs
-            outputs.append(replace(output, choice=choice.choice, prompt_logprobs=of_prompt))
+            output = StepOutput.of(parent, end, token, finish_reason, logprobs, error)
+            output.choice = choice.choice
+            if outputs:  # one of them brings the prompt's
+                output.prompt_logprobs = []
+            outputs.append(output)
             if output.is_last:
                 self._scheduler.move(choice, Phase.ENDED)
         if parent.prefill_only:
@@ -359,27 +366,10 @@ class Engine:
         if not choices:
             self._end(parent)
 
-    def _tell_cached_prefixes(self, sent: list[ScheduledChunk]) -> None:
-        """sent: chunks of sequences whose blocks go to another instance; also below."""
-        for chunk in sent:
-            sequence = chunk.sequence
-            if self.on_early_output is not None and chunk.first == sequence.num_cached_tokens > 0:
-                index = sequence.num_output_tokens
-                self.on_early_output(StepOutput.of(sequence, None, index, None, sequence.num_computed_tokens))
-
-    def _tell_launched(self, sent: list[ScheduledChunk]) -> None:
-        if self.on_early_output is None or self._runner.computed is None:
-            return
-        for chunk in sent:
-            sequence, end = chunk.sequence, chunk.first + chunk.num_new_tokens
-            output = StepOutput.of(sequence, None, sequence.num_output_tokens, None, end)
-            self.on_early_output(replace(output, ready=self._runner.computed))
-
     def _end_out_of_blocks(self) -> list[StepOutput]:
         outputs = []
         for sequence in list(self._scheduler.out_of_blocks):
-            index, computed = sequence.num_output_tokens, sequence.num_computed_tokens
-            outputs.append(StepOutput.of(sequence, None, index, "length", computed))
+            outputs.append(StepOutput.of(sequence, sequence.num_computed_tokens, finish_reason="length"))
             self._end(sequence)
         return outputs
 

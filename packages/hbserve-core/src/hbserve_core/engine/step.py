@@ -58,6 +58,9 @@ class StepInFlight(NamedTuple):
     number: int
     launched_at: float
     """When it could begin; without overlap it began then, and has been computed by now."""
+    may_have_grammars: bool
+    """Whether any request has one, also of those that end before this step is drawn: all ranks draw what was launched.
+    """
     late: list[int]
     """Positions of chunks whose masks were not ready in time: the next step computes their last token again."""
 
@@ -150,20 +153,22 @@ class StepOutput:
     def of(
         cls,
         sequence: Sequence,
-        token: int | None,
-        index: int,
-        finish_reason: FinishReason | None,
-        computed: int,
+        num_computed_tokens: int,
+        token: int | None = None,
+        finish_reason: FinishReason | None = None,
         logprobs: TokenLogprobs | None = None,
         error: HBServeRpcError | None = None,
+        ready: Any = None,
     ) -> "StepOutput":
-        """Of a sequence of which `computed` tokens have been computed."""
+        """Of a sequence and the token, if there is one, that was sampled from so many computed tokens."""
+        known = sequence.num_tokens if token is None else num_computed_tokens
+        index = known - sequence.num_prompt_tokens
         return cls(
             sequence.request_id,
             None if error else token,
             index,
             finish_reason,
-            computed,
+            num_computed_tokens,
             sequence.num_cached_tokens,
             sequence.block_table.tolist() if sequence.prefill_only else [],
             None if error else logprobs,
@@ -171,6 +176,7 @@ class StepOutput:
             error,
             sequence.choice,
             sequence.num_preemptions,
+            ready,
         )
 
     @property
