@@ -65,12 +65,19 @@ class BatchScheduler:
         self.num_preemptions = 0
         self.num_cached_tokens = 0
         self._watermark = max(1, blocks.num_blocks // 100)
+        self._budget = self._prefill_budget = 0
+        """Tokens that the step which is being scheduled has room for: of any kind, and of prompts."""
 
     @property
     def num_reserved(self) -> int:
         """Sequences that are not computed, and whose blocks come back when something else has ended: a transfer, or the
         step in flight. Held ones may also join `running`."""
         return len(self._held) + len(self._ending)
+
+    @property
+    def _is_full(self) -> bool:
+        """Whether as many sequences have blocks as ever may."""
+        return len(self.running) + self.num_reserved >= self._config.max_num_seqs
 
     def stats(self) -> dict[str, Any]:
         """The fields of EngineStats that concern queues and blocks."""
@@ -103,12 +110,11 @@ class BatchScheduler:
 
     def schedule(self) -> list[ScheduledChunk]:
         """The next step, with blocks allocated for it; empty if nothing can be computed now."""
-        self._budget = self._config.max_num_batched_tokens
-        preemptions = self.num_preemptions
+        config, preemptions = self._config, self.num_preemptions
+        self._budget, self._prefill_budget = config.max_num_batched_tokens, config.max_chunk_prefill_tokens
         batch = self._decodes()
         may_admit = self.num_preemptions == preemptions
         begun = [each for each in self.running if len(each.token_ids) - each.num_computed_tokens > 1]
-        self._prefill_budget = self._config.max_chunk_prefill_tokens
         if self._chunk_sizes.is_adaptive:
             decodes = StepWork.of([(None, chunk.first, chunk.num_new_tokens) for chunk in batch])
             self._prefill_budget = self._chunk_sizes.of_step(decodes, begun, self.waiting)
@@ -118,7 +124,7 @@ class BatchScheduler:
         if may_admit:
             batch += self._admissions()
         if batch:
-            self.iteration_tokens.observe(self._config.max_num_batched_tokens - self._budget)
+            self.iteration_tokens.observe(config.max_num_batched_tokens - self._budget)
         return batch
 
     def _decodes(self) -> list[ScheduledChunk]:
@@ -210,7 +216,7 @@ class BatchScheduler:
 
     def _admit(self, sequence: Sequence) -> list[ScheduledChunk]:
         """Admit a sequence: its first chunk; none if there is no room."""
-        if len(self.running) + self.num_reserved >= self._config.max_num_seqs:
+        if self._is_full:
             return []
         # At least the last known token is computed, because the next one is sampled from it; and so is every one that
         # scores the next prompt token, which cached keys and values do not tell.
@@ -251,7 +257,7 @@ class BatchScheduler:
         A step in flight may still touch them for their earlier owner: see `BlockManager.last_step`.
         """
         # Preempted sequences come first: they were promised room earlier.
-        if not self.reserving or self.waiting or len(self.running) + self.num_reserved >= self._config.max_num_seqs:
+        if not self.reserving or self.waiting or self._is_full:
             return None
         sequence = self.reserving[0]
         # Everything that is seen from the last block on counts as full, because some of several choices begin there.
@@ -305,11 +311,10 @@ class BatchScheduler:
         for choice in choices:
             num_kept = num_tokens if choice is choices[0] else num_tokens - num_tokens % self._blocks.block_size
             num_new_blocks = int(num_kept < num_tokens)
-            is_full = len(self.running) + self.num_reserved >= self._config.max_num_seqs
             # If the prompt fills the pool, it could never be admitted. It ends in the next step, because it has no room
             # to grow.
             may_wait = self._blocks.num_blocks_for(choice.num_tokens) <= self._blocks.num_blocks
-            if may_wait and (is_full or self._blocks.num_free < num_new_blocks):
+            if may_wait and (self._is_full or self._blocks.num_free < num_new_blocks):
                 late.append(choice)
                 continue
             kept = parent.block_table[: self._blocks.num_blocks_for(num_kept)]

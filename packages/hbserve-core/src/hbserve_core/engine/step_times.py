@@ -199,40 +199,43 @@ class ChunkSizes:
         self.is_adaptive = settings.chunked_prefill_enabled and self._fixed is None
         """Whether sizes adapt, and short prompts go first."""
         self._of_step = 0
+        """Prompt tokens of the step whose chunks `of` chooses."""
 
     def of_step(self, decodes: StepWork, begun: Ids[Prompt], waiting: Iterable[Prompt]) -> int:
         """Prompt tokens of a step that also has these decodes, if sizes are adaptive. begun, waiting: prompts that are
         to be computed."""
-        most = self._settings.max_chunk_prefill_tokens
-        if self._settings.itl_target_ms is not None and decodes.num_tokens:
-            first, target_s = begun[0].num_computed_tokens if begun else 0, self._settings.itl_target_ms / 1e3
-            wanted = self._within(target_s, decodes, first, FEWEST_BESIDE_DECODES, most)
-            self._of_step = self._launched_in_time(decodes, wanted)
-            return self._of_step
-        # Attention is no reason for more steps: they would have more of it, not less.
-        wanted = self._within(STEP_S, decodes, 0, FEWEST_TOKENS, most)
-        if not decodes.num_tokens:
-            backlog = sum(each.num_uncomputed_tokens for each in (*begun, *islice(waiting, MOST_OVERTAKERS)))
-            wanted = max(wanted, backlog // STEPS_OF_BACKLOG)
-        self._of_step = self._launched_in_time(decodes, min(most, wanted))
+        self._of_step = self._launched_in_time(decodes, self._wanted_of_step(decodes, begun, waiting))
         return self._of_step
 
-    def of(self, sequence: Prompt, wanted: int, budget: int, most: int) -> int:
-        """Tokens of one sequence that has `wanted` left to compute. budget, most: what is left of the step for prompts,
-        and for any tokens."""
+    def _wanted_of_step(self, decodes: StepWork, begun: Ids[Prompt], waiting: Iterable[Prompt]) -> int:
+        most, target_ms = self._settings.max_chunk_prefill_tokens, self._settings.itl_target_ms
+        if decodes.num_tokens and target_ms is not None:
+            first = begun[0].num_computed_tokens if begun else 0
+            return self._within(target_ms / 1e3, decodes, first, FEWEST_BESIDE_DECODES, most)
+        # Attention is no reason for more steps: they would have more of it, not less.
+        wanted = self._within(STEP_S, decodes, 0, FEWEST_TOKENS, most)
+        if decodes.num_tokens:
+            return wanted
+        backlog = sum(each.num_uncomputed_tokens for each in (*begun, *islice(waiting, MOST_OVERTAKERS)))
+        return max(wanted, min(most, backlog // STEPS_OF_BACKLOG))
+
+    def of(self, sequence: Prompt, wanted: int, prefill_budget: int, budget: int) -> int:
+        """Tokens of one sequence that has `wanted` left to compute. prefill_budget, budget: what the step has left for
+        prompts, and for any tokens."""
         settings = self._settings
         if not settings.chunked_prefill_enabled:  # all of a prompt or nothing
             if wanted <= settings.max_num_batched_tokens:
-                return wanted if wanted <= most else 0
-            return most  # longer than a prompt may be: a preempted sequence computes its output again too
-        budget = min(budget, most)
+                return wanted if wanted <= budget else 0
+            return budget  # longer than a prompt may be: a preempted sequence computes its output again too
+        most = min(prefill_budget, budget)
         if self._fixed is not None:
-            return min(wanted, self._fixed, budget)
-        if not sequence.prefill_only or not self._of_step == budget < wanted <= 2 * budget:
-            return min(wanted, budget)
-        # Of its last two chunks, the last has half a step at most, because its KV can only move after the first token.
-        longer = self._launched_in_time(StepWork(0, 0, 0), max(budget, wanted - budget // 2))
-        return min(longer, most, settings.max_chunk_prefill_tokens)
+            return min(wanted, self._fixed, most)
+        if sequence.prefill_only and self._of_step == most < wanted <= 2 * most:
+            # It has a step to itself, and one more to come: that one, whose KV can only move after the first token, has
+            # half a step at most.
+            longer = self._launched_in_time(StepWork(0, 0, 0), max(most, wanted - most // 2))
+            return min(longer, budget, settings.max_chunk_prefill_tokens)
+        return min(wanted, most)
 
     def _launched_in_time(self, decodes: StepWork, wanted: int) -> int:
         """So many prompt tokens, or as many of them as a CUDA graph has room for, if the host would take longer to
