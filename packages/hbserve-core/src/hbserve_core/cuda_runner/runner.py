@@ -162,7 +162,8 @@ class CudaRunner:
                 self._special_rows.prepare(step.special, self._sampled)
             hidden = self._compute(step.shape, num_samples)
             logprobs = PendingLogprobs()
-            if step.special and not has_grammars(step.special):
+            is_drawn_later = has_grammars(step.special)
+            if step.special and not is_drawn_later:
                 logprobs += self._sample_special(StepView(self._on_device, step.shape), hidden, step.special)
             scored = self._score(hidden, step.scored) if step.scored else PendingPromptLogprobs()
             read_back = self._read_back[turn][:num_samples]
@@ -170,21 +171,20 @@ class CudaRunner:
             done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             done.record(self._stream)
         self.computed = done
+        # Keys and values are there when it is `done`. Tokens may come later.
+        sampled = torch.cuda.Event() if is_drawn_later else done  # type: ignore[no-untyped-call]
 
         def draw() -> None:
             with torch.inference_mode(), self._stream:
                 logprobs.extend(self._sample_special(StepView(self._on_device, step.shape), hidden, step.special))
                 host_copy(read_back, self._sampled)
-                drawn.record(self._stream)
+                sampled.record(self._stream)
 
-        drawn = done
-        if step.special and has_grammars(step.special):
-            # `done` is when keys and values are there. The tokens come later.
-            drawn = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        if is_drawn_later:
             self._left = draw
 
         def result() -> StepResult:
-            drawn.synchronize()
+            sampled.synchronize()
             self._group.check()
             tokens = step.tokens(read_back.tolist())
             found, choices = logprobs.read(step.places) if logprobs else ({}, {})

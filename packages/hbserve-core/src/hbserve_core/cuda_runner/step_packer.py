@@ -7,7 +7,7 @@ says how large each part is, and only the last part's size differs from step to 
     sequences      (3, sequences)    first row, new tokens, context with them
     pieces         (6, pieces)       of the decodes; see `SplitKV.cut`; row -1: none
     tiles          (2, tiles)        sequence (-1: none) and first new token; see kernels/prefill_attention.py
-    samples        (7, samples)      row, and what kernels/sampling.py says of each
+    samples        (7, sequences)    row, and what kernels/sampling.py says of each
     tables         sequences * width block numbers of each sequence
 Each part, and each of its rows, begins at a multiple of 16 bytes: kernels are compiled for that once, for all shapes.
 Sequences stand in the order of their rows: decodes, which are chunks of one token, before longer chunks.
@@ -64,7 +64,6 @@ class StepShape:
     sequences: int
     pieces: int
     tiles: int
-    samples: int
 
     def fits(self, other: "StepShape") -> bool:
         """Whether a step of this shape can be padded to the other."""
@@ -73,7 +72,6 @@ class StepShape:
             and self.sequences <= other.sequences
             and self.pieces <= other.pieces
             and self.tiles <= other.tiles
-            and self.samples <= other.samples
         )
 
     @property
@@ -85,7 +83,7 @@ class StepShape:
 @lru_cache(maxsize=1024)
 def _parts(shape: StepShape) -> list[tuple[int, int, int, int]]:
     """For each part: where it begins and ends, its number of rows, and the numbers per row."""
-    columns = (1, shape.rows, shape.sequences, shape.pieces, shape.tiles, shape.samples)
+    columns = (1, shape.rows, shape.sequences, shape.pieces, shape.tiles, shape.sequences)
     found, first = [], 0
     for rows, count in zip((1, 4, 3, 6, 2, 7), columns, strict=True):
         end = first + rows * _aligned(count)
@@ -187,28 +185,27 @@ class GraphShapes:
     """
 
     def __init__(self, config: InstanceConfig, tile_tokens: int, pieces: SplitKV) -> None:
-        longest = min(config.cuda_graph_max_seq_len, config.max_num_batched_tokens)
-        decodes = decode_buckets(config.max_num_seqs) if config.cuda_graph_enabled else []
-        prefills = prefill_buckets(longest, config.most_graph_tokens) if config.cuda_graph_enabled else []
         self._tile_tokens = tile_tokens
         self._pieces = pieces
-        self.decodes = [self._shape(size, size, size, 0) for size in decodes]
-        self.prefills = [self._prefill_shape(size, config.max_num_seqs) for size in prefills]
-        alone = [replace(shape, pieces=0) for shape in self.prefills if shape.rows <= _MOST_ALONE]
-        self.prefills = sorted(alone + self.prefills, key=attrgetter("rows"))
-        others = [] if decodes else decode_buckets(config.max_num_seqs)
-        self.others = [self._shape(size, size, size, 0) for size in others]
-        """Without a graph: together with the others and the largest step, they run every kernel that a step may run."""
-        longest = max(prefills, default=0)
-        others = [size for size in _KERNELS_DIFFER if longest < size < config.max_num_batched_tokens]
-        self.others += [self._prefill_shape(size, config.max_num_seqs) for size in others]
+        num_seqs, has_graphs = config.max_num_seqs, config.cuda_graph_enabled
+        longest_chunk = min(config.cuda_graph_max_seq_len, config.max_num_batched_tokens)
+        buckets = prefill_buckets(longest_chunk, config.most_graph_tokens) if has_graphs else []
+        decodes = [self._shape(size, size, size, 0) for size in decode_buckets(num_seqs)]
+        prefills = [self._prefill_shape(size, num_seqs) for size in buckets]
+        alone = [replace(shape, pieces=0) for shape in prefills if shape.rows <= _MOST_ALONE]
+        self.decodes = decodes if has_graphs else []
+        self.prefills = sorted(alone + prefills, key=attrgetter("rows"))
+        between = range(max(buckets, default=0) + 1, config.max_num_batched_tokens)
+        larger = [self._prefill_shape(size, num_seqs) for size in _KERNELS_DIFFER if size in between]
+        self.without_graph = larger if has_graphs else decodes + larger
+        """Together with those that have one, and the largest step, they run every kernel that a step may run."""
 
     def _prefill_shape(self, rows: int, max_num_seqs: int) -> StepShape:
         sequences = min(max_num_seqs, max(8, rows // ROWS_PER_SEQUENCE))
         return self._shape(rows, sequences, sequences, rows // self._tile_tokens + sequences)
 
     def _shape(self, rows: int, sequences: int, num_decodes: int, tiles: int) -> StepShape:
-        return StepShape(rows, sequences, self._pieces.most(num_decodes), tiles, sequences)
+        return StepShape(rows, sequences, self._pieces.most(num_decodes), tiles)
 
     def largest(self, rows: int, max_num_seqs: int) -> StepShape:
         """A shape into which any step of this many rows and sequences fits."""
@@ -269,19 +266,19 @@ class StepPacker:
         self._pieces = pieces
         self._random = random.Random(seed)
         self._sources: dict[Sequence, int] = {}
-        """Where the step before has put each sequence's token."""
+        """Where, among the tokens that the step before samples, each sequence's is."""
         self._sampled: list[Sequence] = []
-        """Those that a step before has sampled for, """
+        """Those of the last step that had samples; usually the next one has the same. What follows is kept of them."""
         self._asked = asked_of_samples([])
-        """what they ask for, """
+        """(7, N): what they ask for."""
         self._unseeded: list[int] = []
-        """and the rows of those that bring no seed."""
+        """Places of those that bring no seed."""
 
     def pack(self, batch: Ids[ScheduledChunk], memory: Any) -> PackedStep:
         """Write a step to `memory`, a flat int32 numpy array with room for `shapes.largest` and the tables."""
         # Decodes first, and among them long contexts first, so that those that end last are short.
-        ranks = [(chunk.num_new_tokens > 1, -chunk.sequence.num_computed_tokens) for chunk in batch]
-        order = sorted(range(len(batch)), key=ranks.__getitem__)
+        keys = [(chunk.num_new_tokens > 1, -chunk.sequence.num_computed_tokens) for chunk in batch]
+        order = sorted(range(len(batch)), key=keys.__getitem__)
         chunks = [batch[place] for place in order]
         counts = [chunk.num_new_tokens for chunk in chunks]
         shape, num_decodes = self.shapes.choose(counts), counts.count(1)
@@ -372,7 +369,6 @@ class StepPacker:
         """sequences: to sample for; rows: the last row of each."""
         if not sequences:
             return
-        # Usually those of the step before, in its order.
         if sequences != self._sampled:
             self._sampled, self._asked = sequences, asked_of_samples([each.params for each in sequences])
             self._unseeded = [row for row, each in enumerate(sequences) if each.params.seed is None]

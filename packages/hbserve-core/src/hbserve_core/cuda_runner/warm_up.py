@@ -23,7 +23,7 @@ def run_steps_without_graph(
 
     memory: a step's, on the device. sampled: (R,) int32, for as many rows as are ever sampled.
     """
-    for shape in shapes.others:
+    for shape in shapes.without_graph:
         view = StepView(memory, shape)
         view.clear()
         (decoder.hidden if shape.tiles else decoder.decode)(view, sampled, pool)
