@@ -79,7 +79,6 @@ class GpuInstance:
         """Belongs to its thread: others may only read what never changes."""
         self.runner: Runner | None = None
         self.transfers: InstanceTransfers | None = None
-        self.num_requests = 0
         self.reports = Reports(self)
         self._server = RpcServer(
             config.host, config.port, epoch=self.epoch, drops_closed=True, keys=config.keys, allows=["scheduler"]
@@ -244,7 +243,6 @@ class GpuInstance:
         self._require_ready()
         if request.request_id in self._inboxes:
             raise InvalidRequest(f"request_id={request.request_id!r} is in use")
-        self.num_requests += 1
         logger.debug("%s: %s, trace %s", request.request_id, type(request).__name__, TRACEPARENT.get() or "none")
         self.reports.begin(request)
         return self._inboxes.setdefault(request.request_id, Inbox(request.left_s))

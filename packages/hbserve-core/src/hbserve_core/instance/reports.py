@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import os
 from collections.abc import AsyncGenerator
-from typing import Any, Protocol
+from typing import Protocol
 
 import msgspec
 
@@ -39,7 +39,6 @@ class Reported(Protocol):
     engine: Engine | None
     runner: Runner | None
     transfers: InstanceTransfers | None
-    num_requests: int
     loop_lag: LoopLag
 
     @property
@@ -56,10 +55,13 @@ class Reports:
         self._instance = instance
         self._given: dict[str, tuple[bytes, int, int]] = {}
         """Requests by their ids: who gave it, how many choices it has, and how many tokens came with it."""
+        self._num_requests = 0
+        """That have ever come."""
         self._news = asyncio.Event()
 
     def begin(self, request: GenerateRequest | PrefillRequest | DecodeRequest) -> None:
         """A request has come from whoever asks now."""
+        self._num_requests += 1
         num_tokens = len(request.prompt_token_ids) + len(request.output_token_ids)
         self._given[request.request_id] = calling_peer().connection, request.params.n, num_tokens
 
@@ -96,88 +98,64 @@ class Reports:
                     await news.wait()
 
     async def describe(self, _: Empty) -> InstanceInfo:
-        instance = self._instance
-        receives = instance.transfers is not None and instance.config.role == "decode"
-        return _instance_info(
-            instance.config,
-            instance.engine,
-            instance.runner,
+        instance, config = self._instance, self._instance.config
+        engine, runner, transfers = instance.engine, instance.runner, instance.transfers
+        info = InstanceInfo(
+            config.instance_id,
+            config.role,
             epoch=instance.epoch,
             status=instance.status,
-            kv_endpoint=instance.transfers.endpoint if instance.transfers is not None and receives else b"",
+            model=config.model_path,
+            block_size=config.block_size,
+            kv_backend=config.kv_transfer.backend if config.role != "hybrid" else "",
+            kv_endpoint=transfers.endpoint if transfers is not None and config.role == "decode" else b"",
+            pid=os.getpid(),
             error=instance.error,
-            serves_generate=instance.config.role != "prefill",
-            started_as=instance.started_as if instance.started_as != instance.config.role else None,
+            serves_generate=config.role != "prefill",
+            started_as=instance.started_as if instance.started_as != config.role else None,
+        )
+        if engine is None or runner is None:  # it is not known yet what it can do
+            return info
+        return msgspec.structs.replace(
+            info,
+            max_model_len=runner.model_config.max_model_len,
+            max_num_seqs=config.max_num_seqs,
+            max_prompt_len=engine.limits.max_prompt_len,
+            vocab_size=runner.model_config.vocab_size,
+            num_blocks=engine.blocks.num_blocks,
+            device=str(runner.device),
+            dtype=str(runner.dtype).removeprefix("torch."),
         )
 
     async def stats(self, _: Empty) -> InstanceStats:
         instance = self._instance
-        return _instance_stats(
-            instance.engine_stats,
-            None if instance.transfers is None else await instance.transfers.stats(),
+        engine = instance.engine_stats
+        moved = TransferStats() if instance.transfers is None else await instance.transfers.stats()
+        return InstanceStats(
             instance_id=instance.config.instance_id,
             role=instance.config.role,
             status=instance.status,
             epoch=instance.epoch,
             active_requests=instance.num_active,
-            total_requests=instance.num_requests,
+            total_requests=self._num_requests,
             loop_lag=instance.loop_lag.histogram,
+            waiting_requests=engine.num_waiting,
+            running_requests=engine.num_running,
+            num_blocks=engine.num_blocks,
+            free_blocks=engine.num_free_blocks,
+            cached_blocks=engine.num_cached_blocks,
+            reserved_blocks=engine.num_reserved_blocks,
+            quarantined_blocks=engine.num_quarantined_blocks,
+            generated_tokens=engine.num_generated_tokens,
+            prefill_tokens=engine.num_prefill_tokens,
+            cached_tokens=engine.num_cached_tokens,
+            preemptions=engine.num_preemptions,
+            iteration_tokens=engine.iteration_tokens,
+            active_transfers=moved.active_transfers,
+            buffered_bytes=moved.buffered_bytes,
+            kv_bytes_sent=moved.bytes_sent,
+            kv_bytes_received=moved.bytes_received,
+            kv_transfer_time_s=moved.busy_time_s,
+            failed_transfers=moved.num_failed,
+            dropped_messages=moved.dropped_messages,
         )
-
-
-def _instance_stats(engine: EngineStats, transfers: TransferStats | None, **of_instance: Any) -> InstanceStats:
-    """of_instance: the fields that neither knows of."""
-    moved: dict[str, Any] = {}
-    if transfers is not None:
-        moved = {
-            "active_transfers": transfers.active_transfers,
-            "buffered_bytes": transfers.buffered_bytes,
-            "kv_bytes_sent": transfers.bytes_sent,
-            "kv_bytes_received": transfers.bytes_received,
-            "kv_transfer_time_s": transfers.busy_time_s,
-            "failed_transfers": transfers.num_failed,
-            "dropped_messages": transfers.dropped_messages,
-        }
-    return InstanceStats(
-        waiting_requests=engine.num_waiting,
-        running_requests=engine.num_running,
-        num_blocks=engine.num_blocks,
-        free_blocks=engine.num_free_blocks,
-        cached_blocks=engine.num_cached_blocks,
-        reserved_blocks=engine.num_reserved_blocks,
-        quarantined_blocks=engine.num_quarantined_blocks,
-        generated_tokens=engine.num_generated_tokens,
-        prefill_tokens=engine.num_prefill_tokens,
-        cached_tokens=engine.num_cached_tokens,
-        preemptions=engine.num_preemptions,
-        iteration_tokens=engine.iteration_tokens,
-        **moved,
-        **of_instance,
-    )
-
-
-def _instance_info(
-    config: InstanceConfig, engine: Engine | None, runner: Runner | None, **of_instance: Any
-) -> InstanceInfo:
-    """of_instance: the fields that neither knows of, nor the configuration."""
-    known: dict[str, Any] = {}
-    if engine is not None and runner is not None:
-        known = {
-            "max_model_len": runner.model_config.max_model_len,
-            "max_num_seqs": config.max_num_seqs,
-            "max_prompt_len": engine.limits.max_prompt_len,
-            "vocab_size": runner.model_config.vocab_size,
-            "num_blocks": engine.blocks.num_blocks,
-            "device": str(runner.device),
-            "dtype": str(runner.dtype).removeprefix("torch."),
-        }
-    return InstanceInfo(
-        config.instance_id,
-        config.role,
-        model=config.model_path,
-        block_size=config.block_size,
-        kv_backend=config.kv_transfer.backend if config.role != "hybrid" else "",
-        pid=os.getpid(),
-        **known,
-        **of_instance,
-    )
