@@ -164,7 +164,7 @@ class GpuInstance:
             await self.health.stop()
         if ends := list(self._ends):
             await asyncio.wait(ends, timeout=END_TIMEOUT_S)
-        if self.engine is None:
+        if self.engine is None:  # else its commands are needed until requests have ended
             await self._thread.stop()
         if self._loading is not None:
             await self._loading

@@ -152,8 +152,7 @@ class PrefillSend:
         self._pushed_at: list[tuple[float, int]] = []
         self._inbox = inbox
         self._transfer: SendTransfer | JointSend | None = None
-        self._is_committing = False
-        self._outcome: Outcome | None = None
+        self._is_committing = self._is_aborted = False
         self._error = RemoteError(f"KV transfer {request.transfer_id} failed: it was given up")
         self._opening: asyncio.Task[None] | None = None
         self.is_granted = False
@@ -180,7 +179,7 @@ class PrefillSend:
         except Exception as error:  # whatever it is, the request fails because of it
             self._fail(str(error))
             return
-        if self._outcome is not None:
+        if self._is_aborted:
             await transfer.cancel("the request has ended")
         elif transfer.num_blocks > self._num_blocks:
             self._fail(f"{transfer.num_blocks} blocks were granted for a prompt of {self._num_blocks}")
@@ -286,14 +285,12 @@ class PrefillSend:
 
         Called once, at the end of every request.
         """
-        if self._transfer is None:
-            # Nothing was ever read, and `_open` ends what it opens from now on.
-            self._outcome = Outcome.FAILED_DRAINED
-        elif self._is_committing:
-            self._outcome = (await self._transfer.wait()).outcome
-        else:
-            self._outcome = await self._transfer.cancel(reason)
-        return self._outcome
+        self._is_aborted = True
+        if self._transfer is None:  # nothing was ever read, and `_open` ends what it opens from now on
+            return Outcome.FAILED_DRAINED
+        if self._is_committing:
+            return (await self._transfer.wait()).outcome
+        return await self._transfer.cancel(reason)
 
     async def drained(self) -> None:
         """After UNKNOWN: wait until no block is read any more."""

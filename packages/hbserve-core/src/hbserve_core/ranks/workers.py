@@ -22,7 +22,7 @@ from hbserve_core.model.loaded_model import choose_device
 from hbserve_core.model.rank_group import RankGroup
 from hbserve_core.model.shard import Shard
 from hbserve_core.ranks.distributed_group import DistributedRankGroup, host_store
-from hbserve_core.ranks.worker_handle import GRACE_S, SILENCE_S, START_TIMEOUT_S, ExitCause, WorkerProcess
+from hbserve_core.ranks.worker_process import GRACE_S, SILENCE_S, START_TIMEOUT_S, ExitCause, WorkerProcess
 from hbserve_core.ranks.worker_protocol import RankSettings, RankState
 
 logger = logging.getLogger(__name__)

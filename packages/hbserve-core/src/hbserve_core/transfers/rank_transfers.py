@@ -50,7 +50,7 @@ POOL_AXES = "blocks layers kv tokens heads dim"
 RANK_STRIDE = 1 << 16
 """Between the numbers by which hbserve_kv knows the ranks of one instance: `kv_rank + rank * RANK_STRIDE`."""
 SILENCE_S = 5.0
-"""A rank that is silent for longer is lost. Its reports say so earlier, see ranks/worker_handle.py."""
+"""A rank that is silent for longer is lost. Its reports say so earlier, see ranks/worker_process.py."""
 EXIT_STATUS_S = 1.0
 """Until the end of a rank's process must be known here. Of several reasons the first one is told."""
 TIMEOUT_S = 10.0
