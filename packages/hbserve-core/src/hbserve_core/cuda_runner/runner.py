@@ -55,11 +55,9 @@ class CudaRunner:
     _left: Callable[[], None] | None = None
     """What is left for `draw` to do."""
 
-    def __init__(
-        self, config: InstanceConfig, group: RankGroup | None = None, make_narrow: MakeNarrow | None = None
-    ) -> None:
+    def __init__(self, config: InstanceConfig, group: RankGroup, make_narrow: MakeNarrow) -> None:
         """make_narrow: see `LoadedModel`."""
-        self._group = group = group or RankGroup()
+        self._group = group
         model = LoadedModel(config, group, make_narrow)
         self.config = config
         self.model_config = model.model_config
