@@ -109,7 +109,7 @@ def test_only_a_held_request_can_be_quarantined(engine):
 
 @pytest.mark.parametrize("num_choices", [1, 2])
 @pytest.mark.parametrize("is_trusted", [True, False])
-def test_others_find_what_was_handed_over_only_where_it_is_shared(engine, num_choices, is_trusted):
+def test_others_find_what_was_handed_over_only_where_it_is_trusted(engine, num_choices, is_trusted):
     engine.reserve("r", [1] * 9, SamplingParams(0, 6, n=num_choices))
     engine.poll_reservations()
     engine.activate("r", *[5] * num_choices, is_trusted=is_trusted)

@@ -127,18 +127,17 @@ class Sequence:
     phase: Phase = Phase.NEW
     matcher: Matcher | None = None
     """Of a request with a grammar: decides what its next token may be. Only rank 0 has matchers."""
-    is_special: bool = False
+    is_special: bool = field(init=False)
     """It asks for more than temperature, top-k and top-p for its next token: see hbserve_core/logits."""
-    choices: "list[Sequence]" = field(default_factory=list)
+    choices: "list[Sequence]" = field(init=False, default_factory=list)
     """The choices, if `params.n` is more than one: they have its tokens until each is forked with one more."""
     choice: int = 0
     """Its place among the choices of `parent`."""
     parent: "Sequence | None" = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        self.is_special = self.params.needs_logits
+        self.is_special = self.params.needs_logits or self.params.n > 1
         if self.params.n > 1:
-            self.is_special = True
             self.choices = [self._choice(number) for number in range(self.params.n)]
             self.max_num_tokens = len(self.token_ids) + 1
 

@@ -301,19 +301,20 @@ class GpuInstance:
         try:
             await self._begin(request)
             outputs = await sending.follow()
-            is_late = not sending.is_granted and any(each.finish_reason is None for each in outputs)
-            if is_late and not await sending.wait_for_grant(GRANT_PATIENCE_S):
+            grant_is_late = not sending.is_granted and any(each.finish_reason is None for each in outputs)
+            if grant_is_late and not await sending.wait_for_grant(GRANT_PATIENCE_S):
                 # Nobody knows of the token yet. The prefix cache keeps all blocks but the last one, as far as it can.
                 await self._thread.call(lambda engine: engine.release(request.request_id))
                 await sending.wait_for_grant(None)
                 await self._begin(request)
                 outputs = await sending.follow()
             first = [event_of([output]) for output in outputs]
-            if not is_late:
+            # If the grant is late, the client waits for its first token, and not between that and the second.
+            if not grant_is_late:
                 for event in first:
                     yield event
             done = await sending.finish(outputs)
-            if is_late:
+            if grant_is_late:
                 for event in first:
                     yield event
             if done is not None:
