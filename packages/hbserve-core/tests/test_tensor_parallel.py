@@ -3,16 +3,19 @@
 Ranks are threads here, so that many models are quick to try; test_ranks.py has them in processes.
 """
 
+import contextlib
 import json
 import random
 import shutil
 from array import array
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from hbserve_core import Engine, InstanceConfig, InvalidInstanceConfig, ModelRunner
+from hbserve_core.bench.simulated_device import SimulatedDevice
 from hbserve_core.engine.sequence import UNREAD, ScheduledChunk, Sequence
 from hbserve_core.model.checkpoint.checkpoint import Checkpoint
 from hbserve_core.model.loaded_model import LoadedModel
@@ -20,6 +23,9 @@ from hbserve_core.model.model_config import configured_model, load_model_config
 from hbserve_core.model.rank_group import RankGroup
 from hbserve_core.model.shard import Shard, check_divisible
 from hbserve_core.ranks.step_message import StepReader, StepWriter
+from hbserve_core.ranks.tensor_parallel_runner import TensorParallelRunner
+from hbserve_core.ranks.worker_main import follow
+from hbserve_core.transfers.launched_steps import LaunchedSteps
 from hbserve_rpc import SamplingParams
 
 BLOCK = 8
@@ -308,3 +314,33 @@ def test_followers_that_are_told_every_token_do_not_draw():
     batch = [ScheduledChunk(sequence("r", range(5), 5, 0, temperature=draws), 5)]
     (chunk,) = StepReader().read(StepWriter(draws=False).write(batch))
     assert chunk.sequence.params.temperature == 0
+
+
+class MarkingDevice(SimulatedDevice):
+    """Marks the end of each step by a word, as CUDA's runner does by an event."""
+
+    computed: Any
+
+    def __init__(self, name):
+        no_model: Any = None
+        super().__init__(no_model, 8, lambda work: 0.0)
+        self.name = name
+
+    def launch(self, batch):
+        pending = super().launch(batch)
+        self.computed = f"{self.name}, step {len(self.steps)}"
+        return pending
+
+
+def test_what_rank_0_calls_a_step_is_that_step_on_another_rank():
+    messages, steps = list[bytes](), LaunchedSteps()
+    workers: Any = SimpleNamespace(
+        transfer_addresses=(), send=messages.append, naming_the_lost_rank=contextlib.nullcontext
+    )
+    runner, told = TensorParallelRunner(MarkingDevice("rank 0"), workers), list[Any]()
+    for number in range(3):
+        runner.launch([ScheduledChunk(sequence(str(number), range(5), 5, 0), 5)])
+        told.append(runner.computed)
+    assert [each.computed for each in told] == ["rank 0, step 1", "rank 0, step 2", "rank 0, step 3"]
+    follow(MarkingDevice("rank 1"), messages, steps.add)
+    assert [steps.event(each.number) for each in told] == ["rank 1, step 1", "rank 1, step 2", "rank 1, step 3"]

@@ -245,6 +245,7 @@ class Engine:
         return outputs
 
     def _launch(self, batch: list[ScheduledChunk]) -> StepInFlight:
+        """Launch a step, and tell of blocks that may be sent before it is read: see `on_early_output`."""
         chunks = [(chunk.sequence, chunk.first, chunk.num_new_tokens) for chunk in batch]
         sent = [each for each in chunks if each[0].prefill_only]
         for sequence, first, _ in sent:
