@@ -20,7 +20,7 @@ SESSIONS: dict[str, Callable[[ModelledInstance, Any, Stream[Any]], Session]] = {
 
 
 class Host:
-    """Where an instance runs: it may die, and another life of it may be started."""
+    """The place where a modelled instance runs. The instance may be killed and started again."""
 
     def __init__(self, start: Callable[[], ModelledInstance]) -> None:
         self._start = start
@@ -30,7 +30,7 @@ class Host:
         self._changed = asyncio.Event()
 
     def kill(self) -> None:
-        """As `kill -9` of its process: whoever has dialled it knows at once."""
+        """Kill the instance as `kill -9` of its process would: all connected clients know at once."""
         if self.instance is None:
             return
         self.instance.engine.stop()
@@ -52,7 +52,7 @@ class Host:
 
 
 class SimulatedClient:
-    """An InstanceClient."""
+    """An InstanceClient of a modelled instance."""
 
     problem = ""
 

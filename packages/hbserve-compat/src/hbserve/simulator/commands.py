@@ -1,4 +1,4 @@
-"""Arguments of `hbserve profile`, `simulate` and `plan`, and the last two of these commands."""
+"""Arguments of the commands `hbserve profile`, `simulate` and `plan`, and what the last two do."""
 
 import json
 import re
@@ -26,10 +26,10 @@ from hbserve_rpc import InvalidRequest
 from hbserve_scheduler import SchedulerConfig, load_config
 
 POLLED_A_SECOND = 200
-"""Instances whose figures are asked for in a second, of a large deployment: each has to wait longer for its turn."""
+"""How many instances are asked for their figures in a second. In a large deployment each is asked less often."""
 MOST_MS = 1e9
 MOST_TURNS_A_SECOND = 1e6
-"""Of conversations, as many of which go on at a time as come in a minute."""
+"""Highest rate with `--conversations`: as many conversations go on at a time as turns come in a minute."""
 ProfileOption = Annotated[str, Option(metavar="NAME|FILE", help=f"One of {', '.join(own_profiles())}, or a file.")]
 MOST_INSTANCES, MOST_REPEATS = 100_000, 10_000
 Count = Annotated[int, Option(min=0, max=MOST_INSTANCES)]
@@ -114,7 +114,7 @@ class PlanArgs:
 
 
 def run_simulation(args: SimulateArgs) -> None:
-    """Raises InvalidRequest, ConfigError, OSError."""
+    """Run `hbserve simulate`. Raises InvalidRequest, ConfigError, OSError."""
     if args.json is not None:
         require_folder_of("--json", args.json)
     deployment, goals_s = _deployment(args), goals_of(args.goodput or [])
@@ -177,7 +177,7 @@ def _requests(args: SimulateArgs) -> Iterator[SimulatedRequest]:
 
 
 def run_plan(args: PlanArgs) -> None:
-    """Raises InvalidRequest, PlottingUnavailable, OSError."""
+    """Run `hbserve plan`. Raises InvalidRequest, PlottingUnavailable, OSError."""
     if args.plot is not None:
         require_plotting(args.plot)
     plan = make_plan(

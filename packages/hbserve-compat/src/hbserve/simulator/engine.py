@@ -1,9 +1,10 @@
-"""The engine of a modelled instance: steps that take the time which a profile says, and compute nothing.
+"""The engine of a modelled instance: its steps take the time that a profile says, and compute nothing.
 
-Steps are one timer, up to the next one after which something is otherwise: decode steps of the same sequences up to the
-first that is the last of one, steps of prompts alone up to the end of a prompt. Who comes meanwhile cuts it short at
-the end of the step that is under way. So a simulation takes about as long as it has requests, not tokens or chunks.
-An engine launches a step some time before the end of the one before it; who comes after that is in the step behind it.
+One timer stands for several steps, up to the next one that changes something: for decode steps of the same sequences,
+until the first of these sequences ends; for steps that have only prompts, until a prompt ends. A request that arrives
+meanwhile cuts the timer short at the end of the current step. So the time of a simulation depends on the number of
+requests, and not of tokens or chunks. An engine launches a step some time before the end of the one before it. A
+request that arrives after that is in the step after the launched one.
 """
 
 import asyncio
@@ -21,22 +22,23 @@ from hbserve_core.engine.step_times import MOST_OVERTAKERS, ChunkSizes, StepWork
 from hbserve_rpc.messages import Role
 
 GAPS_PER_S = 10_000
-"""Parts of a second in which times between two tokens are counted."""
+"""Times between two tokens are counted in units of 1 / GAPS_PER_S seconds."""
 
 
 @dataclass(eq=False, slots=True)
 class PromptWork:
-    """A prompt that is computed chunk by chunk."""
+    """A prompt, which is computed chunk by chunk."""
 
     num_tokens: int
     done: int
-    """Tokens that are computed, or were cached."""
+    """Tokens that have been computed, or were cached."""
     on_chunk: Callable[[float], object] | None
-    """Told when each chunk but the last has ended, at the latest at the end of the prompt, or by `settle`."""
+    """Called with the end of each chunk but the last: later than that, perhaps, but not after the end of the prompt or
+    a call of `settle`. None: the same instance decodes."""
     on_done: Callable[[], None]
-    """Told when all chunks of its last step are."""
+    """Called when all chunks of the prompt's last step have ended."""
     num_computed_tokens: int = field(init=False)
-    """Tokens that are computed when the steps that are planned have ended."""
+    """Tokens that will have been computed when all planned steps have ended."""
     _cached: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -48,7 +50,7 @@ class PromptWork:
 
     @property
     def prefill_only(self) -> bool:
-        """Somebody else decodes, who waits for the last chunk's KV."""
+        """Whether another instance decodes, which waits for the KV of the last chunk."""
         return self.on_chunk is not None
 
     @property
@@ -58,13 +60,13 @@ class PromptWork:
 
 @dataclass(eq=False, slots=True)
 class DecodeWork:
-    """A sequence that gets a token in each step."""
+    """A sequence that decodes: it gets a token in each step."""
 
     context: int
     remaining: int
-    """Tokens that it is still to get, at least one."""
+    """Tokens that are still to be generated, at least one."""
     on_first: Callable[[float], object]
-    """Told, as its first step begins, when that ends; unless it is its last."""
+    """Called when its first step begins, with the time at which that will end; not if that step is its last."""
     on_done: Callable[[], None]
     end_step: int = -1
     is_gone: bool = False
@@ -72,13 +74,13 @@ class DecodeWork:
 
 @dataclass
 class EngineFigures:
-    """What an engine has done."""
+    """What an engine has computed."""
 
     busy_s: float = 0.0
     prompt_tokens: int = 0
     output_tokens: int = 0
     gaps: Counter[int] = field(default_factory=Counter)
-    """Times between two tokens of a sequence, in tenths of a millisecond, and how many of each."""
+    """Number of times between two tokens of a sequence, by length in tenths of a millisecond."""
 
     @property
     def gaps_s(self) -> Counter[float]:
@@ -86,16 +88,16 @@ class EngineFigures:
 
 
 class _Chunks:
-    """Of one step, while they are chosen."""
+    """The chunks of one step, while they are being chosen."""
 
     def __init__(self, sizes: ChunkSizes, budget: int, most: int) -> None:
-        """budget, most: prompt tokens, and any, that the step may have."""
+        """budget: prompt tokens that the step may have. most: tokens of any kind that it may still have."""
         self.chunks: list[tuple[PromptWork, int]] = []
         self.budget = budget
         self._sizes, self._most = sizes, most
 
     def take(self, works: Iterable[PromptWork]) -> None:
-        """Of these, one after the other, as long as there is room."""
+        """Take chunks of these prompts, in order, as long as there is room."""
         for work in works:
             count = self._sizes.of(work, work.num_uncomputed_tokens, self.budget, self._most)
             if count == 0:
@@ -106,39 +108,39 @@ class _Chunks:
 
 
 class ModelledEngine:
-    """Belongs to one event loop, whose time it takes."""
+    """The engine. It belongs to one event loop, and uses that loop's clock."""
 
     def __init__(self, law: StepLaw, limits: EngineLimits, role: Role = "hybrid") -> None:
         self.limits = limits
         self.figures = EngineFigures()
         self.prompts: deque[PromptWork] = deque()
         self.batch = self.keys = 0
-        """Sequences that decode, and their tokens together."""
+        """Number of sequences that decode, and of all their tokens."""
         self._law = law
         self._chunk_sizes = ChunkSizes(limits, role, self._predict_s, has_graphs=law.has_graphs)
         self._launch_times = ModelledLaunchTimes(law, limits.most_graph_tokens)
         self._loop = asyncio.get_running_loop()
         self._step = 0
-        """Decode steps so far."""
+        """Number of decode steps so far."""
         self._joining: list[DecodeWork] = []
         self._ends: list[tuple[int, int, DecodeWork]] = []
         self._numbers = itertools.count()
         self._planned: deque[tuple[float, int, list[tuple[PromptWork, int]]]] = deque()
-        """Steps with prompts, from the one that is under way on: when each ends, its prompt tokens, and its chunks."""
+        """Planned steps with prompts, beginning with the current one: its end, its prompt tokens, and its chunks."""
         self._timer: asyncio.Handle | None = None
         self._end_s = math.inf
-        """Of what is under way."""
+        """End of the steps that the timer stands for."""
         self._missed: list[PromptWork | DecodeWork] = []
-        """Have come when the step after the one that is under way was launched already."""
+        """Work that arrived when the step after the current one had already been launched."""
         self._began_s = 0.0
         self._steps_under_way = 0
-        """Of decodes, from `_began_s` on."""
+        """Number of decode steps that the timer stands for, from `_began_s` on."""
         self._first_end_s: float | None = None
-        """Of these, the end of the first, where some have joined in it, and it was not counted yet."""
+        """End of the first of these steps, if sequences have joined in it and it has not been counted yet."""
         self._has_died = False
 
     def add(self, work: PromptWork | DecodeWork) -> None:
-        """It is in the next step that is not launched yet."""
+        """Add work to the next step that has not been launched yet."""
         if self._has_died:
             return
         if self._timer is None:  # all that comes in this moment is in the step
@@ -154,12 +156,12 @@ class ModelledEngine:
 
     @property
     def is_idle(self) -> bool:
-        """Nothing is under way, or will be at once."""
+        """Whether no step is running or about to begin."""
         return self._timer is None
 
     def _has_next(self) -> bool:
-        """Whether there is anything for the step after the one that is under way: who is the first to come is launched
-        at once, however late."""
+        """Whether there is work for the step after the current one. If there is none, that step has not been launched,
+        and new work is launched at once, however late it comes."""
         return bool(self.batch or self._joining or any(work.num_uncomputed_tokens for work in reversed(self.prompts)))
 
     def _queue(self, work: PromptWork | DecodeWork) -> None:
@@ -169,7 +171,7 @@ class ModelledEngine:
             self._joining.append(work)
 
     def remove(self, work: PromptWork | DecodeWork) -> None:
-        """It was aborted: it is in no step after the one that is under way."""
+        """Remove aborted work: it is in no step after the current one."""
         if work in self._missed:
             self._missed.remove(work)
         elif isinstance(work, PromptWork):
@@ -185,14 +187,14 @@ class ModelledEngine:
             self.keys -= work.context + max(0, work.remaining - (work.end_step - self._step))
 
     def stop(self) -> None:
-        """Its process has died: nothing of it is heard any more."""
+        """The engine's process has died: none of its callbacks are called any more."""
         if self._timer is not None:
             self._timer.cancel()
         self.settle()
         self._has_died = True
 
     def settle(self) -> None:
-        """Take in the chunks that have ended, for whoever depends on what was told of them."""
+        """Record the chunks that have ended, and call their `on_chunk`, for code that depends on it."""
         now_s, planned = self._loop.time(), self._planned
         while len(planned) > 1 and planned[0][0] <= now_s:
             end_s, num_tokens, chunks = planned.popleft()
@@ -206,7 +208,7 @@ class ModelledEngine:
     # ---- steps -------------------------------------------------------------------------------------------------------
 
     def _cut_short(self) -> None:
-        """End what is under way after the step that is under way."""
+        """Let the timer fire at the end of the current step."""
         if len(self._planned) > 1:
             self.settle()
         if len(self._planned) > 1:
@@ -273,7 +275,8 @@ class ModelledEngine:
         self._missed.clear()
 
     def _plan(self, behind_prompts: bool) -> None:
-        """The next step; without decodes, all up to the end of a prompt, unless somebody is to be in the one after."""
+        """Plan the next step; without decodes, all steps to the end of a prompt, unless work waits to join the
+        second."""
         end_s, ends = self._began_s, self.batch > 0 or bool(self._missed)
         while True:
             chunks = self._choose_chunks()
@@ -294,7 +297,7 @@ class ModelledEngine:
         return self._law.step_s(rows, pairs, self.keys, is_behind=is_behind)
 
     def _begin_decodes(self, count: int, *, has_first: bool) -> float:
-        """So many decode steps, the first of which may be some sequences' own first; returns the end of the last."""
+        """Begin `count` decode steps; returns their end. has_first: the first of them is some sequences' own first."""
         self._steps_under_way = count
         if not has_first or count == 1:
             return self._began_s + self._law.decode_steps_s(count, self.batch, self.keys)
@@ -302,7 +305,7 @@ class ModelledEngine:
         return first_end_s + self._law.decode_steps_s(count - 1, self.batch, self.keys + self.batch)
 
     def _pass_first(self) -> None:
-        """Count the first of the decode steps that are under way, if it has ended."""
+        """Count the first of the current decode steps, if it has ended."""
         if (end_s := self._first_end_s) is not None and end_s <= self._loop.time():
             self._first_end_s = None
             self._count_decodes(1, end_s)
@@ -315,7 +318,7 @@ class ModelledEngine:
         self._steps_under_way -= count
 
     def _choose_chunks(self) -> list[tuple[PromptWork, int]]:
-        """As hbserve_core's BatchScheduler does where all have the blocks that they need."""
+        """Choose the chunks of a step as hbserve_core's BatchScheduler does when blocks are not scarce."""
         limits, sizes = self.limits, self._chunk_sizes
         step = _Chunks(sizes, limits.max_chunk_prefill_tokens, max(0, limits.max_num_batched_tokens - self.batch))
         if not sizes.is_adaptive:
@@ -372,7 +375,7 @@ class ModelledEngine:
         self._begin(behind_prompts=bool(chunks))
 
     def _count(self, count: int, batch: int, took_s: float, num_tokens: int) -> None:
-        """So many steps, of this many decodes, and of prompt tokens if it is one."""
+        """Count `count` steps with `batch` decodes each; with `num_tokens` prompt tokens if it is a single step."""
         figures = self.figures
         figures.busy_s += took_s
         if batch:

@@ -9,12 +9,13 @@ from hbserve_rpc.settings import EngineSettings
 
 MOST_REMEMBERED = 4096
 FEWEST_ROWS_MORE, MOST_ROWS_MORE = 32, 128
-"""As hbserve_core/cuda_runner/step_packer.py has them: between the rows of two graphs of steps with prompts."""
+"""The fewest and most rows between the sizes of two graphs of steps with prompts, as in
+hbserve_core/cuda_runner/step_packer.py."""
 
 
 @dataclass(frozen=True)
 class EngineLimits:
-    """Settings of an engine that its steps depend on, by their names in the configuration."""
+    """Settings of an engine on which its steps depend, named as in the configuration."""
 
     chunk_size: int | Literal["auto"] | None = None
     itl_target_ms: float | None = None
@@ -26,7 +27,7 @@ class EngineLimits:
 
     @classmethod
     def of(cls, settings: EngineSettings) -> "EngineLimits":
-        """Those of a deployment's engines."""
+        """The limits that follow from a deployment's settings."""
         return cls(
             settings.chunk_size,
             settings.itl_target_ms,
@@ -38,7 +39,8 @@ class EngineLimits:
         )
 
     def graph_rows(self, num_tokens: int) -> int:
-        """What a step with prompts and so many tokens is padded to on a GPU, and computes."""
+        """Rows that a GPU computes for a step with prompts that has `num_tokens` tokens: steps are padded to the size
+        of a graph."""
         return _graph_rows(num_tokens, self.most_graph_tokens)
 
 

@@ -15,16 +15,16 @@ from hbserve_rpc.messages import GrantRequest, InstanceInfo, InstanceStats, Role
 
 BLOCK_SIZE = 16
 SPARE_PART = 20
-"""One token of the pool in so many stays free when a request is let in: those that decode grow."""
+"""When a request is let in, one token in this many of the pool must stay free, because running sequences grow."""
 LONGEST = 1 << 20
 VOCAB_SIZE = 1 << 17
 
 
 class Shape(NamedTuple):
-    """What is known of a prompt beside its length."""
+    """What is known of a modelled prompt in addition to its length."""
 
     hash_ids: tuple[int, ...] = ()
-    """One for each full block of `block_size` tokens, of that block and all before it."""
+    """One id for each full block of `block_size` tokens. It stands for that block and all before it."""
     block_size: int = 512
 
 
@@ -32,8 +32,8 @@ NO_SHAPE = Shape()
 
 
 class Tokens(tuple[int, ...]):
-    """A prompt of which nothing is there but its length and its shape: a scheduler sees no more of one that comes with
-    its shape, and hands it on as it is."""
+    """A prompt without token ids: only its length and shape are known. The scheduler looks at no more of a prompt that
+    comes with its shape, and passes it on unchanged."""
 
     shape: Shape
     _count: int
@@ -48,38 +48,38 @@ class Tokens(tuple[int, ...]):
 
 
 class Entering(Protocol):
-    """A session that needs room for its tokens."""
+    """A session that needs room in the pool for its tokens."""
 
     num_tokens: int
     num_choices: int
 
     def enter(self) -> None:
-        """There is room."""
+        """Called when there is room."""
 
 
 class Reserved(Protocol):
-    """A session that waits for KV."""
+    """A session that waits for KV from another instance."""
 
     cached_tokens: int
-    """That need not be moved."""
+    """Tokens whose KV is here already, and need not be moved."""
 
     def kv_is_there(self) -> None:
-        """All of it."""
+        """Called when all of the KV has arrived."""
 
 
 @dataclass
 class Fabric:
-    """What the instances of a simulation have in common."""
+    """State that the instances of a simulation share."""
 
     reservations: dict[str, Reserved] = field(default_factory=dict)
-    """By transfer."""
+    """Sessions that wait for KV, by transfer id."""
     prefix_tokens: int = 0
-    """Prompt tokens that were found in prefix caches, and all that were asked for."""
+    """Prompt tokens that were found in prefix caches; `asked_tokens` are all that were looked for."""
     asked_tokens: int = 0
 
 
 class ModelledInstance:
-    """Belongs to one event loop, whose time it takes."""
+    """One modelled instance. It belongs to one event loop, and uses that loop's clock."""
 
     def __init__(self, instance_id: str, role: Role, law: StepLaw, limits: EngineLimits, fabric: Fabric) -> None:
         self.instance_id = instance_id
@@ -92,9 +92,9 @@ class ModelledInstance:
         self.fabric = fabric
         self._cache: PrefixCache | None = None
         self._used_tokens = 0
-        """Of requests that were let in, without what they have grown by since."""
+        """Tokens of the requests that were let in, not counting those that were generated since."""
         self._num_active = self._num_inside = 0
-        """Choices of all requests, and of those that were let in."""
+        """Number of choices of all requests, and of those that were let in."""
         self._waiting: deque[Entering] = deque()
         self._prefilling: dict[str, Callable[[bool, float], None]] = {}
         self._link_free_s = 0.0
@@ -133,8 +133,8 @@ class ModelledInstance:
     # ---- what its sessions need --------------------------------------------------------------------------------------
 
     def grant(self, request: GrantRequest, at_s: float) -> None:
-        """A decode instance has room for a prompt that is computed here; without a grant, there will be none. It is
-        here at that time, now or soon."""
+        """A decode instance's answer to a reservation for a prompt that is computed here; an empty grant means that the
+        prompt gets no room. `at_s`: when the message arrives, which is now or soon."""
         if (on_grant := self._prefilling.get(request.request_id)) is not None:
             on_grant(bool(request.grant), at_s)
 
@@ -147,13 +147,13 @@ class ModelledInstance:
         self._num_active -= 1
 
     def let_in(self, session: Entering) -> None:
-        """It is told to `enter` once there is room."""
+        """Queue a session, and call its `enter` once there is room."""
         self._num_active += session.num_choices
         self._waiting.append(session)
         self._admit()
 
     def let_out(self, session: Entering) -> None:
-        """It needs no room, or no more."""
+        """Remove a session, which has left the queue or no longer needs its room."""
         self._num_active -= session.num_choices
         if session in self._waiting:
             self._waiting.remove(session)
@@ -163,7 +163,7 @@ class ModelledInstance:
         self._admit()
 
     def _admit(self) -> None:
-        """Give room to those that wait, in order."""
+        """Give room to waiting sessions, in order."""
         if not self._waiting:
             return
         most = self.profile.kv_tokens - self.profile.kv_tokens // SPARE_PART
@@ -184,8 +184,8 @@ class ModelledInstance:
         return self._cache
 
     def cached(self, prompt: Sequence[int], count: int, *, counts: bool = True) -> int:
-        """Of the `count` tokens of a prompt and what follows it, those that need not be computed, or moved: never all,
-        for the last one gives the next."""
+        """How many of a request's first `count` tokens (its prompt and output so far) are cached, and need not be
+        computed or moved. Never all of them, because the last token must be computed to sample the next."""
         shape, found = getattr(prompt, "shape", NO_SHAPE), 0
         if shape.hash_ids:
             found = min(count - 1, self._blocks(shape.block_size).find(shape.hash_ids) * shape.block_size)
@@ -195,13 +195,13 @@ class ModelledInstance:
         return found
 
     def remember(self, prompt: Sequence[int]) -> None:
-        """It is in the prefix cache now."""
+        """Put a prompt into the prefix cache."""
         shape = getattr(prompt, "shape", NO_SHAPE)
         if shape.hash_ids:
             self._blocks(shape.block_size).add(shape.hash_ids)
 
     def move(self, num_bytes: int, at_s: float) -> tuple[float, float]:
-        """Begin and end of a copy that begins at that time, or when those before it have ended."""
+        """When a copy of `num_bytes` begins and ends. It begins at `at_s`, or when the copies before it have ended."""
         begin_s = self._link_free_s if self._link_free_s > at_s else at_s
         self._link_free_s = begin_s + self.law.transfer_s(num_bytes)
         return begin_s, self._link_free_s

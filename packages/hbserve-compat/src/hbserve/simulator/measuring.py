@@ -1,4 +1,4 @@
-"""`hbserve profile`: one instance is measured, and what was measured is a file that simulations read."""
+"""`hbserve profile`: measures one instance, and writes the file that simulations read."""
 
 import asyncio
 import statistics
@@ -31,7 +31,7 @@ DEADLINE_S = 30.0
 
 
 class Usual(NamedTuple):
-    """What is measured unless the command says otherwise."""
+    """Sizes that are measured unless the command's options say otherwise."""
 
     prompt_lens: str
     batch_sizes: str
@@ -82,7 +82,7 @@ def measure_profile(args: ProfileArgs) -> None:
 def _engine(
     bar: Any, config: InstanceConfig, prompts: Sequence[int], batches: Sequence[int], contexts: Sequence[int]
 ) -> tuple[dict[str, Any], str]:
-    """Fields of the profile that the engine tells, and what it computes in."""
+    """Fields of the profile that depend on the engine, and the dtype in which it computes."""
     runner = make_runner(config)
     try:
         sweep = BatchSweep(config, runner)
@@ -104,7 +104,7 @@ def _engine(
 
 
 def _numbers(option: str, text: str) -> tuple[int, ...]:
-    """Ascending, without repetitions. Raises InvalidRequest."""
+    """The option's numbers, ascending and without repetitions. Raises InvalidRequest."""
     try:
         found = tuple(sorted({int(each) for each in text.split(",")}))
     except ValueError:
@@ -117,8 +117,8 @@ def _numbers(option: str, text: str) -> tuple[int, ...]:
 def _steps(
     bar: Any, sweep: BatchSweep, prompts: Sequence[int], batches: Sequence[int], contexts: Sequence[int]
 ) -> tuple[list[tuple[int, float]], list[tuple[int, float]], list[tuple[int, int, float]]]:
-    """Prompts alone, and one behind the other, and decode steps; what the model or the pool has no room for is said and
-    passed over."""
+    """Times of prompts alone, of prompts behind each other, and of decode steps. A size that the model or its pool has
+    no room for is skipped with a message."""
     prefill: list[tuple[int, float]] = []
     behind: list[tuple[int, float]] = []
     decode: list[tuple[int, int, float]] = []
@@ -147,8 +147,8 @@ def _steps(
 def _launched_ahead(
     bar: Any, sweep: BatchSweep, config: InstanceConfig, batches: Sequence[int], context: int
 ) -> tuple[float, float, float]:
-    """How long before a step's end the next one is launched: decodes alone, prompts beside them, and prompts alone of
-    which some are computed without a CUDA graph."""
+    """How long before a step's end the next one is launched: for decodes alone; with prompts beside them; and for
+    prompts alone, of which some have no CUDA graph."""
     bar.set_description("Launches")
     batch = max((each for each in batches if each <= DECODES_AT_A_LAUNCH), default=batches[0])
     ahead_s = mixed_s = eager_s = sweep.launched_ahead_s(batch, context)
@@ -164,9 +164,12 @@ def _launched_ahead(
 async def _transfers(
     bar: Any, backend: str, device: str, megabytes: Sequence[int]
 ) -> tuple[list[tuple[int, float]], float]:
-    """Time in which bytes move, by bytes; and what there is beside that from computed blocks to a receiver that has
-    them, in seconds. To one other process, whose start takes longer than all of them. So of an instance it is one rank:
-    the others move as much at the same time, each of its own GPU."""
+    """Times of transfers by number of bytes; and, in seconds, what a hand-off takes besides, from computed blocks to a
+    receiver that has them all.
+
+    There is one receiving process, because starting it takes longer than all transfers. So this measures one rank of an
+    instance: the others move as much at the same time, each from its own GPU.
+    """
     moving, beside = [], []
     bar.set_description("Transfers")
     settings = kv_bench.Settings(backend, device, num_blocks=2 * megabytes[-1], block_bytes=BLOCK_BYTES)
@@ -182,7 +185,7 @@ async def _transfers(
 
 
 async def _message_s(bar: Any) -> float:
-    """Half of a call's time, with both sides in this process: what a message takes at least."""
+    """Half of the time of a call between two ends in this process: the least that a message takes."""
     bar.set_description("Messages")
     server = RpcServer()
 

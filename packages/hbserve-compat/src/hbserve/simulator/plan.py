@@ -1,5 +1,5 @@
-"""A plan: how many instances of each role a load needs, by simulations of what might do, and whether prefill and decode
-are to be apart at all."""
+"""A plan: how many instances of each role a load needs, and whether prefill and decode should be separate at all. It is
+found by simulating the layouts that might be enough."""
 
 import math
 from collections.abc import Iterator
@@ -15,19 +15,20 @@ from hbserve_rpc import InvalidRequest
 from hbserve_rpc.messages import Role
 
 SIMULATED_S, LIVES = 20.0, 4
-"""A simulation is of at least so many seconds, and of so many times as long as a request takes."""
+"""Shortest simulated time in seconds, and in multiples of a request's duration."""
 FEWEST_REQUESTS, MOST_REQUESTS = 400, 6000
 LONGEST_S, ALONE = 14400.0, 20
-"""Fewer requests are enough where they come in so much time: each of them is alone, and they are all alike."""
+"""If requests come so rarely that FEWEST_REQUESTS would take more than LONGEST_S seconds, fewer are simulated, but at
+least ALONE: each of them is served alone, and they are all alike."""
 MOST_TOTALS = 6
-"""So many numbers of instances are tried, from the fewest that might do on."""
+"""How many totals of instances are tried, beginning with the smallest that might be enough."""
 MOST_BUSY = 0.97
-"""An instance that computes for more of the time has ever more to do."""
+"""A prefill instance that computes for a larger part of the time than this falls further and further behind."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """A load, and what its requests are to keep. Times are in seconds."""
+    """A load, and the goals for its requests. Times are in seconds."""
 
     profile: Profile
     input_len: int
@@ -36,20 +37,20 @@ class Question:
     ttft_s: float
     tpot_s: float
     itl_s: float | None = None
-    """Of the 99th percentile of times between tokens."""
+    """Goal for the 99th percentile of times between tokens."""
     attainment: float = 0.9
-    """The part of all requests that is to keep both."""
+    """The share of requests that must meet both `ttft_s` and `tpot_s`."""
     spread: float = 0.0
-    """Of lengths."""
+    """Spread of the lengths: the standard deviation of their logarithm."""
     chunk_size: int | None = None
-    """None: as instances of each role have it."""
+    """None: the default of each role."""
     most_instances: int = 64
     seed: int = 0
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Instances of each role, and how they are set."""
+    """How many instances there are of each role, and their settings."""
 
     prefill: int = 0
     decode: int = 0
@@ -72,7 +73,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Trial:
-    """What a simulation says of a layout at a rate."""
+    """The result of simulating a layout at a rate."""
 
     layout: Layout
     rate: float
@@ -86,24 +87,25 @@ class Trial:
 
 @dataclass(frozen=True)
 class Plan:
-    """The answer, and all that was tried for it."""
+    """The answer to a question, and all layouts that were tried."""
 
     question: Question
     trials: list[Trial]
     apart: Trial | None
-    """The fewest instances with prefill and decode apart; None if no number that was tried is enough."""
+    """The smallest layout with separate prefill and decode instances that is enough; None if none that was tried is."""
     together: Trial | None
-    """The fewest hybrid instances."""
+    """The same with hybrid instances."""
 
     @property
     def best(self) -> Trial | None:
-        """Fewest instances; of as many, what more requests keep."""
+        """The layout with fewer instances; if both have as many, the one with which more requests meet their goals."""
         found = [each for each in (self.apart, self.together) if each is not None]
         return min(found, key=lambda each: (each.layout.count, -each.attainment), default=None)
 
 
 def make_plan(question: Question) -> Plan:
-    """Raises InvalidRequest: the goals cannot be kept by any number of instances; says which."""
+    """Find the smallest layouts that are enough. Raises InvalidRequest if no number of instances can meet a goal; names
+    the goal."""
     require_possible(question)
     trials: list[Trial] = []
     apart = _fewest(question, _apart(question), trials)
@@ -112,8 +114,8 @@ def make_plan(question: Question) -> Plan:
 
 
 def require_possible(question: Question) -> None:
-    """Raises InvalidRequest: one request alone takes longer than its goals, or there are more of them than so many
-    instances compute."""
+    """Refuse what no layout can do. Raises InvalidRequest if one request alone takes longer than a goal, or if the
+    prompts alone keep more instances busy than are allowed."""
     law, context = StepLaw(question.profile), question.input_len + question.output_len
     if context > question.profile.kv_tokens:
         raise InvalidRequest(f"--input-len: {context} tokens; the profile's pool has {question.profile.kv_tokens}")
@@ -141,7 +143,7 @@ def require_possible(question: Question) -> None:
 
 
 def _fewest(question: Question, totals: Iterator[list[Layout]], trials: list[Trial]) -> Trial | None:
-    """Of the first number of instances that is enough, the layout which most requests keep their goals with."""
+    """Of the smallest total of instances that is enough, the layout with which most requests meet their goals."""
     for layouts in totals:
         found = [try_layout(question, layout, question.rate) for layout in layouts]
         trials += found
@@ -167,7 +169,7 @@ def _hybrids(question: Question) -> Iterator[list[Layout]]:
 
 
 def _prompt_s(question: Question) -> float:
-    """That a prompt takes of an instance which computes one after the other."""
+    """Time in seconds that a prompt takes on an instance that computes prompts one after the other."""
     return StepLaw(question.profile).step_s(question.input_len, question.input_len**2 / 2, 0)
 
 
@@ -176,7 +178,8 @@ def _fewest_prefills(question: Question) -> int:
 
 
 def _fewest_decodes(question: Question) -> int:
-    """So many that a step of their share of all sequences takes no longer than its goal, and their KV has room."""
+    """The fewest decode instances whose steps, each with its share of all sequences, meet the goal, and whose pools
+    have room for the KV."""
     law, context = StepLaw(question.profile), question.input_len + question.output_len / 2
     for count in range(1, question.most_instances):
         step_s = law.decode_steps_s(1, 1, round(context))
@@ -194,7 +197,8 @@ def _fewest_decodes(question: Question) -> int:
 
 
 def _fewest_hybrids(question: Question) -> int:
-    """By operations alone: what decodes take beside prompts is attention, and a row in the products of each step."""
+    """The fewest hybrid instances, by operations alone: decodes beside prompts cost attention, and one row in the
+    products of each step."""
     law, context = StepLaw(question.profile), question.input_len + question.output_len / 2
     decode_s = question.output_len * law.key_s * context
     return max(1, math.ceil(question.rate * (_prompt_s(question) + decode_s)))
@@ -221,6 +225,6 @@ def try_layout(question: Question, layout: Layout, rate: float) -> Trial:
 
 
 def over_rates(plan: Plan, trial: Trial, shares: tuple[float, ...]) -> list[Trial]:
-    """The same layout at parts of the rate, and beyond it."""
+    """Simulate the layout of a trial at these multiples of the question's rate."""
     question = replace(plan.question)
     return [try_layout(question, trial.layout, share * question.rate) for share in shares]

@@ -1,4 +1,4 @@
-"""A plan in words, a table and a picture."""
+"""A plan as text, as a table and as a picture."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,11 +7,11 @@ from hbserve.plotting import figure_of
 from hbserve.simulator.plan import Plan, Trial, over_rates
 
 SHARES = (0.4, 0.6, 0.8, 1.0, 1.2, 1.4)
-"""Of the rate that was asked for: what the picture shows."""
+"""Multiples of the question's rate that the picture shows."""
 
 
 def lines(plan: Plan) -> Iterator[str]:
-    """A table of what was tried, and the answer."""
+    """A table of the layouts that were tried, and the answer."""
     question = plan.question
     yield (
         f"{question.profile.name} ({question.profile.device}), {question.input_len} in, {question.output_len} out, "
@@ -70,7 +70,7 @@ def _answer(plan: Plan) -> Iterator[str]:
 
 
 def plot_plan(plan: Plan, path: Path) -> None:
-    """What each of the two layouts does at other rates. Raises PlottingUnavailable, OSError, ValueError."""
+    """Plot how the two best layouts do at other rates. Raises PlottingUnavailable, OSError, ValueError."""
     question = plan.question
     chosen = [each for each in (plan.apart, plan.together) if each is not None] or plan.trials[:1]
     goals_ms = {"TTFT p90, ms": 1e3 * question.ttft_s, "TPOT p90, ms": 1e3 * question.tpot_s}

@@ -1,19 +1,19 @@
-"""Prefixes of prompts whose KV an instance keeps, known by the ids of their blocks."""
+"""Prompt prefixes whose KV an instance keeps, by the ids of their blocks."""
 
 from collections.abc import Sequence
 from itertools import islice
 
 
 class PrefixCache:
-    """Forgets the block that was not used for the longest time. An id stands for a block and all before it."""
+    """An LRU cache of blocks. An id stands for a block and all before it."""
 
     def __init__(self, num_blocks: int) -> None:
         self._num_blocks = num_blocks
         self._blocks: dict[int, None] = {}
-        """The one that was not used for the longest time comes first. An OrderedDict takes half as long again."""
+        """The least recently used block comes first. An OrderedDict would take half as much time again."""
 
     def find(self, hash_ids: Sequence[int]) -> int:
-        """How many of the first blocks are there."""
+        """How many of the first blocks are cached."""
         blocks = self._blocks
         count = 0
         for hash_id in hash_ids:

@@ -1,11 +1,13 @@
-"""Profiles of instances: what was measured of one, in a small JSON file, and how long steps take by that.
+"""Profiles of instances: what was measured of one instance, as a small JSON file; and how long a step takes by a
+profile.
 
-A step is taken to be its products, which read all weights or are bound by operations, whichever takes longer; its
-attention, for each pair of a new token and one before it; and the keys and values that its decodes read:
+A step's time is taken to be the sum of three parts. The matrix products read all weights or are bound by operations,
+whichever takes longer. Attention over prompts takes a time for each pair of a new token and one before it. Decodes read
+their keys and values.
 
     time = products(new tokens) + pair_s * pairs + key_s * keys of decodes
 
-`products` is a line through what was measured, from decode steps of few rows to prompts of thousands of tokens.
+`products` is a line through the measured points, from decode steps of few rows to prompts of thousands of tokens.
 """
 
 import statistics
@@ -22,51 +24,51 @@ from msgspec import Meta
 from hbserve_rpc import InvalidRequest
 
 OWN = resources.files("hbserve.simulator") / "profiles"
-"""Those that come with this package."""
+"""The profiles that come with this package."""
 MOST_REMEMBERED = 4096
 LONG_PROMPT = 4
-"""Prompts of at least a part in so many of the longest that was measured tell what attention costs."""
+"""The cost of attention is taken from prompts of at least 1 / LONG_PROMPT of the longest length that was measured."""
 Count = Annotated[int, Meta(ge=1, le=10**12)]
 Span = Annotated[float, Meta(ge=0, le=1e6)]
 Step = Annotated[float, Meta(gt=0, le=1e6)]
-"""Times in seconds; those of steps take some."""
+"""Times in seconds. That of a step is above 0."""
 
 
 class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Of one instance. Times are in seconds."""
+    """The profile of one instance. Times are in seconds."""
 
     name: str
     source: str
     """Where and how it was measured, or what was assumed."""
     device: str
-    """The card's name, or "cpu", whose steps are not padded."""
+    """The GPU's name, or "cpu". On a CPU, steps are not padded."""
     tensor_parallel_size: Count = 1
     kv_bytes_per_token: Count
     kv_tokens: Count
-    """That the instance's pool has room for."""
+    """Tokens that the instance's pool has room for."""
     prefill: list[tuple[Count, Step]]
-    """Tokens of a prompt that is computed alone, and the time until its token."""
+    """For prompts that are computed alone: number of tokens, and time until the first token."""
     decode: list[tuple[Count, Count, Step]]
-    """Sequences in a decode step, tokens of each, and the time of the step."""
+    """For decode steps: number of sequences, tokens of each, and time of the step."""
     transfer: list[tuple[Annotated[int, Meta(ge=0, le=10**15)], Span]]
-    """Bytes that move from an instance to another, and how long that takes."""
+    """For transfers between two instances: bytes, and how long they take to move."""
     handoff_s: Span
-    """From a computed prompt until the other side has all of it, beside moving its last bytes: their end is noticed,
-    and told in a message. Of profiles of before 2026-11-28 it is all of a transfer beside moving: some 1 ms more, in
-    which a hand-off does not wait."""
+    """What a hand-off takes, from the computed prompt until the other side has all of it, in addition to moving the
+    last bytes: their end is noticed, and reported by a message. In profiles from before 2026-11-28 it is all that a
+    transfer takes in addition to moving: some 1 ms more, for which a hand-off does not wait."""
     message_s: Span
-    """One way of a message between scheduler and instance."""
+    """Time of a message in one direction between scheduler and instance."""
     prefill_behind: list[tuple[Count, Step]] = []
-    """The same of one behind another, beside whose computation the host launches it, from token to token; a long one
-    without a CUDA graph takes the host longest. None: as alone."""
+    """As `prefill`, for a prompt that follows another one, from token to token. The host launches it while the other is
+    computed, which takes longest for a long prompt without a CUDA graph. Empty: as `prefill`."""
     launched_ahead_s: Span = 0.0
-    """So long before the end of a step its engine launches the next one, and who comes later is in the step after that.
-    0: it does not, or nobody has measured it."""
+    """How long before the end of a step the engine launches the next one. A request that arrives later is in the step
+    after that. 0: steps are not launched ahead, or this was not measured."""
     launched_ahead_mixed_s: Span = 0.0
-    """The same while some steps have prompts beside decodes, and a CUDA graph: how long these take varies more."""
+    """The same while some steps have prompts beside decodes, with a CUDA graph: the time of these steps varies more."""
     launched_ahead_eager_s: Span = 0.0
-    """The same while some steps have no CUDA graph, whose launches take the host longer, and are behind steps that are
-    no shorter: on an instance that computes prompts only."""
+    """The same while some steps have no CUDA graph, which take the host longer to launch, and follow steps that are at
+    least as long: on an instance that only computes prompts."""
 
 
 class StepLaw:
@@ -85,7 +87,7 @@ class StepLaw:
         behind = [(tokens, max(0.0, time_s - self.pair_s * tokens**2 / 2)) for tokens, time_s in profile.prefill_behind]
         self._of_prompts_behind = Line(behind) if behind else self._of_prompts
         self.transfer_s = Line(profile.transfer).at
-        """How long so many bytes take."""
+        """Time that a transfer of this many bytes takes."""
         self.launched_ahead_s = profile.launched_ahead_s
         self.launched_ahead_mixed_s = max(profile.launched_ahead_s, profile.launched_ahead_mixed_s)
         self.launched_ahead_eager_s = max(self.launched_ahead_mixed_s, profile.launched_ahead_eager_s)
@@ -95,18 +97,19 @@ class StepLaw:
         """Whether steps are padded to the shapes of CUDA graphs."""
 
     def step_s(self, new_tokens: int, pairs: float, keys: int, *, is_behind: bool = False) -> float:
-        """Of one step with so many tokens of prompts and decodes; pairs are of prompts, keys of decodes. is_behind: the
-        step before it had prompts."""
+        """Time of a step with `new_tokens` tokens of prompts and decodes together. pairs: of the prompts. keys: of the
+        decodes. is_behind: the step before it had prompts."""
         of_prompts = self._of_prompts_behind if is_behind else self._of_prompts
         products = of_prompts.at(new_tokens) if pairs else self._of_decodes.at(new_tokens)
         return products + self.pair_s * pairs + self.key_s * keys
 
     def decode_steps_s(self, count: int, batch: int, keys: int) -> float:
-        """Of `count` steps of the same sequences, which have `keys` tokens together before the first."""
+        """Time of `count` decode steps of the same sequences, which have `keys` tokens together before the first."""
         return count * self.step_s(batch, 0, keys) + self.key_s * batch * count * (count - 1) / 2
 
     def fewest_steps(self, time_s: float, batch: int, keys: int, most: int) -> int:
-        """How many of these steps take at least so long; of `most`, which do."""
+        """The smallest number of these decode steps that take at least `time_s`. The caller knows that `most` steps
+        do."""
         first_s, more_s = self.step_s(batch, 0, keys), self.key_s * batch
         count = min(most, int(time_s / first_s) + 1)  # as many as if they did not get longer, or a few less
         while count > 1 and (count - 1) * first_s + more_s * (count - 1) * (count - 2) / 2 >= time_s:
@@ -115,7 +118,7 @@ class StepLaw:
 
 
 class Line:
-    """A line through points, beyond the last of which it goes on as between the last two. Never falls."""
+    """A line through points. Beyond the last one it continues as between the last two. It never falls."""
 
     def __init__(self, points: Sequence[tuple[int, float]]) -> None:
         ordered = sorted(points)
@@ -124,7 +127,7 @@ class Line:
         for _, y in ordered:
             self._ys.append(max(y, *self._ys[-1:]) if self._ys else y)
         self.at = lru_cache(MOST_REMEMBERED)(self._at)
-        """Its value at a place. The same few are asked for again and again."""
+        """The value at a place, cached, because the same few places are asked for again and again."""
 
     def _at(self, x: int) -> float:
         xs, ys = self._xs, self._ys
@@ -135,14 +138,15 @@ class Line:
 
 
 def _pair_s(prefill: Sequence[tuple[int, float]]) -> float:
-    """Of long prompts, by how much a token takes longer the longer they are."""
+    """`pair_s`, from long prompts: by how much the time for each token grows with the length."""
     longest = max(tokens for tokens, _ in prefill)
     rows = [(tokens / 2, time_s / tokens) for tokens, time_s in prefill if tokens >= longest / LONG_PROMPT]
     return max(0.0, statistics.linear_regression(*zip(*rows, strict=True)).slope) if len(rows) > 1 else 0.0
 
 
 def _key_s(decode: Sequence[tuple[int, int, float]]) -> float:
-    """Of steps with as many sequences, by how much those with more tokens take longer; long steps count most."""
+    """`key_s`, from decode steps with equal numbers of sequences: by how much those with more tokens take longer. Long
+    steps count most."""
     shortest = {batch: (context, step_s) for batch, context, step_s in sorted(decode, reverse=True)}
     more = [(batch * (context - shortest[batch][0]), step_s - shortest[batch][1]) for batch, context, step_s in decode]
     squares = sum(keys * keys for keys, _ in more)

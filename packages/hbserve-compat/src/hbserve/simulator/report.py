@@ -1,4 +1,4 @@
-"""Figures of a simulation, under the names that `hbserve bench serve` gives those of a load."""
+"""Figures of a simulation, with the names that `hbserve bench serve` uses."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ PERCENTILES = (50.0, 90.0, 99.0)
 
 
 def attained(results: Sequence[Results], goals_s: Mapping[str, float]) -> float:
-    """The part of all requests that keeps every goal, by ttft, tpot and e2el."""
+    """The share of requests that meet every goal, given by ttft, tpot and e2el."""
     ended = sum(len(each.ttfts_s) for each in results)
     total = ended + sum(each.failed for each in results)
     good = sum(
@@ -27,7 +27,8 @@ METRICS = ("ttft", "tpot", "e2el")
 
 
 def gap_percentile(results: Sequence[Results], share: float) -> float:
-    """Of times between two tokens of a sequence, in seconds; the smallest that so large a part does not exceed."""
+    """A percentile of the times between two tokens of a sequence, in seconds: the smallest time that `share` percent do
+    not exceed."""
     gaps: Counter[float] = sum((each.gaps_s for each in results), Counter())
     left = share / 100 * gaps.total()
     for gap_s, count in sorted(gaps.items()):
@@ -38,7 +39,7 @@ def gap_percentile(results: Sequence[Results], share: float) -> float:
 
 
 def figures(results: Sequence[Results], goals_s: Mapping[str, float]) -> dict[str, Any]:
-    """Of all cells together."""
+    """Figures of all cells together."""
     duration_s = max(each.duration_s for each in results)
     per_s = 1 / duration_s if duration_s else 0.0  # all were refused at once
     completed = sum(len(each.ttfts_s) for each in results)
@@ -68,7 +69,7 @@ def figures(results: Sequence[Results], goals_s: Mapping[str, float]) -> dict[st
 
 
 def _cells(results: Sequence[Results]) -> list[dict[str, float]]:
-    """What differs between cells."""
+    """Figures of each cell."""
     return [
         {
             "completed": len(each.ttfts_s),
@@ -89,13 +90,13 @@ def _roles(results: Sequence[Results]) -> list[str]:
 
 
 def busy_of(results: Sequence[Results], role: str) -> float:
-    """The part of the time in which instances of a role compute."""
+    """The share of the time in which instances of a role compute."""
     shares = [busy for each in results for name, busy in each.busy.items() if name.startswith(role)]
     return sum(shares) / len(shares) if shares else 0.0
 
 
 def lines(found: Mapping[str, Any]) -> list[str]:
-    """For the screen."""
+    """The figures as lines of text."""
     busy = ", ".join(f"{role} {share:.0%}" for role, share in found["busy"].items())
     rows = [
         f"{found['completed']} requests in {found['duration']:.1f} s of virtual time, {found['failed']} failed, "

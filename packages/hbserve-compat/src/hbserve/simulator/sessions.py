@@ -1,6 +1,6 @@
-"""Sessions of a modelled instance. Each does what one request asks for: a prompt, a decode, both, or its reports.
+"""Sessions of a modelled instance. Each does what one request asks for: compute a prompt, decode, both, or report.
 
-Each session is driven by its engine and by timers, and says what it has to say to one stream.
+A session is driven by its engine and by timers, and sends its answers to one stream.
 """
 
 import math
@@ -27,7 +27,7 @@ ZEROS = [TOKEN] * 4096
 
 
 class Reporting:
-    """What an instance is, and its figures whenever they are others."""
+    """Sends what the instance is, and then its figures whenever they have changed."""
 
     def __init__(
         self, instance: ModelledInstance, request: ReportsRequest, stream: Stream[InstanceInfo | InstanceReport]
@@ -51,7 +51,7 @@ class Reporting:
 
 
 class RoomSession:
-    """Room for a request, and the tokens that are decoded there."""
+    """A session that needs room for a request, and decodes its tokens."""
 
     def __init__(
         self, instance: ModelledInstance, request: GenerateRequest | DecodeRequest, stream: Stream[Any]
@@ -67,15 +67,16 @@ class RoomSession:
         self._is_closed = False
 
     def enter(self) -> None:
-        """There is room; its client hears of it after a message, and a message ago it had to be asked for."""
+        """There is room. `begin` comes two message times later: one for the request to arrive, and one for the
+        answer."""
         self._instance.loop.call_later(2 * self._instance.profile.message_s, self.begin)
 
     def begin(self) -> None:
-        """Unless it was closed meanwhile."""
+        """Begin, unless the session was closed meanwhile."""
         raise NotImplementedError
 
     def _decode(self, first: int) -> None:
-        """From this token on, of the answer."""
+        """Decode the answer from token `first` on."""
         self._first = first
         self._work = DecodeWork(self.num_tokens, self._last - first, self._tell_first, self._tell_rest)
         self._instance.engine.add(self._work)
@@ -87,7 +88,7 @@ class RoomSession:
         self._tell(self._last - self._first, self._instance.loop.time())
 
     def _tell(self, count: int, at_s: float) -> None:
-        """So many tokens, that are there at that time."""
+        """Send `count` tokens, which are computed at `at_s`."""
         event = _tokens(self._first, count, self._last)
         self._first += count
         put: Callable[[TokenEvent], None] = self._stream.put if event.finish_reason is None else self._stream.put_last
@@ -102,7 +103,7 @@ class RoomSession:
 
 
 class Generating(RoomSession):
-    """Both phases on one instance."""
+    """A request whose prefill and decode run on one instance."""
 
     def __init__(self, instance: ModelledInstance, request: GenerateRequest, stream: Stream[TokenEvent]) -> None:
         super().__init__(instance, request, stream)
@@ -124,7 +125,7 @@ class Generating(RoomSession):
 
 
 class Decoding(RoomSession):
-    """Room is reserved, KV comes, and is decoded from."""
+    """The decode half of a request: reserves room, waits for the KV, and decodes."""
 
     def __init__(
         self, instance: ModelledInstance, request: DecodeRequest, stream: Stream[Granted | TokenEvent]
@@ -142,9 +143,10 @@ class Decoding(RoomSession):
         self._stream.put(Granted(self._transfer_id.encode(), self.cached_tokens))
 
     def kv_is_there(self) -> None:
-        """All of it: the first token is the prefill instance's.
+        """All KV has arrived, and the first token is known from the prefill instance.
 
-        A step begins so long after its launch as it is launched ahead of the end of one that is under way.
+        A step begins this long after its launch, which is as long as a step is launched ahead of the end of the one
+        before it.
         """
         launch_s = self._instance.law.launched_ahead_s
         if launch_s and self._instance.engine.is_idle:
@@ -163,7 +165,8 @@ class Decoding(RoomSession):
 
 
 class Prefilling:
-    """A prompt is computed, and its KV moved: each chunk as it is computed, once there is a grant."""
+    """The prefill half of a request: computes the prompt, and moves each chunk's KV as soon as it is computed and
+    granted."""
 
     def __init__(
         self, instance: ModelledInstance, request: PrefillRequest, stream: Stream[TokenEvent | TransferDone]
@@ -175,7 +178,7 @@ class Prefilling:
         self._moves = False
         """Whether KV is to be moved."""
         self._granted_s = math.inf
-        """When that is known."""
+        """When the grant arrives; infinite until then."""
         if not request.grant_follows:
             self._moves, self._granted_s = bool(request.grant), -math.inf
         self._pushed: int | None = None
@@ -188,14 +191,14 @@ class Prefilling:
         instance.engine.add(self._work)
 
     def grant(self, moves: bool, at_s: float) -> None:
-        """Before that time nothing is pushed."""
+        """The grant arrives at `at_s`; nothing is pushed before that time."""
         if self._granted_s == math.inf:
             self._moves, self._granted_s = moves, at_s
             if self._is_computed:
                 self._instance.loop.call_at(at_s, self._tell_granted)
 
     def _computed(self) -> None:
-        """All of it, and all chunks that others have in the same step."""
+        """The prompt is computed, and so are all other chunks of its last step."""
         instance = self._instance
         self._is_computed = True
         instance.remember(self._request.prompt_token_ids)
@@ -206,13 +209,14 @@ class Prefilling:
             instance.loop.call_at(self._granted_s, self._tell_granted)
 
     def _tell_granted(self) -> None:
-        """Who waits for room waits for its first token, not between that and the second."""
+        """The grant came after the prompt was computed. The first token is held back until now, so that the wait for
+        room is before the first token, and not between it and the second."""
         if not self._is_closed:
             moved_s = self._push(self._instance.loop.time())
             self._tell(moved_s, moved_s)
 
     def _tell(self, first_s: float, moved_s: float) -> None:
-        """The first token, and that the KV was moved: at these times, but in this order."""
+        """Send the first token, and then that the KV was moved, at these two times and in this order."""
         loop, last = self._instance.loop, self._request.params.max_tokens
         event = _tokens(self._first, 1, last)
         if self._moves and last > self._first + 1:
@@ -230,7 +234,7 @@ class Prefilling:
         self._stream.put_last(done)
 
     def _push(self, now_s: float) -> float:
-        """Hand over what is computed; returns when it will be there."""
+        """Push the KV that is computed; returns when it will have arrived."""
         if not self._moves or now_s < self._granted_s:
             return now_s
         instance, work = self._instance, self._work

@@ -1,4 +1,4 @@
-"""A simulation: CpuScheduler as it is, in virtual time, over modelled instances; what became of each request.
+"""A simulation: the real CpuScheduler, in virtual time, with modelled instances; and what became of each request.
 
 for each request, when it comes:  CpuScheduler.submit ──▶ its own decisions ──▶ SimulatedClient ──▶ ModelledInstance
 """
@@ -29,14 +29,15 @@ from hbserve_scheduler.virtual_time import VirtualTimeLoop
 
 READY_TIMEOUT_S = 3600.0
 WARM_UP_S = 30.0
-"""Until the links of all pairs are made."""
+"""Time until the links of all pairs are made."""
 OBJECTS_BETWEEN_COLLECTIONS = 100_000
-"""Nearly all that a simulation makes is freed without the collector. At its usual 700 it took a quarter of the time."""
+"""Nearly all objects of a simulation are freed without the garbage collector. At Python's default of 700 it took a
+quarter of the time."""
 
 
 @dataclass(frozen=True)
 class Fault:
-    """An instance that is killed, and started again after a while, or never."""
+    """An instance is killed, and started again after a while, or never."""
 
     instance_id: str
     at_s: float
@@ -44,14 +45,14 @@ class Fault:
 
 
 def roles_of(prefill: int, decode: int, hybrid: int = 0) -> tuple[Role, ...]:
-    """Of so many instances of each."""
+    """One role for each instance."""
     counts: dict[Role, int] = {"prefill": prefill, "decode": decode, "hybrid": hybrid}
     return tuple(role for role, count in counts.items() for _ in range(count))
 
 
 @dataclass(frozen=True)
 class Deployment:
-    """What is simulated."""
+    """The deployment that is simulated."""
 
     profile: Profile
     roles: tuple[Role, ...]
@@ -59,7 +60,7 @@ class Deployment:
     limits: EngineLimits = EngineLimits()  # noqa: RUF009  frozen
     faults: tuple[Fault, ...] = ()
     prefill_profile: Profile | None = None
-    """Of prefill instances, where they are others: of more ranks, for example."""
+    """Profile of the prefill instances, if it differs: with more ranks, for example."""
 
     def profile_of(self, role: Role) -> Profile:
         return (self.prefill_profile if role == "prefill" else None) or self.profile
@@ -79,37 +80,39 @@ class Results:
     """What became of the requests, in the order in which they ended. Times are in seconds."""
 
     duration_s: float = 0.0
-    """From the first request to the last one's end."""
+    """From the begin of the load until the last request has ended."""
     ttfts_s: "array[float]" = field(default_factory=lambda: array("d"))
     tpots_s: "array[float]" = field(default_factory=lambda: array("d"))
-    """Of each request; 0 with one token."""
+    """One for each request; 0 if it has a single token."""
     e2els_s: "array[float]" = field(default_factory=lambda: array("d"))
     handoffs_s: "array[float]" = field(default_factory=lambda: array("d"))
-    """Of requests that have a second token."""
+    """One for each request that has a second token."""
     input_tokens: int = 0
     output_tokens: int = 0
     failed: int = 0
     tried_again: int = 0
     errors: Counter[str] = field(default_factory=Counter)
     gaps_s: Counter[float] = field(default_factory=Counter)
-    """Times between two tokens, and how many of each."""
+    """Number of times between two tokens, by length."""
     busy: dict[str, float] = field(default_factory=dict)
-    """Of each instance, the part of the time in which it computes."""
+    """For each instance, the share of the time in which it computes."""
     prefix_tokens: int = 0
     asked_tokens: int = 0
-    """Prompt tokens that prefix caches had, of those that were asked for."""
+    """Prompt tokens that were looked for in prefix caches; `prefix_tokens` are those that were found."""
     decisions: list[tuple[float, str, str, str]] = field(default_factory=list)
-    """When each attempt was placed, of which request, on which prefill and decode instance; only if that is wanted."""
+    """For each attempt: when it was placed, its request, and its prefill and decode instance. Only kept if asked
+    for."""
 
 
 class _Unread(Histogram):
-    """Counts nothing."""
+    """A histogram that counts nothing."""
 
     def observe_all(self, values: Iterable[float]) -> None: ...
 
 
 class _Collecting(Figures):
-    """In place of the scheduler's figures of requests, which nobody reads here, what a simulation is about."""
+    """Replaces the scheduler's figures of requests, which nobody reads here, and collects the results of the
+    simulation."""
 
     def __init__(self, results: Results) -> None:
         super().__init__()
@@ -117,7 +120,7 @@ class _Collecting(Figures):
         self._results = results
         self.left = 0
         self.ended_s = 0.0
-        """When the last of all had, by the loop: of a cell that is before others have."""
+        """When the last request had ended, by the loop's clock. Other cells may end later."""
         self.all_ended = asyncio.Event()
         self.decisions: list[tuple[float, str, str, str]] | None = None
 
@@ -151,12 +154,12 @@ class _Collecting(Figures):
 
 
 class Simulation:
-    """One deployment in one event loop. Made and used inside it."""
+    """One cell in one event loop. Made and used inside that loop."""
 
     def __init__(
         self, deployment: Deployment, instances: Sequence[tuple[str, Role]], *, keeps_decisions: bool = False
     ) -> None:
-        """instances: those of the deployment that this is about."""
+        """instances: those of the deployment that belong to this cell."""
         self.results = Results()
         self._instances = instances
         self._deployment = deployment
@@ -205,7 +208,7 @@ class Simulation:
                 loop.call_at(begin_s + fault.at_s + fault.down_s, host.restart)
 
     async def finish(self, begin_s: float) -> Results:
-        """Wait until all requests have ended; count up what instances did."""
+        """Wait until all requests have ended, and add up what the instances did."""
         if self._figures.left:
             await self._figures.all_ended.wait()
         results = self.results
@@ -228,11 +231,11 @@ def _params(output_len: int) -> SamplingParams:
 def simulate(
     deployment: Deployment, requests: Iterable[SimulatedRequest], *, cells: int = 1, keeps_decisions: bool = False
 ) -> Sequence[Results]:
-    """Of each cell its results. Each cell is a deployment of its own, chosen by a request's session; the instances of
-    `deployment` are those of all cells together.
+    """Simulate a deployment; returns the results of each cell.
 
-    What policies draw by chance is the same in every run: an answer that lies at its bound must not change from one
-    run to the next.
+    Each cell is a deployment of its own, chosen by a request's session; the instances of `deployment` are those of all
+    cells together. Policies draw the same random numbers in every run, so that a result that is close to a limit does
+    not change from one run to the next.
     """
     chance = random.getstate()
     random.seed(0)
@@ -263,7 +266,8 @@ async def _simulate(
 
 
 async def _submit_all(requests: Iterable[SimulatedRequest], simulations: Sequence[Simulation]) -> None:
-    """Each at its time. A timer that sets the next one: a task that sleeps would be woken for each of a million."""
+    """Submit each request at its time, by a timer that sets the next one: a task that sleeps would be woken for each of
+    a million."""
     loop = asyncio.get_running_loop()
     begin_s, coming, are_all_there = loop.time(), iter(requests), loop.create_future()
 
@@ -285,5 +289,5 @@ async def _submit_all(requests: Iterable[SimulatedRequest], simulations: Sequenc
 
 
 def cell_of(session: int, cells: int) -> int:
-    """As a load balancer chooses by a hash: the same session, the same cell."""
+    """The cell of a session, as a load balancer chooses by a hash: the same session always has the same cell."""
     return (session * 0x9E3779B97F4A7C15 & (1 << 64) - 1) * cells >> 64

@@ -1,4 +1,4 @@
-"""The stream of what a modelled instance says in answer to one request, to the one who reads it."""
+"""The stream in which a modelled instance answers one request."""
 
 import asyncio
 from collections.abc import Callable
@@ -8,27 +8,27 @@ T = TypeVar("T")
 
 
 class Session(Protocol):
-    """What an instance does for one stream."""
+    """The work of an instance for one stream."""
 
     def close(self) -> None:
-        """Its reader has gone, before or after its end: it says nothing more, and leaves nothing behind."""
+        """The reader has left, before or after the end: the session sends nothing more and leaves nothing behind."""
 
 
 class Stream(Generic[T]):
-    """An InstanceStream. Nothing runs for it but its reader, whom each `put` wakes once: an asynchronous generator in
-    its place, with its own waits, was a third of a simulation."""
+    """An InstanceStream. It has no task: `put` wakes the reader, once for each item. With an asynchronous generator and
+    its own waits, streams took a third of a simulation's time."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, on_left: "Callable[[Stream[T]], object]") -> None:
-        """on_left: called when its reader has gone."""
+        """on_left: called when the reader has left."""
         self._loop = loop
         self.session: Session | None = None
         self._on_left = on_left
         self._items: list[T | None] = []
-        """Few; None for the end."""
+        """Items that were not read yet; there are few. None marks the end."""
         self._error: Exception | None = None
         self._reader: asyncio.Future[None] | None = None
         self._take: Callable[[T], object] | None = None
-        """Of `each`, while that waits for more."""
+        """The argument of `each`, while that waits for more items."""
 
     def put(self, item: T, *, is_last: bool = False) -> None:
         if self._take is None:
@@ -55,7 +55,7 @@ class Stream(Generic[T]):
         self.put(item, is_last=True)
 
     def fail(self, error: Exception) -> None:
-        """What it has not been read of is lost."""
+        """End the stream with an error; items that were not read yet are lost."""
         self._error = error
         self._wake()
 
@@ -81,7 +81,7 @@ class Stream(Generic[T]):
         raise self._error
 
     async def each(self, take: Callable[[T], object]) -> bool:
-        """As RpcStream's: nobody is woken for an item."""
+        """As RpcStream's `each`: nobody is woken for an item."""
         items = self._items
         while self._error is None and items:
             item = items[0]

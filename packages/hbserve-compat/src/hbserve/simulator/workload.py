@@ -1,4 +1,5 @@
-"""Requests of a simulation: shapes of prompts and when they come, made one by one, so that a million take no room."""
+"""Requests of a simulation: the shapes of their prompts, and when they come. They are made one by one, so that a
+million take no memory."""
 
 import itertools
 import math
@@ -12,23 +13,23 @@ from hbserve.load.prompts import MOONCAKE_BLOCK, read_timed_trace
 from hbserve.simulator.instance import NO_SHAPE, Shape
 
 CONVERSATION_TURNS, CONVERSATION_PAUSE_S = 4.0, 60.0
-"""Turns of a conversation, and seconds between them, on average."""
+"""Turns of a conversation, and seconds between two turns, on average."""
 CONVERSATION_FIRST, CONVERSATION_QUESTION, CONVERSATION_ANSWER = 7000, 2000, 340
-"""Tokens, on average: of what a conversation begins with, of each further question, and of an answer. Together they
-make prompts of some 12,000 tokens, as the conversation trace of Mooncake has them."""
+"""Average numbers of tokens: of a conversation's first prompt, of each further question, and of an answer. Together
+they make prompts of some 12,000 tokens, as in Mooncake's conversation trace."""
 SPREAD = 0.8
-"""Of lengths, as the standard deviation of their logarithm."""
+"""Spread of the lengths: the standard deviation of their logarithm."""
 
 
 class SimulatedRequest(NamedTuple):
-    """One request that is to be submitted."""
+    """One request of the workload."""
 
     at_s: float
     input_len: int
     output_len: int
     shape: Shape = NO_SHAPE
     session: int = 0
-    """By which a load balancer in front of several cells would choose one."""
+    """What a load balancer in front of several cells would choose a cell by."""
 
 
 def poisson(
@@ -41,8 +42,8 @@ def poisson(
     spread: float = 0.0,
     seed: int = 0,
 ) -> Iterator[SimulatedRequest]:
-    """Requests of unrelated prompts at random times, or at once if the rate is infinite; `burstiness` as a load's,
-    `spread` of the lengths' logarithm."""
+    """Requests with unrelated prompts at random times, or all at once if the rate is infinite. burstiness: see
+    `arrival_times`. spread: of the logarithm of the lengths."""
     rng = random.Random(seed)
     at_s = 0.0
     for i in range(count):
@@ -51,14 +52,15 @@ def poisson(
 
 
 def _around(rng: random.Random, mean: float, spread: float) -> int:
-    """From a logarithmic normal distribution with this mean."""
+    """A number drawn from a log-normal distribution with this mean."""
     return max(1, round(rng.lognormvariate(math.log(mean) - spread * spread / 2, spread))) if spread else round(mean)
 
 
 def conversations(count: int, rate: float, *, seed: int = 0) -> Iterator[SimulatedRequest]:
-    """Turns of conversations, whose prompts grow: each begins with all that was said before.
+    """Turns of conversations. Their prompts grow: each begins with everything that was said before.
 
-    `rate` is that of all turns together. At any time as many conversations go on as there are always.
+    `rate` is that of all turns together. The number of conversations that go on at a time is constant, once it is
+    reached.
     """
     rng = random.Random(seed)
     ids = itertools.count(1)
