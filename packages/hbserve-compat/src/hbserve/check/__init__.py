@@ -1,1 +1,1 @@
-"""Looking at a deployment and at this host before anything starts: `hbserve check`."""
+"""`hbserve check`: looks at a deployment and at this host before anything is started."""

@@ -1,4 +1,4 @@
-"""A deployment's check from one host: its file, its model, its network, and the host itself."""
+"""The check of a deployment from one host: its file, its model, its network, and the host itself."""
 
 import sys
 from dataclasses import dataclass
@@ -25,15 +25,15 @@ class CheckArgs:
 
 
 class CheckFailed(Exception):
-    """Something was found that keeps the deployment from working."""
+    """The check found something that prevents the deployment from working."""
 
 
 async def check_deployment(args: CheckArgs) -> None:
-    """Print what was found, a line for each thing. Starts nothing, and changes nothing.
+    """Print the findings, one on each line. Starts nothing, and changes nothing.
 
     Raises:
-        ConfigError: the file cannot be; nothing else was looked at.
-        CheckFailed: something of it will not work; the lines say what.
+        ConfigError: the file is invalid; nothing else was checked.
+        CheckFailed: something will not work; the lines say what.
     """
     config = load_config(args.config)
     names = ", ".join(each.discover or each.instance_id for each in config.gpu_instances)
@@ -50,7 +50,7 @@ async def check_deployment(args: CheckArgs) -> None:
 
 
 def _check_keys(config: DeploymentConfig) -> Finding:
-    """Whether processes of this host can use the keys, or who could use the deployment where there are none."""
+    """Check that processes of this host can use the keys; or, without keys, say who can reach the deployment."""
     if config.security.keys is not None:
         parties: list[Party] = ["scheduler"] if is_here(config.scheduler.host) else []
         parties += ["instance"] if local_instances(config) else []

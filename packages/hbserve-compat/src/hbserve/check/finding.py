@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 Verdict = Literal["ok", "note", "FAIL"]
-"""FAIL: the deployment will not work. note: it will, but somebody should know."""
+"""FAIL: the deployment will not work. note: it will work, but the operator should know something."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What was looked at, and what was found."""
+    """A thing that was checked, and the result."""
 
     verdict: Verdict
     subject: str
@@ -18,7 +18,7 @@ class Finding:
 
 
 def table(findings: Iterable[Finding]) -> str:
-    """A line for each, in columns."""
+    """One line for each finding, in columns."""
     several = list(findings)
     width = max((len(each.subject) for each in several), default=0)
     return "".join(f"{each.verdict:4}  {each.subject:{width}}  {each.text}\n" for each in several)

@@ -1,4 +1,5 @@
-"""Addresses of a deployment, seen from this host: its own can be bound, and those of others are reached."""
+"""The addresses of a deployment, seen from this host: its own must be free, and those of other hosts must be
+reachable."""
 
 import asyncio
 import errno
@@ -17,14 +18,14 @@ FIREWALL = "a firewall, or a host that is off"
 
 @dataclass(frozen=True)
 class Place:
-    """An address of a configuration file, and which of its keys say so."""
+    """An address of a configuration file, and the keys that it comes from."""
 
     subject: str
     host_key: str
     host: str
     port_key: str
     port: int
-    """0: the system chooses."""
+    """0: the system chooses one."""
 
     @property
     def where(self) -> str:
@@ -32,8 +33,8 @@ class Place:
 
 
 def places(config: DeploymentConfig) -> Iterator[Place]:
-    """Every address that the file has; the server's if the scheduler is here, beside which `hbserve serve` starts it.
-    Of a Unix socket there is nothing to ask."""
+    """Every address of the file. That of the server is included if the scheduler is on this host, because `hbserve
+    serve` starts both together. Unix sockets are left out."""
     if config.server.enabled and config.server.uds is None and _may_be_here(config.scheduler.host):
         yield Place("server", "server.host", config.server.host, "server.port", config.server.port)
     scheduler = "scheduler.host", config.scheduler.host
@@ -54,12 +55,12 @@ def places(config: DeploymentConfig) -> Iterator[Place]:
 
 
 def require_places(config: DeploymentConfig, *, but: Collection[str]) -> None:
-    """Of a deployment all of whose processes are started on this host: that they can listen where the file has them,
-    `but` for those that are there already, or are not started. May ask a name server.
+    """Check that all processes of a deployment can listen at the file's addresses on this host, except those in `but`,
+    which are running already or are not started. May ask a name server.
 
     Raises:
-        ConfigError: this machine does not have a host of the file.
-        AddressInUse: somebody listens at one of its ports.
+        ConfigError: this machine does not have an address of the file.
+        AddressInUse: another process listens at one of its ports.
     """
     of_all = [each for each in places(config) if each.subject not in but]
     if config.kv_transfer.ip is not None:
@@ -74,7 +75,7 @@ def require_places(config: DeploymentConfig, *, but: Collection[str]) -> None:
 
 
 async def check_network(config: DeploymentConfig) -> list[Finding]:
-    """One finding for each address, in the file's order; all are asked at once."""
+    """One finding for each address, in the file's order. All are checked at the same time."""
     return list(await asyncio.gather(*(_check(place) for place in places(config))))
 
 
@@ -108,7 +109,8 @@ def _bind(place: Place) -> Finding:
 
 
 def _why_not_bound(place: Place) -> OSError | None:
-    """None: it is free. What a server sets, so that it can be started again at once, is set here too."""
+    """Why a server cannot listen there; None if it can. Sets SO_REUSEADDR, as a server does so that it can be restarted
+    at once."""
     version = socket.AF_INET6 if ":" in place.host else socket.AF_INET
     try:
         found = socket.getaddrinfo(place.host, place.port, version, socket.SOCK_STREAM)[0]
@@ -122,7 +124,8 @@ def _why_not_bound(place: Place) -> OSError | None:
 
 
 async def _reach(place: Place, address: str) -> Finding:
-    """A host that says that nobody listens is reached: nothing was started yet."""
+    """Check that another host can be reached. If it refuses the connection it is reachable: its process was not started
+    yet."""
     where = place.where
     try:
         async with asyncio.timeout(REACH_TIMEOUT_S):
@@ -138,7 +141,7 @@ async def _reach(place: Place, address: str) -> Finding:
 
 
 def own_address(peer: str) -> str:
-    """The address of this host from which it would talk to a peer: no packet is sent for that."""
+    """The address of this host that it would use to talk to a peer, found without sending a packet."""
     with socket.socket(socket.AF_INET6 if ":" in peer else socket.AF_INET, socket.SOCK_DGRAM) as asking:
         asking.connect((peer, 9))
         return str(asking.getsockname()[0])

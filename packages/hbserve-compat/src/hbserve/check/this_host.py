@@ -1,6 +1,7 @@
-"""Properties of this host that a deployment depends on: clock, limits, shared memory, GPUs, and NCCL's way out.
+"""Properties of this host on which a deployment depends: clock, limits, shared memory, GPUs, and how NCCL reaches other
+hosts.
 
-Nothing here imports torch, or makes a CUDA context: a check beside a running deployment takes nothing from it.
+Nothing here imports torch or makes a CUDA context, so a check beside a running deployment takes nothing from it.
 """
 
 import ctypes
@@ -22,7 +23,7 @@ FEW_FILES = 4096
 UNSYNCHRONISED = 5
 """TIME_ERROR of adjtimex(2)."""
 WANTED_CLOCK_ERROR_US = 10_000
-"""A timeline of several hosts shows hand-overs, which take a millisecond or a few."""
+"""A timeline of several hosts shows hand-overs, which take only a few milliseconds."""
 SMALL_SHM_BYTES = 1 << 30
 INFINIBAND = Path("/sys/class/infiniband")
 SHARED_MEMORY = Path("/dev/shm")
@@ -31,7 +32,7 @@ QUERY_TIMEOUT_S = 20.0
 
 
 def check_host(config: DeploymentConfig) -> Iterator[Finding]:
-    """Findings about this host; about GPUs only if instances of the file are here."""
+    """Findings about this host. Shared memory, GPUs and NCCL are included only if instances of the file are here."""
     yield _clock()
     yield from _limits()
     instances = local_instances(config)
@@ -45,7 +46,7 @@ def check_host(config: DeploymentConfig) -> Iterator[Finding]:
 
 
 class _Timex(ctypes.Structure):
-    """The head of struct timex of adjtimex(2), with room for the rest."""
+    """The beginning of struct timex of adjtimex(2), with room for the rest."""
 
     _fields_ = [
         ("modes", ctypes.c_uint),
@@ -55,7 +56,8 @@ class _Timex(ctypes.Structure):
 
 
 def _clock() -> Finding:
-    """Deadlines are of the monotonic clock. Timelines and logs of several hosts are by the clock of each."""
+    """Whether the clock is synchronised. Deadlines use the monotonic clock, but timelines and logs of several hosts use
+    each host's own clock."""
     timex = _Timex()
     state = ctypes.CDLL(None, use_errno=True).adjtimex(ctypes.byref(timex))
     if state < 0:
@@ -83,7 +85,7 @@ def _limits() -> Iterator[Finding]:
 
 
 def _shared_memory(config: DeploymentConfig) -> Finding:
-    """Pools of `ipc` on a CPU are there, and what ranks of one host say to each other."""
+    """Room in shared memory, which holds the pools of `ipc` on a CPU and the messages between ranks of one host."""
     try:
         free = shutil.disk_usage(SHARED_MEMORY).free
     except OSError as error:
@@ -97,7 +99,7 @@ def _shared_memory(config: DeploymentConfig) -> Finding:
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU of this host, as its driver tells."""
+    """One GPU of this host, as the driver reports it."""
 
     index: int
     name: str
@@ -106,7 +108,7 @@ class Gpu:
 
 
 def list_gpus() -> list[Gpu]:
-    """All that the driver knows; none where there is no driver."""
+    """All GPUs that the driver knows; none if there is no driver."""
     try:
         done = subprocess.run(QUERY, capture_output=True, text=True, timeout=QUERY_TIMEOUT_S, check=True)
     except (OSError, subprocess.SubprocessError):
@@ -145,13 +147,13 @@ def _gpu_memory(config: DeploymentConfig, instances: list[InstanceSection], gpus
 
 
 def _may_use(config: DeploymentConfig, instance: InstanceSection, index: int) -> bool:
-    """Without `gpu_id` GPUs are shared out: it may be any."""
+    """Whether an instance may use a GPU. Without `gpu_id` it may be any."""
     first = instance.gpu_id
     return first is None or first <= index < first + num_ranks(config, instance)
 
 
 def _nccl_path(config: DeploymentConfig, on_gpu: bool) -> Finding:
-    """What carries KV between hosts over nccl, as NCCL will choose it."""
+    """What carries KV between hosts with the backend nccl, by NCCL's own choice."""
     if not on_gpu:
         return Finding("ok", "NCCL", "not used: without GPUs the backend nccl is Gloo, over TCP")
     if all(is_here(each.host) for each in config.gpu_instances):

@@ -1,4 +1,5 @@
-"""Options of `hbserve bench serve`, with the names, defaults and meanings of vLLM's; and of `hbserve bench compare`."""
+"""Options of `hbserve bench serve`, with the names, defaults and meanings of `vllm bench serve`; and of `hbserve bench
+compare`."""
 
 from dataclasses import dataclass
 from enum import StrEnum

@@ -1,4 +1,4 @@
-"""Times at which the requests of a load are to be sent, in seconds from its begin."""
+"""When the requests of a load are to be sent, in seconds from its begin."""
 
 import itertools
 import math
@@ -17,10 +17,11 @@ def arrival_times(
     ramp_rates: tuple[float, float] = (0.0, 0.0),
     seed: int = 0,
 ) -> list[float]:
-    """As `vllm bench serve` has them: gaps of a gamma distribution whose shape is `burstiness`.
+    """Arrival times as in `vllm bench serve`: the gaps between them have a gamma distribution whose shape is
+    `burstiness`.
 
-    1 is a Poisson process, less is burstier, and infinite is one after the other. Without a ramp all are stretched so
-    that the last one comes at `count / rate`; an infinite rate is all at once.
+    A burstiness of 1 is a Poisson process, less is burstier, and an infinite one has equal gaps. Without a ramp all
+    times are stretched so that the last request comes at `count / rate`. An infinite rate sends all at once.
     """
     rng = random.Random(seed)
     rates = [_rate_at(i / max(count - 1, 1), rate, ramp, ramp_rates) for i in range(count)]
@@ -43,8 +44,7 @@ def _rate_at(progress: float, rate: float, ramp: Ramp | None, ramp_rates: tuple[
 
 
 def gap_s(rng: random.Random, rate: float, burstiness: float) -> float:
-    """Until the next request. A burstiness that is infinite, or so nearly that floats cannot say it, has gaps that
-    are all the same."""
+    """Time until the next request. An infinite burstiness, or one that overflows a float, gives equal gaps."""
     if math.isinf(rate * burstiness):
         return 1 / rate
     return rng.gammavariate(burstiness, 1 / (rate * burstiness))

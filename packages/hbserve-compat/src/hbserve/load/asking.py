@@ -1,4 +1,4 @@
-"""One request of a load: what is asked of a server of OpenAI's API, and when what came back."""
+"""One request of a load to a server with OpenAI's API: what is sent, and when which part of the answer came."""
 
 import time
 from dataclasses import dataclass, field
@@ -14,21 +14,22 @@ from hbserve_rpc import HBServeRpcError
 
 @dataclass
 class Outcome:
-    """Of one request. Times are in seconds, of `time.perf_counter`; `arrivals` are of events that have text."""
+    """What became of one request. Times are in seconds, of `time.perf_counter`; `arrivals` are those of events that
+    have text."""
 
     prompt_len: int
     planned_s: float = 0.0
-    """When it was due."""
+    """When it was to be sent."""
     start_s: float = 0.0
     ready_s: float = 0.0
-    """When it might be sent: it may have waited for `--max-concurrency` since it was due."""
+    """When its task began. After that it may still wait because of `--max-concurrency`, until `start_s`."""
     arrivals: list[float] = field(default_factory=list)
     text: str = ""
     output_tokens: int = 0
     latency_s: float = 0.0
     error: str = ""
     server: dict[str, Any] = field(default_factory=dict)
-    """Figures of the server's own, in `metrics` of the last event: HBServe and vLLM have them."""
+    """Figures from the server, in `metrics` of the last event; HBServe and vLLM send them."""
 
     @property
     def is_ok(self) -> bool:
@@ -44,12 +45,12 @@ class Outcome:
 
     @property
     def tpot_s(self) -> float | None:
-        """Mean time per output token after the first; None: there is no second."""
+        """Mean time per output token after the first; None if there is no second token."""
         return (self.latency_s - self.ttft_s) / (self.output_tokens - 1) if self.output_tokens > 1 else None
 
     @property
     def queue_s(self) -> float:
-        """For how long it was held back here, by `--max-concurrency`."""
+        """How long the client held the request back because of `--max-concurrency`."""
         return self.start_s - self.ready_s
 
 
@@ -85,7 +86,7 @@ _DECODER = msgspec.json.Decoder(_Event)
 
 
 class Answering:
-    """Reads the events of one answer, for `outcome`."""
+    """Reads the events of one answer into its `outcome`."""
 
     def __init__(self, outcome: Outcome) -> None:
         self._outcome = outcome
@@ -94,7 +95,7 @@ class Answering:
         self._last_s = 0.0
 
     def feed(self, data: bytes) -> None:
-        """A piece of the body, which has just come."""
+        """Take in a piece of the body, which has just come."""
         now_s = self._last_s = time.perf_counter()
         for event in self._events.feed(data):
             self._take(_DECODER.decode(event), now_s)
@@ -115,7 +116,7 @@ class Answering:
             self._texts += said
 
     def end(self) -> None:
-        """There is no more of it."""
+        """The body has ended."""
         outcome = self._outcome
         outcome.text = "".join(self._texts)
         if not outcome.arrivals and not outcome.error:
@@ -125,7 +126,7 @@ class Answering:
 
 
 async def ask(client: HttpClient, path: str, body: dict[str, Any], outcome: Outcome, request_id: str = "") -> None:
-    """Ask once. What goes wrong is in the outcome."""
+    """Send one request and read the answer. Errors are recorded in the outcome, and not raised."""
     answering = Answering(outcome)
     encoded = msgspec.json.encode(body)
     outcome.start_s = time.perf_counter()

@@ -1,4 +1,4 @@
-"""`hbserve bench serve`: a load on a server of OpenAI's API, and what its clients felt."""
+"""`hbserve bench serve`: puts a load on a server with OpenAI's API, and measures what its clients experience."""
 
 import asyncio
 import json
@@ -31,14 +31,15 @@ from hbserve_rpc.plain_values import shown
 RETRY_S = 1.0
 USUAL_COUNT = 1000
 MOST_ERRORS = 10
-"""Of different words, that are said."""
+"""How many different error messages are printed."""
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty")
 
 
 async def bench_serve(args: BenchServeArgs) -> dict[str, Any]:
-    """Send a load, print its report, and write what files are wanted; returns what is in the JSON file.
+    """Send a load, print its report, and write the files that are asked for; returns the content of the JSON file.
 
-    A cancellation while requests run ends it with the report of those that have ended: the file has `was_cut` then.
+    After a cancellation the report is about the requests that have ended, and the file has `was_cut`; then the
+    cancellation is raised again.
 
     Raises what `measure` raises.
     """
@@ -58,12 +59,12 @@ async def bench_serve(args: BenchServeArgs) -> dict[str, Any]:
 
 
 async def measure(args: BenchServeArgs) -> tuple[dict[str, Any], Load, Wanted]:
-    """Send a load; returns its figures, what became of each request, and what was asked for. Of a load that was cut the
-    caller raises the cancellation again.
+    """Send a load; returns its figures, what became of each request, and what the report is to have. If the load was
+    cut by a cancellation, the caller must raise it again.
 
     Raises:
-        InvalidRequest: options that cannot be, or a dataset that cannot be read.
-        RequestTimeout: no server in time.
+        InvalidRequest: the options contradict each other, or a dataset cannot be read.
+        RequestTimeout: there was no server in time.
         RemoteError: the server answers the first request with an error.
     """
     wanted, body, headers = _wanted(args), _body(args), _headers(args)
@@ -84,8 +85,8 @@ async def measure(args: BenchServeArgs) -> tuple[dict[str, Any], Load, Wanted]:
 
 
 def _require_possible(args: BenchServeArgs) -> None:
-    """What can be known before a server is asked, and minutes of a load are lost. Raises InvalidRequest, OSError, and
-    what `require_plotting` raises."""
+    """Check what can be checked before a server is asked, so that no load of minutes is lost. Raises InvalidRequest,
+    OSError, and what `require_plotting` raises."""
     require_path("--endpoint", args.path)
     require_header("--request-id-prefix", "X-Request-Id", args.request_id_prefix)
     for name in (*SAMPLING, "timed_trace_sec_multiplier", "ramp_up_start_rps", "ramp_up_end_rps"):
@@ -150,7 +151,7 @@ def _headers(args: BenchServeArgs) -> dict[str, str]:
 
 
 def _body(args: BenchServeArgs) -> dict[str, Any]:
-    """Of every request."""
+    """Fields that are the same in every request."""
     given = args.extra_body or "{}"
     try:
         extra = msgspec.json.decode(given.encode(), type=dict[str, Any])
@@ -243,7 +244,7 @@ class _Models(msgspec.Struct):
 
 
 async def _find_model(client: HttpClient, timeout_s: float) -> tuple[str, str]:
-    """Name and folder of the first model, when the server answers. Raises RequestTimeout, RemoteError."""
+    """Wait for the server; returns name and folder of its first model. Raises RequestTimeout, RemoteError."""
     deadline_s = time.monotonic() + timeout_s
     while True:
         try:
@@ -270,7 +271,7 @@ async def _find_model(client: HttpClient, timeout_s: float) -> tuple[str, str]:
 
 
 async def _warm_up(client: HttpClient, args: BenchServeArgs, bodies: list[dict[str, Any]]) -> None:
-    """Raises RemoteError: it is answered with an error, which all of the load would be."""
+    """Send the warm-up requests. Raises RemoteError if one is answered with an error, as all of the load would be."""
     for body in bodies:
         outcome = Outcome(0)
         await ask(client, args.path, body, outcome)

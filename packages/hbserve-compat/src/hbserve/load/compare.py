@@ -1,4 +1,5 @@
-"""`hbserve bench compare`: the same devices as hybrid instances, and as prefill and decode apart, under equal loads."""
+"""`hbserve bench compare`: measures the same devices as hybrid instances and as separate prefill and decode instances,
+under equal loads."""
 
 import asyncio
 import contextlib
@@ -31,12 +32,12 @@ ROLES: dict[str, Role] = {"P": "prefill", "D": "decode", "H": "hybrid"}
 HYBRID = "H"
 STOP_TIMEOUT_S = 60.0
 MUCH_MORE = 1.05
-"""Goodput that is less apart than this says nothing."""
+"""A smaller ratio of two goodputs is not taken for a difference."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One layout under one load."""
+    """What was measured of one layout under one load."""
 
     layout: str
     rate: float
@@ -48,7 +49,7 @@ class Measured:
 
 
 async def compare(args: CompareArgs) -> None:
-    """Measure, print a table and which layout to take, and write what is wanted.
+    """Measure the layouts, print a table and a recommendation, and write the files that are asked for.
 
     Raises InvalidRequest, ConfigError, OSError, what `bench_serve` raises, and RuntimeError if a server ends by itself.
     """
@@ -86,7 +87,8 @@ def _rates(text: str) -> list[float]:
 
 
 def layouts_of(text: str) -> dict[str, list[Role]]:
-    """Roles by layout. All have as many devices: else a comparison says nothing. Raises InvalidRequest."""
+    """The roles of each layout's instances. All layouts must have equally many instances, because a comparison would
+    otherwise be meaningless. Raises InvalidRequest."""
     layouts: dict[str, list[Role]] = {}
     for name in text.upper().split(","):
         counts = {letter: int(count) for count, letter in re.findall(r"(\d+)([PDH])", name)}
@@ -102,7 +104,7 @@ def layouts_of(text: str) -> dict[str, list[Role]]:
 
 @contextlib.asynccontextmanager
 async def serving(base: DeploymentConfig, roles: Sequence[str]) -> AsyncIterator["Server"]:
-    """`hbserve serve` with such instances, and with all else as `base` says. It may not be ready yet."""
+    """Run `hbserve serve` with instances of these roles, and otherwise as `base` says. It may not be ready yet."""
     config = msgspec.to_builtins(base)
     config["gpu_instances"] = [
         {"instance_id": f"{role}-{rank}", "instance_type": role, "kv_rank": rank} for rank, role in enumerate(roles)
@@ -123,7 +125,7 @@ async def serving(base: DeploymentConfig, roles: Sequence[str]) -> AsyncIterator
 
 
 class Server:
-    """A process that serves, until it is ended."""
+    """A server process."""
 
     def __init__(self, url: str, process: asyncio.subprocess.Process) -> None:
         self.url = url
@@ -131,7 +133,7 @@ class Server:
         self._ended = asyncio.create_task(process.wait())
 
     async def during(self, job: Coroutine[Any, Any, T]) -> T:
-        """What the job returns. Raises RuntimeError if the process ends before it."""
+        """Run a job and return its result. Raises RuntimeError if the process ends first."""
         task = asyncio.create_task(job)
         try:
             await asyncio.wait([task, self._ended], return_when=asyncio.FIRST_COMPLETED)
@@ -175,7 +177,7 @@ async def _load(args: CompareArgs, url: str, rate: float, seed: int) -> dict[str
 
 
 def lines(found: Sequence[Measured]) -> Iterator[str]:
-    """A table, and which layout to take."""
+    """A table, and a recommendation."""
     yield f"{'req/s':>7}  {'layout':12}{'goodput':>9}{'attained':>10}{'TTFT p90':>11}{'TPOT p90':>11}{'ITL p99':>11}"
     for each in sorted(found, key=lambda each: each.rate):
         figures = each.figures

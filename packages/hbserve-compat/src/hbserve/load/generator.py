@@ -1,4 +1,5 @@
-"""The load itself: requests sent when they are due, whatever became of those before, and a watch over whoever sends."""
+"""The load itself: sends each request when it is due, whatever became of those before; and watches whether this process
+is fast enough."""
 
 import asyncio
 import contextlib
@@ -12,18 +13,18 @@ from hbserve.load.asking import Outcome
 LAG_INTERVAL_S = 0.02
 MOST_CPU_SHARE = 0.9
 MOST_LAG_S, MOST_LAG_SHARE = 0.002, 0.1
-"""Beyond these this process is what is measured: it computes all the time, or a timer in a hundred fires so late, which
-is also so large a part of what is measured."""
+"""Beyond these limits, the figures measure this process: it computes nearly all the time, or one timer in a hundred
+fires this late, which is also a large part of the times that are measured."""
 
 
 @dataclass
 class Watch:
-    """How busy this process is while it sends a load, which is a part of every figure."""
+    """How busy this process is while it sends a load. Its delays are a part of every figure."""
 
     lags_s: list[float] = field(default_factory=list)
-    """Of timers, how late each has fired."""
+    """How late each timer has fired."""
     send_lags_s: list[float] = field(default_factory=list)
-    """Of requests that nothing held back, how late each was sent."""
+    """How late each request was sent, not counting the wait for `max_concurrency`."""
     cpu_share: float = 0.0
 
     @contextlib.asynccontextmanager
@@ -49,9 +50,9 @@ class Watch:
         return lags[int(0.99 * (len(lags) - 1))] if lags else 0.0
 
     def complaint(self, shortest_s: float) -> str:
-        """Why the figures are about this process rather than about the server; empty if they are not.
+        """Why the figures measure this process rather than the server; empty if they do not.
 
-        `shortest_s`: of the times that are measured, what is usual of the shortest.
+        `shortest_s`: the typical value of the shortest kind of time that is measured.
         """
         if self.cpu_share > MOST_CPU_SHARE:
             return f"this client computes {self.cpu_share:.0%} of the time"
@@ -63,13 +64,13 @@ class Watch:
 
 @dataclass(frozen=True)
 class Load:
-    """What was sent, and what became of it."""
+    """The requests of a load, and what became of them."""
 
     outcomes: list[Outcome]
     duration_s: float
     watch: Watch
     was_cut: bool = False
-    """By a cancellation: then it is about the requests that had ended by then."""
+    """Whether a cancellation ended it early; `outcomes` then has only the requests that had ended."""
 
 
 async def send_load(
@@ -80,10 +81,10 @@ async def send_load(
     max_concurrency: int | None,
     on_end: Callable[[], object],
 ) -> Load:
-    """Send request `i` by `send(i)` at `times_s[i]`, at most so many at once, and wait for all.
+    """Send request `i` by `send(i)` at `times_s[i]`, at most `max_concurrency` at a time, and wait for all.
 
-    `send` fills `outcomes[i]`, and raises nothing. A cancellation ends it early, and is for the caller to raise again
-    when it has told what is known by then: `was_cut`.
+    `send` fills `outcomes[i]`, and raises nothing. A cancellation ends the load early and is not raised here, so that
+    the caller can report what is known (`was_cut`); the caller must then raise it again.
     """
     places = asyncio.Semaphore(max_concurrency) if max_concurrency else contextlib.nullcontext()
     watch, ended = Watch(), list[Outcome]()
@@ -102,7 +103,7 @@ async def send_load(
             async with asyncio.TaskGroup() as group:
                 for i, at_s in enumerate(times_s):
                     outcomes[i].planned_s = began_s + at_s
-                    # One that is due has its turn before the next is made: else all of a burst would wait for the last.
+                    # A request that is due runs before the next is made: else all of a burst would wait for the last.
                     await asyncio.sleep(max(0.0, outcomes[i].planned_s - time.perf_counter()))
                     group.create_task(one(i))
         except asyncio.CancelledError:

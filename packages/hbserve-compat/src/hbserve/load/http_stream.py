@@ -1,7 +1,7 @@
-"""HTTP/1.1 POSTs over connections that are kept, whose answers are told piece by piece.
+"""HTTP/1.1 requests over kept connections; the body of an answer is passed on piece by piece, as it comes.
 
-Of a load generator its own time is part of each figure. So bytes go from the socket into a parser in C, and each piece
-of a body is told in the turn of the loop in which it came: no task wakes up for it.
+A load generator's own delays are a part of each figure. So bytes go from the socket to a parser in C, and each piece of
+a body is passed on in the same iteration of the event loop, without waking a task.
 """
 
 import asyncio
@@ -29,7 +29,7 @@ class HttpClient:
             self._ssl = ssl.create_default_context() if verify else ssl._create_unverified_context()
         self._address = url.host, url.port
         self.prefix = url.path
-        """Of every path."""
+        """Prefix of every path."""
         lines = {"Host": url.authority, "Content-Type": "application/json", **headers}
         self._head = "".join(f"{name}: {value}\r\n" for name, value in lines.items())
         self._idle: list[_Connection] = []
@@ -42,11 +42,12 @@ class HttpClient:
         on_data: Callable[[bytes], None] | None = None,
         request_id: str = "",
     ) -> tuple[int, bytes]:
-        """Status and body; of a body that is told to `on_data`, as it comes, nothing is kept. It is told only where the
-        status is 200.
+        """Send a request; returns status and body.
+
+        on_data: called with each piece of the body as it comes, if the status is 200. The returned body is then empty.
 
         Raises:
-            PeerLost: no connection, or it has ended before the answer.
+            PeerLost: there is no connection, or it has ended before the answer.
         """
         head = f"{method} {self.prefix}{path} HTTP/1.1\r\n{self._head}Content-Length: {len(body)}\r\n"
         head += f"X-Request-Id: {request_id}\r\n\r\n" if request_id else "\r\n"
@@ -82,7 +83,7 @@ class HttpClient:
 
 
 class _Connection(asyncio.Protocol):
-    """One request at a time."""
+    """One connection, with one request at a time."""
 
     def __init__(self) -> None:
         self._transport: asyncio.Transport | None = None

@@ -1,4 +1,4 @@
-"""Pictures of a load, by matplotlib: an SVG, PNG or PDF file, as its name ends."""
+"""Pictures of a load, by matplotlib: SVG, PNG or PDF, depending on the file's name."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -11,7 +11,8 @@ from hbserve.plotting import figure_of
 
 
 def plot_load(path: Path, load: Load, goals_s: Mapping[str, float], title: str) -> None:
-    """When requests came and how long each took, how long tokens took, and how many there were.
+    """Plot each request's TTFT by when it was sent, the distribution of times, output tokens by second, and requests at
+    a time.
 
     Raises:
         PlottingUnavailable: matplotlib is not installed.

@@ -1,5 +1,5 @@
-"""Prompts of a load, by the names of `vllm bench serve` for its datasets. The same seed gives the same prompts in every
-process."""
+"""Prompts of a load. Datasets have the names that `vllm bench serve` gives them. The same seed gives the same prompts
+in every process."""
 
 import codecs
 import csv
@@ -19,10 +19,11 @@ from hbserve_rpc import InvalidRequest
 MOONCAKE_BLOCK = 512
 """Tokens for each id of `hash_ids` in Mooncake's traces, whose timestamps are milliseconds."""
 SHAREGPT_FEWEST, SHAREGPT_MOST_PROMPT, SHAREGPT_MOST = 4, 1024, 2048
-"""Tokens of a ShareGPT prompt, of its answer, and of both: others are passed over, as vLLM does."""
+"""Bounds for ShareGPT, as in vLLM: the fewest tokens of a prompt and of an answer, the most of a prompt, and the most
+of both together. Other conversations are skipped."""
 
 MOST_TOKENS = MOST_REQUESTS = 10_000_000
-"""Of a prompt or an answer: no model has room for more, and a slip of the pen must not fill the memory."""
+"""Limits of what may be asked for: no model has room for more, and a typing error must not fill the memory."""
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,12 @@ class Prompt:
     token_ids: list[int]
     output_len: int
     at_s: float | None = None
-    """Since the first one, where the dataset says when requests came."""
+    """Time since the first request, if the dataset has times."""
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The ids from which prompts are made up: those that are no special tokens."""
+    """The token ids that random prompts are drawn from: all but special tokens."""
 
     ids: tuple[int, ...]
 
@@ -53,8 +54,8 @@ class Vocabulary:
 def random_prompts(
     vocabulary: Vocabulary, count: int, input_len: int, output_len: int, *, spread: float, prefix_len: int, seed: int
 ) -> list[Prompt]:
-    """Prompts of random tokens, all after the same `prefix_len` ones; lengths are uniform within 1 - and 1 + `spread`
-    times the wanted ones."""
+    """Prompts of random tokens, which all begin with the same `prefix_len` tokens. Lengths are uniform between 1 -
+    `spread` and 1 + `spread` times the wanted ones."""
     rng = random.Random(seed)
     prefix = vocabulary.draw(rng, prefix_len)
 
@@ -74,7 +75,7 @@ def prefix_repetition(
     output_len: int,
     seed: int,
 ) -> list[Prompt]:
-    """Prompts that share one of `num_prefixes` beginnings, mixed."""
+    """Prompts in random order, each of which has one of `num_prefixes` common beginnings."""
     rng = random.Random(seed)
     prefixes = [vocabulary.draw(rng, prefix_len) for _ in range(num_prefixes)]
     prompts = [Prompt(prefixes[i % num_prefixes] + vocabulary.draw(rng, suffix_len), output_len) for i in range(count)]
@@ -84,7 +85,7 @@ def prefix_repetition(
 
 def sharegpt(path: Path, tokenizer: Any, count: int, *, output_len: int | None, seed: int) -> list[Prompt]:
     """First questions of ShareGPT's conversations, with the lengths of their answers. Entries without two turns of text
-    are passed over.
+    are skipped.
 
     Raises:
         InvalidRequest: the file is not of this format, or has no conversation of a usable length.
@@ -114,7 +115,7 @@ def sharegpt(path: Path, tokenizer: Any, count: int, *, output_len: int | None, 
 
 
 def _two_turns(entry: Any) -> list[str]:
-    """What the first two turns of a conversation say; empty if there are not as many, or one is no text."""
+    """The texts of a conversation's first two turns; empty if there are fewer turns, or one is not text."""
     turns = entry.get("conversations") if isinstance(entry, dict) else None
     first = turns[:2] if isinstance(turns, list) else []
     said = [each["value"] for each in first if isinstance(each, dict) and isinstance(each.get("value"), str)]
@@ -122,7 +123,7 @@ def _two_turns(entry: Any) -> list[str]:
 
 
 def _why_not(error: Exception) -> str:
-    """In a few words, of what a decoder raises."""
+    """A short reason, from the exception of a decoder."""
     if isinstance(error, UnicodeDecodeError):
         return f"byte {error.start} is not UTF-8 text"
     return "it is nested too deep" if isinstance(error, RecursionError) else str(error)
@@ -130,13 +131,13 @@ def _why_not(error: Exception) -> str:
 
 @dataclass(frozen=True)
 class TracedRequest:
-    """A line of a trace: the shape of a request, and when it came."""
+    """One line of a trace: the shape of a request, and when it came."""
 
     at_s: float
     input_len: int
     output_len: int
     hash_ids: tuple[int, ...] = ()
-    """One for each block of the prompt: equal blocks after equal beginnings have equal ids."""
+    """One id for each block of the prompt. Equal blocks after equal beginnings have equal ids."""
 
 
 _Time = Annotated[float, msgspec.Meta(ge=-1e15, le=1e15)]
@@ -144,7 +145,7 @@ _Tokens = Annotated[int, msgspec.Meta(ge=0, le=MOST_TOKENS)]
 
 
 class _Line(msgspec.Struct):
-    """Of a timed trace."""
+    """A line of a timed trace."""
 
     timestamp: _Time
     input_length: _Tokens
@@ -153,11 +154,12 @@ class _Line(msgspec.Struct):
 
 
 def read_timed_trace(path: Path, *, unit_s: float, most: int | None = None) -> Iterator[TracedRequest]:
-    """Lines of `{"timestamp", "input_length", "output_length", "hash_ids"}`, as Mooncake's traces have them. Empty ones
-    are passed over.
+    """Read lines of `{"timestamp", "input_length", "output_length", "hash_ids"}`, as in Mooncake's traces. Empty lines
+    are skipped.
 
     Raises:
-        InvalidRequest: a line is not of this format, or comes before the one above it; says which. Or there is none.
+        InvalidRequest: a line is not of this format, or its time is before that of the line above; says which. Or
+            there is no line.
     """
     first: float | None = None
     last = 0.0
@@ -183,7 +185,7 @@ def read_timed_trace(path: Path, *, unit_s: float, most: int | None = None) -> I
 def timed_trace(
     path: Path, vocabulary: Vocabulary, count: int | None, *, block_size: int, unit_s: float
 ) -> list[Prompt]:
-    """Prompts of a trace: the tokens of a block follow from its id alone. Raises InvalidRequest."""
+    """Prompts of a trace. The tokens of a block depend only on its id. Raises InvalidRequest."""
 
     @lru_cache(maxsize=1 << 14)
     def block(hash_id: int) -> list[int]:
@@ -199,11 +201,12 @@ def timed_trace(
 
 
 def burstgpt(path: Path, vocabulary: Vocabulary, count: int, *, seed: int) -> list[Prompt]:
-    """Lengths and times of BurstGPT's requests to GPT-4 that got an answer, from a random place of the file on.
+    """Prompts with the lengths and times of BurstGPT's answered requests to GPT-4, beginning at a random place of the
+    file.
 
     Raises:
-        InvalidRequest: the file has not BurstGPT's columns, a row is not of them (says which), or there is no such
-            request.
+        InvalidRequest: the file lacks a column of BurstGPT, a row is not of this format (says which), or there is no
+            such request.
     """
     found = [row for row in _rows(path) if row.given > 0]
     if not found:
@@ -215,7 +218,7 @@ def burstgpt(path: Path, vocabulary: Vocabulary, count: int, *, seed: int) -> li
 
 
 class _Row(msgspec.Struct):
-    """Of BurstGPT."""
+    """A row of BurstGPT."""
 
     at_s: _Time = msgspec.field(name="Timestamp")
     asked: _Tokens = msgspec.field(name="Request tokens")
@@ -223,7 +226,7 @@ class _Row(msgspec.Struct):
 
 
 def _rows(path: Path) -> Iterator[_Row]:
-    """Those about GPT-4."""
+    """The rows about GPT-4."""
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, restkey="")
         try:

@@ -1,4 +1,4 @@
-"""Figures of a load, under the names that `vllm bench serve` gives them in its JSON file and on the screen."""
+"""Figures of a load, with the names that `vllm bench serve` uses in its JSON file and on the screen."""
 
 import statistics
 from collections import Counter
@@ -18,7 +18,7 @@ METRICS = {
     "client_queue_time": "Client Queue Time",
     "handoff": "Hand-off",
 }
-"""Of which a report has mean, median, spread and percentiles, with what the screen says of each."""
+"""Metrics of which a report has mean, median, spread and percentiles, with their names on the screen."""
 HEADERS = {
     "ttft": "Time to First Token",
     "tpot": "Time per Output Token (excl. 1st token)",
@@ -33,22 +33,22 @@ SERVER_FIELDS = {
     "server_handoffs": "handoff_ms",
     "server_kv_transfer_times": "kv_transfer_time_ms",
 }
-"""What servers say of each request, in milliseconds there and in seconds here; vLLM has the first two."""
+"""Figures that servers send for each request: milliseconds there, seconds here. vLLM has the first two."""
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a report is to have."""
+    """The contents that were asked for in a report."""
 
     metrics: Sequence[str]
     percentiles: Sequence[float]
     goals_s: Mapping[str, float]
-    """Of `--goodput`, by ttft, tpot and e2el: what a request may take."""
+    """The limits of `--goodput` for a request, in seconds, by ttft, tpot and e2el."""
     has_concurrency_limit: bool = False
 
 
 def goals_of(texts: Iterable[str]) -> dict[str, float]:
-    """Seconds by ttft, tpot and e2el, of `METRIC:MS` each. Raises InvalidRequest."""
+    """Read limits of the form `METRIC:MS`; returns seconds by ttft, tpot and e2el. Raises InvalidRequest."""
     goals_s = {}
     for text in texts:
         metric, _, milliseconds = text.partition(":")
@@ -64,7 +64,8 @@ def goals_of(texts: Iterable[str]) -> dict[str, float]:
 
 
 def percentile(values: Iterable[float], share: float) -> float:
-    """Between the two values next to the place, as numpy has it by default; 0 of none. `share` is 0 to 100."""
+    """A percentile, interpolated between the two neighbouring values as numpy does by default; 0 if there are no
+    values. `share` is 0 to 100."""
     ordered = sorted(values)
     if not ordered:
         return 0.0
@@ -75,7 +76,7 @@ def percentile(values: Iterable[float], share: float) -> float:
 
 
 def _of_request(outcome: Outcome, metric: str) -> float:
-    """As goodput counts it: the time per token of a request that has one token is 0."""
+    """The value of a metric for goodput. A request with a single token counts with a time per token of 0."""
     values: dict[str, Callable[[], float]] = {
         "ttft": lambda: outcome.ttft_s,
         "tpot": lambda: outcome.tpot_s or 0.0,
@@ -85,7 +86,8 @@ def _of_request(outcome: Outcome, metric: str) -> float:
 
 
 def handoff_s(outcome: Outcome) -> float | None:
-    """First token to second, by the server if it says so, else as it was seen here."""
+    """Time from the first token to the second: the server's figure if it sends one, otherwise what was measured
+    here."""
     by_server = outcome.server.get("handoff_ms")
     if by_server is not None:
         return float(by_server) / 1e3
@@ -93,7 +95,7 @@ def handoff_s(outcome: Outcome) -> float | None:
 
 
 def values_of(outcomes: Sequence[Outcome], metric: str) -> list[float]:
-    """Of requests that have ended well, in seconds."""
+    """The values of a metric over requests that succeeded, in seconds."""
     match metric:
         case "ttft":
             return [each.ttft_s for each in outcomes]
@@ -110,7 +112,7 @@ def values_of(outcomes: Sequence[Outcome], metric: str) -> list[float]:
 
 
 def figures(load: Load, wanted: Wanted) -> dict[str, Any]:
-    """For the JSON file."""
+    """The figures, as in the JSON file."""
     good = [each for each in load.outcomes if each.is_ok]
     num_in, num_out = sum(each.prompt_len for each in good), sum(each.output_tokens for each in good)
     peak_tokens, peak_requests = _peaks(good)
@@ -138,7 +140,7 @@ def figures(load: Load, wanted: Wanted) -> dict[str, Any]:
 
 
 def complaint(load: Load) -> str:
-    """Why these figures are about the client rather than about the server; empty if they are not."""
+    """Why these figures measure the client rather than the server; empty if they do not."""
     good = [each for each in load.outcomes if each.is_ok]
     usual = [statistics.median(values) for metric in ("ttft", "itl") if (values := values_of(good, metric))]
     return load.watch.complaint(min(usual, default=0.0))
@@ -155,7 +157,7 @@ def _attainment(load: Load, good: Sequence[Outcome], goals_s: Mapping[str, float
 
 
 def summary(metric: str, values_ms: Sequence[float], percentiles: Sequence[float]) -> dict[str, float]:
-    """Mean, median, spread and percentiles; zeros of none."""
+    """Mean, median, spread and percentiles; zeros if there are no values."""
     values = values_ms or [0.0]
     return {
         f"mean_{metric}_ms": statistics.fmean(values),
@@ -166,7 +168,7 @@ def summary(metric: str, values_ms: Sequence[float], percentiles: Sequence[float
 
 
 def _peaks(good: Sequence[Outcome]) -> tuple[float, int]:
-    """Most tokens and most requests in one second of the clock that begins with the first request."""
+    """The most tokens and the most requests in any one second, counted from the first request on."""
     if not good:
         return 0.0, 0
     begin_s = min(each.start_s for each in good)
@@ -178,7 +180,7 @@ def _peaks(good: Sequence[Outcome]) -> tuple[float, int]:
 
 
 def _by_server(good: Sequence[Outcome]) -> dict[str, Any]:
-    """With prefill and decode apart: what moved, between whom, in how many attempts."""
+    """Figures from a server with separate prefill and decode: bytes moved, pairs of instances, and retries."""
     pairs = Counter(
         f"{each.server.get('prefill_instance')} > {each.server.get('decode_instance')}"
         for each in good
@@ -194,7 +196,7 @@ def _by_server(good: Sequence[Outcome]) -> dict[str, Any]:
 
 
 def details(load: Load) -> dict[str, Any]:
-    """Of each request, for `--save-detailed`."""
+    """Figures of each request, for `--save-detailed`."""
     outcomes = load.outcomes
     lists: dict[str, list[Any]] = {
         "input_lens": [each.prompt_len for each in outcomes],
@@ -215,7 +217,7 @@ def details(load: Load) -> dict[str, Any]:
 
 
 def lines(result: Mapping[str, Any], wanted: Wanted) -> Iterator[str]:
-    """For the screen."""
+    """The figures as lines of text."""
     yield f"{' Serving Benchmark Result ':=^50}"
     rows = {
         "Successful requests:": result["completed"],

@@ -1,4 +1,4 @@
-"""The way of a step's rows whose requests ask for more than a token by temperature, top-k and top-p.
+"""Handling of special rows: rows of a step whose requests need more than a token drawn by temperature, top-k and top-p.
 
-Both runners know it. A step without such rows runs nothing of it.
+Both runners use it. A step without such rows runs none of this code.
 """

@@ -1,4 +1,4 @@
-"""Masks of tokens that grammars allow, on logits.
+"""Applies the masks of tokens that grammars allow to logits.
 
 Shapes: N rows, V vocab_size, B bytes of a mask, at least V / 8.
 """
@@ -12,7 +12,8 @@ from hbserve_core.logits.rows import LogitsRow
 
 
 class GrammarMasks:
-    """Rules out what the requests of a step's rows may not continue with. To be used when their masks are there."""
+    """Sets the logits of tokens that a request's grammar forbids to -inf. To be used when the masks have been
+    computed."""
 
     def __init__(self, device: torch.device) -> None:
         self._bits = torch.tensor([1 << bit for bit in range(8)], dtype=torch.uint8, device=device)
@@ -27,7 +28,8 @@ class GrammarMasks:
 
 
 def _masks(rows: Ids[LogitsRow], width: int) -> "np.ndarray[tuple[int, int], np.dtype[np.uint8]]":
-    """(N, B): all bits of rows without a grammar, and of those whose mask is late, whose tokens nobody reads."""
+    """(N, B): the masks of the rows. All bits are set in rows without a grammar, and in rows whose mask is late: nobody
+    reads the tokens of the latter."""
     masks = np.full((len(rows), width), -1, dtype=np.int32)
     for mask, row in zip(masks, rows, strict=True):
         matcher = row.sequence.matcher

@@ -1,7 +1,7 @@
-"""Log-probabilities of tokens: of one for each row, and of the most likely ones.
+"""Log-probabilities of tokens: of one token for each row, and of the most likely ones.
 
-They are those of the logits as the model gives them, in float32: before temperature, penalties and whatever else a
-request asks for, as in the OpenAI API and in vLLM.
+They are computed from the model's own logits in float32, before temperature, penalties and whatever else a request
+asks for, as in the OpenAI API and in vLLM.
 Shapes: N rows, V vocab_size, K most tokens that one of the rows asks for.
 """
 
@@ -12,20 +12,23 @@ from hbserve_rpc.messages import TokenLogprobs
 
 
 class Logprobs:
-    """The most likely tokens of rows of logits; then, when a token of each row is known, what the host wants to know.
+    """Finds the most likely tokens of rows of logits; later, when a token of each row is known, sends the results to
+    the host.
 
-    Nothing waits for the device: `read` is to be called when it has done all that was asked of it so far.
+    Nothing waits for the device: `read` may be called only when it has done all that was asked of it so far.
     """
 
     def __init__(self, logits: torch.Tensor, counts: list[int | None]) -> None:
-        """logits: (N, V) float32. counts: of most likely tokens of each row; None: its token alone is read."""
+        """logits: (N, V) float32. counts: how many most likely tokens to read for each row; None: only its own
+        token."""
         self._counts = counts
         most = min(max((count or 0 for count in counts), default=0), logits.shape[1])
         self._total = logits.logsumexp(-1, keepdim=True)
         self._top = logits.topk(most)
 
     def send(self, logits: torch.Tensor, tokens: torch.Tensor) -> "Logprobs":
-        """Send to the host what is known, with one token of each row. logits: (N, V) as they were; tokens: (N,)."""
+        """Send the results to the host, with one token of each row. logits: (N, V), the same as before; tokens:
+        (N,)."""
         tokens = tokens.long()[:, None]
         # What was sampled may be no token: then nothing of its row is read.
         chosen = logits.gather(1, tokens.clamp(min=0)).float()
@@ -34,7 +37,8 @@ class Logprobs:
         return self
 
     def read(self) -> list[DrawnToken]:
-        """For each row the token, and its most likely tokens, in order, with that token itself, perhaps as the last."""
+        """For each row, its token, and the most likely tokens in order; if the token is not among these it comes
+        last."""
         rows = zip(self._counts, self._ids.tolist(), self._values.tolist(), strict=True)
         return [(ids[0], None if count is None else _named(ids, values, count)) for count, ids, values in rows]
 

@@ -1,9 +1,10 @@
-"""Penalties for tokens that a request has: presence and frequency for its output, repetition for its prompt too.
+"""Penalties for tokens that a request already has: presence and frequency penalties for its output, and the repetition
+penalty for its prompt too.
 
-The tokens of each such request are on the device from its first special step on, and every step adds one: usually that
-which the step before has sampled, which the host has not read yet. So nothing of the size of the vocabulary is kept or
-copied: only the logits of tokens that a request has are read and written. A request that comes from elsewhere, by a
-hand-over, a retry or a preemption, brings its tokens with it.
+The tokens of each such request are kept on the device from its first special step on, and every step adds one: usually
+the one that the step before has sampled and the host has not read yet. So no data of the size of the vocabulary is kept
+or copied, and only the logits of tokens that a request has are read and written. A request that comes from elsewhere,
+by a hand-over, a retry or a preemption, brings its tokens with it.
 
     kept tokens   [0 .. num_prompt)        the prompt's, each once; none without repetition_penalty
                   [num_prompt .. length)   the output, in order: a token counts as often as it is there
@@ -30,7 +31,8 @@ class _Kept:
 
 
 class Penalties:
-    """Those of the requests of one step, and then of the next: who is left out of a step brings its tokens again."""
+    """Penalties of the requests of a step. Tokens are kept for the next step; a request that is left out of a step
+    brings its tokens again."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -39,9 +41,9 @@ class Penalties:
         self._kept: dict[Sequence, _Kept] = {}
 
     def prepare(self, rows: Ids[LogitsRow], sampled: torch.Tensor | None) -> None:
-        """Take in the tokens that are new. To be called once a step, before it writes its own tokens to `sampled`.
+        """Store the tokens that are new. To be called once a step, before the step writes its own tokens to `sampled`.
 
-        sampled: tokens of the step before; None where the host reads every one.
+        sampled: tokens of the step before; None if the host has read all of them.
         """
         penalized = [each for each in rows if each.sequence.params.has_penalties]
         self._kept = {row.sequence: self._kept[row.sequence] for row in penalized if row.sequence in self._kept}

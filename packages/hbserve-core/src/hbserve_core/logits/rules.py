@@ -1,7 +1,7 @@
 """Rules that requests set for their logits: biases, tokens that must not come yet, penalties, grammars, min-p.
 
 They are applied in the order of vLLM: biases and min_tokens, then penalties and grammars, then min_p. Logits that are
-not finite stay so: whoever draws from them says what that means.
+not finite stay so, and the code that draws tokens from them deals with that.
 Shapes: N rows, V vocab_size.
 """
 
@@ -22,7 +22,8 @@ _NEVER = float("-inf")
 
 
 class LogitRules:
-    """Applies them. What it has put on the device for a step is there for the next one, if that has the same rows."""
+    """Applies the rules. Data that was put on the device for one step is reused in the next, if that has the same
+    rows."""
 
     def __init__(self, eos_token_ids: Collection[int], device: torch.device) -> None:
         self._eos_token_ids = eos_token_ids
@@ -34,7 +35,7 @@ class LogitRules:
         self._grammar_masks = GrammarMasks(device)
 
     def prepare(self, rows: Ids[LogitsRow], sampled: torch.Tensor | None) -> None:
-        """See `Penalties.prepare`: to be called once, for all of a step's rows, before they are sampled."""
+        """Prepare a step; see `Penalties.prepare`. To be called once for all of its rows, before they are sampled."""
         self._penalties.prepare(rows, sampled)
 
     def apply(self, scores: torch.Tensor, rows: Ids[LogitsRow]) -> None:

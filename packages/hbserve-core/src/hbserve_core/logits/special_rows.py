@@ -1,12 +1,12 @@
-"""Special rows of a step: their logits are looked at, and changed, before a token is drawn from them.
+"""Special rows of a step: their logits are read, and changed, before a token is drawn from them.
 
     hidden rows ─model's head─▶ logits ─LogitRules─▶ changed logits ─the runner's own sampling─▶ tokens
                                    └────Logprobs─────────────────────────────────────────────────────▶ to the host
 
-Every step samples all of its rows as if none were special, which costs next to nothing. Then the logits of the special
-ones are computed again, and other tokens are drawn from them: so steps without such rows are what they always were, and
-steps with them begin as these do, with the same graphs. Where requests have grammars the rows are sampled later still,
-by the runner's `draw`: then their masks are there, which the host has made while the device computed the logits.
+Every step first samples all of its rows as if none were special, which costs next to nothing. Then the logits of the
+special rows are computed again, and other tokens are drawn from them. So steps without special rows are not affected,
+and steps with them use the same graphs. If a request has a grammar, special rows are sampled still later, by the
+runner's `draw`: by then the host has computed the masks, while the device computed the logits.
 Shapes: N special rows of R, V vocab_size.
 """
 
@@ -25,23 +25,25 @@ from hbserve_rpc import SamplingParams, StructuredOutputsParams
 from hbserve_rpc.messages import TokenLogprobs
 
 _MOST_ROWS, _MOST_NUMBERS = 256, 1 << 24
-"""Of float32 logits that are there at once: other rows wait for these."""
+"""Limits of the float32 logits that are in memory at once. Further rows wait for these."""
 _MOST_TOKENS = 1 << 22
-"""That are looked at for penalties at once."""
+"""Limit of the tokens that are read for penalties at once."""
 
 LogitsOf = Callable[[torch.Tensor], torch.Tensor]
-"""From places among the step's R rows, (N,) int64, to their logits, (N, V)."""
+"""From places (N,) int64 among the step's R rows to their logits (N, V)."""
 Draw = Callable[[torch.Tensor, torch.Tensor, Ids[LogitsRow]], torch.Tensor]
-"""From logits (N, V), places (N,) and rows to tokens (N,), which become those of the step too."""
+"""From logits (N, V), places (N,) and rows to tokens (N,), which are also stored as the step's tokens."""
 
 
 class PendingLogprobs(list[tuple[Ids[LogitsRow], Logprobs]]):
-    """Those of a step's special rows, on their way to the host, with the tokens that they are of."""
+    """Results of a step's special rows on their way to the host: log-probabilities, and the tokens that they belong
+    to."""
 
     def read(self, chunks: Ids[int | None]) -> tuple[dict[int, TokenLogprobs], dict[int, list[DrawnToken]]]:
-        """When the step has been computed: log-probabilities, and the tokens of those with several choices, by chunk.
+        """Log-probabilities, and the tokens of rows that are choices, by chunk. To be called when the step has been
+        computed.
 
-        chunks: the places of those that the step's R rows belong to.
+        chunks: for each of the step's R rows, the place of its chunk.
         """
         found: dict[int, TokenLogprobs] = {}
         choices: dict[int, list[DrawnToken]] = {}
@@ -57,22 +59,22 @@ class PendingLogprobs(list[tuple[Ids[LogitsRow], Logprobs]]):
 
 
 class SpecialRows:
-    """Samples them, without waiting for the device."""
+    """Samples special rows without waiting for the device."""
 
     def __init__(self, model: ModelConfig, device: torch.device) -> None:
         self._device = device
         self._rules = LogitRules(model.eos_token_ids, device)
         self.most_rows = max(1, min(_MOST_ROWS, _MOST_NUMBERS // model.vocab_size))
-        """That are sampled at once."""
+        """How many rows are sampled at once."""
 
     def prepare(self, rows: Ids[LogitsRow], sampled: torch.Tensor | None) -> None:
-        """Before a step: `sampled` has still the tokens of the one before, some of which nobody has read. None: all of
-        them were read."""
+        """Prepare a step. sampled: the tokens of the step before, some of which the host has not read yet; None if it
+        has read all."""
         self._rules.prepare(rows, sampled)
 
     def sample(self, rows: Ids[LogitsRow], logits_of: LogitsOf, draw: Draw) -> "PendingLogprobs":
-        """Give each row another token; of choices, which have a place in common, it has anyone's. After `prepare` with
-        the same rows."""
+        """Draw a new token for each row, after `prepare` with the same rows. Choices share a place, which gets the
+        token of any one of them."""
         pending = []
         for part in self._parts(rows):
             places = on_device([each.place for each in part], torch.int64, self._device)
@@ -90,7 +92,7 @@ class SpecialRows:
 
     @staticmethod
     def dummies(count: int) -> list[LogitsRow]:
-        """So many rows that ask for all there is: what can be measured before there are requests."""
+        """`count` rows that use every rule, to measure with before there are requests."""
         params = SamplingParams(
             min_p=0.5,
             repetition_penalty=2,
