@@ -1,7 +1,7 @@
-"""Grammars and tokenizers as llguidance has them, within its own limits.
+"""Compiles grammars and reads tokenizers with llguidance, within its limits.
 
-Limits keep what one grammar takes small, but cannot rule everything out: the schema {"multipleOf": 99999989} compiles
-for minutes. So a grammar that nobody has seen before is tried out elsewhere first: see trials.py.
+The limits keep the cost of most grammars small, but not of all: the schema {"multipleOf": 99999989} compiles for
+minutes. So a grammar that was not seen before is first tried in another process: see trials.py.
 """
 
 import json
@@ -20,12 +20,12 @@ _LIMITS: dict[str, Any] = {
     "verbose_errors": False,
 }
 _JSON_OPTIONS: Any = {"whitespace_pattern": r"[ \n\r\t]{0,32}"}
-"""Of schemas: a model may lay JSON out as it likes, but not write white space for ever."""
+"""Options for schemas: a model may lay out JSON as it likes, but not write white space for ever."""
 _SHOWN = 150
 
 
 def read_tokenizer(path: Path, vocab_size: int, eos_token_ids: Ids[int]) -> Any:
-    """llguidance's, of a tokenizer.json. Raises OSError or ValueError."""
+    """llguidance's tokenizer, read from a tokenizer.json. Raises OSError or ValueError."""
     from llguidance import LLTokenizer
 
     text = path.read_text(encoding="utf-8").strip()
@@ -41,7 +41,8 @@ def read_tokenizer(path: Path, vocab_size: int, eos_token_ids: Ids[int]) -> Any:
 
 
 def compile_grammar(tokenizer: Any, wanted: StructuredOutputsParams) -> Any:
-    """llguidance's matcher at the grammar's beginning. Raises InvalidRequest: there is no such grammar; says why."""
+    """A new matcher of llguidance, at the beginning of the grammar. Raises InvalidRequest if the grammar is invalid;
+    says why."""
     from llguidance import LLMatcher, LLParserLimits
 
     kind = wanted.kind
@@ -55,13 +56,14 @@ def compile_grammar(tokenizer: Any, wanted: StructuredOutputsParams) -> Any:
 
 
 def shortened(error: str) -> str:
-    """An error of llguidance in one line: it may quote all of a grammar, between its kind and its reason."""
+    """An error of llguidance in one line, shortened in the middle: it may quote all of a grammar between its kind and
+    its reason."""
     line = " ".join(error.removesuffix("<non-verbose/>").split())
     return line if len(line) <= 2 * _SHOWN else f"{line[:_SHOWN]} … {line[-_SHOWN:]}"
 
 
 def _source(wanted: StructuredOutputsParams) -> str:
-    """What llguidance compiles. Raises ValueError."""
+    """The grammar in the form that llguidance compiles. Raises ValueError."""
     from llguidance import LLMatcher, grammar_from
 
     if wanted.json is not None:

@@ -1,6 +1,6 @@
-"""Grammars compiled for one model's tokenizer, and kept.
+"""Compiles grammars for one model's tokenizer, and keeps them.
 
-One that nobody has seen yet is tried out in another process first, so that a thread here never takes long with it.
+A grammar that was not seen before is first tried in another process, so that no thread here is busy with it for long.
 """
 
 import asyncio
@@ -23,41 +23,43 @@ from hbserve_core.grammars.workers import Workers
 from hbserve_rpc import InvalidRequest, Overloaded, SamplingParams, StructuredOutputsParams
 
 COMPILE_TIMEOUT_S = 10.0
-"""How long a request waits for its grammar, which takes a moment, and for those before it."""
+"""How long a request waits for its own grammar, which takes a moment, and for those that are compiled before it."""
 _COMPILED_AT_ONCE = 2
 _TRIED_AT_ONCE = 8
-"""More than cores: they are processes, and a quick one among slow ones is not held up by them."""
+"""This may be more than there are cores: trials are processes, and a quick one is not held up by slow ones."""
 _MOST_TRIALS = 64
-"""That run, wait, or are remembered: a grammar that was too slow comes again, and is not tried again."""
+"""Most trials that run, wait, or are remembered: a grammar that was too slow is often sent again, and is then not tried
+again."""
 _MOST_KEPT = 16
-"""Compiled grammars that are kept for other requests. Each may come to take tens of MiB."""
+"""Most compiled grammars that are kept for other requests. Each may grow to tens of MiB."""
 _OTHERS = "structured_outputs: other grammars are being compiled"
 
 
 class GrammarCompiler:
-    """Compiles grammars, and keeps those that were asked for last. Any thread may call."""
+    """Compiles grammars, and keeps the ones that were used last. Its methods may be called from any thread."""
 
     def __init__(self, folder: str, vocab_size: int, eos_token_ids: Collection[int]) -> None:
-        """folder: the model's, with its tokenizer.json."""
+        """folder: the model's folder, which has a tokenizer.json."""
         self._path = Path(os.path.expanduser(folder)) / "tokenizer.json"
         self._vocab_size = vocab_size
         self._eos_token_ids = sorted(each for each in eos_token_ids if each < vocab_size)
         self._lock = threading.Lock()
         self._tokenizer: Any = None
         self._problem = ""
-        """Why there is none."""
+        """Why there is no tokenizer."""
         self._ends: Mask = np.zeros(0, np.int32)
         self._compiled: OrderedDict[StructuredOutputsParams, Any] = OrderedDict()
         self._tried: OrderedDict[StructuredOutputsParams, Future[str]] = OrderedDict()
-        """Trials that run, and how the last ones ended."""
+        """Trials that run, and the results of the last ones."""
         self._trials = Trials(self._path, vocab_size, self._eos_token_ids)
         self._trying = Workers(_TRIED_AT_ONCE, "trials")
         self._compiling = Workers(_COMPILED_AT_ONCE, "grammars")
         self._matching = Workers(max(2, min(8, (os.cpu_count() or 1) // 4)), "matchers")
 
     def load(self) -> None:
-        """Read the tokenizer, if that has not been tried. It takes a second, or three for a large one, and no other
-        thread runs meanwhile: an instance does it before it is ready. Requests hear of what is wrong with it."""
+        """Read the tokenizer, if this was not tried yet. It takes one second, or three for a large one, in which no
+        other thread runs; so an instance does it before it is ready. If it fails, requests with grammars get the
+        error."""
         with self._lock:
             if self._tokenizer is None and not self._problem:
                 try:
@@ -71,11 +73,12 @@ class GrammarCompiler:
                 self._ends = np.packbits(bits, bitorder="little").view(np.int32)
 
     def matcher(self, params: SamplingParams, output: Ids[int] = ()) -> Matcher | None:
-        """What follows a request's grammar from behind its output so far; None if it has no grammar. Takes a while.
+        """A matcher for a request's grammar, advanced by its output so far; None if the request has no grammar. Takes a
+        while.
 
         Raises:
-            InvalidRequest: there is no such grammar, it is too large, or too slow; says which and why.
-            Overloaded: others are still being compiled.
+            InvalidRequest: the grammar is invalid, too large or too slow; says which and why.
+            Overloaded: other grammars are still being compiled.
         """
         wanted = params.structured_outputs
         if wanted is None:
@@ -92,7 +95,7 @@ class GrammarCompiler:
             raise Overloaded(_OTHERS) from None
 
     async def matcher_in_loop(self, params: SamplingParams, output: Ids[int] = ()) -> Matcher | None:
-        """The same in an event loop, which goes on meanwhile."""
+        """The same for an event loop, which is not blocked."""
         wanted = params.structured_outputs
         if wanted is None:
             return None
@@ -104,8 +107,9 @@ class GrammarCompiler:
             raise Overloaded(_OTHERS) from None
 
     def _trial(self, wanted: StructuredOutputsParams) -> "Future[str]":
-        """What is against the grammar being compiled here, or "". It is one for all who want the same grammar, and goes
-        on when they have given up, for they come again. Raises Overloaded."""
+        """The trial of a grammar; its result is why the grammar must not be compiled here, or "". Requests for the same
+        grammar share one trial, which goes on when they have given up, because they are often sent again. Raises
+        Overloaded."""
         with self._lock:
             trial = self._tried.get(wanted)
             if trial is None or (trial.done() and trial.exception() is not None):

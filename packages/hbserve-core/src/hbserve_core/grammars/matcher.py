@@ -1,6 +1,6 @@
-"""Place of one request's output in its grammar, and which tokens may come next.
+"""The position of one request's output in its grammar, and which tokens may come next.
 
-A token is taken in, and the mask of those that may follow it computed, in another thread: usually in 0.1 ms, but a
+A token is taken in, and the mask of its possible successors computed, in another thread: usually in 0.1 ms, but a
 schema can be made so that it takes half a second.
 Shapes: V vocab_size.
 """
@@ -18,21 +18,21 @@ from hbserve_core.grammars.workers import Workers
 from hbserve_rpc import InvalidRequest, SamplingParams
 
 Mask = npt.NDArray[np.int32]
-"""(ceil(V / 32),): bit i of word j says whether token 32 * j + i may come."""
+"""(ceil(V / 32),): bit i of word j says whether token 32 * j + i is allowed."""
 
 
 class Matcher:
-    """Belongs to the engine's thread, as its request does. Where the grammar is complete and has no more to come, the
-    tokens that may come next are those that end a sequence."""
+    """Belongs to the engine's thread, like its request. When the grammar is complete and allows nothing more, the
+    tokens that end a sequence are allowed."""
 
     def __init__(self, matcher: Any, ends: Mask, params: SamplingParams, output: Ids[int], workers: Workers) -> None:
-        """Computes the first mask, so to be made in a thread that may take its time.
+        """Computes the first mask, so it should be made in a thread that may take its time.
 
-        matcher: llguidance's, at the grammar's beginning; this one's from now on. ends: the mask of tokens that end a
-        sequence. output: the request's tokens so far. workers: where it goes on.
+        matcher: llguidance's, at the grammar's beginning; from now on it belongs to this object. ends: the mask of
+        tokens that end a sequence. output: the request's tokens so far. workers: threads in which it is advanced.
 
         Raises:
-            InvalidRequest: the output does not follow the grammar, or what may follow it takes too long to say.
+            InvalidRequest: the output does not follow the grammar, or computing its first mask takes too long.
         """
         self._matcher = matcher
         self._ends = ends
@@ -43,9 +43,9 @@ class Matcher:
         self._computing: Future[None] | None = None
         self._was_late = False
         self.error = ""
-        """Why the request cannot go on: said by the first mask that cannot be computed."""
+        """Why the request cannot go on. Set when a mask cannot be computed."""
         self.mask: Mask = np.zeros_like(ends)
-        """Of the next token, once it `is_ready`."""
+        """Mask of the next token. Valid when `is_ready` returns true."""
         self._address = self.mask.ctypes.data
         if not matcher.consume_tokens(list(output)):
             raise InvalidRequest(
@@ -57,13 +57,13 @@ class Matcher:
             raise InvalidRequest(self.error)
 
     def advance(self, token: int) -> None:
-        """Take in the next output token. Returns at once; not before the mask for that token `is_ready`."""
+        """Take in the next output token. Returns at once. Must not be called before `is_ready` has returned true."""
         self._was_late = False
         self._computing = self._workers.submit(lambda: self._take(token))
 
     def forked(self, token: int) -> "Matcher":
-        """Another one, which goes on from here with an output token of its own, in time as after `advance`. This one
-        `is_ready`, and must not be advanced any more."""
+        """A copy that goes on from here with an output token of its own, and is ready in time as after `advance`. This
+        matcher must be ready, and must not be advanced any more."""
         other = copy(self)
         other.mask = np.zeros_like(self.mask)
         other._address = other.mask.ctypes.data
@@ -71,7 +71,8 @@ class Matcher:
         return other
 
     def is_ready(self, timeout_s: float = 0.0) -> bool:
-        """Whether the mask of the next token is there, in time. One that was late is not waited for again."""
+        """Whether the mask of the next token has been computed; waits for it up to `timeout_s`. A mask that was late
+        once is not waited for again."""
         if self._computing is None:
             return True
         try:

@@ -1,8 +1,8 @@
-"""Trials of grammars in a process beside this one, where what takes too long can be ended: a thread cannot be.
+"""Trials of grammars in a separate process. One that takes too long can be ended there; a thread cannot be.
 
-The process is started for the first grammar, reads the tokenizer, and forks once for each trial; so trials wait for
-nobody, and one that is killed, or overflows its stack, takes nothing else along. It ends with this process, however
-that ends: the socket between them closes.
+The process is started for the first grammar, reads the tokenizer, and forks once for each trial. So trials do not wait
+for each other, and one that is killed, or overflows its stack, affects nothing else. The process ends with this one,
+however this one ends: the socket between them closes.
 """
 
 import contextlib
@@ -20,16 +20,16 @@ import msgspec
 from hbserve_rpc import Overloaded, StructuredOutputsParams
 
 CPU_LIMIT_S = 1.0
-"""Of a core, which one grammar may take to be compiled and for its first mask. Usual ones take 1 to 20 ms, and an
-object of 2500 properties 0.4 s. Not of a clock: a machine that has much to do refuses no more than another."""
+"""Processor time that one grammar may take to be compiled and for its first mask. Usual ones take 1 to 20 ms, and an
+object of 2500 properties 0.4 s. It is not elapsed time, so a busy machine refuses no more than another."""
 BEGUN, ENDED = b"b", b"e"
-"""Messages of a trial."""
+"""Messages that a trial sends."""
 _PATIENCE_S = 60.0
-"""For a trial, with the start of the process. Longer than anything but a frozen process takes."""
+"""Longest wait for a trial, including the start of the process. Only a frozen process takes longer."""
 
 
 class TrialSettings(msgspec.Struct, frozen=True):
-    """What the process is started with."""
+    """Settings that the process is started with."""
 
     tokenizer: str
     vocab_size: int
@@ -38,7 +38,8 @@ class TrialSettings(msgspec.Struct, frozen=True):
 
 
 class Trials:
-    """Any thread may call; it waits meanwhile. The process goes when nobody refers to this any more."""
+    """The trial process. Its methods may be called from any thread, and block it. The process ends when nobody refers
+    to this object any more."""
 
     def __init__(self, tokenizer: Path, vocab_size: int, eos_token_ids: Ids[int]) -> None:
         """tokenizer: the path of a tokenizer.json that can be read."""
@@ -49,9 +50,10 @@ class Trials:
         self._end: weakref.finalize[..., Trials] | None = None
 
     def problem_of(self, wanted: StructuredOutputsParams) -> str:
-        """What it takes too much of; "" if it compiles in good time, or is found wrong in good time.
+        """Why a grammar must not be compiled here: it takes too long; "" if it compiles in time, or is found invalid in
+        time.
 
-        Raises Overloaded: nobody knows, for the process has ended twice. Another request may come through.
+        Raises Overloaded: the result is unknown, because the process has ended twice. Another request may succeed.
         """
         for _ in range(2):
             said = self._try(wanted)
@@ -63,7 +65,7 @@ class Trials:
         raise Overloaded("structured_outputs: the process that tests grammars has ended")
 
     def _try(self, wanted: StructuredOutputsParams) -> bytes:
-        """What the trial has sent until it ended; nothing: the process has ended before it began."""
+        """What the trial sent before it ended; nothing if the process has ended before the trial began."""
         own, theirs = socket.socketpair()
         with own:
             with theirs:

@@ -1,6 +1,7 @@
-"""The process that tries grammars out: python -m hbserve_core.grammars.trials_main SETTINGS.
+"""The process that tries grammars: python -m hbserve_core.grammars.trials_main SETTINGS.
 
-Stdin is a socket from which it takes one socket for each trial; at its end it ends, with all trials.
+Its stdin is a socket, over which it receives one socket for each trial. When that socket closes, it ends with all
+trials.
 """
 
 import os
@@ -18,7 +19,7 @@ from hbserve_core.grammars.workers import Workers
 from hbserve_rpc import InvalidRequest, StructuredOutputsParams
 
 _NICENESS = 5
-"""Of a trial, beside an engine that may want the core."""
+"""Niceness of a trial, because the engine may want the core."""
 
 
 def main() -> None:
@@ -34,7 +35,7 @@ def main() -> None:
 
 
 def _run(tokenizer: Any, connection: socket.socket, cpu_limit_s: float) -> None:
-    """A trial. Does not return; the system ends it at its limit, wherever it is."""
+    """Run a trial. Does not return; the system ends it at its limit, whatever it is doing."""
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     signal.setitimer(signal.ITIMER_PROF, cpu_limit_s)
     try:

@@ -1,4 +1,4 @@
-"""Threads with deep stacks that nobody waits for at the end: what they are at cannot be interrupted."""
+"""Threads with deep stacks. Nobody waits for their end, because what they compute cannot be interrupted."""
 
 import threading
 import weakref
@@ -9,14 +9,14 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 _STACK_BYTES = 256 << 20
-"""The compiler of grammars recurses along chains of references, and the longest that MAX_GRAMMAR_BYTES allow need up to
-64 MiB. Memory is taken only for what is used of it."""
+"""The compiler of grammars recurses along chains of references. The longest chains that MAX_GRAMMAR_BYTES allows need
+up to 64 MiB. Only the part of a stack that is used takes memory."""
 _of_stack_size = threading.Lock()
 _Jobs = SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]
 
 
 class Workers:
-    """So many threads, from the first job on; they end when nobody refers to this any more."""
+    """`count` threads, started at the first job. They end when nobody refers to this object any more."""
 
     def __init__(self, count: int, name: str) -> None:
         self._count, self._name = count, name
@@ -25,7 +25,7 @@ class Workers:
         self._has_begun = False
 
     def submit(self, job: Callable[[], T]) -> "Future[T]":
-        """Run it in one of them, when those submitted before it have begun."""
+        """Run a job in one of the threads, after those submitted before it have begun."""
         if not self._has_begun:
             self._begin()
         future: Future[T] = Future()
