@@ -31,7 +31,7 @@ import yaml
 from hbserve_rpc import HBServeRpcError, SamplingParams
 from hbserve_rpc.messages import GenerateRequest, RequestFinished, SchedulerStats
 from hbserve_scheduler import RemoteScheduler, load_config
-from hbserve_testing.processes import end_as_by_ctrl_c
+from hbserve_testing.processes import run_in_order
 
 AT_ONCE = 20
 STEP_S, TOKEN_S = 0.01, 0.0001
@@ -287,14 +287,14 @@ async def happen(event: str, child: Child, remote: RemoteScheduler) -> str:
     is_frozen = event.startswith("freeze")
     number = signal.SIGSTOP if is_frozen else signal.SIGUSR1 if event == "engine error" else getattr(signal, event)
     child.signal(number)
-    back = asyncio.create_task(thaw(event, child) if is_frozen else child.start_again())
     noticed = "-"
-    if child.name != "scheduler":
-        noticing = asyncio.create_task(wait_for(remote, lambda stats: state(stats) != "ready"))
-        await asyncio.wait([noticing, *([back] if is_frozen else [])], return_when=asyncio.FIRST_COMPLETED)
-        noticed = f"noticed after {noticing.result():.2f} s" if noticing.done() else "over before it is noticed"
-        noticing.cancel()
-    await back
+    async with asyncio.TaskGroup() as group:  # when this is over, nobody is started again
+        back = group.create_task(thaw(event, child) if is_frozen else child.start_again())
+        if child.name != "scheduler":
+            noticing = group.create_task(wait_for(remote, lambda stats: state(stats) != "ready"))
+            await asyncio.wait([noticing, *([back] if is_frozen else [])], return_when=asyncio.FIRST_COMPLETED)
+            noticed = f"noticed after {noticing.result():.2f} s" if noticing.done() else "over before it is noticed"
+            noticing.cancel()
     await wait_for(remote, are_ready)
     return noticed
 
@@ -324,10 +324,10 @@ async def disturbed(
     event: str, child: Child, remote: RemoteScheduler, clients: Clients, size: int, calm: Slice
 ) -> Slice:
     found = Slice()
-    running = asyncio.create_task(clients.run(size, found))
-    await asyncio.sleep(0.5)
-    noticed = await happen(event, child, remote)
-    await running
+    async with asyncio.TaskGroup() as group:
+        group.create_task(clients.run(size, found))
+        await asyncio.sleep(0.5)
+        noticed = await happen(event, child, remote)
     others = f"p99 elsewhere {found.p99_ms(child.name):.0f} ms ({found.p99_ms(child.name) / calm.p99_ms():.2f} x)"
     retried = sum(count for attempts, count in found.attempts.items() if attempts > 1)
     print(f"{child.name:9} {event:12} {dict(found.ends)}, {retried} retried; {noticed or '-'}; {others}", flush=True)
@@ -355,8 +355,7 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.instance:
         return serve_instance()
-    end_as_by_ctrl_c()
-    return 0 if asyncio.run(run(arguments.requests, arguments.model)) else 1
+    return 0 if run_in_order(run(arguments.requests, arguments.model)) else 1
 
 
 if __name__ == "__main__":

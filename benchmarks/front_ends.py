@@ -24,7 +24,7 @@ import msgspec
 from hbserve.load.compare import serving
 from hbserve_scheduler import DeploymentConfig
 from hbserve_scheduler.config import ModelSection, ServerSection
-from hbserve_testing.processes import end_as_by_ctrl_c
+from hbserve_testing.processes import run_in_order
 
 READY_S = 900
 NAMES = {
@@ -160,8 +160,7 @@ def main() -> None:
     parser.add_argument("--input", type=int, default=512)
     parser.add_argument("--output", type=int, default=512)
     arguments = parser.parse_args()
-    end_as_by_ctrl_c()
-    asyncio.run(main_async(arguments))
+    run_in_order(main_async(arguments))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from hbserve_testing.processes import end_as_by_ctrl_c
+from hbserve_testing.processes import run_in_order
 
 FIRST_S, GAP_S, NUM_TOKENS = 0.05, 0.01, 32
 FIGURES = ("median_ttft_ms", "median_tpot_ms", "median_itl_ms", "p99_itl_ms", "request_throughput", "output_throughput")
@@ -105,8 +105,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
-    end_as_by_ctrl_c()
-    asyncio.run(compare(arguments))
+    run_in_order(compare(arguments))
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from typing import Any
 
 import yaml
 
-from hbserve_testing.processes import alive, children_of, command_of, end_as_by_ctrl_c
+from hbserve_testing.processes import alive, children_of, command_of, ending_as_by_ctrl_c
 
 AT_ONCE = 6
 PROMPTS = [
@@ -351,10 +351,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--small", action="store_true")
     arguments = parser.parse_args()
-    end_as_by_ctrl_c()
     # No port that Linux gives to who connects: while nobody listens there, a client may get its own.
     port = random.SystemRandom().randrange(18000, 32000)
-    with tempfile.TemporaryDirectory() as name:
+    with ending_as_by_ctrl_c(), tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model = None
         if arguments.small:

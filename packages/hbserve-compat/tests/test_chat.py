@@ -1,5 +1,6 @@
 """`hbserve chat`: a conversation by a URL, and with instances of its own."""
 
+import asyncio
 import json
 import os
 import pty
@@ -21,6 +22,8 @@ from hbserve.chat_client import ChatClient, why_not_connected
 from hbserve.server.http_server import HttpServer
 from hbserve.tokenizer import load_tokenizer
 from hbserve_rpc import InvalidAddress, PeerLost, RemoteError
+from hbserve_rpc.own_process import Signalled, until_signalled
+from hbserve_testing.waits import until
 
 COMMAND = [sys.executable, "-m", "hbserve", "chat"]
 
@@ -85,6 +88,29 @@ async def test_a_conversation_goes_with_each_question_and_ends_with_its_input(mo
     await Conversation(answer).run()
     assert asked == [["one"], ["one", "answer", "zwö"]]
     assert capsys.readouterr().out == "answer\nanswer\n\n"
+    sys.stdin.close()
+
+
+@pytest.mark.parametrize("said", [b"", b"one\ntwo\n"], ids=["a question is waited for", "an answer comes"])
+async def test_sigterm_ends_the_conversation_and_not_only_an_answer(monkeypatch, said):
+    reading, writing = os.pipe()
+    os.write(writing, said)
+    monkeypatch.setattr(sys, "stdin", os.fdopen(reading))
+    asked = []
+
+    async def answer(messages: list[dict[str, str]]) -> AsyncIterator[str]:
+        asked.append(messages[-1]["content"])
+        yield "an"
+        await asyncio.Event().wait()
+
+    talking = asyncio.create_task(until_signalled(Conversation(answer).run()))
+    await until(lambda: signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL and len(asked) == bool(said))
+    os.kill(os.getpid(), signal.SIGTERM)
+    async with asyncio.timeout(30):
+        with pytest.raises(Signalled, match="SIGTERM"):
+            await talking
+    assert len(asked) == bool(said)
+    os.close(writing)
     sys.stdin.close()
 
 

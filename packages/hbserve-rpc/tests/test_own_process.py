@@ -1,14 +1,21 @@
 """A process of HBServe's own, whatever it was started with."""
 
+import asyncio
 import json
 import os
 import resource
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import pytest
+
+from hbserve_rpc import own_process
 
 DEADLINE_S = 30
 REPORT = """
@@ -126,3 +133,60 @@ def test_a_server_whose_requests_wait_is_seldom_stopped_by_full_collections():
         [sys.executable, "-c", SERVES], capture_output=True, text=True, timeout=DEADLINE_S, check=True
     )
     assert int(done.stdout) == 0
+
+
+async def test_a_signal_that_another_thread_gets_wakes_the_event_loop():
+    """As one does that comes between the last look at signals and the wait: it interrupts no wait."""
+    told: asyncio.Queue[signal.Signals] = asyncio.Queue()
+
+    def signalled_here() -> None:
+        time.sleep(0.02)  # the event loop waits by then; what is tested is true before, too
+        signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+
+    with own_process.on_ending_signals(told.put_nowait):
+        for _ in range(3):
+            thread = threading.Thread(target=signalled_here)
+            thread.start()
+            async with asyncio.timeout(DEADLINE_S):
+                assert await told.get() is signal.SIGTERM
+            thread.join()
+    assert signal.set_wakeup_fd(-1) == -1
+
+
+async def test_what_a_signal_ends_has_its_way_to_end():
+    found = []
+
+    async def job() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            await asyncio.Event().wait()
+        finally:
+            found.append("closed")
+
+    with pytest.raises(own_process.Signalled, match="SIGTERM"):
+        await own_process.until_signalled(job())
+    assert found == ["closed"]
+
+
+IGNORED = """
+import gc, os, signal, weakref
+from hbserve_rpc import own_process
+
+class Interrupted:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+with own_process.keeping_interrupts():
+    try:
+        Interrupted()
+        print("ignored", flush=True)
+        signal.pause()
+    except KeyboardInterrupt:
+        print("raised")
+"""
+
+
+def test_an_interrupt_that_python_ignores_is_raised_again():
+    done = subprocess.run([sys.executable, "-c", IGNORED], capture_output=True, text=True, timeout=DEADLINE_S)
+    assert (done.stdout, done.stderr) == ("ignored\nraised\n", "")

@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, aclosing, suppress
+from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -15,7 +15,7 @@ from hbserve.demo_model import find_model_folder
 from hbserve.start_notice import telling_at_terminal
 from hbserve.text_request import TextRequest
 from hbserve.tokenizer import encode_messages, require_tokenizer_of
-from hbserve_rpc import SamplingParams
+from hbserve_rpc import SamplingParams, own_process
 from hbserve_scheduler import ConfigError, load_config
 
 Message = dict[str, str]
@@ -90,17 +90,22 @@ class Conversation:
 
     async def run(self) -> None:
         """Until there is no more input, or a Ctrl-C while nothing is answered."""
-        task, loop = asyncio.current_task(), asyncio.get_running_loop()
+        task, is_left = asyncio.current_task(), False
         assert task is not None
 
-        def interrupt() -> None:
-            (task if self._answering is None else self._answering).cancel()
+        def interrupt(_: signal.Signals) -> None:
+            nonlocal is_left
+            is_left = self._answering is None
+            (self._answering or task).cancel()
 
-        loop.add_signal_handler(signal.SIGINT, interrupt)
-        with suppress(asyncio.CancelledError):
-            while (line := await self._read()) is not None:
-                if line.strip():
-                    await self._ask(line.strip())
+        try:
+            with own_process.on_signals([signal.SIGINT], interrupt):
+                while (line := await self._read()) is not None:
+                    if line.strip():
+                        await self._ask(line.strip())
+        except asyncio.CancelledError:
+            if not is_left:  # it is another signal, or whoever has called this
+                raise
         sys.stdout.write("\n")
 
     async def _read(self) -> str | None:
@@ -123,6 +128,8 @@ class Conversation:
         try:
             await self._answering
         except asyncio.CancelledError:
+            if (task := asyncio.current_task()) is not None and task.cancelling():  # it is not only the answer
+                raise
             sys.stdout.write(" [stopped]")
         finally:
             self._answering = None

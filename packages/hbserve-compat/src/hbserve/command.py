@@ -64,7 +64,7 @@ def run(job: Coroutine[Any, Any, None], log_level: LogLevel, *, is_service: bool
     """Run a command. One that is a service has no answer to write, and may be without a stdout."""
     try:
         with explaining(log_level, is_service=is_service):
-            asyncio.run(_until_signalled(job))
+            asyncio.run(own_process.until_signalled(job))
     finally:
         job.close()
 
@@ -78,12 +78,13 @@ def explaining(log_level: LogLevel, *, is_service: bool = False) -> Iterator[Non
     try:
         if sys.stdout is None and not is_service:
             raise OSError("stdout is closed: the answers have nowhere to go")
-        yield
+        with own_process.keeping_interrupts():
+            yield
         if sys.stdout is not None:
             sys.stdout.flush()  # here, where it is explained why it cannot be written
     except KeyboardInterrupt:
         raise typer.Exit(128 + signal.SIGINT) from None
-    except _Signalled as ended:
+    except own_process.Signalled as ended:
         for number in own_process.ending_signals():  # nothing is left to do but to end: no more of them is of use
             signal.signal(number, signal.SIG_IGN)
         raise typer.Exit(128 + ended.number) from None
@@ -113,35 +114,6 @@ def one_line(text: str) -> str:
     """What others say may have several lines, and the names of files anything: a terminal must not obey it."""
     joined = " ".join(text.split())
     return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in joined)
-
-
-class _Signalled(BaseException):
-    """A signal has ended the command."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-
-
-async def _until_signalled(job: Coroutine[Any, Any, None]) -> None:
-    """A signal ends a command in order; another one, while it ends, at once. Commands that serve have handlers of their
-    own."""
-    task = asyncio.current_task()
-    assert task is not None
-    received: list[signal.Signals] = []
-
-    def end(number: signal.Signals) -> None:
-        if received:  # the event loop will have ended before its processes have, of which asyncio would complain
-            logging.getLogger("asyncio").setLevel(logging.ERROR)
-        received.append(number)
-        task.cancel()
-
-    with own_process.on_ending_signals(end):
-        try:
-            await job
-        except asyncio.CancelledError:
-            if not received:
-                raise
-            raise _Signalled(received[0]) from None
 
 
 def _in_words(error: Exception) -> str:

@@ -10,17 +10,32 @@ ends anything; where SIGCHLD is ignored, nobody learns how a child has ended.
 import asyncio
 import contextlib
 import gc
+import logging
 import os
 import resource
 import signal
+import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 MOST_FILES = 65536
 """More are not asked for, whatever the system would give: some libraries go through all that are possible."""
 SELDOM = 100
 """Collections of the middle generation until a full one may come, not 10: 700,000 objects more than were freed."""
+RAISED_AGAIN_S = 0.05
+"""How soon a KeyboardInterrupt that Python has ignored comes again."""
 _ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+class Signalled(BaseException):
+    """A signal has ended what was done."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
 
 
 def set_up() -> None:
@@ -61,7 +76,14 @@ def freeze_heap() -> None:
 @contextlib.contextmanager
 def on_ending_signals(tell: Callable[[signal.Signals], object]) -> Iterator[None]:
     """While this is entered, each signal that ends the process calls `tell` in the running event loop instead. Must run
-    in the main thread.
+    in the main thread."""
+    with on_signals(ending_signals(), tell):
+        yield
+
+
+@contextlib.contextmanager
+def on_signals(numbers: list[signal.Signals], tell: Callable[[signal.Signals], object]) -> Iterator[None]:
+    """The same for some signals.
 
     Afterwards they do what they did before. An event loop's own `remove_signal_handler` makes SIGINT a
     KeyboardInterrupt, whatever it was before: a Ctrl-C while the loop closes would be a traceback.
@@ -71,12 +93,83 @@ def on_ending_signals(tell: Callable[[signal.Signals], object]) -> Iterator[None
     def handle(number: int, _frame: object) -> None:
         loop.call_soon_threadsafe(tell, signal.Signals(number))
 
-    before = {number: signal.signal(number, handle) for number in ending_signals()}
+    with _woken_by_signals(loop):
+        before = {number: signal.signal(number, handle) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _woken_by_signals(loop: asyncio.AbstractEventLoop) -> Iterator[None]:
+    """A signal that comes when the loop is just about to wait, or that the system gives to another thread, is handled
+    only when the loop wakes: at its next timer, or never."""
+    woken, waking = socket.socketpair()
+    with woken, waking:
+        woken.setblocking(False)
+        waking.setblocking(False)
+        loop.add_reader(woken, woken.recv, 4096)
+        before = signal.set_wakeup_fd(waking.fileno(), warn_on_full_buffer=False)
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(before, warn_on_full_buffer=False)
+            loop.remove_reader(woken)
+
+
+async def until_signalled(job: Coroutine[Any, Any, T]) -> T:
+    """What a job returns. A signal ends it in order, by a cancellation, which arrives wherever the job waits: an
+    exception of the signal's own would come anywhere, also where Python ignores exceptions, or in a task for whose
+    result nobody waits. Another signal, while it ends, at once.
+
+    Raises:
+        Signalled: a signal has ended it.
+    """
+    task = asyncio.current_task()
+    assert task is not None
+    received: list[signal.Signals] = []
+
+    def end(number: signal.Signals) -> None:
+        if received:  # the event loop will have ended before its processes have, of which asyncio would complain
+            logging.getLogger("asyncio").setLevel(logging.ERROR)
+        received.append(number)
+        task.cancel()
+
+    with on_ending_signals(end):
+        try:
+            return await job
+        except asyncio.CancelledError:
+            if not received:
+                raise
+            raise Signalled(received[0]) from None
+
+
+@contextlib.contextmanager
+def keeping_interrupts() -> Iterator[None]:
+    """Around what is no event loop, and is interrupted by a KeyboardInterrupt: one that is raised where Python ignores
+    exceptions (in a `__del__`, a callback of a weak reference or of the garbage collector) is raised again soon after.
+    Must run in the main thread."""
+
+    is_pending = False
+
+    def see(ignored: "sys.UnraisableHookArgs") -> None:
+        nonlocal is_pending
+        if not isinstance(ignored.exc_value, KeyboardInterrupt):
+            hook(ignored)
+            return
+        is_pending = True
+        signal.signal(signal.SIGALRM, signal.default_int_handler)
+        signal.setitimer(signal.ITIMER_REAL, RAISED_AGAIN_S)
+
+    hook, sys.unraisablehook = sys.unraisablehook, see
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        sys.unraisablehook = hook
+        if is_pending:
+            signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def _open_standard_streams() -> None:

@@ -1,20 +1,41 @@
 """Processes of this host, as /proc shows them."""
 
+import asyncio
 import os
 import resource
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TypeVar
 
+from hbserve_rpc import own_process
 from hbserve_testing.forkserver import TITLE
 
+T = TypeVar("T")
 
-def end_as_by_ctrl_c() -> None:
-    """Have SIGTERM and SIGHUP be a KeyboardInterrupt: a program that one ends at once leaves what it has started."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)
+
+def run_in_order(job: Coroutine[Any, Any, T]) -> T:
+    """`asyncio.run`, of a program that ends in order at SIGTERM, SIGHUP and Ctrl-C: one that they end at once leaves
+    what it has started."""
+    try:
+        return asyncio.run(own_process.until_signalled(job))
+    except own_process.Signalled as ended:
+        sys.exit(128 + ended.number)
+
+
+@contextmanager
+def ending_as_by_ctrl_c() -> Iterator[None]:
+    """The same for a program without an event loop: within, SIGTERM and SIGHUP are a KeyboardInterrupt."""
+    numbers = (signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
+    try:
+        with own_process.keeping_interrupts():
+            yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager
