@@ -1,6 +1,8 @@
 """The small HTTP port: what it answers to probes, to Prometheus, and to whoever asks something else."""
 
 import asyncio
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Iterable
 
 import pytest
@@ -98,6 +100,50 @@ async def test_a_port_that_is_taken_is_named(process):
     with pytest.raises(AddressInUse, match="health_port"):
         await other.start()
     await other.stop()
+
+
+OUT_OF_FILES = """
+import asyncio, os, resource, socket
+from hbserve_rpc.health_port import HealthPort
+from hbserve_rpc.stderr_log import log_to_stderr
+
+async def metrics():
+    return []
+
+async def serve():
+    port = HealthPort("127.0.0.1", 0, why_dead=str, why_not_ready=str, metrics=metrics)
+    await port.start()
+    clients = [socket.socket() for _ in range(4)]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+    held = []
+    try:
+        while True:
+            held.append(os.open(os.devnull, os.O_RDONLY))
+    except OSError:
+        pass
+    for number, client in enumerate(clients):
+        if number == 3:
+            os.close(held.pop())
+        host, of_port = port.address.split(":")
+        client.connect((host, int(of_port)))
+        client.sendall(b"GET /health HTTP/1.1\\r\\n\\r\\n")
+        client.setblocking(False)
+        answer = await asyncio.get_running_loop().sock_recv(client, 1000)
+        print(answer.split()[1].decode())
+        client.close()
+        if number < 3:
+            held.append(os.open(os.devnull, os.O_RDONLY))
+    await port.stop()
+
+log_to_stderr("WARNING", "%(message)s")
+asyncio.run(serve())
+"""
+
+
+def test_where_no_file_may_be_opened_probes_are_told_so_and_one_line_is_logged():
+    done = subprocess.run([sys.executable, "-c", OUT_OF_FILES], capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["503", "503", "503", "200"], done.stderr
+    assert done.stderr == "connections are refused: this process may open 64 files (ulimit -n)\n"
 
 
 def test_text_is_as_prometheus_reads_it():

@@ -4,10 +4,12 @@ import asyncio
 import contextlib
 import errno
 import logging
+import socket
 from collections.abc import Awaitable, Callable, Iterable
 
 from hbserve_rpc.address import format_address
 from hbserve_rpc.errors import AddressInUse
+from hbserve_rpc.listening_socket import ListeningSocket
 from hbserve_rpc.metrics_text import CONTENT_TYPE, Family, text_of
 
 logger = logging.getLogger(__name__)
@@ -48,13 +50,15 @@ class HealthPort:
 
     async def start(self) -> None:
         """Raises AddressInUse."""
+        family = socket.AF_INET6 if ":" in self._host else socket.AF_INET
         try:
-            self._server = await asyncio.start_server(self._accept, self._host, self._port, limit=MOST_HEAD_BYTES)
+            listening = ListeningSocket(socket.create_server((self._host, self._port), family=family))
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
                 where = format_address(self._host, self._port)
                 raise AddressInUse(f"{where} (health_port) is in use by another process; choose another one") from error
             raise
+        self._server = await asyncio.start_server(self._accept, sock=listening, limit=MOST_HEAD_BYTES)
         logger.info("/health, /ready and /metrics at http://%s", self.address)
 
     async def stop(self) -> None:

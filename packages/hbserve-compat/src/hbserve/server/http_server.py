@@ -5,7 +5,6 @@ import contextlib
 import errno
 import logging
 import os
-import resource
 import socket
 import ssl
 import stat
@@ -21,6 +20,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from hbserve.server.direct_body import EXTENSION, DirectBody
 from hbserve_rpc import AddressInUse, format_address
 from hbserve_rpc.address import is_wildcard
+from hbserve_rpc.listening_socket import ListeningSocket
 from hbserve_scheduler import ConfigError
 from hbserve_scheduler.config import ServerSection
 
@@ -35,9 +35,6 @@ MOST_HEAD_BYTES = 1 << 20
 TOO_LARGE = b"HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
 FILES_LEFT = 16
 """Of those that the process may open, for all that are no connections: a scheduler's links, what a request reads."""
-FULL = b"HTTP/1.1 503 Service Unavailable\r\nconnection: close\r\nretry-after: 1\r\ncontent-length: 0\r\n\r\n"
-FULL_TOLD_S = 30.0
-"""That connections are refused is said so often at most."""
 LAST_WORDS_S = 0.5
 """How long clients may take, when the server stops, to read what it has answered them."""
 STALL_TIMEOUT_S = 60.0
@@ -116,8 +113,7 @@ class HttpServer:
         self._settings = settings
         self._app = app
         _check_certificate(settings)
-        is_plain = settings.ssl_certfile is None
-        self._socket = _ListeningSocket(_bound(settings), is_plain=is_plain) if shared is None else shared
+        self._socket = ListeningSocket(_bound(settings), **_refusal(settings)) if shared is None else shared
         self._server: _Uvicorn | None = None
         self._serving: asyncio.Task[None] | None = None
         self._watching: asyncio.Task[None] | None = None
@@ -254,42 +250,20 @@ def _bound(settings: ServerSection) -> socket.socket:
         raise ConfigError(f"server.host={settings.host!r}: {address} cannot be bound: {error.strerror}") from None
 
 
-class _ListeningSocket(socket.socket):
-    """Refuses connections for which there are not files enough. asyncio would fail to accept them thousands of times a
-    second, and tell each; their clients would wait."""
-
-    def __init__(self, bound: socket.socket | int, *, is_plain: bool) -> None:
-        """is_plain: who is refused can be told by HTTP; else its connection is closed."""
-        super().__init__(fileno=bound if isinstance(bound, int) else bound.detach())
-        self._is_plain = is_plain
-        self._told_s = -FULL_TOLD_S
-
-    def accept(self) -> tuple[socket.socket, Any]:
-        connection, address = super().accept()
-        most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        # The system gives the lowest number that is free.
-        if most == resource.RLIM_INFINITY or connection.fileno() < most - FILES_LEFT:
-            return connection, address
-        with connection, contextlib.suppress(OSError):
-            connection.setblocking(False)
-            if self._is_plain:
-                connection.send(FULL)
-            connection.recv(MOST_HEAD_BYTES)  # else what has come ends the connection before its answer is read
-        if time.monotonic() - self._told_s >= FULL_TOLD_S:
-            self._told_s = time.monotonic()
-            logger.warning("connections are refused: this process may open %d files (ulimit -n)", most)
-        raise BlockingIOError
+def _refusal(settings: ServerSection) -> dict[str, Any]:
+    """How connections are refused for which there are not files enough."""
+    return {"is_plain": settings.ssl_certfile is None, "files_left": FILES_LEFT}
 
 
-class _SharedSocket(_ListeningSocket):
+class _SharedSocket(ListeningSocket):
     """A listening socket of several processes, each of which hears of every connection, and one of which gets it.
 
     Who has accepted one leaves the next ones to the others: else the quickest to wake would have them all, whatever it
     has to do. What they leave alone too, for as many turns of its event loop as there are of them, it takes.
     """
 
-    def __init__(self, fd: int, num_processes: int, *, is_plain: bool) -> None:
-        super().__init__(fd, is_plain=is_plain)
+    def __init__(self, fd: int, num_processes: int, **refusal: Any) -> None:
+        super().__init__(fd, **refusal)
         self._num_processes = num_processes
         self._num_left_alone = 0
 
@@ -305,12 +279,10 @@ class _SharedSocket(_ListeningSocket):
 def shared_with_others(settings: ServerSection, listening_fd: int | None) -> socket.socket:
     """A socket of an address that `api_servers` processes share: one more of its port, or that of its path, which is
     open as `listening_fd`."""
-    is_plain = settings.ssl_certfile is None
     if listening_fd is not None:
-        return _SharedSocket(listening_fd, settings.api_servers, is_plain=is_plain)
-    return _ListeningSocket(
-        _undelayed(_sharing_port(settings.host, settings.port, reuses_address=True)), is_plain=is_plain
-    )
+        return _SharedSocket(listening_fd, settings.api_servers, **_refusal(settings))
+    sharing = _undelayed(_sharing_port(settings.host, settings.port, reuses_address=True))
+    return ListeningSocket(sharing, **_refusal(settings))
 
 
 def _sharing_port(host: str, port: int, *, reuses_address: bool) -> socket.socket:

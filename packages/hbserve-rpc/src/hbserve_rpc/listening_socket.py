@@ -1,0 +1,77 @@
+"""A listening HTTP socket of a process that may open no more files."""
+
+import contextlib
+import errno
+import logging
+import os
+import resource
+import socket
+import time
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+FULL = b"HTTP/1.1 503 Service Unavailable\r\nconnection: close\r\nretry-after: 1\r\ncontent-length: 0\r\n\r\n"
+FULL_TOLD_S = 30.0
+"""That connections are refused is said so often at most."""
+_MOST_HEAD_BYTES = 1 << 20
+
+
+class ListeningSocket(socket.socket):
+    """Refuses connections for which there are not files enough. asyncio would fail to accept them, thousands of times a
+    second with many clients, and tell each with a traceback; their clients would wait."""
+
+    def __init__(self, bound: socket.socket | int, *, is_plain: bool = True, files_left: int = 0) -> None:
+        """Takes over a socket, or its descriptor.
+
+        is_plain: who is refused can be told by HTTP; else its connection is closed.
+        files_left: of those that the process may open, what is left for all that are no connections of this socket.
+        """
+        self._spare: int | None = os.open(os.devnull, os.O_RDONLY)
+        super().__init__(fileno=bound if isinstance(bound, int) else bound.detach())
+        self._is_plain = is_plain
+        self._files_left = files_left
+        self._told_s = -FULL_TOLD_S
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        try:
+            connection, address = super().accept()
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE) or self._spare is None:
+                raise
+            self._close_spare()  # whose place is for the one that is refused
+            connection, address = super().accept()
+            most = self._most_files()
+        else:
+            most = self._most_files()
+            # The system gives the lowest number that is free.
+            if most == resource.RLIM_INFINITY or connection.fileno() < most - self._files_left:
+                return connection, address
+        self._refuse(connection, most)
+        raise BlockingIOError
+
+    def close(self) -> None:
+        self._close_spare()
+        super().close()
+
+    @staticmethod
+    def _most_files() -> int:
+        return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+    def _close_spare(self) -> None:
+        if self._spare is not None:
+            os.close(self._spare)
+            self._spare = None
+
+    def _refuse(self, connection: socket.socket, most: int) -> None:
+        with connection, contextlib.suppress(OSError):
+            connection.setblocking(False)
+            if self._is_plain:
+                connection.send(FULL)
+            connection.recv(_MOST_HEAD_BYTES)  # else what has come ends the connection before its answer is read
+        if self._spare is None:
+            with contextlib.suppress(OSError):  # another thread has been quicker: then asyncio tells of the next one
+                self._spare = os.open(os.devnull, os.O_RDONLY)
+        if time.monotonic() - self._told_s >= FULL_TOLD_S:
+            self._told_s = time.monotonic()
+            logger.warning("connections are refused: this process may open %d files (ulimit -n)", most)
