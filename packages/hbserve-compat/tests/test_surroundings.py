@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -177,6 +178,16 @@ def test_without_stdout_there_is_no_place_for_an_answer_and_that_is_said_at_once
         ["sh", "-c", '"$@" >&-', "sh", *command("generate", "Hello")], stderr=subprocess.PIPE, timeout=DEADLINE_S
     )
     assert (done.returncode, done.stderr) == (1, b"error: stdout is closed: the answers have nowhere to go\n")
+
+
+def test_a_server_whose_stderr_nobody_reads_starts_all_the_same():
+    """Until it finds its port taken: it was ended by its first notice, without a word."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "wb") as unread, socket.create_server(("127.0.0.1", 0)) as held:
+        port = held.getsockname()[1]
+        done = subprocess.run(command("serve", "--port", port), stderr=unread, timeout=DEADLINE_S)
+    assert done.returncode == 1
 
 
 def test_a_current_folder_that_was_deleted_is_named(tmp_path):

@@ -190,3 +190,23 @@ with own_process.keeping_interrupts():
 def test_an_interrupt_that_python_ignores_is_raised_again():
     done = subprocess.run([sys.executable, "-c", IGNORED], capture_output=True, text=True, timeout=DEADLINE_S)
     assert (done.stdout, done.stderr) == ("ignored\nraised\n", "")
+
+
+TELLS = """
+import sys
+from hbserve_rpc import own_process
+own_process.set_up()
+sys.stderr.write("nobody reads this\\n" * 1000)
+print("goes on", sys.stderr.isatty(), file=sys.stderr)
+print(sys.stderr.fileno(), sys.stderr.errors)
+"""
+
+
+@pytest.mark.parametrize("where", ["a pipe that nobody reads", "a full disk"])
+def test_what_stderr_does_not_take_is_lost_and_ends_nothing(where):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open("/dev/full", "wb") as full, open(writing, "wb", buffering=0) as unread:
+        stderr = full if where == "a full disk" else unread
+        done = subprocess.run([sys.executable, "-c", TELLS], stdout=subprocess.PIPE, stderr=stderr, timeout=DEADLINE_S)
+    assert (done.returncode, done.stdout) == (0, b"2 backslashreplace\n")

@@ -10,6 +10,7 @@ ends anything; where SIGCHLD is ignored, nobody learns how a child has ended.
 import asyncio
 import contextlib
 import gc
+import io
 import logging
 import os
 import resource
@@ -41,6 +42,7 @@ class Signalled(BaseException):
 def set_up() -> None:
     """Make the process as it would be in a terminal. To be called first, in the main thread."""
     _open_standard_streams()
+    _lose_what_stderr_does_not_take()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [*_ENDING, signal.SIGCHLD])
     if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -183,6 +185,25 @@ def _open_standard_streams() -> None:
             os.set_inheritable(fd, True)
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  as long as the process
+
+
+class _LosingFile(io.FileIO):
+    """Takes what cannot be written, too."""
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data)
+        except OSError:
+            return memoryview(data).nbytes
+
+
+def _lose_what_stderr_does_not_take() -> None:
+    """Its reader may have ended (`2>&1 | head`, a collector of logs), or its disk be full: a notice that nobody can
+    read must end nothing. The log loses such lines by itself: see `stderr_log`."""
+    before = sys.stderr
+    if isinstance(before, io.TextIOWrapper) and before is sys.__stderr__:  # else whoever runs this has put it there
+        binary = io.BufferedWriter(_LosingFile(before.fileno(), "w", closefd=False))
+        sys.stderr = io.TextIOWrapper(binary, before.encoding, before.errors, line_buffering=True, write_through=True)
 
 
 def _allow_many_files() -> None:
