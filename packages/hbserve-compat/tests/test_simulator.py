@@ -4,6 +4,7 @@ import asyncio
 import gc
 import json
 import random
+import re
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator
@@ -814,3 +815,20 @@ def test_ranks_of_an_instance_move_their_parts_of_the_bytes_at_the_same_time(sma
     result = invoke("profile", "--model", model, "-o", file, "--tensor-parallel-size", 2, "--device", "cpu")
     assert result.exit_code == 0, result.output
     assert load_profile(str(file)).transfer == [(2 << 20, 0.001), (16 << 20, 0.004)], "of all ranks, as a token's KV is"
+
+
+@pytest.mark.parametrize(
+    ("make", "problem"),
+    [
+        (lambda: EngineLimits(chunk_size=0), "chunk_size=0: expected at least 1"),
+        (lambda: EngineLimits(max_num_seqs="8"), "max_num_seqs='8': expected `int`, got `str`"),
+        (lambda: Layout(prefill=-1, decode=1), "prefill=-1: expected at least 0"),
+        (lambda: Question(profile(), -5, 1, 1.0, 1.0, 1.0), "input_len=-5: expected at least 1"),
+        (lambda: Fault("d0", -1.0), "at_s=-1.0: expected at least 0.0"),
+        (lambda: Deployment(profile(), ("both",)), "roles[0]='both': expected one of prefill, decode, hybrid"),
+        (lambda: Deployment(profile(), ("hybrid",), limits={}), "limits={}: expected `EngineLimits`, got `dict`"),
+    ],
+)
+def test_what_is_asked_of_it_in_python_is_checked_where_it_is_made(make, problem):
+    with pytest.raises(InvalidRequest, match=f"^{re.escape(problem)}$"):
+        make()

@@ -16,6 +16,14 @@ from hbserve_scheduler import (
     load_config,
     parse_size,
 )
+from hbserve_scheduler.config import (
+    EngineSection,
+    KVTransferSection,
+    ModelSection,
+    RaySection,
+    SecuritySection,
+    ServerSection,
+)
 
 PREFILL = {"instance_id": "p0", "instance_type": "prefill", "kv_rank": 0, "port": 7000}
 DECODE = {"instance_id": "d0", "instance_type": "decode", "kv_rank": 1, "port": 7001}
@@ -31,6 +39,8 @@ WRONG: list[tuple[Any, list[str]]] = [
     ({"engine": {"Block_Size ": 1}}, ["engine.'Block_Size ': unknown key", "did you mean 'block_size'?"]),
     ({"engine": {"zzz": 1}}, ["engine.zzz: unknown key; expected one of device"]),
     # types
+    ({"ray": {"resources": 3}}, ["ray.resources=3: expected `object`, got `int`"]),
+    ({"ray": {"resources": {"prefill": {"a": "b"}}}}, ["ray.resources={'prefill': {'a': 'b'}}: expected `float`"]),
     ([], ["the file=[]", "object"]),
     ("text", ["the file='text'", "object"]),
     ({"model": 7}, ["model=7", "object"]),
@@ -361,3 +371,33 @@ def test_a_scheduler_is_configured_in_python_as_in_a_file(given, message):
         SchedulerConfig(**given)
     with pytest.raises(ConfigError, match=r"^scheduler\."):
         convert({"scheduler": given})
+
+
+@pytest.mark.parametrize(
+    ("make", "problem"),
+    [
+        (lambda: ServerSection(port=-1), "port=-1: expected 0 to 65535"),
+        (lambda: ServerSection(api_servers="2"), "api_servers='2': expected `int`, got `str`"),
+        (lambda: ServerSection(cors_origins=["*", 1]), "cors_origins[1]=1: expected `str`, got `int`"),
+        (lambda: ModelSection(max_model_len=-4), "max_model_len=-4: expected at least 1"),
+        (lambda: EngineSection(device="tpu"), "device='tpu': expected 'auto', 'cpu' or 'cuda:N'"),
+        (lambda: KVTransferSection(timeout_s=-1), "timeout_s=-1: expected at least 0.1"),
+        (lambda: SecuritySection(allow_insecure=1), "allow_insecure=1: expected `bool`, got `int`"),
+        (
+            lambda: RaySection(resources={"prefill": {"a": "b"}}),
+            "resources={'prefill': {'a': 'b'}}: expected `float`, got `str`",
+        ),
+        (
+            lambda: InstanceSection(instance_type="both"),
+            "instance_type='both': expected one of prefill, decode, hybrid",
+        ),
+        (lambda: DeploymentConfig(server={"port": 1}), "server={'port': 1}: expected `ServerSection`, got `dict`"),
+        (
+            lambda: DeploymentConfig(gpu_instances=[{"instance_type": "hybrid"}]),
+            "gpu_instances=[{'instance_type': 'hybrid'}]: expected `InstanceSection`, got `dict`",
+        ),
+    ],
+)
+def test_a_section_that_is_made_in_python_is_checked_as_one_of_a_file(make, problem):
+    with pytest.raises(ConfigError, match=f"^{re.escape(problem)}$"):
+        make()

@@ -79,7 +79,10 @@ class ServeArgs:
         if self.model is not None:
             model = msgspec.structs.replace(config.model, path=str(self.model))
             config = msgspec.structs.replace(config, model=model)
-        server = msgspec.structs.replace(config.server, **self.server)
+        try:
+            server = msgspec.structs.replace(config.server, **self.server)
+        except ConfigError as error:
+            raise ConfigError(f"server.{error}") from None
         if server.uds is not None and (ignored := sorted({"host", "port"} & self.server.keys())):
             raise ConfigError(
                 f"--{ignored[0]}: expected none with server.uds or --uds, {server.uds!r}: it serves only there"

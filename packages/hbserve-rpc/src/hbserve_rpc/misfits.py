@@ -32,8 +32,22 @@ def describe_misfit(error: msgspec.ValidationError, content: Any, kind: type[msg
     value = content
     for name, index in keys:
         value = value[name] if name else value[int(index)]
-    detail = (expected_words(_type_at(kind, path)) if path else "") or what[:1].lower() + what[1:]
-    return f"{path or whole}={shown(value)}: {detail}"
+    return f"{path or whole}={shown(value)}: {_detail(str(error), _type_at(kind, path) if path else None)}"
+
+
+def describe_value_misfit(error: msgspec.ValidationError, name: str, value: Any, kind: Any) -> str:
+    """The same of one value, called so, that was to be of this type."""
+    for index in re.findall(r"\[(\d+)\]", str(error).partition(" - at ")[2]):
+        name, value = f"{name}[{index}]", value[int(index)]
+        (kind,) = getattr(kind, "__args__", [None])[:1]
+    return f"{name}={shown(value)}: {_detail(str(error), kind)}"
+
+
+def _detail(error: str, kind: Any) -> str:
+    """What may be there: of a mapping, the words are for its keys."""
+    what, _, place = error.partition(" - at ")
+    has_words = getattr(kind, "__origin__", None) is not dict or "`key`" in place
+    return (expected_words(kind) if has_words else "") or what[:1].lower() + what[1:]
 
 
 def _type_at(kind: type[msgspec.Struct], path: str) -> Any:

@@ -8,17 +8,16 @@
 A new key is one field here, and one entry in docs/configuration.md.
 """
 
-import functools
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from types import NoneType
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
 
 from hbserve_rpc.messages import Role
-from hbserve_rpc.misfits import expected_words
+from hbserve_rpc.misfits import describe_value_misfit
 from hbserve_rpc.plain_values import shown
 
 LARGEST = 2.0**62
@@ -168,7 +167,7 @@ class KVTransferSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Handed to a custom backend."""
 
 
-def out_of_bounds(settings: msgspec.Struct) -> Iterator[tuple[str, object, Bounds | Form]]:
+def out_of_bounds(settings: object) -> Iterator[tuple[str, object, Bounds | Form]]:
     """Name, value and bounds, or form, of each field that has some and whose value is not allowed."""
     for name, (bounds, others) in _bounded_fields(type(settings)).items():
         value = getattr(settings, name)
@@ -176,33 +175,46 @@ def out_of_bounds(settings: msgspec.Struct) -> Iterator[tuple[str, object, Bound
             yield name, value, bounds
 
 
-def misfits(settings: msgspec.Struct) -> Iterator[tuple[str, str]]:
+def misfits(settings: object) -> Iterator[tuple[str, str]]:
     """Name of each field that cannot be what it is, and one line that says so: of another type, or out of its bounds.
 
-    For structs that are made in Python, of which msgspec checks nothing, and by its decoders, which call the same.
+    For structs that are made in Python, of which msgspec checks nothing, and by its decoders, which call the same; and
+    for dataclasses.
     """
-    for field in msgspec.structs.fields(settings):
-        value = getattr(settings, field.name)
+    for name, kind in _field_types(type(settings)).items():
+        value = getattr(settings, name)
         try:
-            found = msgspec.convert(str(value) if isinstance(value, str) else value, field.type)
-            if isinstance(found, msgspec.Struct) and found is not value:
-                raise msgspec.ValidationError(f"Expected `{type(found).__name__}`, got `{type(value).__name__}`")
+            found = msgspec.convert(str(value) if isinstance(value, str) else value, kind)
+            _require_as_it_is(found, value)
         except msgspec.ValidationError as error:
-            what = str(error)
-            detail = expected_words(field.type) or what[:1].lower() + what[1:]
-            yield field.name, f"{field.name}={shown(value)}: {detail}"
+            yield name, describe_value_misfit(error, name, value, kind)
             return
     for name, value, bounds in out_of_bounds(settings):
         yield name, f"{name}={shown(value)}: expected {bounds.instead_of(value)}"
 
 
-@functools.cache
-def _bounded_fields(struct: type[msgspec.Struct]) -> dict[str, tuple[Bounds | Form, tuple[object, ...]]]:
+def _require_as_it_is(found: object, value: object) -> None:
+    """Raises ValidationError: a struct or a dataclass was made of what is none."""
+    if (isinstance(found, msgspec.Struct) or is_dataclass(found)) and found is not value:
+        raise msgspec.ValidationError(f"Expected `{type(found).__name__}`, got `{type(value).__name__}`")
+    if isinstance(found, (list, tuple)) and isinstance(value, (list, tuple)):
+        for each, given in zip(found, value, strict=True):
+            _require_as_it_is(each, given)
+
+
+def _field_types(kind: type[Any]) -> dict[str, Any]:
+    if is_dataclass(kind):
+        hints = get_type_hints(kind, include_extras=True)
+        return {field.name: hints[field.name] for field in fields(kind)}
+    return {field.name: field.type for field in msgspec.structs.fields(kind)}
+
+
+def _bounded_fields(struct: type[Any]) -> dict[str, tuple[Bounds | Form, tuple[object, ...]]]:
     """Bounds, or the form, of each field that has some, and what it may be besides."""
     return {
-        field.name: (bounds, tuple(_no_numbers(get_args(field.type)[0])))
-        for field in msgspec.structs.fields(struct)
-        for bounds in _metadata(field.type, Bounds) + _metadata(field.type, Form)
+        name: (bounds, tuple(_no_numbers(get_args(kind)[0])))
+        for name, kind in _field_types(struct).items()
+        for bounds in _metadata(kind, Bounds) + _metadata(kind, Form)
     }
 
 

@@ -24,6 +24,19 @@ from hbserve_scheduler.errors import ConfigError
 S = TypeVar("S", bound=msgspec.Struct)
 
 
+class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A part of a configuration, which is checked wherever it is made: in Python, of which msgspec checks nothing, as
+    in a file.
+
+    Raises:
+        ConfigError: (a ValueError) names the field, the value and what is allowed.
+    """
+
+    def __post_init__(self) -> None:
+        for _, problem in misfits(self):
+            raise ConfigError(problem)
+
+
 def _with_engine_keys(section: str) -> Callable[[type[S]], type[S]]:
     """Class decorator: adds the EngineSettings of this section, under their names in the file.
 
@@ -48,14 +61,14 @@ def _with_engine_keys(section: str) -> Callable[[type[S]], type[S]]:
 
 
 @_with_engine_keys("model")
-class ModelSection(msgspec.Struct, frozen=True, kw_only=True):
+class ModelSection(Section, frozen=True, kw_only=True):
     """The model, and how it is loaded."""
 
     path: str | None = None
     """A Hugging Face model folder; None is the demo model."""
 
 
-class KVTransferSection(KVTransferSettings, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class KVTransferSection(Section, KVTransferSettings, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How instances move KV, and where they listen for it."""
 
     buffer_size: int | str = KVTransferSettings().buffer_size  # type: ignore[assignment]  # not yet plain
@@ -67,16 +80,16 @@ class KVTransferSection(KVTransferSettings, frozen=True, kw_only=True, forbid_un
 
 
 @_with_engine_keys("chunked_prefill")
-class ChunkedPrefillSection(msgspec.Struct, frozen=True, kw_only=True):
+class ChunkedPrefillSection(Section, frozen=True, kw_only=True):
     """How prompts are computed piece by piece."""
 
 
 @_with_engine_keys("cuda_graph")
-class CudaGraphSection(msgspec.Struct, frozen=True, kw_only=True):
+class CudaGraphSection(Section, frozen=True, kw_only=True):
     """What runs in CUDA graphs."""
 
 
-class InstanceSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class InstanceSection(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     instance_id: str = ""
     """Its name; none with `discover`."""
     instance_type: Role
@@ -93,16 +106,12 @@ class InstanceSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 
 
 @_with_engine_keys("engine")
-class EngineSection(msgspec.Struct, frozen=True, kw_only=True):
+class EngineSection(Section, frozen=True, kw_only=True):
     """Sizes of each instance's engine, and where it runs."""
 
 
-class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How one scheduler chooses instances and waits for them.
-
-    Raises:
-        ConfigError: (a ValueError) names the field, the value and what is allowed.
-    """
+class SchedulerConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How one scheduler chooses instances and waits for them."""
 
     host: str = "127.0.0.1"
     """Where it serves clients; 0.0.0.0 and :: are every address of its machine."""
@@ -142,17 +151,13 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     max_inflight_requests: Annotated[int, POSITIVE] = 512
     """Requests that may be with one hybrid instance."""
 
-    def __post_init__(self) -> None:
-        for _, problem in misfits(self):
-            raise ConfigError(problem)
-
     def shared_among(self, count: int) -> "SchedulerConfig":
         """For each of so many schedulers of the same instances: all bounds together are about those of one."""
         bounds = ("max_queue_size", "max_pending_reservations", "max_inflight_prefills", "max_inflight_requests")
         return msgspec.structs.replace(self, **{name: -(-getattr(self, name) // count) for name in bounds})
 
 
-class ServerSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class ServerSection(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The OpenAI server of `hbserve serve`; docs/openai-server.md says what it serves."""
 
     enabled: bool = True
@@ -191,7 +196,7 @@ class ServerSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """Largest body of a request, in bytes or as a text like "16MiB"."""
 
 
-class SecuritySection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class SecuritySection(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Who may reach the deployment's processes; the OpenAI server apart, which has API keys."""
 
     keys: str | None = None
@@ -200,7 +205,7 @@ class SecuritySection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     """Without keys, listen also where others than this host reach it."""
 
 
-class RaySection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class RaySection(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Where `hbserve serve --ray` places instances; docs/ray.md says how."""
 
     place: Literal["any", "pair"] = "any"
@@ -220,7 +225,7 @@ def default_instances() -> list[InstanceSection]:
     ]
 
 
-class DeploymentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class DeploymentConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A deployment: the whole YAML file."""
 
     model: ModelSection = ModelSection()

@@ -3,9 +3,10 @@
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Annotated, Literal
 
-from hbserve_rpc.settings import EngineSettings
+from hbserve_rpc import InvalidRequest
+from hbserve_rpc.settings import NOT_NEGATIVE, POSITIVE, Bounds, EngineSettings, misfits
 
 MOST_REMEMBERED = 4096
 FEWEST_ROWS_MORE, MOST_ROWS_MORE = 32, 128
@@ -13,16 +14,28 @@ FEWEST_ROWS_MORE, MOST_ROWS_MORE = 32, 128
 hbserve_core/cuda_runner/step_packer.py."""
 
 
+class Checked:
+    """A dataclass whose fields are checked when it is made, as those of a configuration are.
+
+    Raises:
+        InvalidRequest: (a ValueError) names the field, its value and what is allowed.
+    """
+
+    def __post_init__(self) -> None:
+        for _, problem in misfits(self):
+            raise InvalidRequest(problem)
+
+
 @dataclass(frozen=True)
-class EngineLimits:
+class EngineLimits(Checked):
     """Settings of an engine on which its steps depend, named as in the configuration."""
 
-    chunk_size: int | Literal["auto"] | None = None
-    itl_target_ms: float | None = None
-    max_chunk_prefill_tokens: int = 4096
-    max_num_batched_tokens: int = 2048
-    max_num_seqs: int = 256
-    most_graph_tokens: int = 2048
+    chunk_size: Annotated[int | Literal["auto"] | None, POSITIVE] = None
+    itl_target_ms: Annotated[float | None, Bounds(0.1)] = None
+    max_chunk_prefill_tokens: Annotated[int, POSITIVE] = 4096
+    max_num_batched_tokens: Annotated[int, POSITIVE] = 2048
+    max_num_seqs: Annotated[int, POSITIVE] = 256
+    most_graph_tokens: Annotated[int, NOT_NEGATIVE] = 2048
     chunked_prefill_enabled: bool = True
 
     @classmethod

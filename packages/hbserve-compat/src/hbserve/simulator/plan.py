@@ -4,15 +4,17 @@ found by simulating the layouts that might be enough."""
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 from hbserve.load.report import percentile
-from hbserve.simulator.engine_limits import EngineLimits
+from hbserve.simulator.engine_limits import Checked, EngineLimits
 from hbserve.simulator.profile import Profile, StepLaw
 from hbserve.simulator.report import attained, busy_of, gap_percentile
 from hbserve.simulator.simulation import Deployment, roles_of, simulate
 from hbserve.simulator.workload import poisson
 from hbserve_rpc import InvalidRequest
 from hbserve_rpc.messages import Role
+from hbserve_rpc.settings import NOT_NEGATIVE, POSITIVE, Bounds
 
 SIMULATED_S, LIVES = 20.0, 4
 """Shortest simulated time in seconds, and in multiples of a request's duration."""
@@ -27,34 +29,34 @@ MOST_BUSY = 0.97
 
 
 @dataclass(frozen=True)
-class Question:
+class Question(Checked):
     """A load, and the goals for its requests. Times are in seconds."""
 
     profile: Profile
-    input_len: int
-    output_len: int
+    input_len: Annotated[int, POSITIVE]
+    output_len: Annotated[int, POSITIVE]
     rate: float
     ttft_s: float
     tpot_s: float
     itl_s: float | None = None
     """Goal for the 99th percentile of times between tokens."""
-    attainment: float = 0.9
+    attainment: Annotated[float, Bounds(0.0, 1.0)] = 0.9
     """The share of requests that must meet both `ttft_s` and `tpot_s`."""
     spread: float = 0.0
     """Spread of the lengths: the standard deviation of their logarithm."""
-    chunk_size: int | None = None
+    chunk_size: Annotated[int | None, POSITIVE] = None
     """None: the default of each role."""
-    most_instances: int = 64
+    most_instances: Annotated[int, POSITIVE] = 64
     seed: int = 0
 
 
 @dataclass(frozen=True)
-class Layout:
+class Layout(Checked):
     """How many instances there are of each role, and their settings."""
 
-    prefill: int = 0
-    decode: int = 0
-    hybrid: int = 0
+    prefill: Annotated[int, NOT_NEGATIVE] = 0
+    decode: Annotated[int, NOT_NEGATIVE] = 0
+    hybrid: Annotated[int, NOT_NEGATIVE] = 0
     limits: EngineLimits = EngineLimits()  # noqa: RUF009  frozen
 
     @property

@@ -12,9 +12,10 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Annotated
 
 from hbserve.simulator.client import Host, SimulatedClient
-from hbserve.simulator.engine_limits import EngineLimits
+from hbserve.simulator.engine_limits import Checked, EngineLimits
 from hbserve.simulator.instance import Fabric, ModelledInstance, Tokens
 from hbserve.simulator.profile import Profile, StepLaw
 from hbserve.simulator.workload import SimulatedRequest
@@ -23,6 +24,7 @@ from hbserve_rpc.counts import Histogram
 from hbserve_rpc.messages import GenerateRequest, Role
 from hbserve_rpc.prompt_shape import PromptShape
 from hbserve_rpc.records import RequestRecord
+from hbserve_rpc.settings import Bounds
 from hbserve_scheduler import CpuScheduler, SchedulerConfig
 from hbserve_scheduler.figures import Figures
 from hbserve_scheduler.virtual_time import VirtualTimeLoop
@@ -36,11 +38,11 @@ quarter of the time."""
 
 
 @dataclass(frozen=True)
-class Fault:
+class Fault(Checked):
     """An instance is killed, and started again after a while, or never."""
 
     instance_id: str
-    at_s: float
+    at_s: Annotated[float, Bounds(0.0)]
     down_s: float = float("inf")
 
 
@@ -51,7 +53,7 @@ def roles_of(prefill: int, decode: int, hybrid: int = 0) -> tuple[Role, ...]:
 
 
 @dataclass(frozen=True)
-class Deployment:
+class Deployment(Checked):
     """The deployment that is simulated."""
 
     profile: Profile
