@@ -401,3 +401,28 @@ def test_a_scheduler_is_configured_in_python_as_in_a_file(given, message):
 def test_a_section_that_is_made_in_python_is_checked_as_one_of_a_file(make, problem):
     with pytest.raises(ConfigError, match=f"^{re.escape(problem)}$"):
         make()
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("server: {api_key: '${KEY}'}", "server.api_key='${KEY}': "),
+        ("model: {path: '${HOME:-/root}/model'}", "model.path='${HOME:-/root}/model': "),
+        ("server: {cors_origins: ['*', 'http://${HOST}']}", "server.cors_origins[1]='http://${HOST}': "),
+        ("server: {served_model_names: ['${NAME}']}", "server.served_model_names[0]='${NAME}': "),
+        ("server: {port: '${PORT}'}", "server.port='${PORT}': expected `int`, got `str`; "),
+    ],
+)
+def test_variables_of_the_environment_are_not_taken_for_texts(tmp_path, text, problem):
+    """As an API key, the text itself would be one that everybody can guess."""
+    path = tmp_path / "of.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=re.escape(f"{path}: {problem}")) as told:
+        load_config(path)
+    assert str(told.value).endswith("variables of the environment are not replaced in this file")
+
+
+def test_a_chat_template_may_have_what_looks_like_a_variable(tmp_path):
+    path = tmp_path / "of.yaml"
+    path.write_text("server: {chat_template: '${a} {{ messages }}'}")
+    assert load_config(path).server.chat_template == "${a} {{ messages }}"

@@ -85,7 +85,8 @@ def _check_plain(path: str, value: Any) -> None:
         raise InvalidRequest(f"{path}={shown(value)}: expected what JSON has: text, finite numbers, lists and mappings")
 
 
-def _sections(config: DeploymentConfig) -> Iterator[tuple[str, msgspec.Struct]]:
+def sections(config: DeploymentConfig) -> Iterator[tuple[str, msgspec.Struct]]:
+    """Each with its path; an entry of `gpu_instances` is one."""
     for name in config.__struct_fields__:
         section = getattr(config, name)
         if isinstance(section, msgspec.Struct):
@@ -190,7 +191,7 @@ def _check_server(config: DeploymentConfig) -> None:
 def _check_texts(config: DeploymentConfig) -> None:
     """A text that may be left out is not an empty one: a variable that nobody has set would ask for no key, or be a
     path of this folder."""
-    for path, section in _sections(config):
+    for path, section in sections(config):
         for field in msgspec.structs.fields(section):
             value = getattr(section, field.name)
             if field.default is None and isinstance(value, str) and not value.strip():

@@ -8,9 +8,13 @@ from typing import Any
 
 import yaml
 
+from hbserve_rpc.plain_values import shown
 from hbserve_scheduler.config import DeploymentConfig
-from hbserve_scheduler.config_check import convert
+from hbserve_scheduler.config_check import convert, sections
 from hbserve_scheduler.errors import ConfigError
+
+VARIABLE = re.compile(r"\$\{\w+[^\s}]*\}")
+NOT_REPLACED = "variables of the environment are not replaced in this file"
 
 
 class _Loader(yaml.SafeLoader):
@@ -77,6 +81,20 @@ def load_config(path: str | Path) -> DeploymentConfig:
     if content is None:  # not a deployment of defaults: a file that was cut short would start a demo
         raise ConfigError(f"{path}: the file is empty")
     try:
-        return convert(content)
+        config = convert(content)
     except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
+        hint = f"; {NOT_REPLACED}" if VARIABLE.search(str(error)) else ""
+        raise ConfigError(f"{path}: {error}{hint}") from None
+    _require_no_variables(path, config)
+    return config
+
+
+def _require_no_variables(file: Path, config: DeploymentConfig) -> None:
+    """Raises ConfigError: `api_key: ${KEY}`, as other programs read it, would be a key that everybody can guess."""
+    for path, section in sections(config):
+        for name in section.__struct_fields__:
+            value, key = getattr(section, name), f"{path}.{name}"
+            texts = {f"{key}[{i}]": each for i, each in enumerate(value)} if isinstance(value, list) else {key: value}
+            for where, each in texts.items():
+                if isinstance(each, str) and name != "chat_template" and VARIABLE.search(each):
+                    raise ConfigError(f"{file}: {where}={shown(each)}: {NOT_REPLACED}")
