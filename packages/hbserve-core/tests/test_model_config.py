@@ -97,7 +97,8 @@ def test_a_config_may_have_its_familys_own_names(write):
             {**OPT, "enable_bias": False},
             "enable_bias=false of OPTForCausalLM is not supported; it needs layers without",
         ),
-        ({**OPT, "activation_function": "gelu"}, "hidden_act='gelu' is not supported; supported: 'relu'"),
+        ({**OPT, "activation_function": "gelu"}, "activation_function='gelu' is not supported; supported: 'relu'"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported; supported: 'silu'"),
         (
             {"architectures": ["StableLmForCausalLM"], "use_parallel_residual": True},
             "use_parallel_residual=true of Stable.* it needs attention and MLP of the same input",

@@ -40,6 +40,14 @@ def test_a_mixture_of_qwen3_has_its_window_in_all_layers(load_small):
     assert load_small("Qwen3Moe", **experts, use_sliding_window=False, sliding_window=128).windows == (0, 0)
 
 
+@pytest.mark.parametrize("name", ["Qwen3Moe", "Mixtral", "Olmoe"])
+def test_either_name_for_the_number_of_experts_counts(load_small, name):
+    """transformers takes them for each other; files that it has written have only one of them."""
+    experts = {"num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
+    for key in ("num_experts", "num_local_experts"):
+        assert load_small(name, **experts, **{key: 5}).switches.experts.count == 5
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "problem"),
     [

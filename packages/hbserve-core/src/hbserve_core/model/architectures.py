@@ -172,7 +172,7 @@ def _gemma(raw: Mapping[str, Any], every: int) -> Switches:
 def _qwen3_moe(raw: Mapping[str, Any]) -> Switches:
     dense, step = raw["mlp_only_layers"] or (), raw["decoder_sparse_step"]
     experts = Experts(
-        count=raw.get("num_experts") or raw["num_local_experts"],
+        count=raw["num_experts"],
         per_token=raw["num_experts_per_tok"],
         intermediate_size=raw["moe_intermediate_size"],
         renormalises=bool(raw["norm_topk_prob"]),
@@ -195,7 +195,7 @@ def _olmoe(raw: Mapping[str, Any]) -> Switches:
 
 def _mixtral(raw: Mapping[str, Any]) -> Switches:
     experts = Experts(
-        count=raw["num_local_experts"],
+        count=raw["num_experts"],
         per_token=raw["num_experts_per_tok"],
         intermediate_size=raw["intermediate_size"],
         renormalises=True,
@@ -275,7 +275,8 @@ class Architecture:
     def completed(self, raw: Mapping[str, Any]) -> dict[str, Any]:
         """A config.json with the names that all have, with what it leaves out, and without what is of others."""
         others = {*self.renamed.values(), *self.unread, *(_OF_SOME - self.defaults.keys())}
-        own = {self.renamed.get(name, name): value for name, value in raw.items() if name not in others}
+        names = {"num_local_experts": "num_experts", **self.renamed}  # one for the other, as in transformers
+        own = {names.get(name, name): value for name, value in raw.items() if name not in others}
         return {**self.defaults, **own}
 
 
@@ -336,8 +337,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     "MixtralForCausalLM": Architecture(
         "mixtral",
         _mixtral,
-        {"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1e6, "sliding_window": None}
-        | {"num_experts_per_tok": 2, "num_local_experts": 8},
+        _MISTRAL
+        | {"rms_norm_eps": 1e-5, "rope_theta": 1e6, "sliding_window": None, "num_experts_per_tok": 2, "num_experts": 8},
     ),
     "OPTForCausalLM": Architecture(
         "opt",

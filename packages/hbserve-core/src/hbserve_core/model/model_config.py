@@ -123,9 +123,13 @@ def load_model_config(path: str | Path) -> ModelConfig:
     try:
         return _parse(folder, architecture, built.completed(raw), _read_json(folder / "generation_config.json") or {})
     except KeyError as error:
-        own_names = {general: own for own, general in built.renamed.items()}
-        name = own_names.get(error.args[0], error.args[0])
+        name = _own_name(architecture, error.args[0])
         raise UnsupportedModel(f"{folder / 'config.json'}: {name!r} is missing") from error
+
+
+def _own_name(architecture: str, general: str) -> str:
+    """What such a config.json calls it."""
+    return {ours: own for own, ours in ARCHITECTURES[architecture].renamed.items()}.get(general, general)
 
 
 def configured_model(path: str | Path, settings: EngineSettings) -> ModelConfig:
@@ -180,10 +184,12 @@ def _parse(folder: Path, architecture: str, raw: Mapping[str, Any], generation: 
 
 def _refuse_what_is_not_built(folder: Path, raw: Mapping[str, Any], architecture: str, switches: Switches) -> None:
     expected = "gelu_pytorch_tanh" if switches.activation == "gelu" else switches.activation
-    activation = raw.get("hidden_activation") or raw.get("hidden_act") or expected
+    key = "hidden_activation" if raw.get("hidden_activation") else "hidden_act"
+    activation = raw.get(key) or expected
     activation = "silu" if activation == "swish" else activation
     if activation != expected:
-        raise UnsupportedModel(f"{folder}: hidden_act={activation!r} is not supported; supported: {expected!r}")
+        key = _own_name(architecture, key)
+        raise UnsupportedModel(f"{folder}: {key}={activation!r} is not supported; supported: {expected!r}")
     for name, is_causal in {"use_bidirectional_attention": False, "is_causal": True}.items():
         if bool(raw.get(name, is_causal)) != is_causal:
             raise UnsupportedModel(f"{folder}: {name}={json.dumps(raw[name])} is not supported; it needs another mask")
