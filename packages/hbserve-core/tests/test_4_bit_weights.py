@@ -70,6 +70,18 @@ def plain(linear):
     return linear.weight.to_dense() if linear.weight.is_mkldnn else linear.weight
 
 
+@pytest.mark.parametrize("kind", ["gptq", "gptq_v2"])
+def test_a_format_counts_by_its_newer_key_too_unless_the_older_one_says_otherwise(folders, tmp_path, kind):
+    """As transformers has it; the numbers of one are those of the other with other zeros."""
+    folder = tmp_path / "model"
+    shutil.copytree(folders("llama", kind)[0], folder)
+    packing = load_model_config(folder).packing
+    change(folder, checkpoint_format=None, format=kind.upper())
+    assert load_model_config(folder).packing == packing
+    change(folder, checkpoint_format=kind, format="marlin")
+    assert load_model_config(folder).packing == packing
+
+
 def test_a_group_that_is_not_there_is_refused_by_name(folders, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(folders("llama", "gptq")[0], folder)
@@ -96,6 +108,9 @@ def test_other_numbers_are_other_weights(folders):
         ("awq", {"zero_point": False}, r"\(awq\) has zero_point=False; supported: True"),
         ("gptq", {"checkpoint_format": "marlin"}, r"has checkpoint_format='marlin'; supported: 'gptq' or 'gptq_v2'"),
         ("gptq", {"group_size": 0}, r"has group_size=0, expected a size or -1"),
+        ("gptq", {"checkpoint_format": None, "format": "marlin"}, r"has format='marlin'; supported: 'gptq' or 'gptq_"),
+        ("awq", {"version": None, "format": "gemv_fast"}, r"has format='gemv_fast'; supported: 'gemm'"),
+        ("awq", {"backend": "llm-awq"}, r"\(awq\) has backend='llm-awq', which packs otherwise"),
     ],
 )
 def test_another_variant_is_refused_by_name_in_one_line(folders, tmp_path, kind, changes, message):
@@ -125,6 +140,25 @@ def test_a_packed_weight_that_is_not_whole_is_named(folders, tmp_path, part, ten
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(WeightsMismatch, match=rf"model\.layers\.1\.self_attn\.q_proj: {message}"):
         ModelRunner(InstanceConfig(model_path=str(folder), device="cpu", num_blocks=20))
+
+
+def test_biases_of_zeros_that_older_exporters_add_mean_nothing_and_others_are_named(folders, tmp_path):
+    source, folder = folders("llama", "gptq")[0], tmp_path / "model"
+    shutil.copytree(source, folder)
+    weights = load_file(folder / "model.safetensors")
+    name = "model.layers.1.self_attn.q_proj.bias"
+    for bias in (torch.zeros(64, dtype=torch.float16), torch.ones(64, dtype=torch.float16)):
+        save_file(weights | {name: bias}, folder / "model.safetensors", {"format": "pt"})
+        if bias.any():
+            with pytest.raises(WeightsMismatch, match=re.escape(f"unexpected: {name}")):
+                ModelRunner(InstanceConfig(model_path=str(folder), device="cpu", num_blocks=20))
+        else:
+            device = torch.device("cpu")
+            with_bias, without = (
+                load_weights(load_model_config(each), "safetensors", torch.float32, device) for each in (folder, source)
+            )
+            assert with_bias.digest == without.digest
+            assert with_bias.layers[1].qkv.bias is None
 
 
 def test_an_order_of_inputs_that_is_missing_is_named(folders, tmp_path):

@@ -8,6 +8,8 @@ from typing import Any, Literal
 from hbserve_core.errors import UnsupportedModel
 
 BLOCK = (128, 128)
+_FORMAT = {"awq": ("version", ("gemm",)), "gptq": ("checkpoint_format", ("gptq", "gptq_v2"))}
+"""By method, the key that says how numbers are packed, which newer files call `format`, and what can be read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,16 +35,17 @@ def packing(folder: Path, raw: Mapping[str, Any]) -> Packing | None:
     method = given.get("quant_method")
     if method not in ("awq", "gptq"):
         return None
-    known: dict[str, tuple[object, ...]] = {"bits": (4,)}
+    if given.get("backend") == "llm-awq":
+        raise UnsupportedModel(f"{folder}: quantization_config (awq) has backend='llm-awq', which packs otherwise")
+    own, usual = _FORMAT[method]
+    form = own if given.get(own) is not None else "format"
+    known: dict[str, tuple[object, ...]] = {"bits": (4,), form: usual}
     if method == "awq":
-        known |= {"version": ("gemm",), "zero_point": (True,)}
-    else:
-        known |= {"checkpoint_format": ("gptq", "gptq_v2")}
-    defaults = {"bits": 4, "version": "gemm", "zero_point": True, "checkpoint_format": "gptq"}
+        known |= {"zero_point": (True,)}
     for name, allowed in known.items():
-        value = given.get(name, defaults[name])
+        value = given.get(name)
         value = value.lower() if isinstance(value, str) else value
-        if value not in allowed:
+        if value is not None and value not in allowed:
             of = " or ".join(map(repr, allowed))
             raise UnsupportedModel(f"{folder}: quantization_config ({method}) has {name}={value!r}; supported: {of}")
     size = given.get("group_size", 128)
@@ -50,7 +53,7 @@ def packing(folder: Path, raw: Mapping[str, Any]) -> Packing | None:
         raise UnsupportedModel(
             f"{folder}: quantization_config ({method}) has group_size={size!r}, expected a size or -1"
         )
-    is_one_too_small = method == "gptq" and given.get("checkpoint_format", "gptq") == "gptq"
+    is_one_too_small = method == "gptq" and str(given.get(form) or "gptq").lower() == "gptq"
     return Packing(method, size, int(is_one_too_small), size == -1 or not given.get("desc_act"))
 
 

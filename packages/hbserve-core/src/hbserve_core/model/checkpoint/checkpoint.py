@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from hbserve_core.errors import WeightsMismatch
-from hbserve_core.model.checkpoint.packed_weights import PackedWeight, find_packed, without_parts
+from hbserve_core.model.checkpoint.packed_weights import PackedWeight, empty_biases, find_packed, without_parts
 from hbserve_core.model.checkpoint.safetensors_file import DTYPES, SafetensorsFile, StoredTensor
 from hbserve_core.model.checkpoint.staged_reader import Read, StagedReader
 from hbserve_core.model.checkpoint.tensor_source import (
@@ -53,6 +53,8 @@ class Checkpoint:
             if config.packing:
                 self._packed, problems = find_packed(self._stored, config.packing)
                 self._stored = without_parts(self._stored)
+                for name in empty_biases(self._stored, self._packed) - shapes.keys():
+                    del self._stored[name]
             self._kv_scales, kv_problems = find_kv_scales(self._stored)
             self._check(config, shapes, problems + kv_problems)
             self._shapes = shapes

@@ -111,6 +111,12 @@ def without_parts(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]
     return {name: each for name, each in stored.items() if name not in parts}
 
 
+def empty_biases(stored: Mapping[str, StoredTensor], packed: Mapping[str, PackedWeight]) -> set[str]:
+    """Names of biases that are zero: older exporters of GPTQ write one for each packed weight, of any model."""
+    names = (name for name in stored if name.endswith(".bias") and f"{name.removesuffix('bias')}weight" in packed)
+    return {name for name in names if stored[name].dtype in DTYPES and not stored[name].whole().any()}
+
+
 def _shape(qweight: StoredTensor, packing: Packing) -> tuple[int, int]:
     first, second = qweight.shape
     return (8 * second, first) if packing.method == "awq" else (second, 8 * first)
