@@ -168,6 +168,23 @@ OTHERS: dict[str, tuple[str, dict[str, Any], str]] = {
         },
         "1GB",
     ),
+    "gemma3-local-longrope": (
+        "Gemma3TextConfig",
+        {"head_dim": 16, "sliding_window": 13, "sliding_window_pattern": 2, "pad_token_id": 0}
+        | {
+            "rope_parameters": {
+                "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+                "sliding_attention": {
+                    "rope_type": "longrope",
+                    "rope_theta": 1e4,
+                    "original_max_position_embeddings": 64,
+                    "long_factor": [1.0, 1.5, 3.0, 8.0] * 2,
+                    "short_factor": [1.0, 1.1, 1.2, 1.3] * 2,
+                },
+            }
+        },
+        "1GB",
+    ),
 }
 """Those that not every test can have."""
 

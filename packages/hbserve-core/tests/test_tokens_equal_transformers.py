@@ -1,5 +1,8 @@
 """Greedy tokens and logits against the oracle: transformers, float32."""
 
+import json
+import shutil
+
 import pytest
 import torch
 
@@ -67,6 +70,37 @@ def test_longrope_is_that_of_the_longest_sequence_that_the_engine_takes(
         sequence = stepping.sequence(prompt(length))
         stepping.generate([sequence], 6, CHUNK)
         assert sequence.output_token_ids == greedy_tokens("phi3-longrope", prompt(length), 6)
+
+
+@pytest.mark.parametrize("length", [24, 65])
+def test_longrope_of_layers_with_a_window_is_that_of_the_longest_sequence_too(
+    model_folder, reference_model, stepper, prompt, length
+):
+    """Of Gemma 3, which has one RoPE for each kind of layers."""
+    name = "gemma3-local-longrope"
+    limit = 64 if length < 58 else None
+    settings = {"block_size": BLOCK, "num_blocks": 64, "max_model_len": limit, "device": "cpu"}
+    runner = ModelRunner(InstanceConfig(model_path=str(model_folder(name)), **settings))
+    stepping = stepper(runner)
+    sequence = stepping.sequence(prompt(length))
+    stepping.generate([sequence], 6, CHUNK)
+    with torch.inference_mode():
+        logits = reference_model(name)(torch.tensor([sequence.token_ids])).logits[0]
+    assert sequence.output_token_ids == logits[length - 1 : -1].argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("key", ["full_attention", "sliding_attention"])
+def test_instances_with_other_frequencies_in_one_kind_of_layers_refuse_each_others_blocks(model_folder, tmp_path, key):
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder("gemma3"), folder)
+    raw = json.loads((folder / "config.json").read_text())
+    raw["rope_parameters"][key]["rope_theta"] *= 2
+    (folder / "config.json").write_text(json.dumps(raw))
+    one, other = (
+        ModelRunner(InstanceConfig(model_path=str(each), num_blocks=8, device="cpu"))
+        for each in (model_folder("gemma3"), folder)
+    )
+    assert one.fingerprint["model"] != other.fingerprint["model"]
 
 
 def test_instances_with_other_frequencies_refuse_each_others_blocks(model_folder):

@@ -114,7 +114,7 @@ def _with_limit(model: ModelConfig, config: InstanceConfig) -> ModelConfig:
         raise InvalidInstanceConfig(
             f"max_model_len={limit}: expected 1 to {model.max_model_len}, the model's own limit"
         )
-    return replace(model, max_model_len=limit, rope=model.rope.within(limit))
+    return model.within(limit)
 
 
 def choose_device(config: InstanceConfig, rank: int = 0) -> torch.device:
@@ -164,7 +164,8 @@ def _fingerprint(model: ModelConfig, weights: DecoderWeights, block: BlockShape)
     # The same weights with other rotation angles are another model.
     switches = replace(model.switches, experts=None)  # how ranks share experts is their own affair
     # Windows say which blocks are sent.
-    described = f"{model.architecture} {switches} {model.windows} {model.rope} {model.rms_norm_eps} {weights.digest}"
+    ropes = model.layer_ropes()
+    described = f"{model.architecture} {switches} {model.windows} {ropes} {model.rms_norm_eps} {weights.digest}"
     scales: dict[str, str | int] = {}
     if block.dtype == torch.float8_e4m3fn:
         every = [layer.kv_scales for layer in weights.layers]

@@ -90,6 +90,11 @@ class ModelConfig:
         """Of the checkpoint."""
         return torch_dtype(self.dtype_name)
 
+    def within(self, max_model_len: int) -> "ModelConfig":
+        """For an engine whose sequences are no longer than this."""
+        local = None if self.local_rope is None else self.local_rope.within(max_model_len)
+        return replace(self, max_model_len=max_model_len, rope=self.rope.within(max_model_len), local_rope=local)
+
     def layer_ropes(self) -> list[RopeConfig]:
         """One for each layer."""
         ropes = [self.rope] * self.num_layers
@@ -167,7 +172,7 @@ def _parse(folder: Path, architecture: str, raw: Mapping[str, Any], generation: 
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
-        rope=rope.within(max_model_len),
+        rope=rope,
         local_rope=local_rope,
         sliding_layers=sliding,
         windows=tuple(window if i in sliding else 0 for i in range(raw["num_hidden_layers"])),
@@ -179,7 +184,7 @@ def _parse(folder: Path, architecture: str, raw: Mapping[str, Any], generation: 
         eos_token_ids=end_token_ids(folder, raw, generation, raw["vocab_size"]),
         packing=packing(folder, raw),
         keeps_inputs=keeps_inputs(raw),
-    )
+    ).within(max_model_len)
 
 
 def _refuse_what_is_not_built(folder: Path, raw: Mapping[str, Any], architecture: str, switches: Switches) -> None:
