@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,7 @@ from hbserve import LLM, SamplingParams, conversion, demo_model
 from hbserve.generate import folder_here
 from hbserve.pd_disagg import DisaggregatedLLM, PdDisaggConfig
 from hbserve.tokenizer import encode_message
+from hbserve_core.model.model_config import load_model_config
 from hbserve_scheduler import ConfigError
 
 DEADLINE_S = 60
@@ -208,8 +209,8 @@ def test_a_gguf_file_is_converted_once_and_again_when_it_has_changed(cache, conv
         demo_model.model_folder(file)
 
 
-def write_gguf(file: Path, num_layers: int, lacks: str = "") -> None:
-    """A tiny Llama of two layers that claims to have `num_layers`."""
+def write_gguf(file: Path, num_layers: int, lacks: str = "", more: Mapping[str, int] | None = None) -> None:
+    """A tiny Llama of two layers that claims to have `num_layers`. more: tensors, and how many numbers they have."""
     gguf, np = pytest.importorskip("gguf"), pytest.importorskip("numpy")
     writer = gguf.GGUFWriter(file, "llama")
     hidden, inner, tokens = 32, 48, ["t", "1", "t1", *(f"x{i}" for i in range(61))]
@@ -229,6 +230,8 @@ def write_gguf(file: Path, num_layers: int, lacks: str = "") -> None:
     for name, shape in shapes.items():
         if name != lacks:
             writer.add_tensor(f"{name}.weight", np.ones(shape, dtype=np.float32))
+    for name, size in (more or {}).items():
+        writer.add_tensor(name, np.arange(1, size + 1, dtype=np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -253,3 +256,16 @@ def test_what_a_gguf_file_lacks_is_named_and_not_invented_nor_is_a_layer_left_ou
         conversion._write_model(tmp_path / "whole.gguf", Path("/dev/null/folder"))
     conversion._write_model(tmp_path / "whole.gguf", tmp_path / "folder")
     assert (tmp_path / "folder" / "model.safetensors").exists()
+
+
+def test_what_a_gguf_file_has_beyond_its_weights_is_kept_or_named(tmp_path):
+    """transformers leaves both out."""
+    pytest.importorskip("accelerate")
+    write_gguf(tmp_path / "scaled.gguf", 2, more={"rope_freqs.weight": 4})
+    conversion._write_model(tmp_path / "scaled.gguf", tmp_path / "folder")
+    assert load_model_config(tmp_path / "folder").rope.factors == (1.0, 2.0, 3.0, 4.0)
+    write_gguf(tmp_path / "biased.gguf", 2, more={"blk.0.attn_q.bias": 32})
+    with pytest.raises(
+        ValueError, match=r"32 numbers of its tensors \(blk\.0\.attn_q\.bias, …\) have no place in a ll"
+    ):
+        conversion._write_model(tmp_path / "biased.gguf", tmp_path / "other")

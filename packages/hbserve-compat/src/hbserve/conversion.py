@@ -7,6 +7,7 @@ neither an interruption nor two processes at once can leave a broken one behind.
 import contextlib
 import importlib
 import importlib.util
+import json
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,9 @@ from typing import Any
 
 from platformdirs import user_cache_path
 
-CONVERSION = "2"
+from hbserve.gguf_settings import count_numbers, left_out
+
+CONVERSION = "3"
 """To be raised when the conversion changes: a folder of another one is not used."""
 POLL_S = 0.5
 _MAGIC = b"GGUF"
@@ -120,9 +123,11 @@ def _write_model(file: Path, folder: Path) -> None:
         if found[kind]
     ]
     # And it says nothing of what it leaves out.
-    wrong += [f"{name} is of a layer that it does not count" for name in _surplus(file, model.config)[:1]]
+    reader = importlib.import_module("gguf").GGUFReader(file)
+    wrong += _surplus(reader, model)
     if wrong:
         raise ValueError(f"it is incomplete, or not of the model that it names: {'; '.join(wrong)}")
+    settings = left_out(model.config.to_dict(), reader)
     # The weights are plain numbers now; without this the folder would claim to be quantized.
     del model.config.quantization_config
     model.hf_quantizer = None
@@ -130,16 +135,25 @@ def _write_model(file: Path, folder: Path) -> None:
     try:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        config = folder / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | settings, indent=2))
     except Exception as error:  # of libraries, which have errors of their own for a full disk
         sys.stderr.write(f"{error}\n")
         sys.exit(_NOT_WRITTEN)
 
 
-def _surplus(file: Path, config: Any) -> list[str]:
-    """Tensors of layers beyond those that a GGUF file says it has."""
-    gguf = importlib.import_module("gguf")
-    names = [each.name.split(".") for each in gguf.GGUFReader(file).tensors]
-    return [".".join(each) for each in names if each[0] == "blk" and int(each[1]) >= config.num_hidden_layers]
+def _surplus(reader: Any, model: Any) -> list[str]:
+    """What is wrong with a GGUF file that has more than the model that transformers makes of it."""
+    names = [each.name for each in reader.tensors]
+    layers = (name for name in names if name.startswith("blk."))
+    beyond = [name for name in layers if int(name.split(".")[1]) >= model.config.num_hidden_layers]
+    if beyond:
+        return [f"{beyond[0]} is of a layer that it does not count"]
+    surplus = count_numbers(reader) - sum(each.numel() for each in model.parameters())
+    biases = [name for name in names if name.endswith(".bias")] or names
+    return [f"{surplus} numbers of its tensors ({biases[0]}, …) have no place in a {model.config.model_type}"] * (
+        surplus > 0
+    )
 
 
 def write_main(file: Path, scratch: Path, folder: Path) -> None:
