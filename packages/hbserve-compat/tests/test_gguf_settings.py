@@ -8,9 +8,11 @@ import pytest
 import torch
 import transformers
 
+from hbserve import conversion
 from hbserve.gguf_settings import left_out
 from hbserve_core.model.model_config import load_model_config
 from hbserve_core.model.rope import angle_table
+from hbserve_core.model.weights import load_weights
 
 SIZES: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -142,3 +144,38 @@ def test_what_has_no_key_in_a_config_is_named(load, fields, named):
     with pytest.raises(ValueError, match=named) as caught:
         load("Llama", {}, reader("llama", fields))
     assert "\n" not in str(caught.value)
+
+
+def test_experts_have_their_own_names_in_the_folder(tmp_path):
+    """transformers keeps them stacked, as the file does."""
+    gguf, np = pytest.importorskip("gguf"), pytest.importorskip("numpy")
+    pytest.importorskip("accelerate")
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "qwen3moe")
+    tokens = ["t", "1", "t1", *(f"x{i}" for i in range(61))]
+    for add, value in {
+        "block_count": 1, "context_length": 128, "embedding_length": 32, "feed_forward_length": 48, "head_count": 4,
+        "head_count_kv": 2, "key_length": 16, "layer_norm_rms_eps": 1e-5, "rope_freq_base": 1e6, "expert_count": 2,
+        "expert_used_count": 1, "vocab_size": len(tokens), "tokenizer_model": "gpt2", "token_list": tokens,
+        "token_merges": ["t 1"], "token_types": [1] * len(tokens), "bos_token_id": 1, "eos_token_id": 2,
+    }.items():  # fmt: skip
+        getattr(writer, f"add_{add}")(value)
+    shapes = {
+        "token_embd": (64, 32), "output_norm": (32,), "output": (64, 32), "blk.0.attn_q": (64, 32),
+        "blk.0.attn_k": (32, 32), "blk.0.attn_v": (32, 32), "blk.0.attn_output": (32, 64), "blk.0.attn_q_norm": (16,),
+        "blk.0.attn_k_norm": (16,), "blk.0.attn_norm": (32,), "blk.0.ffn_norm": (32,), "blk.0.ffn_gate_inp": (2, 32),
+        "blk.0.ffn_gate_exps": (2, 768, 32), "blk.0.ffn_up_exps": (2, 768, 32), "blk.0.ffn_down_exps": (2, 32, 768),
+    }  # fmt: skip
+    generator = np.random.default_rng(0)
+    written = {name: generator.random(shape, dtype=np.float32) for name, shape in shapes.items()}
+    for name, numbers in written.items():
+        writer.add_tensor(f"{name}.weight", numbers)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    conversion._write_model(tmp_path / "x.gguf", tmp_path / "folder")
+    found = load_weights(load_model_config(tmp_path / "folder"), "safetensors", torch.float32, torch.device("cpu"))
+    experts = found.layers[0].experts
+    expected = np.concatenate((written["blk.0.ffn_gate_exps"], written["blk.0.ffn_up_exps"]), 1)
+    assert torch.equal(experts.gate_up, torch.from_numpy(expected))
+    assert torch.equal(experts.down, torch.from_numpy(written["blk.0.ffn_down_exps"]))

@@ -131,6 +131,8 @@ def _write_model(file: Path, folder: Path) -> None:
     # The weights are plain numbers now; without this the folder would claim to be quantized.
     del model.config.quantization_config
     model.hf_quantizer = None
+    # Of a model that is loaded otherwise than by its own names, transformers 5 saves experts as it keeps them: stacked.
+    model._weight_conversions = None
     tokenizer = AutoTokenizer.from_pretrained(file.parent, **source)
     try:
         model.save_pretrained(folder)

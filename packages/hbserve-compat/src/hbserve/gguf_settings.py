@@ -1,4 +1,4 @@
-"""What a GGUF file says of its model, and transformers (5.24) leaves out: without it, tokens would be other ones.
+"""Settings of a model that its GGUF file has and transformers (5.24) leaves out: without them, tokens are other ones.
 
 Scaled RoPE, above all: of Llama 3.1 and later the file has the factor of each frequency as a tensor (rope_freqs), of
 Phi-3 two of them, of others a type and numbers. Then windows, caps, the base of the frequencies where transformers
