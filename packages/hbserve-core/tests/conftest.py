@@ -170,7 +170,9 @@ OTHERS: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "gemma3-local-longrope": (
         "Gemma3TextConfig",
+        # Scores are large enough for tokens to depend on positions.
         {"head_dim": 16, "sliding_window": 13, "sliding_window_pattern": 2, "pad_token_id": 0}
+        | {"query_pre_attn_scalar": 1, "num_hidden_layers": 3}
         | {
             "rope_parameters": {
                 "full_attention": {"rope_type": "default", "rope_theta": 1e6},
@@ -178,7 +180,7 @@ OTHERS: dict[str, tuple[str, dict[str, Any], str]] = {
                     "rope_type": "longrope",
                     "rope_theta": 1e4,
                     "original_max_position_embeddings": 64,
-                    "long_factor": [1.0, 1.5, 3.0, 8.0] * 2,
+                    "long_factor": [8.0, 9.0] * 4,
                     "short_factor": [1.0, 1.1, 1.2, 1.3] * 2,
                 },
             }
