@@ -40,6 +40,13 @@ def test_a_mixture_of_qwen3_has_its_window_in_all_layers(load_small):
     assert load_small("Qwen3Moe", **experts, use_sliding_window=False, sliding_window=128).windows == (0, 0)
 
 
+@pytest.mark.parametrize("name", ["su", "yarn"])
+def test_older_names_of_longrope_mean_it(load_small, name):
+    scaling = {"long_factor": [1.5] * 8, "short_factor": [1.1] * 8}
+    expected = load_small("Phi3", rope_scaling={**scaling, "type": "longrope"}).rope
+    assert load_small("Phi3", rope_scaling={**scaling, "type": name}).rope == expected
+
+
 @pytest.mark.parametrize("name", ["Qwen3Moe", "Mixtral", "Olmoe"])
 def test_either_name_for_the_number_of_experts_counts(load_small, name):
     """transformers takes them for each other; files that it has written have only one of them."""

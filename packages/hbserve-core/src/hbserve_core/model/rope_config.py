@@ -118,6 +118,8 @@ def read_rope_config(folder: Path, raw: Mapping[str, Any]) -> RopeConfig:
     parameters = raw.get("rope_scaling") or own
     rope_type = parameters.get("rope_type") or parameters.get("type") or "default"
     rope_type = _OTHER_NAMES.get(rope_type, rope_type)
+    if rope_type == "yarn" and parameters.get("long_factor"):  # so older files of Phi-3 call it
+        rope_type = "longrope"
     if rope_type not in _SUPPORTED or any(isinstance(value, Mapping) for value in parameters.values()):
         raise UnsupportedModel(
             f"{folder}: rope_type={rope_type!r} is not supported; supported: {', '.join(_SUPPORTED)}, for all layers"
