@@ -9,6 +9,7 @@ from hbserve.server.anthropic_fields import NOT_SERVED
 from hbserve.tokenizer import load_tokenizer
 
 TOOL = {"name": "f", "description": "d", "input_schema": {"type": "object"}, "cache_control": {"type": "ephemeral"}}
+CALL = {"type": "tool_use", "id": "c", "name": "f", "input": {}}
 QUESTION = [{"role": "user", "content": "hi"}]
 
 
@@ -103,6 +104,16 @@ async def test_a_conversation_has_thinking_tool_use_and_results(server):
     assert [block["type"] for block in hidden["content"]] == ["text"]
 
 
+async def test_an_answer_goes_on_with_its_beginning(server):
+    beginning = {"role": "assistant", "content": "The answer"}
+    server.answers(" is", " five")
+    answer = (await ask(server, messages=[*QUESTION, beginning])).json()
+    assert answer["content"][0]["text"] == " is five"
+    assert server.prompt.endswith("<assistant>[The answer")
+    counted = (await server.post("/v1/messages/count_tokens", messages=[*QUESTION, beginning])).json()
+    assert counted == {"input_tokens": len(server.scheduler.asked[0][0])}
+
+
 async def test_parameters_arrive_and_fields_without_effect_are_named(server):
     response = await ask(server, temperature=0.5, top_p=0.25, top_k=3, stop_sequences=["x"], metadata={}, odd=1)
     params = server.scheduler.asked[0][1]
@@ -146,7 +157,7 @@ async def test_a_field_that_is_not_served_may_have_its_neutral_values_only(serve
         ({"messages": [{"role": "tool", "content": ""}]}, "messages[0].role='tool'"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages[0].content[0].type='image'"),
         ({"messages": [{"role": "user", "content": [5]}]}, "messages[0].content[0]=5"),
-        ({"messages": [*QUESTION, {"role": "assistant", "content": "so"}]}, "messages[1].role='assistant'"),
+        ({"messages": [*QUESTION, {"role": "assistant", "content": [CALL]}]}, "messages[1].content"),
         ({"system": [{"type": "image"}]}, "system[0].type='image'"),
         ({"tools": [{"type": "bash_20250124", "name": "bash"}]}, "tools[0].type='bash_20250124'"),
         ({"tool_choice": {"type": "any"}}, "tool_choice="),

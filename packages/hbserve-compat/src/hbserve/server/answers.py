@@ -6,6 +6,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Self
 
+from hbserve.prompts import naming
 from hbserve.results import GenerationDelta
 from hbserve.server.api_error import try_again
 from hbserve.server.request_log import HTTP_REQUEST, HttpRequest
@@ -58,7 +59,8 @@ class Answers:
             first, http = 0, HTTP_REQUEST.get()
             for number, (prompt, params) in enumerate(self._wanted):
                 shape = await self._model.encoder.shape(prompt, self._model.scheduler.digest_block_size)
-                request = self._begin(http, number, prompt, params, shape)
+                with naming(number, len(self._wanted)):
+                    request = self._begin(http, number, prompt, params, shape)
                 self._requests.append(request)
                 self._pumps.append(asyncio.create_task(self._pump(first, request)))
                 first += len(request.choices)

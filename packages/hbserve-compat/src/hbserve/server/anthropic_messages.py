@@ -77,9 +77,10 @@ def _as_chat(body: CountTokensBody, **more: Any) -> TranslatedChat:
         history.add("system", "system", content=text_of("system", body.system, TEXT))
     for place, message in enumerate(body.messages):
         history.add_message(f"messages[{place}]", message)
-    if history.messages and history.messages[-1]["role"] == "assistant":
-        path = f"{history.paths[-1]}.role"
-        raise ApiError(400, f"{path}='assistant': the beginning of an answer is not served; expected user", param=path)
+    goes_on = bool(history.messages) and history.messages[-1]["role"] == "assistant"
+    if goes_on and history.messages[-1].get("tool_calls"):
+        path = f"{history.paths[-1]}.content"
+        raise ApiError(400, f"{path}: an answer cannot begin with calls of tools; expected their results", param=path)
     thinking, output = body.thinking, body.output_config
     tools = [
         offered_function(f"tools[{place}]", tool, (None, "custom"), "input_schema")
@@ -87,6 +88,7 @@ def _as_chat(body: CountTokensBody, **more: Any) -> TranslatedChat:
     ]
     chat = ChatBody(
         messages=history.messages,
+        continue_final_message=goes_on,
         tools=tools or None,
         tool_choice=_choice(body.tool_choice),
         parallel_tool_calls=not (body.tool_choice and body.tool_choice.disable_parallel_tool_use),

@@ -108,11 +108,14 @@ def as_api_error(error: Exception) -> ApiError | None:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, InvalidRequest | BrokenTokenizer):
-        found = re.match(r"\w+", str(error))
-        name = found[0] if found else None
+        # What is wrong with one of several prompts is a place in the body's `prompt`; parameters are those of all.
+        message = re.sub(r"^prompts(\[\d+\]): prompt\b", r"prompt\1", str(error))
+        message = re.sub(r"^prompts\[\d+\]: ", "", message)
+        found = re.match(r"\w+(\[\d+\]|\.\w+)*(?=[=:])", message) or re.match(r"\w+", message)
+        name = re.sub(r"^prompt\[.*", "prompt", found[0]) if found else None
         if re.search(r"structured_outputs[.:=]", str(error)):  # of an instance, which says its own name first
             name = "structured_outputs"
-        return ApiError(400, str(error), param="prompt" if name == "prompts" else name)
+        return ApiError(400, message, param=name)
     if isinstance(error, Overloaded):
         return try_again(str(error), error.retry_after_s)
     if isinstance(error, Unavailable):

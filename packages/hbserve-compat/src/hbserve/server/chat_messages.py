@@ -37,7 +37,7 @@ def _plain(path: str, message: dict[str, Any]) -> dict[str, Any]:
         expected = ", ".join(sorted(ROLES))
         raise ApiError(400, f"{path}.role={shown(role)}: expected one of {expected}", param=f"{path}.role")
     if role in SPEAKERS and message.get("content") is None:
-        names = ", ".join(sorted(message)[:16])
+        names = ", ".join(sorted(name for name, value in message.items() if value is not None)[:16])
         raise ApiError(400, f"{path}: has no content, but {shown(names)}; expected a text", param=f"{path}.content")
     plain = {name: value for name, value in message.items() if value is not None}
     plain["role"] = "system" if role == "developer" else role

@@ -2,8 +2,9 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from hbserve.server.api_error import renamed
+from hbserve.server.api_error import ApiError, renamed
 from hbserve.server.chat_messages import plain_messages
 from hbserve.server.chat_tools import chat_tools
 from hbserve.server.message_parts import MessageParts
@@ -14,6 +15,7 @@ from hbserve.server.service import ServedModel, Service
 from hbserve.server.structured_outputs import structured_outputs
 from hbserve.server.tool_calls import format_of
 from hbserve_rpc import SamplingParams
+from hbserve_rpc.plain_values import shown
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,24 @@ class ChatPrompt:
     """A new reader, for one answer."""
 
 
+def _template_settings(service: Service, model: ServedModel, body: ChatBody) -> dict[str, Any]:
+    """Raises ApiError: 400, there is something that the template cannot show, and would leave out in silence."""
+    settings = service.template_settings(
+        body.chat_template_kwargs, begins_message=body.add_generation_prompt, goes_on=body.continue_final_message
+    )
+    if body.continue_final_message and body.messages[-1:] and body.messages[-1].get("tool_calls"):
+        problem = "continue_final_message=True: the last message has calls of tools, after which no text can go on"
+        raise ApiError(400, problem, param="continue_final_message")
+    if body.documents:
+        if "documents" not in (model.encoder.chat_template or ""):
+            problem = "documents: the model's chat template knows none; put them into a message"
+            raise ApiError(400, problem, param="documents")
+        settings["documents"] = body.documents
+    if body.reasoning_effort is not None:
+        settings["reasoning_effort"] = body.reasoning_effort
+    return settings
+
+
 async def chat_prompt(
     service: Service, model: ServedModel, body: ChatBody, paths: Sequence[str] | None = None
 ) -> ChatPrompt:
@@ -34,12 +54,13 @@ async def chat_prompt(
     Raises:
         ApiError, InvalidRequest: names the field that is wrong.
     """
-    settings = service.template_settings(body.chat_template_kwargs, body.add_generation_prompt)
-    if body.reasoning_effort is not None:
-        settings["reasoning_effort"] = body.reasoning_effort
+    settings = _template_settings(service, model, body)
     grammar = structured_outputs(body)
     is_structured = grammar is not None
     tools = chat_tools(body, format_of(model.encoder.chat_template), is_structured=is_structured)
+    if tools.beginning and body.continue_final_message:
+        problem = f"tool_choice={shown(body.tool_choice)}: not if the answer goes on with the last message"
+        raise ApiError(400, problem, param="tool_choice")
     prompt = await model.encoder.messages(plain_messages(body.messages, paths), tools=tools.offered, **settings)
     has_begun = thinking_has_begun(model.encoder.chat_template, model.encoder.tokenizer, prompt)
     # What follows a grammar from its first token on has no reasoning before it.

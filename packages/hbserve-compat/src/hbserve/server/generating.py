@@ -72,7 +72,7 @@ async def _complete(
     n = num_choices(body, len(prompts))
     params = [sampling_params(body, COMPLETION_MAX_TOKENS, structured_outputs(body), model.defaults)] * len(prompts)
     choices = CompletionChoices(
-        TokenNames(model.encoder.tokenizer),
+        _names(model, body),
         body,
         [each for each in prompts for _ in range(n)],
         [each for each in echoed for _ in range(n)],
@@ -83,7 +83,11 @@ async def _complete(
 async def _read_prompts(model: ServedModel, body: CompletionBody) -> tuple[list[tuple[int, ...]], list[str]]:
     """Token ids of each prompt, and the part of its text that is repeated before its answer."""
     given = read_prompts(body.prompt)
-    prompts = [await model.encoder.text(each) if isinstance(each, str) else tuple(each) for each in given]
+    with_special = body.add_special_tokens is not False
+    prompts = [
+        await model.encoder.text(each, add_special_tokens=with_special) if isinstance(each, str) else tuple(each)
+        for each in given
+    ]
     return prompts, [_text_of(model, each) if body.echo else "" for each in given]
 
 
@@ -93,11 +97,15 @@ def _text_of(model: ServedModel, given: str | list[int]) -> str:
     return "" if model.encoder.tokenizer is None else str(model.encoder.tokenizer.decode(given))
 
 
+def _names(model: ServedModel, body: SamplingFields) -> TokenNames:
+    return TokenNames(model.encoder.tokenizer, as_ids=bool(body.return_tokens_as_token_ids))
+
+
 async def _chat(reply: Reply, service: Service, model: ServedModel, body: ChatBody, head: dict[str, Any]) -> None:
     n = num_choices(body, 1)
     prompt = await chat_prompt(service, model, body)
     choices = ChatChoices(
-        TokenNames(model.encoder.tokenizer),
+        _names(model, body),
         prompt.token_ids,
         n,
         prompt.make_parts,

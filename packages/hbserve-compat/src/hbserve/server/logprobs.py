@@ -14,8 +14,10 @@ LEAST = -9999.0
 class TokenNames:
     """Tokens as text and as bytes: of one alone, which need not be a whole character."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, *, as_ids: bool = False) -> None:
+        """as_ids: they are called `token_id:5`, by which each can be told from all others."""
         self._decoder = None if tokenizer is None else decoder_of(tokenizer)
+        self._as_ids = as_ids
 
     def bytes_of(self, token_id: int) -> bytes:
         """Without a tokenizer, its number."""
@@ -23,6 +25,9 @@ class TokenNames:
 
     def text_of(self, token_id: int) -> str:
         return self.bytes_of(token_id).decode(errors="replace")
+
+    def name_of(self, token_id: int) -> str:
+        return f"token_id:{token_id}" if self._as_ids else self.text_of(token_id)
 
 
 def of_chat(names: TokenNames, token_ids: list[int], found: list[TokenLogprobs], num_top: int) -> list[dict[str, Any]]:
@@ -35,8 +40,8 @@ def of_chat(names: TokenNames, token_ids: list[int], found: list[TokenLogprobs],
 
 
 def _entry(names: TokenNames, token_id: int, logprob: float) -> dict[str, Any]:
-    spelt = names.bytes_of(token_id)
-    return {"token": spelt.decode(errors="replace"), "logprob": max(logprob, LEAST), "bytes": list(spelt)}
+    spelt = list(names.bytes_of(token_id))
+    return {"token": names.name_of(token_id), "logprob": max(logprob, LEAST), "bytes": spelt}
 
 
 class CompletionLogprobs:
@@ -50,27 +55,26 @@ class CompletionLogprobs:
 
     def add(self, token_ids: list[int], found: Sequence[TokenLogprobs | None]) -> dict[str, list[Any]]:
         """Of some more tokens; `whole` has them too then. Nothing is known of a prompt's first one."""
-        texts = [self._names.text_of(token_id) for token_id in token_ids]
         offsets = []
-        for text in texts:
+        for token_id in token_ids:
             offsets.append(self._offset)
-            self._offset += len(text)
+            self._offset += len(self._names.text_of(token_id))
         new: dict[str, list[Any]] = {
-            "tokens": texts,
+            "tokens": [self._names.name_of(token_id) for token_id in token_ids],
             "token_logprobs": [
                 None if each is None else max(each[token], LEAST) for token, each in zip(token_ids, found, strict=True)
             ],
-            "top_logprobs": [None if each is None else self._by_text(each) for each in found],
+            "top_logprobs": [None if each is None else self._by_name(each) for each in found],
             "text_offset": offsets,
         }
         for name, values in new.items():
             self.whole[name] += values
         return new
 
-    def _by_text(self, logprobs: TokenLogprobs) -> dict[str, float]:
+    def _by_name(self, logprobs: TokenLogprobs) -> dict[str, float]:
         found: dict[str, float] = {}
         for token_id, logprob in logprobs.items():  # the most likely first, which keeps the text that others have too
-            found.setdefault(self._names.text_of(token_id), max(logprob, LEAST))
+            found.setdefault(self._names.name_of(token_id), max(logprob, LEAST))
         return found
 
 

@@ -16,10 +16,6 @@ from hbserve_rpc.plain_values import shown
 
 NOT_SERVED: dict[str, tuple[Any, ...]] = {
     "prompt_logprobs": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
     "suffix": ("",),
     "use_beam_search": (False,),
     "length_penalty": (1.0,),
@@ -27,19 +23,20 @@ NOT_SERVED: dict[str, tuple[Any, ...]] = {
     "bad_words": ([],),
     "logits_processors": (),
     "truncate_prompt_tokens": (),
-    "add_special_tokens": (),
+    "add_special_tokens": (False,),
     "echo": (False,),
-    "functions": (),
     "function_call": ("none",),
     "modalities": (["text"],),
     "audio": (),
     "prediction": (),
     "web_search_options": (),
     "chat_template": (),
-    "documents": (),
-    "continue_final_message": (False,),
     "kv_transfer_params": (),
     "prompt_embeds": (),
+    "cache_salt": (),
+    "logprob_token_ids": (),
+    "repetition_detection": (),
+    "thinking_token_budget": (-1,),
 }
 """Field: the values that it may have, beside null."""
 IGNORED = {
@@ -85,6 +82,10 @@ class SamplingFields(RequestBody, frozen=True, kw_only=True):
         "max_output_tokens": "max_tokens",
         "max_new_tokens": "max_tokens",
         "stop_sequences": "stop",
+        "guided_json": "structured_outputs.json",
+        "guided_regex": "structured_outputs.regex",
+        "guided_choice": "structured_outputs.choice",
+        "guided_grammar": "structured_outputs.grammar",
     }
 
     stream: bool | None = None
@@ -115,10 +116,6 @@ class SamplingFields(RequestBody, frozen=True, kw_only=True):
     response_format: Any = None
     """OpenAI's way to say `structured_outputs`."""
     structured_outputs: Any = None
-    guided_json: Any = None
-    guided_regex: Any = None
-    guided_choice: Any = None
-    guided_grammar: Any = None
     use_beam_search: bool | None = None
     length_penalty: float | None = None
     allowed_token_ids: list[int] | None = None
@@ -126,7 +123,13 @@ class SamplingFields(RequestBody, frozen=True, kw_only=True):
     logits_processors: Any = None
     truncate_prompt_tokens: int | None = None
     add_special_tokens: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+    """Tokens of `logprobs` as their numbers: not every one is a text by itself."""
     kv_transfer_params: Any = None
+    cache_salt: str | None = None
+    logprob_token_ids: list[int] | None = None
+    repetition_detection: Any = None
+    thinking_token_budget: int | None = None
 
 
 class CompletionBody(SamplingFields, frozen=True, kw_only=True):
@@ -134,7 +137,9 @@ class CompletionBody(SamplingFields, frozen=True, kw_only=True):
 
     id_prefix: ClassVar[str] = "cmpl-"
     not_served: ClassVar[Mapping[str, tuple[Any, ...]]] = {
-        name: values for name, values in NOT_SERVED.items() if name not in ("echo", "prompt_logprobs")
+        name: values
+        for name, values in NOT_SERVED.items()
+        if name not in ("echo", "prompt_logprobs", "add_special_tokens")
     }
     elsewhere: ClassVar[Mapping[str, str]] = {
         **SamplingFields.elsewhere,
@@ -153,7 +158,12 @@ class ChatBody(SamplingFields, frozen=True, kw_only=True):
     """Body of /v1/chat/completions."""
 
     id_prefix: ClassVar[str] = "chatcmpl-"
-    elsewhere: ClassVar[Mapping[str, str]] = {**SamplingFields.elsewhere, "prompt": "messages", "input": "messages"}
+    elsewhere: ClassVar[Mapping[str, str]] = {
+        **SamplingFields.elsewhere,
+        "prompt": "messages",
+        "input": "messages",
+        "functions": "tools",
+    }
     messages: list[dict[str, Any]]
     max_completion_tokens: int | None = None
     """`max_tokens` by its newer name, which is preferred."""
@@ -167,15 +177,16 @@ class ChatBody(SamplingFields, frozen=True, kw_only=True):
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
-    functions: Any = None
     function_call: Any = None
     modalities: list[str] | None = None
     audio: Any = None
     prediction: Any = None
     web_search_options: Any = None
     chat_template: str | None = None
-    documents: Any = None
+    documents: list[dict[str, Any]] | None = None
+    """Handed to the chat template."""
     continue_final_message: bool | None = None
+    """The answer goes on with the last message."""
 
 
 def require_own_names(content: Mapping[str, Any], kind: type[RequestBody]) -> None:

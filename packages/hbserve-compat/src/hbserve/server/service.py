@@ -31,8 +31,16 @@ OF_TEMPLATES = {
     "return_tensors",
     "tools",
     "name",
+    "documents",
+    "add_generation_prompt",
+    "continue_final_message",
+    "padding",
+    "truncation",
+    "max_length",
+    "return_assistant_tokens_mask",
+    "tokenizer_kwargs",
 }
-"""Arguments of templates that are ours, or fields of their own."""
+"""Arguments of transformers' that are ours, or fields of their own. All others are for the template."""
 
 
 class ServingScheduler(Scheduler, Protocol):
@@ -115,8 +123,11 @@ class Service:
             raise try_again("the server is ending" if self.draining else self.problem, code="not_ready")
         return self.model
 
-    def template_settings(self, given: dict[str, Any] | None, add_generation_prompt: bool | None) -> dict[str, Any]:
-        """What the chat template is given beside messages and tools.
+    def template_settings(
+        self, given: dict[str, Any] | None, *, begins_message: bool | None, goes_on: bool | None
+    ) -> dict[str, Any]:
+        """What the chat template is given beside messages, tools and documents. A prompt ends with the beginning of an
+        answer unless the request says that it does not, or that it goes on with the last message.
 
         Raises:
             ApiError: 400, names what a request may not set.
@@ -125,8 +136,12 @@ class Service:
         if reserved := sorted(OF_TEMPLATES & given.keys()):
             path = f"chat_template_kwargs.{reserved[0]}"
             raise ApiError(400, f"{path}={shown(given[reserved[0]])}: cannot be set there", param=path)
+        if goes_on and begins_message:
+            problem = "add_generation_prompt=True: not with continue_final_message, which begins no message"
+            raise ApiError(400, problem, param="add_generation_prompt")
+        begins = begins_message is not False and not goes_on
         settings = self.settings.default_chat_template_kwargs | given
-        return settings | {"add_generation_prompt": add_generation_prompt is not False}
+        return settings | {"add_generation_prompt": begins, "continue_final_message": bool(goes_on)}
 
     def begin(
         self,

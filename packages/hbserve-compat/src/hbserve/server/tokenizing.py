@@ -25,6 +25,7 @@ class TokenizeBody(msgspec.Struct, frozen=True, kw_only=True):
     add_special_tokens: bool | None = None
     """Of a prompt; messages get what their template has."""
     add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     return_token_strs: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     tools: list[dict[str, Any]] | None = None
@@ -55,7 +56,9 @@ async def tokenize(request: Request) -> Response:
         raise ApiError(400, "prompt, messages: expected one of the two", param="prompt")
     if body.messages is not None:
         service: Service = request.app.state.service
-        settings = service.template_settings(body.chat_template_kwargs, body.add_generation_prompt)
+        settings = service.template_settings(
+            body.chat_template_kwargs, begins_message=body.add_generation_prompt, goes_on=body.continue_final_message
+        )
         ids = await model.encoder.messages(plain_messages(body.messages), tools=body.tools, **settings)
     else:
         prompt = plain_text("prompt", body.prompt)
