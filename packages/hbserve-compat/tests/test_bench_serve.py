@@ -219,6 +219,35 @@ async def test_what_fails_is_counted_and_said_and_is_in_no_latency(scripted, cap
     assert result["output_lens"] == [0, 0, 0, 0, 3]
 
 
+async def test_a_server_that_tells_no_usage_has_its_tokens_counted_in_its_text(scripted, capsys):
+    scripted.answers = [[event("Hello"), event(" world"), b"data: [DONE]\n\n"]]
+    result = await bench(scripted)
+    of_each = len(load_tokenizer(scripted.folder).encode("Hello world", add_special_tokens=False))
+    assert (result["total_output_tokens"], result["completed"]) == (4 * of_each, 4)
+    assert result["mean_tpot_ms"] > 0
+    assert "4 answers had no usage" in capsys.readouterr().err
+    scripted.answers = [ANSWER]
+    await bench(scripted)
+    assert "usage" not in capsys.readouterr().err
+
+
+async def test_a_load_of_which_nothing_is_answered_is_an_error_without_latencies(scripted, tmp_path, capsys):
+    scripted.answers = [ANSWER, *[[429, b"busy"]] * 4]
+    with pytest.raises(RemoteError, match="all of 4 requests have failed"):
+        await bench(scripted, save_result=True, result_dir=tmp_path, result_filename="r.json")
+    assert json.loads((tmp_path / "r.json").read_text())["failed"] == 4
+    said = capsys.readouterr()
+    assert "TTFT" not in said.out
+    assert "error: HTTP 429: busy" in said.err
+    assert "warning" not in said.err, "nothing was measured that the client could have disturbed"
+
+
+async def test_an_answer_that_is_no_stream_is_told_as_that(scripted):
+    scripted.answers = [[b'{"choices": [{"text": "a"}]}']]
+    with pytest.raises(RemoteError, match=r'expected server-sent events, and it begins with .\{"choices'):
+        await bench(scripted)
+
+
 async def test_a_server_that_refuses_the_first_request_is_an_error_before_the_load(scripted):
     scripted.answers = [[400, b"no such model"]]
     with pytest.raises(RemoteError, match="the first request: HTTP 400: no such model"):

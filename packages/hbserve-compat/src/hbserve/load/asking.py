@@ -10,6 +10,10 @@ import msgspec
 from hbserve.event_data import EventData
 from hbserve.load.http_stream import HttpClient
 from hbserve_rpc import HBServeRpcError
+from hbserve_rpc.plain_values import shown
+
+SHOWN = 60
+"""Bytes of a body that has no events, for the error."""
 
 
 @dataclass
@@ -93,11 +97,16 @@ class Answering:
         self._events = EventData()
         self._texts: list[str] = []
         self._last_s = 0.0
+        self._has_events = False
+        self._beginning = b""
+        """Of the body: what it is if it has no events."""
 
     def feed(self, data: bytes) -> None:
         """Take in a piece of the body, which has just come."""
         now_s = self._last_s = time.perf_counter()
+        self._beginning = (self._beginning + data)[:SHOWN]
         for event in self._events.feed(data):
+            self._has_events = True
             self._take(_DECODER.decode(event), now_s)
 
     def _take(self, event: _Event, now_s: float) -> None:
@@ -121,6 +130,9 @@ class Answering:
         outcome.text = "".join(self._texts)
         if not outcome.arrivals and not outcome.error:
             outcome.error = "the answer has ended without a token"
+            if self._beginning and not self._has_events:
+                said = shown(self._beginning.decode(errors="replace"))
+                outcome.error += f": expected server-sent events, and it begins with {said}"
         last_s = outcome.arrivals[-1] if outcome.arrivals else self._last_s
         outcome.latency_s = last_s - outcome.start_s
 

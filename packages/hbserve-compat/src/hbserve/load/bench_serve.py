@@ -24,7 +24,7 @@ from hbserve.output_file import require_folder_of, writing
 from hbserve.plotting import require_plotting
 from hbserve.progress import progress_bar
 from hbserve.server_url import require_header, require_path
-from hbserve.tokenizer import load_tokenizer
+from hbserve.tokenizer import encode, load_tokenizer
 from hbserve_rpc import InvalidRequest, PeerLost, RemoteError, RequestTimeout
 from hbserve_rpc.plain_values import shown
 
@@ -41,7 +41,8 @@ async def bench_serve(args: BenchServeArgs) -> dict[str, Any]:
     After a cancellation the report is about the requests that have ended, and the file has `was_cut`; then the
     cancellation is raised again.
 
-    Raises what `measure` raises.
+    Raises:
+        RemoteError: not one request was answered; the file is written all the same. Else what `measure` raises.
     """
     result, load, wanted = await measure(args)
     if load.was_cut:
@@ -55,6 +56,8 @@ async def bench_serve(args: BenchServeArgs) -> dict[str, Any]:
     _write(args, result, load, wanted)
     if load.was_cut:
         raise asyncio.CancelledError
+    if load.outcomes and not result["completed"]:
+        raise RemoteError(f"all of {len(load.outcomes)} requests have failed: there is nothing that was measured")
     return result
 
 
@@ -81,6 +84,7 @@ async def measure(args: BenchServeArgs) -> tuple[dict[str, Any], Load, Wanted]:
         load = await _send(client, args, found, bodies, times)
     finally:
         client.close()
+    _count_tokens(load, tokenizer)
     return _head(args, body["model"], folder, len(found)) | figures(load, wanted), load, wanted
 
 
@@ -291,6 +295,15 @@ async def _send(
 
         on_end: Callable[[], object] = bar.update
         return await send_load(outcomes, send, times, max_concurrency=args.max_concurrency, on_end=on_end)
+
+
+def _count_tokens(load: Load, tokenizer: Any) -> None:
+    """Where a server has not said how many tokens an answer has, count those of its text, as vLLM's command does."""
+    untold = [each for each in load.outcomes if each.is_ok and not each.output_tokens]
+    for each in untold:
+        each.output_tokens = len(encode(tokenizer, each.text, add_special_tokens=False))
+    if untold:
+        sys.stderr.write(f"warning: {len(untold)} answers had no usage: the tokens of their text are counted here\n")
 
 
 # ---- what comes of it --------------------------------------------------------------------------------------------

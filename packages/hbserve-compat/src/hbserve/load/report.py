@@ -142,6 +142,8 @@ def figures(load: Load, wanted: Wanted) -> dict[str, Any]:
 def complaint(load: Load) -> str:
     """Why these figures measure the client rather than the server; empty if they do not."""
     good = [each for each in load.outcomes if each.is_ok]
+    if not good:
+        return ""
     usual = [statistics.median(values) for metric in ("ttft", "itl") if (values := values_of(good, metric))]
     return load.watch.complaint(min(usual, default=0.0))
 
@@ -240,7 +242,7 @@ def lines(result: Mapping[str, Any], wanted: Wanted) -> Iterator[str]:
         if value is not None:
             yield f"{name:<40} {value:<10.2f}" if isinstance(value, float) else f"{name:<40} {value:<10}"
     for metric, title in METRICS.items():
-        if f"mean_{metric}_ms" in result:
+        if result["completed"] and f"mean_{metric}_ms" in result:
             yield f"{HEADERS[metric]:-^50}"
             for word in ("mean", "median", *(f"p{share:g}" for share in wanted.percentiles)):
                 yield f"{f'{word.capitalize()} {title} (ms):':<40} {result[f'{word}_{metric}_ms']:<10.2f}"
