@@ -3,7 +3,9 @@ line of ours; and what can be known before a load is told before it."""
 
 import asyncio
 import codecs
+import gzip
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -155,6 +157,9 @@ async def test_odd_entries_of_sharegpt_are_passed_over(scripted, tmp_path, odd):
         (Dataset.MOONCAKE, LINE.replace("3", "9" * 30), "file:1: .*`\\$.output_length`"),
         (Dataset.MOONCAKE, LINE.replace("20", "20.7"), "file:1: .*`\\$.input_length`"),
         (Dataset.MOONCAKE, LINE.replace(": 0", ": 5000") + LINE, "file:2: timestamp 0 after 5000"),
+        (Dataset.MOONCAKE, gzip.compress(LINE.encode() * 2)[:-9], "file: cannot be unpacked; is it cut off"),
+        (Dataset.SHAREGPT, b"\x1f\x8b[]", "file: cannot be unpacked"),
+        (Dataset.BURSTGPT, gzip.compress((HEAD + ROW).encode())[:-12], "file: cannot be unpacked"),
         (Dataset.BURSTGPT, HEAD + "x" * 200000, "file:.*field larger"),
         (Dataset.BURSTGPT, HEAD.replace(",", ";") + ROW, "there is no 'Model'"),
         (Dataset.BURSTGPT, "", "there is no 'Model'"),
@@ -176,6 +181,24 @@ async def test_what_is_odd_in_a_dataset_is_told_in_a_few_words_with_its_line(
 async def test_excel_s_byte_order_mark_and_rows_out_of_order_are_no_obstacle(scripted, tmp_path):
     content = codecs.BOM_UTF8 + (HEAD + ROW + ROW.replace("5", "4.9") + "odd\n").encode()
     assert await load_of(scripted, tmp_path / "file", Dataset.BURSTGPT, content, self_timed=True) == 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "content"),
+    [
+        (Dataset.MOONCAKE, LINE * 4),
+        (Dataset.BURSTGPT, HEAD + ROW * 4),
+        (Dataset.SHAREGPT, json.dumps([{"conversations": TURNS}] * 4)),
+    ],
+)
+async def test_a_dataset_may_be_packed_and_come_through_a_pipe(scripted, tmp_path, kind, content):
+    packed = gzip.compress(content.encode())
+    assert await load_of(scripted, tmp_path / "file.gz", kind, packed) == 4
+    os.mkfifo(tmp_path / "pipe")
+    written = asyncio.create_task(asyncio.to_thread((tmp_path / "pipe").write_bytes, packed))
+    result = await bench(scripted, dataset_name=kind, dataset_path=tmp_path / "pipe")
+    await written
+    assert result["completed"] == 4
 
 
 async def test_a_multiplier_of_nothing_sends_a_trace_at_once(scripted, tmp_path):

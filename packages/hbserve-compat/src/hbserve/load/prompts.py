@@ -3,8 +3,12 @@ in every process."""
 
 import codecs
 import csv
+import gzip
+import io
 import random
+import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
@@ -22,6 +26,8 @@ SHAREGPT_FEWEST, SHAREGPT_MOST_PROMPT, SHAREGPT_MOST = 4, 1024, 2048
 """Bounds for ShareGPT, as in vLLM: the fewest tokens of a prompt and of an answer, the most of a prompt, and the most
 of both together. Other conversations are skipped."""
 
+GZIP = b"\x1f\x8b"
+"""What its files begin with."""
 MOST_TOKENS = MOST_REQUESTS = 10_000_000
 """Limits of what may be asked for: no model has room for more, and a typing error must not fill the memory."""
 
@@ -83,6 +89,24 @@ def prefix_repetition(
     return prompts
 
 
+@contextmanager
+def _opened(path: Path) -> Iterator[io.BufferedIOBase]:
+    """A dataset's file, unpacked if it is gzip's. A pipe is read once, from its beginning.
+
+    Raises:
+        InvalidRequest: it is packed, and cannot be unpacked to its end.
+    """
+    with path.open("rb") as file:
+        if file.peek(2)[:2] != GZIP:
+            yield file
+            return
+        try:
+            with gzip.GzipFile(fileobj=file) as unpacked:
+                yield unpacked
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise InvalidRequest(f"{path}: cannot be unpacked; is it cut off? {error}") from None
+
+
 def sharegpt(path: Path, tokenizer: Any, count: int, *, output_len: int | None, seed: int) -> list[Prompt]:
     """First questions of ShareGPT's conversations, with the lengths of their answers. Entries without two turns of text
     are skipped.
@@ -90,7 +114,8 @@ def sharegpt(path: Path, tokenizer: Any, count: int, *, output_len: int | None, 
     Raises:
         InvalidRequest: the file is not of this format, or has no conversation of a usable length.
     """
-    content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    with _opened(path) as file:
+        content = file.read().removeprefix(codecs.BOM_UTF8)
     problem = f"{path}: not ShareGPT's format, [{{conversations: [{{value}}]}}]"
     try:
         entries = msgspec.json.decode(content, type=list[Any])
@@ -164,7 +189,7 @@ def read_timed_trace(path: Path, *, unit_s: float, most: int | None = None) -> I
     first: float | None = None
     last = 0.0
     decoder = msgspec.json.Decoder(_Line, strict=False)
-    with path.open("rb") as file:
+    with _opened(path) as file:
         lines = ((number, line) for number, line in enumerate(file, 1) if line.strip())
         for number, line in islice(lines, most):
             try:
@@ -227,8 +252,8 @@ class _Row(msgspec.Struct):
 
 def _rows(path: Path) -> Iterator[_Row]:
     """The rows about GPT-4."""
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, restkey="")
+    with _opened(path) as file, io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
+        reader = csv.DictReader(text, restkey="")
         try:
             missing = {"Timestamp", "Model", "Request tokens", "Response tokens"}.difference(reader.fieldnames or ())
             if missing:
