@@ -90,7 +90,7 @@ def prefix_repetition(
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[io.BufferedIOBase]:
+def _opened(path: Path) -> Iterator[io.BufferedReader | gzip.GzipFile]:
     """A dataset's file, unpacked if it is gzip's. A pipe is read once, from its beginning.
 
     Raises:
