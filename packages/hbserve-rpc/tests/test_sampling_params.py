@@ -304,13 +304,18 @@ def test_the_edges_of_each_range_are_allowed_and_cross_the_wire(params):
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(params), type=SamplingParams) == params
 
 
+def test_a_stop_token_that_cannot_be_is_named_by_its_place():
+    with pytest.raises(InvalidRequest, match=r"^stop_token_ids\[1\]=-1: expected"):
+        SamplingParams(stop_token_ids=[3, -1])
+
+
 def test_a_token_that_a_model_does_not_have_is_named():
     SamplingParams(stop_token_ids=[9], logit_bias={9: 1.0}).require_vocabulary(10)
     for params, name in [
-        (SamplingParams(stop_token_ids=[3, 10]), "stop_token_ids"),
-        (SamplingParams(logit_bias={3: 1.0, 10: 1.0}), "logit_bias"),
+        (SamplingParams(stop_token_ids=[3, 10]), r"stop_token_ids\[1\]"),
+        (SamplingParams(logit_bias={3: 1.0, 10: 1.0}), r"logit_bias\[10\]"),
     ]:
-        with pytest.raises(InvalidRequest, match=rf"^{name}\[1\]: token 10 is outside the vocabulary \[0, 10\)"):
+        with pytest.raises(InvalidRequest, match=rf"^{name}: token 10 is outside the vocabulary \[0, 10\)"):
             params.require_vocabulary(10)
 
 

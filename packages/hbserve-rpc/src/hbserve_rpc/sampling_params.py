@@ -159,7 +159,8 @@ class SamplingParams(msgspec.Struct):
     def require_vocabulary(self, vocab_size: int) -> None:
         """Raises InvalidRequest: names the first token id that a model with so many tokens does not have."""
         require_in_vocabulary("stop_token_ids", self.stop_token_ids, vocab_size)
-        require_in_vocabulary("logit_bias", list(self.logit_bias or ()), vocab_size)
+        if self.logit_bias and (token := max(self.logit_bias)) >= vocab_size:
+            raise InvalidRequest(f"logit_bias[{token}]: token {token} is outside the vocabulary [0, {vocab_size})")
 
     @property
     def needs_logits(self) -> bool:
@@ -223,7 +224,7 @@ def _plain_stop_token_ids(value: object) -> list[int]:
     ids = [] if value is None else plain_items("stop_token_ids", value, expected, MAX_STOP_TOKEN_IDS)
     if len(ids) > MAX_STOP_TOKEN_IDS:
         raise InvalidRequest(f"stop_token_ids={shown(ids)}: expected {expected}, got {len(ids)}")
-    return [plain_int("stop_token_ids", each, 0) for each in ids]
+    return [plain_int(f"stop_token_ids[{place}]", each, 0) for place, each in enumerate(ids)]
 
 
 def _plain_logit_bias(value: object) -> dict[int, float] | None:

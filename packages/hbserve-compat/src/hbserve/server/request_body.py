@@ -16,6 +16,10 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T", bound=msgspec.Struct)
 IGNORED_HEADER = "x-hbserve-ignored"
+HALF_A_CHARACTER = re.compile(
+    rb"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB][0-9a-fA-F]{2})\\u[dD][c-fC-F][0-9a-fA-F]{2}"
+)
+"""An escaped half of a surrogate pair, without the other."""
 MOST_NAMED = 16
 """Ignored fields that a response names; the header says how many more there were."""
 MOST_REMEMBERED = 256
@@ -74,6 +78,10 @@ def decoded(body: bytes) -> Any:
         body.decode()  # msgspec counts bytes from the beginning of the string that they are in
         return msgspec.json.decode(body.removeprefix(codecs.BOM_UTF8))
     except msgspec.DecodeError as error:
+        # What was cut within a character, as many a program's JSON may be, is not what was cut off.
+        if re.search("surrogate|truncated", str(error)) and (half := HALF_A_CHARACTER.search(body)):
+            place = f"byte {half.start()} is {half[0].decode()}, half of a surrogate pair"
+            raise ApiError(400, f"the body is not Unicode text: {place}") from None
         raise ApiError(400, f"the body is not JSON: {error}") from None
     except UnicodeDecodeError as error:
         place = f"byte {error.start} is {error.object[error.start]:#x}"
