@@ -171,7 +171,7 @@ BROKEN = {
     "the body is null; expected a JSON object": b"null",
     "the body is not UTF-8 text: byte 11 is 0xe4": '{"prompt": "\xe4"}'.replace(" ", "").encode("latin-1"),
     "the body is not Unicode text: byte 12 is \\ud83d, half of a surrogate pair": b'{"prompt": "\\ud83d"}',
-    "the body is not Unicode text: byte 24 is \\ude00, half of a surrogate pair": b'{"prompt": "\\ud83d\\ude00\\ude00"}',
+    "the body is not Unicode text: byte 23 is \\ude00, half of a surrogate pair": b'{"prompt":"\\ud83d\\ude00\\ude00"}',
     "the body is not JSON: Input data was truncated": b'{"prompt": "\\ud83d\\ude00',
     "the body is not UTF-8 text: byte 0 is 0xff": json.dumps({"messages": MESSAGES}).encode("utf-16"),
 }
