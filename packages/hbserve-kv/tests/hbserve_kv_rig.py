@@ -35,6 +35,7 @@ class Victim:
         host: str = "127.0.0.1",
     ) -> None:  # fmt: skip
         """`where`: the network namespace in which it is."""
+        self.name = victims.name_of(rank)
         self._control, theirs = multiprocessing.Pipe()
         arguments = (theirs, rank, backend, point, timeout_s, expiry_s, where, host)
         self.process = victims.start_process(victims.main, *arguments)

@@ -83,7 +83,12 @@ def make_manager(
     rank: int, backend: str, pool: torch.Tensor, timeout_s: float, expiry_s: float, host: str = "127.0.0.1"
 ) -> KVTransferManager:
     config = KVTransferConfig(backend=backend, buffer_size=0, timeout_s=timeout_s, expiry_s=expiry_s, host=host)
-    return KVTransferManager(rank=rank, pool=pool, fingerprint={"model": "m"}, config=config)
+    return KVTransferManager(rank=rank, pool=pool, fingerprint={"model": "m"}, config=config, name=name_of(rank))
+
+
+def name_of(rank: int) -> str:
+    """To which a receiver may grant a transfer."""
+    return f"instance {rank}"
 
 
 async def send(

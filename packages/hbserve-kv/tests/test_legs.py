@@ -350,3 +350,17 @@ async def test_ranks_without_the_heads_that_are_needed_are_refused_by_their_head
     received = await receiver.claim("t", senders[1].address).fetch([5, 6]).wait()
     assert "with heads [2, 4) of 4, where [0, 4) of 4 are needed" in received.error
     assert (await offer.wait()).outcome is Outcome.FAILED_DRAINED
+
+
+async def test_a_receive_ends_if_one_of_its_senders_never_begins_though_another_has(ranks, whole):
+    senders, _ = await ranks(0, 2, whole)
+    (receiver,), _ = await ranks(2, 1, torch.zeros_like(whole), expiry_s=0.3)
+    posted = receiver.post_receive("t", [1])
+    transfer = await senders[0].open_send("t", posted.grant)
+    async with asyncio.timeout(20):
+        result = await posted.wait()
+        ended = await transfer.wait()
+    assert result.error == "no sender of heads [2, 3] began within 0.3 s"
+    assert ended.outcome is Outcome.FAILED_DRAINED
+    assert result.error in ended.error
+    await until_empty(receiver, *senders)

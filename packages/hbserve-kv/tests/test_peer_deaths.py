@@ -15,6 +15,7 @@ import torch
 from hbserve_kv_rig import (
     HEARTBEAT_S,
     MOONCAKE_TIMEOUT_S,
+    TEST_S,
     TIMEOUT_S,
     Clock,
     Rig,
@@ -24,7 +25,7 @@ from hbserve_kv_rig import (
 from hbserve_kv_victims import IS_FREE, Halt, pattern
 
 from hbserve_kv import Link, Outcome, PostedReceive
-from hbserve_kv.receiving.quarantine import GRACE_S
+from hbserve_kv.receiving.quarantine import ANSWER_TIMEOUT_S, GRACE_S
 
 NOT_BEGUN = ["before kv.link", "connecting", "before kv.begin"]
 BEGUN = ["after kv.begin", "in mid-part", "cancelled", "before kv.commit", "before kv.abandon"]
@@ -111,6 +112,38 @@ async def test_a_sender_that_is_killed_or_frozen_in_any_state_keeps_no_block_and
     states = [*SENDER_STATES, *(["quarantined"] if is_killed and rig.must_ask else [])]
     await while_healthy_ones_go_on(transfer, [lose_a_sender(rig, state, is_killed) for state in states])
     await healthy.closes_in_order()
+    await rig.until_empty()
+
+
+async def lose_a_sender_of_a_grant(rig: Rig, state: str, is_killed: bool) -> None:
+    victim, blocks = rig.start("" if state == "linked before" else state), rig.new_blocks()
+    if state == "linked before":
+        posted = rig.manager.post_receive("first", blocks, sender=victim.name)
+        victim.tell("send", "first", posted.grant, False)
+        assert await victim.heard("ended") == "COMPLETED"
+        rig.pool[blocks] = IS_FREE
+    posted = rig.manager.post_receive(state, blocks, sender=victim.name)
+    if state != "linked before":
+        victim.tell("send", state, posted.grant, False)
+        await victim.heard("reached")
+    victim.signal(signal.SIGKILL if is_killed else signal.SIGSTOP)
+    clock = Clock(TIMEOUT_S + 2 * ANSWER_TIMEOUT_S)
+    result = await posted.wait()
+    assert result.outcome is Outcome.FAILED_DRAINED
+    assert result.error == f"its sender {victim.name!r} was lost before it began"
+    clock.check(state)
+    if not is_killed:
+        go_on(victim)
+        if state != "linked before":
+            assert (await victim.heard("ended")).startswith("refused")
+        await victim.closes_in_order()
+
+
+@ENDS
+async def test_a_sender_by_name_that_ends_before_it_begins_is_not_waited_for_until_the_grant_expires(rig, is_killed):
+    async with asyncio.timeout(TEST_S), asyncio.TaskGroup() as tasks:
+        for state in ["linked before", "connecting", "before kv.begin"]:
+            tasks.create_task(lose_a_sender_of_a_grant(rig, state, is_killed))
     await rig.until_empty()
 
 

@@ -353,6 +353,52 @@ async def test_a_receive_whose_sender_never_begins_ends(managers):
     assert (result.outcome, result.error) == (Outcome.FAILED_DRAINED, "no sender began within 0.2 s")
 
 
+async def until_noticed(receiver, *, num_links):
+    """That links were lost, and what follows from it."""
+    async with asyncio.timeout(20):
+        while len(receiver._receiver.links) > num_links or receiver._receiver._losing:
+            await asyncio.sleep(0.005)
+
+
+async def test_a_grant_outlives_a_link_that_breaks_while_its_sender_lives(managers, backend):
+    sender, receiver = await managers(0, backend, name="p"), await managers(1, backend)
+    await sender.open_link(receiver.endpoint)
+    posted = receiver.post_receive("t", [1], sender="p")
+    (connection,) = sender._peers.connections.values()
+    connection.lose("broken by the test")
+    await until_noticed(receiver, num_links=0)
+    transfer = await sender.open_send("t", posted.grant)
+    transfer.push([1], 0)
+    assert (await transfer.commit()).outcome is (await posted.wait()).outcome is Outcome.COMPLETED
+
+
+async def test_a_grant_outlives_an_earlier_life_of_its_sender_if_a_later_one_is_there(managers):
+    receiver, lives = await managers(2, "ipc"), [await managers(0, "ipc", name="p") for _ in range(2)]
+    for sender in lives:
+        await sender.open_link(receiver.endpoint)
+    posted = receiver.post_receive("t", [1], sender="p")
+    await lives[0].close()
+    await until_noticed(receiver, num_links=1)
+    transfer = await lives[1].open_send("t", posted.grant)
+    transfer.push([1], 0)
+    assert (await transfer.commit()).outcome is (await posted.wait()).outcome is Outcome.COMPLETED
+
+
+async def test_the_end_of_a_sender_ends_only_what_was_granted_to_it(managers):
+    receiver, network = await managers(2, "ipc"), [await managers(rank, "ipc", name=f"p{rank}") for rank in range(2)]
+    for sender in network:
+        await sender.open_link(receiver.endpoint)
+    posted = {name: receiver.post_receive(f"to {name}", [i], sender=name) for i, name in enumerate(["p0", "p1", ""])}
+    await network[0].close()
+    async with asyncio.timeout(20):
+        assert (await posted["p0"].wait()).error == "its sender 'p0' was lost before it began"
+    await until_noticed(receiver, num_links=1)
+    for name in ("p1", ""):
+        transfer = await network[1].open_send(f"to {name}", posted[name].grant)
+        transfer.push([1], 0)
+        assert (await transfer.commit()).outcome is Outcome.COMPLETED
+
+
 async def test_late_writes_end_in_quarantine_and_the_quarantine_ends_with_them(managers):
     # Known elsewhere: vLLM #32255, SGLang #24527, #27372, #32564, #35049, #37077, #38961, Mooncake #4247.
     network = LoopbackNetwork(Faults(late_write=1.0, delay_s=3.0), seed=3)

@@ -144,6 +144,30 @@ async def test_a_link_from_another_host_replaces_none_of_this_one(pair):
     await finish(posted, transfer)
 
 
+def come_from(address, receiver, monkeypatch):
+    """As the receiver sees its callers."""
+    known = receiver._server._socket.said_by_connection
+    monkeypatch.setattr(
+        receiver._server._socket,
+        "said_by_connection",
+        lambda what: address if what == "Peer-Address" else known(what),
+    )
+
+
+async def test_a_stranger_that_comes_and_goes_under_the_name_of_a_sender_ends_nothing(managers, backend, monkeypatch):
+    receiver, stranger = await managers(1, backend), await managers(0, backend, name="prefill-0")
+    posted = receiver.post_receive("t", [1, 2], sender="prefill-0")
+    with monkeypatch.context() as patched:
+        come_from("192.0.2.1", receiver, patched)
+        await stranger.open_link(receiver.endpoint)
+        await stranger.close()
+        async with asyncio.timeout(20):
+            while receiver._receiver.links or receiver._receiver._losing:
+                await asyncio.sleep(0.005)
+    sender = await managers(0, backend, name="prefill-0")
+    await finish(posted, await sender.open_send("t", posted.grant))
+
+
 @pytest.mark.parametrize(
     ("keys", "address", "is_trusted"),
     [(None, "127.0.0.1", True), (None, "192.0.2.1", False), (None, "", False), (KEYS["instance"], "192.0.2.1", True)],
@@ -153,12 +177,7 @@ async def test_what_comes_is_trusted_if_its_sender_has_a_key_or_is_of_this_host(
     managers, backend, monkeypatch, keys, address, is_trusted
 ):
     sender, receiver = [await managers(rank, backend, keys=keys) for rank in range(2)]
-    known = receiver._server._socket.said_by_connection
-    monkeypatch.setattr(
-        receiver._server._socket,
-        "said_by_connection",
-        lambda what: address if what == "Peer-Address" else known(what),
-    )
+    come_from(address, receiver, monkeypatch)
     posted = receiver.post_receive("t", [1])
     transfer = await sender.open_send("t", posted.grant)
     transfer.push([1], 0)

@@ -42,7 +42,7 @@ class KVTransferConfig(KVTransferSettings, frozen=True, kw_only=True, forbid_unk
     it."""
     expiry_s: Annotated[float, Bounds(0.0)] = 120.0
     """What nobody comes for in this time is given up: an unexpected transfer that was not asked for is dropped from the
-    lookup buffer, and a posted receive fails whose sender never began."""
+    lookup buffer, and a posted receive fails whose senders have not all begun."""
 
     def __post_init__(self) -> None:
         for _, problem in misfits(self):

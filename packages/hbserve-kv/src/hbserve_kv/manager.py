@@ -229,7 +229,8 @@ class KVTransferManager(KVTransferBase):
         self, transfer_id: str, block_ids: Sequence[int], *, may_be_partial: bool = False, sender: str = ""
     ) -> PostedReceive:
         """Expect one transfer into these blocks of the pool; with no blocks, only its commit. `sender`: the name of the
-        only instance that may send it.
+        only instance that may send it; if that one had connected and is lost before it begins, the transfer fails then,
+        and not only after `config.expiry_s`.
 
         A commit with fewer blocks fails the transfer. With `may_be_partial` it does not, and the result says so in
         `TransferResult.is_partial`: whether the missing blocks are needed is for the caller to decide.

@@ -140,10 +140,16 @@ class IncomingState(TransferState):
     """A sender may bring fewer."""
     senders: dict[str, SenderState] = field(default_factory=dict)
 
+    @property
+    def missing(self) -> frozenset[int]:
+        """Heads that no sender has begun to bring yet, of a transfer that has not ended."""
+        if self.phase > Phase.MOVING:
+            return frozenset()
+        return self.heads.difference(*(sender.heads for sender in self.senders.values()))
+
     def begin(self, link: str, heads: Iterable[int] = (0,), *, one_sided: bool) -> bool:
         brought = frozenset(heads)
-        taken = {head for sender in self.senders.values() for head in sender.heads}
-        if self.phase > Phase.MOVING or link in self.senders or brought & taken or not brought <= self.heads:
+        if self.phase > Phase.MOVING or link in self.senders or not brought <= self.missing:
             return False
         self.phase = Phase.MOVING
         self.senders[link] = SenderState(brought, one_sided)

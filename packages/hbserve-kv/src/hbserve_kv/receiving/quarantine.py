@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from hbserve_kv.protocol import messages
+from hbserve_kv.protocol.messages import Alive
 from hbserve_kv.protocol.transfer_state import Phase
 from hbserve_kv.receiving.transfer import IncomingLink, IncomingTransfer
 from hbserve_rpc import HBServeRpcError, Keys, RpcClient
@@ -26,6 +27,8 @@ GRACE_S = 1.0
 """After a sender has ended, what its system had already taken may still arrive for a moment."""
 CHECK_INTERVAL_S = 0.5
 ANSWER_TIMEOUT_S = 1.0
+GONE = Alive(epoch="", writing=[])
+"""Stands for the answer of a process that is not there any more."""
 FIRST_REMINDER_S, LONGEST_PAUSE_S = 60.0, 3600.0
 """When to repeat that blocks are out of use; each later repetition waits twice as long, up to the maximum."""
 
@@ -161,12 +164,18 @@ async def has_ended(lost: IncomingLink, keys: Keys | None) -> bool:
     the sender's host says that nothing listens at its address; or whoever listens there says that it is another life,
     or that it has ended the link.
     """
+    alive = await ask(lost, keys)
+    return alive is not None and (alive.epoch != lost.hello.epoch or lost.link.key not in alive.writing)
+
+
+async def ask(lost: IncomingLink, keys: Keys | None) -> Alive | None:
+    """What whoever is at the address of the link's sender says of itself; None if there is no answer. GONE if the host
+    says that nothing listens there."""
     if await nobody_listens(lost.hello.address, ANSWER_TIMEOUT_S):
-        return True
+        return GONE
     try:
         async with RpcClient(lost.hello.address, heartbeat_timeout_s=ANSWER_TIMEOUT_S, keys=keys) as client:
-            alive = await client.call(messages.ALIVE, messages.Nothing(), timeout_s=ANSWER_TIMEOUT_S)
+            return await client.call(messages.ALIVE, messages.Nothing(), timeout_s=ANSWER_TIMEOUT_S)
     except HBServeRpcError as error:
         logger.debug("%s does not say what it writes: %s", lost.hello.address, error)
-        return False
-    return alive.epoch != lost.hello.epoch or lost.link.key not in alive.writing
+        return None

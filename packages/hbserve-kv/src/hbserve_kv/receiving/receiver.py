@@ -3,7 +3,7 @@ on."""
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import NoReturn
 
 from hbserve_kv.config import GOODBYE_TIMEOUT_S, KVTransferConfig
@@ -28,7 +28,7 @@ from hbserve_kv.protocol.messages import (
 )
 from hbserve_kv.protocol.transfer_state import Phase
 from hbserve_kv.receiving.lookup_buffer import LookupBuffer
-from hbserve_kv.receiving.quarantine import Quarantine, has_ended
+from hbserve_kv.receiving.quarantine import Quarantine, ask, has_ended
 from hbserve_kv.receiving.transfer import IncomingLink, IncomingTransfer
 from hbserve_kv.transports.base import HeldRendezvous, Link, Transport
 from hbserve_rpc import InvalidRequest, Peer, RpcServer, calling_peer
@@ -57,7 +57,8 @@ class Receiver:
         self.quarantine = Quarantine(longest_s=config.expiry_s, on_revoked=self.end_links, keys=config.keys)
         self._asking: dict[str, asyncio.Task[None]] = {}
         """By link, a task that asks whether its sender is still there."""
-        self._dropping: set[asyncio.Task[None]] = set()
+        self._losing: set[asyncio.Task[None]] = set()
+        """Tasks of links that were lost, until nothing of them is left."""
 
     def serve_on(self, server: RpcServer) -> None:
         server.serve_stream(messages.LINK, self.serve_link)
@@ -91,8 +92,9 @@ class Receiver:
         return transfer
 
     def _expire(self, transfer: IncomingTransfer) -> None:
-        if transfer.phase is Phase.OPENING:
-            transfer.fail(f"no sender began within {self._config.expiry_s} s")
+        if missing := transfer.missing_heads:
+            of_heads = f" of heads {sorted(missing)}" if transfer.phase is Phase.MOVING else ""
+            transfer.fail(f"no sender{of_heads} began within {self._config.expiry_s} s")
 
     async def say_goodbye(self) -> None:
         """End every transfer and every link, and tell the senders. To be called before the server stops."""
@@ -109,7 +111,7 @@ class Receiver:
         self._fail_all()  # a message may have begun to arrive meanwhile
         await self.quarantine.close()
         await self._buffer.close()
-        await asyncio.gather(*self._asking.values(), *self._dropping, return_exceptions=True)
+        await asyncio.gather(*self._asking.values(), *self._losing, return_exceptions=True)
 
     def _fail_all(self) -> None:
         for transfer in list(self.transfers.values()):
@@ -169,10 +171,28 @@ class Receiver:
             self.end_links({old.link.key}, "the sender was restarted")
 
     def _lose(self, lost: IncomingLink, why: str) -> None:
-        if self.links.pop(lost.link.key, None) is not None:
-            dropping = lost.lose(why)
-            self._dropping.add(dropping)
-            dropping.add_done_callback(self._dropping.discard)
+        if self.links.pop(lost.link.key, None) is None:
+            return
+        losing = [lost.lose(why)]
+        awaited = [transfer for transfer in self.transfers.values() if transfer.awaits(lost)]
+        if awaited and lost.peer.is_trusted:  # a stranger may claim any name
+            losing.append(asyncio.create_task(self._fail_if_gone(lost, awaited)))
+        for task in losing:
+            self._losing.add(task)
+            task.add_done_callback(self._losing.discard)
+
+    async def _fail_if_gone(self, lost: IncomingLink, awaited: Sequence[IncomingTransfer]) -> None:
+        """End transfers that were granted to the sender of a lost link, and that it has not begun, unless it answers:
+        then it may connect anew. It knows no block of them, so its silence is enough, where a quarantine needs proof.
+
+        If another life of the sender is there, they may be granted to that one.
+        """
+        hello, answer = lost.hello, await ask(lost, self._config.keys)
+        lives = answer is not None and answer.epoch == hello.epoch
+        is_back = any((each.hello.name, each.hello.rank) == (hello.name, hello.rank) for each in self.links.values())
+        for transfer in awaited if not (lives or is_back) else ():
+            if transfer.awaits(lost):
+                transfer.fail(f"its sender {hello.name!r} was lost before it began")
 
     # ---- handlers ------------------------------------------------------------------------------------------------
 

@@ -214,6 +214,15 @@ class IncomingTransfer:
         return self._state.cause
 
     @property
+    def missing_heads(self) -> frozenset[int]:
+        """Those that no sender has begun to bring yet; none, if it has ended."""
+        return self._state.missing
+
+    def awaits(self, link: IncomingLink) -> bool:
+        """Whether it was granted to the sender of this link by name, and that one has not begun it."""
+        return self.sender == link.hello.name != "" and not self.missing_heads.isdisjoint(link.common_heads.heads())
+
+    @property
     def undrained(self) -> list[IncomingLink]:
         """Links over which something may still land."""
         return [self.links[key] for key in self._state.undrained]
