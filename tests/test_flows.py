@@ -51,7 +51,7 @@ FLOWS = {
         "hbserve_kv/memory: layout memory",
         "hbserve_kv/protocol: handshake messages transfer_state",
         "hbserve_kv/receiving: receiver transfer",
-        "hbserve_kv/sending: connection peers transfer",
+        "hbserve_kv/sending: link peers transfer",
         "hbserve_kv/transports: base nccl own_sockets",
         "hbserve_rpc: address client connected_client message_socket rpc_stream server server_connection wire",
     ),

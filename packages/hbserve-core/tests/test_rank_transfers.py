@@ -177,12 +177,12 @@ async def test_ranks_are_connected_ahead_to_those_that_want_heads_of_them(whole,
         await p.transfers.open_link(d.transfers.endpoint)
         ahead = [sorted(link.peer_rank // RANK_STRIDE for link in manager.links()) for manager in p.managers]
         assert ahead == links
-        before = [dict(manager._peers.connections) for manager in p.managers]
+        before = [dict(manager._peers.links) for manager in p.managers]
         posted = await d.transfers.post_receive("t", [5])
         send = await p.transfers.open_send("t", posted.grant)
         send.push([1], 0)
         assert (await send.commit()).outcome is Outcome.COMPLETED
-        assert [manager._peers.connections for manager in p.managers] == before
+        assert [manager._peers.links for manager in p.managers] == before
 
 
 @pytest.mark.parametrize("failing", [0, 1])

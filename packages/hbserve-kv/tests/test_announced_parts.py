@@ -240,7 +240,7 @@ async def test_a_send_that_nobody_takes_and_nobody_speaks_of_ends_at_a_deadline_
     monkeypatch.setattr(IncomingLink, "take", lambda *_: True)
     posted = receiver.post_receive("t", [1])
     transfer = await sender.open_send("t", posted.grant)
-    (connection,) = sender._peers.connections.values()
+    (connection,) = sender._peers.links.values()
     connection._under_way._timeout_s = 0.2  # heartbeats, which have the same deadline, must not miss it
     transfer.push([1], 0)
     async with asyncio.timeout(20):
@@ -254,7 +254,7 @@ async def test_a_send_that_nobody_takes_and_nobody_speaks_of_ends_at_a_deadline_
 async def announce(sender, receiver, message):
     """By the connection of their link, which nobody else speaks for; returns when the receiver has handled it."""
     before = receiver.stats().dropped_messages
-    sender._peers.connections[receiver.address].client.notify(PARTS, message)
+    sender._peers.links[receiver.address].client.notify(PARTS, message)
     async with asyncio.timeout(20):
         while receiver.stats().dropped_messages == before:
             await asyncio.sleep(0.01)
@@ -328,7 +328,7 @@ async def test_a_sender_that_is_closed_in_a_part_fails_the_transfer_and_frees_it
     async with asyncio.timeout(20):
         while not pipes.begun:
             await asyncio.sleep(0.01)
-        sender._peers.connections[receiver.address].lose("the sender was closed")
+        sender._peers.links[receiver.address].lose("the sender was closed")
         assert (await posted.wait()).outcome is Outcome.FAILED_DRAINED
         with pytest.raises(TransferFailed, match="not expected"):
             await sender.open_send("t", posted.grant)
@@ -370,13 +370,13 @@ async def test_a_backend_that_ignores_that_nobody_takes_its_part_is_given_no_oth
     async with asyncio.timeout(20):
         while not pushed:
             await asyncio.sleep(0.01)
-        sender._peers.connections[receiver.address].lose("the peer is gone")
+        sender._peers.links[receiver.address].lose("the peer is gone")
         result = await transfer.wait()
         await posted.cancel("test over")
     assert (result.outcome, result.error) == (Outcome.FAILED_DRAINED, "the peer is gone")
     assert pushed == [0]
     async with asyncio.timeout(20):
-        while any("Connection" in repr(task.get_coro()) for task in asyncio.all_tasks()):
+        while any("OutgoingLink" in repr(task.get_coro()) for task in asyncio.all_tasks()):
             await asyncio.sleep(0.01)
 
 

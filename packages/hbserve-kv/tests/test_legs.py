@@ -210,14 +210,14 @@ async def test_whoever_is_cancelled_while_it_opens_a_transfer_leaves_none(manage
 async def test_a_receiver_that_is_connected_after_the_transfer_has_failed_hears_so(managers, monkeypatch):
     network = LoopbackNetwork()
     sender, receiver = [await managers(i, "loopback", transport=network.transport()) for i in range(2)]
-    connect, is_connecting, may_connect = sender._peers.connection, asyncio.Event(), asyncio.Event()
+    connect, is_connecting, may_connect = sender._peers.link_to, asyncio.Event(), asyncio.Event()
 
     async def connection(*arguments):
         is_connecting.set()
         await may_connect.wait()
         return await connect(*arguments)
 
-    monkeypatch.setattr(sender._peers, "connection", connection)
+    monkeypatch.setattr(sender._peers, "link_to", connection)
     posted = receiver.post_receive("t", [1])
     opening = asyncio.create_task(sender.open_send("t", posted.grant))
     async with asyncio.timeout(20):

@@ -12,7 +12,7 @@ from hbserve_kv import Outcome
 from hbserve_kv.memory import shared_memory
 from hbserve_kv.memory.events import EventWatch
 from hbserve_kv.receiving.transfer import IncomingLink
-from hbserve_kv.sending.connection import MAX_ANNOUNCED_PARTS
+from hbserve_kv.sending.link import MAX_ANNOUNCED_PARTS
 from hbserve_kv.testing import CHECKS, LoopbackNetwork, run_check
 from hbserve_kv.testing.loopback import LoopbackTransport, TwoSidedLoopbackTransport
 from hbserve_kv.transports import ipc, nccl
@@ -165,7 +165,7 @@ async def test_a_part_that_is_not_ready_holds_up_no_other_transfer_and_none_of_i
         assert (await a.commit()).outcome is Outcome.COMPLETED
         assert {(await posted.wait()).outcome for posted in postings} == {Outcome.COMPLETED}
     assert pushed == [("b", 0), ("a", 0), ("a", 1)]
-    is_two_sided = not next(iter(sender._peers.connections.values())).transport.one_sided
+    is_two_sided = not next(iter(sender._peers.links.values())).transport.one_sided
     assert heard == (pushed if is_two_sided else []), "announced in the order in which they are sent, when they are"
     assert torch.equal(target[:4], source[[10, 11, 20, 21]])
 

@@ -120,13 +120,13 @@ async def test_a_peer_that_was_reached_is_not_blamed_for_what_it_failed_by_befor
 async def test_a_link_that_was_opened_ahead_is_the_one_that_transfers_go_over(processes_backend, managers):
     sender, receiver = [await managers(rank, processes_backend, timeout_s=10) for rank in (0, 1)]
     await asyncio.gather(*(sender.open_link(receiver.endpoint) for _ in range(3)))
-    (ahead,) = sender._peers.connections.values()
+    (ahead,) = sender._peers.links.values()
     assert [link.is_sender for link in sender.links()] == [True]
     sent, _ = await move(sender, receiver, "t")
     assert sent.outcome is Outcome.COMPLETED
-    assert list(sender._peers.connections.values()) == [ahead]
+    assert list(sender._peers.links.values()) == [ahead]
     await sender.open_link(receiver.endpoint)
-    assert list(sender._peers.connections.values()) == [ahead]
+    assert list(sender._peers.links.values()) == [ahead]
 
 
 async def test_a_link_to_a_life_that_has_ended_is_not_opened_and_one_to_the_present_life_is(managers):
@@ -228,7 +228,7 @@ async def test_a_sender_whose_link_was_replaced_hears_so_and_connects_anew(backe
     """Also by one that says to be the sender in this very life."""
     sender, receiver = await managers(0, backend), await managers(1, backend)
     await move(sender, receiver, "connects")
-    (old,) = sender._peers.connections.values()
+    (old,) = sender._peers.links.values()
     client = await forge_link(sender, receiver, sender.epoch)
     async with asyncio.timeout(20):
         while not old.lost:
@@ -242,7 +242,7 @@ async def test_a_sender_whose_link_was_replaced_hears_so_and_connects_anew(backe
 async def test_a_sender_that_hears_of_an_unknown_link_connects_anew_and_its_transfer_goes_on(backend, managers):
     sender, receiver = await managers(0, backend), await managers(1, backend)
     await move(sender, receiver, "connects")
-    (old,) = sender._peers.connections.values()
+    (old,) = sender._peers.links.values()
     old._listening.cancel()  # it never hears that the receiver has ended the link
     receiver._receiver._lose(next(iter(receiver._receiver.links.values())), "forgotten")
     async with asyncio.timeout(20):
@@ -270,7 +270,7 @@ async def test_a_sender_that_was_restarted_ends_the_link_of_its_earlier_life(man
     port = int(sender.address.rpartition(":")[2])
     await move(sender, receiver, "connects")
     (old,) = receiver._receiver.links.values()
-    (connection,) = sender._peers.connections.values()
+    (connection,) = sender._peers.links.values()
     connection.client._socket.close()  # as a process that is killed leaves it: nobody says anything
     connection.client._heart.cancel()
     await sender._server.stop()
@@ -364,7 +364,7 @@ async def test_a_grant_outlives_a_link_that_breaks_while_its_sender_lives(manage
     sender, receiver = await managers(0, backend, name="p"), await managers(1, backend)
     await sender.open_link(receiver.endpoint)
     posted = receiver.post_receive("t", [1], sender="p")
-    (connection,) = sender._peers.connections.values()
+    (connection,) = sender._peers.links.values()
     connection.lose("broken by the test")
     await until_noticed(receiver, num_links=0)
     transfer = await sender.open_send("t", posted.grant)

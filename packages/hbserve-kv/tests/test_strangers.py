@@ -100,7 +100,7 @@ async def test_a_grant_for_one_instance_is_of_no_use_to_another(managers, backen
             await other.open_send("t", posted.grant)
     else:
         await other.open_link(receiver.endpoint)
-        (connection,) = other._peers.connections.values()
+        (connection,) = other._peers.links.values()
         abandon = Abandon("t", connection.link.key, "forged", drained=True)
         with pytest.raises(InvalidRequest, match="was granted to 'prefill-0', and not to 'prefill-1'"):
             await connection.client.call(messages.ABANDON, abandon, timeout_s=30)
@@ -112,7 +112,7 @@ async def test_whoever_asks_for_what_a_link_that_has_ended_had_hears_that_and_th
 ):
     sender, receiver = [await managers(rank, "ipc") for rank in range(2)]
     await sender.open_link(receiver.endpoint)
-    (connection,) = sender._peers.connections.values()
+    (connection,) = sender._peers.links.values()
     (link,) = receiver._receiver.links.values()
     link.rendezvous.end()
     key = connection.link.key

@@ -105,7 +105,7 @@ async def test_a_commit_says_nothing_that_was_not_granted(backend, managers, cas
     sender, receiver = await managers(0, backend), await managers(1, backend)
     posted = receiver.post_receive("t", [1, 2, 3])
     transfer = await sender.open_send("t", posted.grant)
-    (connection,) = sender._peers.connections.values()
+    (connection,) = sender._peers.links.values()
     async with asyncio.timeout(20):
         with pytest.raises(InvalidRequest):
             await connection.client.call(COMMIT, FORGED[case](connection.link.key), timeout_s=10)
@@ -207,7 +207,7 @@ async def test_a_part_that_goes_on_after_its_transfer_and_then_its_connection_ha
     managers, monkeypatch
 ):
     """First for as long as it takes, then with patience, then as UNKNOWN; the receiver is told what is known."""
-    monkeypatch.setattr("hbserve_kv.sending.connection.DRAIN_PATIENCE_S", 0.2)
+    monkeypatch.setattr("hbserve_kv.sending.link.DRAIN_PATIENCE_S", 0.2)
     network, told = LoopbackNetwork(), []
     stuck, call = Stuck(network), RpcClient.call
 
@@ -227,7 +227,7 @@ async def test_a_part_that_goes_on_after_its_transfer_and_then_its_connection_ha
         await asyncio.wait([aborting], timeout=0.5)
         assert not aborting.done(), "the part is read, and its peer is there"
         assert told == []
-        sender._peers.connections[receiver.address].lose("the peer is gone")
+        sender._peers.links[receiver.address].lose("the peer is gone")
         assert await aborting is Outcome.UNKNOWN
         draining = asyncio.create_task(transfer.drained())
         await asyncio.wait([draining], timeout=0.2)

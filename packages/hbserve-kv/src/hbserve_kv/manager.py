@@ -175,7 +175,7 @@ class KVTransferManager(KVTransferBase):
             transfer.state.fail("the sender was closed")
         if outgoing:
             await asyncio.wait([transfer.result for transfer in outgoing], timeout=GOODBYE_TIMEOUT_S)
-        # Those that still wait for their peer's answer do so only while there is a connection to it.
+        # Those that still wait for their peer's answer do so only while there is a link to it.
         await self._peers.close()
         await asyncio.gather(*(task for transfer in outgoing for task in transfer.tasks), self._offers.closed())
         await self._receiver.say_goodbye()
@@ -221,7 +221,7 @@ class KVTransferManager(KVTransferBase):
         """
         self._require_open("ahead")
         receivers = [each for each in read_grants(endpoint) if self.heads.common(each.heads)]
-        await asyncio.gather(*(self._peers.connection(each.address, each.epoch) for each in receivers))
+        await asyncio.gather(*(self._peers.link_to(each.address, each.epoch) for each in receivers))
 
     # ---- blocks of the pool --------------------------------------------------------------------------------------
 
@@ -395,6 +395,6 @@ class KVTransferManager(KVTransferBase):
 
     def links(self) -> list[LinkInfo]:
         """What carries the bytes to and from each connected peer."""
-        to = [(each.link, each.transport) for each in self._peers.connections.values()]
+        to = [(each.link, each.transport) for each in self._peers.links.values()]
         of = [(each.link, each.transport) for each in self._receiver.links.values()]
         return [LinkInfo(link.peer_rank, link.is_sender, transport.name, link.told) for link, transport in [*to, *of]]

@@ -112,7 +112,7 @@ class TransferState:
 
 
 @dataclass
-class SenderState:
+class SenderProgress:
     """The progress of one sender of a transfer."""
 
     heads: frozenset[int]
@@ -138,7 +138,7 @@ class IncomingState(TransferState):
     """Blocks that were granted: when a sender commits, it must have brought its heads of all of them."""
     may_be_partial: bool = False
     """A sender may bring fewer."""
-    senders: dict[str, SenderState] = field(default_factory=dict)
+    senders: dict[str, SenderProgress] = field(default_factory=dict)
 
     @property
     def missing(self) -> frozenset[int]:
@@ -152,7 +152,7 @@ class IncomingState(TransferState):
         if self.phase > Phase.MOVING or link in self.senders or not brought <= self.missing:
             return False
         self.phase = Phase.MOVING
-        self.senders[link] = SenderState(brought, one_sided)
+        self.senders[link] = SenderProgress(brought, one_sided)
         return True
 
     def start_parts(self, link: str, *parts: int) -> bool:
@@ -256,7 +256,7 @@ def _are_all(parts: set[int], num_parts: int) -> bool:
 
 
 @dataclass
-class LegState:
+class LegProgress:
     """Progress of one leg, which is what a transfer sends to one rank of its receiver."""
 
     one_sided: bool = False
@@ -290,7 +290,7 @@ class SendState(TransferState):
         """on_change: called after changes that somebody may wait for; parts that move before the commit are not among
         them."""
         super().__init__()
-        self.legs = [LegState() for _ in range(num_legs)]
+        self.legs = [LegProgress() for _ in range(num_legs)]
         self.error: Exception | None = None
         """The exception that the cause comes from, if it was one."""
         self.payload = b""

@@ -164,11 +164,11 @@ async def has_ended(lost: IncomingLink, keys: Keys | None) -> bool:
     the sender's host says that nothing listens at its address; or whoever listens there says that it is another life,
     or that it has ended the link.
     """
-    alive = await ask(lost, keys)
+    alive = await ask_sender(lost, keys)
     return alive is not None and (alive.epoch != lost.hello.epoch or lost.link.key not in alive.writing)
 
 
-async def ask(lost: IncomingLink, keys: Keys | None) -> Alive | None:
+async def ask_sender(lost: IncomingLink, keys: Keys | None) -> Alive | None:
     """What whoever is at the address of the link's sender says of itself; None if there is no answer. GONE if the host
     says that nothing listens there."""
     if await nobody_listens(lost.hello.address, ANSWER_TIMEOUT_S):

@@ -28,7 +28,7 @@ from hbserve_kv.protocol.messages import (
 )
 from hbserve_kv.protocol.transfer_state import Phase
 from hbserve_kv.receiving.lookup_buffer import LookupBuffer
-from hbserve_kv.receiving.quarantine import Quarantine, ask, has_ended
+from hbserve_kv.receiving.quarantine import Quarantine, ask_sender, has_ended
 from hbserve_kv.receiving.transfer import IncomingLink, IncomingTransfer
 from hbserve_kv.transports.base import HeldRendezvous, Link, Transport
 from hbserve_rpc import InvalidRequest, Peer, RpcServer, calling_peer
@@ -187,7 +187,7 @@ class Receiver:
 
         If another life of the sender is there, they may be granted to that one.
         """
-        hello, answer = lost.hello, await ask(lost, self._config.keys)
+        hello, answer = lost.hello, await ask_sender(lost, self._config.keys)
         lives = answer is not None and answer.epoch == hello.epoch
         is_back = any((each.hello.name, each.hello.rank) == (hello.name, hello.rank) for each in self.links.values())
         for transfer in awaited if not (lives or is_back) else ():

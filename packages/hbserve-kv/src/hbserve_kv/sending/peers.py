@@ -14,7 +14,7 @@ from hbserve_kv.memory.layout import sides
 from hbserve_kv.protocol import messages
 from hbserve_kv.protocol.handshake import Identity
 from hbserve_kv.protocol.messages import Handshake, LinkReply
-from hbserve_kv.sending.connection import Connection
+from hbserve_kv.sending.link import OutgoingLink
 from hbserve_kv.transports.base import Link, Transport, disconnect
 from hbserve_rpc import HBServeRpcError, InvalidAddress, Keys, RpcClient, RpcStream
 
@@ -54,7 +54,7 @@ class Breaker:
 
 
 class Peers:
-    """One connection for each peer that is there; of peers that are gone, only when to try them again."""
+    """One link to each peer that is there; of peers that are gone, only when to try them again."""
 
     def __init__(
         self,
@@ -69,21 +69,21 @@ class Peers:
         self._my_address = my_address
         self._transports = transports
         self._timeout_s = timeout_s
-        self.connections: dict[str, Connection] = {}
-        self._connecting: dict[str, asyncio.Task[Connection]] = {}
+        self.links: dict[str, OutgoingLink] = {}
+        self._connecting: dict[str, asyncio.Task[OutgoingLink]] = {}
         self._breakers: dict[tuple[str, str], Breaker] = {}
-        self._closing: dict[asyncio.Task[None], Connection] = {}
-        self._not_quiet: set[Connection] = set()
+        self._closing: dict[asyncio.Task[None], OutgoingLink] = {}
+        self._not_quiet: set[OutgoingLink] = set()
         self._closed = False
 
-    async def connection(self, address: str, epoch: str) -> Connection:
-        """The connection to the peer at `address` in its life `epoch`, or in any life if that is "".
+    async def link_to(self, address: str, epoch: str) -> OutgoingLink:
+        """The link to the peer at `address` in its life `epoch`, or in any life if that is "".
 
         Raises:
             FingerprintMismatch: the peer's KV means something else.
             TransferFailed: it is not there, or is another life; or it was not there a moment ago.
         """
-        while (found := self.connections.get(address)) is not None:
+        while (found := self.links.get(address)) is not None:
             if epoch in ("", found.epoch):
                 return found
             if await self._is_old(found, epoch):
@@ -94,15 +94,15 @@ class Peers:
             raise TransferFailed(f"{address} was restarted since it granted this")
         return found
 
-    async def _is_old(self, found: Connection, epoch: str) -> bool:
-        """Whether `epoch` is an earlier life than that of `found`: a healthy connection must survive an old grant."""
+    async def _is_old(self, found: OutgoingLink, epoch: str) -> bool:
+        """Whether `epoch` is an earlier life than that of `found`: a healthy link must survive an old grant."""
         try:
             alive = await found.client.call(messages.ALIVE, messages.Nothing(), timeout_s=self._timeout_s)
         except HBServeRpcError:
             return False
         return alive.epoch == found.epoch
 
-    async def _shared_attempt(self, address: str, epoch: str) -> Connection:
+    async def _shared_attempt(self, address: str, epoch: str) -> OutgoingLink:
         if self._closed:
             raise TransferFailed("the sender was closed")
         if address not in self._connecting:
@@ -120,12 +120,12 @@ class Peers:
                 raise TransferFailed("the sender was closed") from None
             raise
 
-    def _attempted(self, address: str, done: asyncio.Task[Connection]) -> None:
+    def _attempted(self, address: str, done: asyncio.Task[OutgoingLink]) -> None:
         del self._connecting[address]
         if not done.cancelled():
             done.exception()  # whoever waited has the error; if nobody does any more, the breaker has it
 
-    async def _attempt(self, address: str, epoch: str) -> Connection:
+    async def _attempt(self, address: str, epoch: str) -> OutgoingLink:
         try:
             made = await self._connect(address)
         except FingerprintMismatch:
@@ -134,7 +134,7 @@ class Peers:
             self._failed((address, epoch), str(error))
             raise
         self._breakers.pop((address, epoch), None)
-        self.connections[address] = made
+        self.links[address] = made
         self._not_quiet.add(made)
         made.on_lost = lambda closing: self._lost(address, made, closing)
         return made
@@ -144,8 +144,8 @@ class Peers:
         self._breakers = {each: breaker for each, breaker in self._breakers.items() if not breaker.is_stale(now_s)}
         self._breakers.setdefault(key, Breaker()).failed(error, now_s)
 
-    def _lost(self, address: str, lost: Connection, closing: asyncio.Task[None]) -> None:
-        del self.connections[address]
+    def _lost(self, address: str, lost: OutgoingLink, closing: asyncio.Task[None]) -> None:
+        del self.links[address]
         self.writing()  # forgets those that are quiet by now
         self._closing[closing] = lost
         closing.add_done_callback(self._closing.pop)
@@ -156,7 +156,7 @@ class Peers:
         return [each.link.key for each in self._not_quiet]
 
     async def close(self) -> None:
-        """Lose every connection; returns when nothing is left of them.
+        """Lose every link; returns when nothing is left of them.
 
         A peer that does not answer, because it is dead or frozen, is not waited for: it finds out by itself.
         """
@@ -164,17 +164,17 @@ class Peers:
         for attempt in list(self._connecting.values()):
             attempt.cancel()
         await asyncio.gather(*self._connecting.values(), return_exceptions=True)
-        for connection in list(self.connections.values()):
-            connection.lose("the sender was closed")
+        for link in list(self.links.values()):
+            link.lose("the sender was closed")
         closing = dict(self._closing)
         if closing:
             await asyncio.wait(closing, timeout=GOODBYE_TIMEOUT_S)
-            await asyncio.gather(*(connection.hang_up() for task, connection in closing.items() if not task.done()))
+            await asyncio.gather(*(link.hang_up() for task, link in closing.items() if not task.done()))
         await asyncio.gather(*closing, return_exceptions=True)
 
     # ---- connecting ----------------------------------------------------------------------------------------------
 
-    async def _connect(self, address: str) -> Connection:
+    async def _connect(self, address: str) -> OutgoingLink:
         """Connect by the best transport that both sides have. If connecting by it fails, try the next best.
 
         Raises:
@@ -196,7 +196,7 @@ class Peers:
                 passed_over = "".join(f"; not {name}: {reason}" for name, reason in reply.passed_over.items())
                 whom = "itself" if address == self._my_address() else address
                 logger.info("link to %s: %s%s%s", whom, transport.name, link.told and f", {link.told}", passed_over)
-                return Connection(client, stream, reply, link, transport, timeout_s)
+                return OutgoingLink(client, stream, reply, link, transport, timeout_s)
             await stream.aclose()
             await client.close()
             if not offers:

@@ -1,4 +1,4 @@
-"""SendTransfer: one transfer at its sender, from `open_send` to `commit`; what its legs do is in connection.py."""
+"""SendTransfer: one transfer at its sender, from `open_send` to `commit`; what its legs do is in link.py."""
 
 import asyncio
 import logging
@@ -10,7 +10,7 @@ from hbserve_kv.memory.layout import checked_blocks, checked_layers
 from hbserve_kv.memory.memory import Memory, Region
 from hbserve_kv.protocol.messages import AnnouncedPart, Begin, checked_payload
 from hbserve_kv.protocol.transfer_state import Outcome, Phase, SendState, TransferResult
-from hbserve_kv.sending.connection import Leg
+from hbserve_kv.sending.link import Leg
 from hbserve_kv.sending.peers import Peers
 from hbserve_kv.transports.base import Part
 
@@ -47,7 +47,7 @@ class SendTransfer:
         self._region: Region = "pool" if begin.num_bytes is None else "arena"
         self._peers = peers
         self._legs: dict[int, Leg] = {}
-        """Those whose connection has been made."""
+        """Those whose link has been made."""
         self._opened = asyncio.Event()
         self._drained = asyncio.Event()
         self.state = SendState(len(receivers), self._publish)
@@ -56,16 +56,16 @@ class SendTransfer:
         """One for each leg; it ends when the receiver knows how the transfer ended."""
 
     async def _run_leg(self, number: int, address: str, epoch: str) -> None:
-        for _ in range(2):  # if the receiver has ended the connection already, once more over a new one
+        for _ in range(2):  # if the receiver has ended the link already, once more over a new one
             try:
-                connection = await self._peers.connection(address, epoch)
+                outgoing = await self._peers.link_to(address, epoch)
             except Exception as error:
                 self.state.fail(str(error), number, error)
                 return
-            self._legs[number] = Leg(connection, number, self.state, self._begin, self._memory)
+            self._legs[number] = Leg(outgoing, number, self.state, self._begin, self._memory)
             if await self._legs[number].run():
                 return
-        self.state.fail(f"{address} has ended the connection, and a new one too", number)
+        self.state.fail(f"{address} has ended the link, and a new one too", number)
 
     def _publish(self) -> None:
         """Called by the state after each change."""
@@ -171,7 +171,7 @@ class SendTransfer:
     def _push(self, leg: Leg, units: list[int], first: int, ready: Any, layers: range | None) -> bool:
         """Queue parts of a leg. False: the transfer has failed."""
         is_waiting = bool(leg.parts)
-        step = max(1, leg.connection.transport.max_part_bytes // leg.side.of_layers(layers).unit_bytes)
+        step = max(1, leg.outgoing.transport.max_part_bytes // leg.side.of_layers(layers).unit_bytes)
         span = None if layers is None else (layers.start, layers.stop)
         for start in range(0, len(units), step):
             ids = units[start : start + step]
@@ -183,7 +183,7 @@ class SendTransfer:
             leg.parts.append((part, AnnouncedPart(index, place, len(ids), span)))
             leg.pushed.add(range(place, place + len(ids)), layers)
         if leg.parts and not is_waiting:
-            leg.connection.queue(leg)
+            leg.outgoing.queue(leg)
         return True
 
     async def commit(self, payload: bytes = b"") -> TransferResult:

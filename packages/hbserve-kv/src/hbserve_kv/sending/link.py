@@ -1,4 +1,4 @@
-"""The sending end of a link: one life of the connection to one peer, and the legs of transfers that go over it."""
+"""The sending end of a link, and the legs of transfers that go over it. The receiving end: receiving/transfer.py."""
 
 import asyncio
 import contextlib
@@ -33,28 +33,28 @@ logger = logging.getLogger(__name__)
 
 MAX_ANNOUNCED_PARTS = 16
 DRAIN_PATIENCE_S = 2.0
-"""How long a part may keep moving after its connection was lost before its transfer is UNKNOWN. One of Mooncake's may
+"""How long a part may keep moving after its link was lost before its transfer is UNKNOWN. One of Mooncake's may
 for a minute."""
 CAUSE_PATIENCE_S = 0.2
-"""How long a failed push waits for a better explanation, which comes over another connection."""
+"""How long a failed push waits for a better explanation, which comes over the RPC connection."""
 
 
 class LinkUnknown(ConnectionError):
-    """The receiver has already ended a connection that this side still has."""
+    """The receiver has already ended a link that this side still has."""
 
 
 class Leg:
-    """What one transfer sends over one connection: leg `number` of `state`. Its life is one task, `run`."""
+    """What one transfer sends over one link: leg `number` of `state`. Its life is one task, `run`."""
 
-    def __init__(self, connection: "Connection", number: int, state: SendState, begin: Begin, memory: Memory) -> None:
-        self.connection = connection
+    def __init__(self, outgoing: "OutgoingLink", number: int, state: SendState, begin: Begin, memory: Memory) -> None:
+        self.outgoing = outgoing
         self.number = number
         self.state = state
-        self.begin = msgspec.structs.replace(begin, link=connection.link.key)
+        self.begin = msgspec.structs.replace(begin, link=outgoing.link.key)
         self.target: Accepted  # set when the receiver accepts
         self.parts: deque[tuple[Part, AnnouncedPart]] = deque()
         """Pushed, but not begun yet."""
-        self.side = connection.link.mine
+        self.side = outgoing.link.mine
         self.target_units: list[int] = []
         """What the receiver has granted, as the link counts it."""
         self.pushed = Coverage(self.side.layout.num_layers)
@@ -82,11 +82,11 @@ class Leg:
             await self._has_changed.wait()
 
     async def run(self) -> bool:
-        """From BEGIN to the last message to the receiver. False: the receiver had ended the connection, without our
+        """From BEGIN to the last message to the receiver. False: the receiver had ended the link, without our
         having heard, and nothing has been sent."""
-        legs, name = self.connection.legs, self.begin.transfer_id
+        legs, name = self.outgoing.legs, self.begin.transfer_id
         if name in legs:
-            self.state.fail(f"one to {self.connection.client.address} is under way already")
+            self.state.fail(f"one to {self.outgoing.client.address} is under way already")
             return True
         legs[name] = self
         try:
@@ -94,10 +94,10 @@ class Leg:
             if self.state.failed or await self._hand_over():
                 await self._drain()
         except LinkUnknown as error:
-            self.connection.forget(name)
-            self.connection.lose(str(error))
+            self.outgoing.forget(name)
+            self.outgoing.lose(str(error))
             return False
-        self.connection.forget(name)
+        self.outgoing.forget(name)
         return True
 
     async def _hand_over(self) -> bool:
@@ -122,18 +122,18 @@ class Leg:
         return True
 
     async def _begin(self) -> None:
-        connection = self.connection
+        outgoing = self.outgoing
         # The receiver waits for room in its lookup buffer no longer than its own deadline.
-        timeout_s = 2 * connection.timeout_s
-        target = await connection.client.call(messages.BEGIN, self.begin, timeout_s=timeout_s)
+        timeout_s = 2 * outgoing.timeout_s
+        target = await outgoing.client.call(messages.BEGIN, self.begin, timeout_s=timeout_s)
         if isinstance(target, UnknownLink):
-            raise LinkUnknown(f"{connection.client.address} does not know the link any more")
+            raise LinkUnknown(f"{outgoing.client.address} does not know the link any more")
         region: Region = "pool" if self.begin.num_bytes is None else "arena"
         if target.region != region or not all(block_id >= 0 for block_id in target.block_ids):
-            raise TransferFailed(f"{connection.client.address} accepts it into blocks it cannot have granted: {target}")
+            raise TransferFailed(f"{outgoing.client.address} accepts it into blocks it cannot have granted: {target}")
         self.target = target
-        self.target_units = connection.link.peer.units(target.block_ids) if region == "pool" else target.block_ids
-        self.state.accept(self.number, one_sided=connection.transport.one_sided)
+        self.target_units = outgoing.link.peer.units(target.block_ids) if region == "pool" else target.block_ids
+        self.state.accept(self.number, one_sided=outgoing.transport.one_sided)
 
     async def _commit(self) -> None:
         num_parts, num_bytes = self.state.legs[self.number].num_pushed, len(self.pushed) * self.side.unit_bytes
@@ -147,37 +147,37 @@ class Leg:
             self._checksums,
         )
         # The receiver answers when all parts have landed, and each of them has a deadline of its own.
-        timeout_s = self.connection.timeout_s * (2 + num_parts)
-        await self.connection.client.call(messages.COMMIT, message, timeout_s=timeout_s)
+        timeout_s = self.outgoing.timeout_s * (2 + num_parts)
+        await self.outgoing.client.call(messages.COMMIT, message, timeout_s=timeout_s)
         self.state.acknowledge(self.number)
 
     async def _drain(self) -> None:
         """Wait until nothing is read for this leg any more. If it has failed, tell the receiver, and before that also
         that it is not known yet."""
-        connection, mine, name = self.connection, self.state.legs[self.number], self.begin.transfer_id
+        outgoing, mine, name = self.outgoing, self.state.legs[self.number], self.begin.transfer_id
 
         def is_over() -> bool:
-            return mine.is_quiet or connection.quiet.is_set()
+            return mine.is_quiet or outgoing.quiet.is_set()
 
         if not mine.acknowledged:
-            await self._until(lambda: mine.is_quiet or connection.lost)
+            await self._until(lambda: mine.is_quiet or outgoing.lost)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(DRAIN_PATIENCE_S):
                     await self._until(is_over)
             if not is_over():
                 self.state.give_up()
-                await connection.abandon(name, self.state.cause, drained=False)
+                await outgoing.abandon(name, self.state.cause, drained=False)
         await self._until(is_over)
         may_be_buffered = not mine.is_quiet
         self.state.close(self.number)
         if not mine.acknowledged:
-            await connection.abandon(name, self.state.cause, drained=True, may_be_buffered=may_be_buffered)
+            await outgoing.abandon(name, self.state.cause, drained=True, may_be_buffered=may_be_buffered)
 
     async def note_checksums(self, parts: Sequence[tuple[Part, AnnouncedPart]]) -> None:
         """Compute checksums for the commit, if the receiver wants them."""
         if not self.target.checksum:
             return
-        link = self.connection.link
+        link = self.outgoing.link
         try:
             for part, what in parts:
                 units = dict(zip(range(what.first, what.end), part.block_ids, strict=True))
@@ -190,8 +190,8 @@ class Leg:
             self.state.fail(f"checksum: {type(error).__name__}: {error}", self.number, error)
 
 
-class Connection:
-    """The sending end of a link, which is lost once and never used again.
+class OutgoingLink:
+    """The sending end of a link. It is lost once, and never used again.
 
     The parts of all transfers to the peer are pushed over it one after the other, in the order in which they become
     ready; those of one transfer in the order of its pushes.
@@ -278,7 +278,7 @@ class Connection:
         """Push the legs' parts, turn by turn: each leg's parts in the order in which they were pushed.
 
         Over a two-sided transport they are announced first, several in one message, and may land a little later than
-        this counts them: see COMMIT. A failed part that may still be moving loses the connection, and so does any
+        this counts them: see COMMIT. A failed part that may still be moving loses the link, and so does any
         failure after which the two sides may disagree on what was sent.
         """
         is_announced = not self.transport.one_sided
