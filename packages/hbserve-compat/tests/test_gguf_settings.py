@@ -13,6 +13,7 @@ from hbserve.gguf_settings import left_out
 from hbserve_core.model.model_config import load_model_config
 from hbserve_core.model.rope import angle_table
 from hbserve_core.model.weights import load_weights
+from hbserve_testing.narrowing import present
 
 SIZES: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -175,7 +176,7 @@ def test_experts_have_their_own_names_in_the_folder(tmp_path):
     writer.close()
     conversion._write_model(tmp_path / "x.gguf", tmp_path / "folder")
     found = load_weights(load_model_config(tmp_path / "folder"), "safetensors", torch.float32, torch.device("cpu"))
-    experts = found.layers[0].experts
+    experts = present(found.layers[0].experts)
     expected = np.concatenate((written["blk.0.ffn_gate_exps"], written["blk.0.ffn_up_exps"]), 1)
     assert torch.equal(experts.gate_up, torch.from_numpy(expected))
     assert torch.equal(experts.down, torch.from_numpy(written["blk.0.ffn_down_exps"]))

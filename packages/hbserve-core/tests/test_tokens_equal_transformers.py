@@ -79,8 +79,10 @@ def test_longrope_of_layers_with_a_window_is_that_of_the_longest_sequence_too(
     """Of Gemma 3, which has one RoPE for each kind of layers."""
     name = "gemma3-local-longrope"
     limit = 64 if length < 58 else None
-    settings = {"block_size": BLOCK, "num_blocks": 64, "max_model_len": limit, "device": "cpu"}
-    runner = ModelRunner(InstanceConfig(model_path=str(model_folder(name)), **settings))
+    folder = str(model_folder(name))
+    runner = ModelRunner(
+        InstanceConfig(model_path=folder, block_size=BLOCK, num_blocks=64, max_model_len=limit, device="cpu")
+    )
     stepping = stepper(runner)
     sequence = stepping.sequence(prompt(length))
     stepping.generate([sequence], 6, CHUNK)
