@@ -1,4 +1,4 @@
-"""When the requests of a load are to be sent, in seconds from its begin."""
+"""Times at which the requests of a load are to be sent, in seconds from its begin."""
 
 import itertools
 import math

@@ -1,4 +1,4 @@
-"""When a modelled engine launches its steps: chosen as in hbserve_core/engine/step_times.py, with the times of a
+"""Launch times of a modelled engine's steps, chosen as in hbserve_core/engine/step_times.py with the times of a
 profile."""
 
 import math
