@@ -818,17 +818,21 @@ def test_ranks_of_an_instance_move_their_parts_of_the_bytes_at_the_same_time(sma
 
 
 @pytest.mark.parametrize(
-    ("make", "problem"),
+    ("kind", "values", "problem"),
     [
-        (lambda: EngineLimits(chunk_size=0), "chunk_size=0: expected at least 1"),
-        (lambda: EngineLimits(max_num_seqs="8"), "max_num_seqs='8': expected `int`, got `str`"),
-        (lambda: Layout(prefill=-1, decode=1), "prefill=-1: expected at least 0"),
-        (lambda: Question(profile(), -5, 1, 1.0, 1.0, 1.0), "input_len=-5: expected at least 1"),
-        (lambda: Fault("d0", -1.0), "at_s=-1.0: expected at least 0.0"),
-        (lambda: Deployment(profile(), ("both",)), "roles[0]='both': expected one of prefill, decode, hybrid"),
-        (lambda: Deployment(profile(), ("hybrid",), limits={}), "limits={}: expected `EngineLimits`, got `dict`"),
+        (EngineLimits, [0], "chunk_size=0: expected at least 1"),
+        (EngineLimits, [None, "8"], "itl_target_ms='8': expected `float | null`, got `str`"),
+        (Layout, [-1, 1], "prefill=-1: expected at least 0"),
+        (Question, [profile(), -5, 1, 1.0, 1.0, 1.0], "input_len=-5: expected at least 1"),
+        (Fault, ["d0", -1.0], "at_s=-1.0: expected at least 0.0"),
+        (Deployment, [profile(), ("both",)], "roles[0]='both': expected one of prefill, decode, hybrid"),
+        (
+            Deployment,
+            [profile(), ("hybrid",), SETTINGS, {}],
+            "limits={}: expected `EngineLimits`, got `dict`",
+        ),
     ],
 )
-def test_what_is_asked_of_it_in_python_is_checked_where_it_is_made(make, problem):
+def test_what_is_asked_of_it_in_python_is_checked_where_it_is_made(kind, values, problem):
     with pytest.raises(InvalidRequest, match=f"^{re.escape(problem)}$"):
-        make()
+        kind(*values)

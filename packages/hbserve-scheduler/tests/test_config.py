@@ -374,33 +374,28 @@ def test_a_scheduler_is_configured_in_python_as_in_a_file(given, message):
 
 
 @pytest.mark.parametrize(
-    ("make", "problem"),
+    ("section", "values", "problem"),
     [
-        (lambda: ServerSection(port=-1), "port=-1: expected 0 to 65535"),
-        (lambda: ServerSection(api_servers="2"), "api_servers='2': expected `int`, got `str`"),
-        (lambda: ServerSection(cors_origins=["*", 1]), "cors_origins[1]=1: expected `str`, got `int`"),
-        (lambda: ModelSection(max_model_len=-4), "max_model_len=-4: expected at least 1"),
-        (lambda: EngineSection(device="tpu"), "device='tpu': expected 'auto', 'cpu' or 'cuda:N'"),
-        (lambda: KVTransferSection(timeout_s=-1), "timeout_s=-1: expected at least 0.1"),
-        (lambda: SecuritySection(allow_insecure=1), "allow_insecure=1: expected `bool`, got `int`"),
+        (ServerSection, {"port": -1}, "port=-1: expected 0 to 65535"),
+        (ServerSection, {"api_servers": "2"}, "api_servers='2': expected `int`, got `str`"),
+        (ServerSection, {"cors_origins": ["*", 1]}, "cors_origins[1]=1: expected `str`, got `int`"),
+        (ModelSection, {"max_model_len": -4}, "max_model_len=-4: expected at least 1"),
+        (EngineSection, {"device": "tpu"}, "device='tpu': expected 'auto', 'cpu' or 'cuda:N'"),
+        (KVTransferSection, {"timeout_s": -1}, "timeout_s=-1: expected at least 0.1"),
+        (SecuritySection, {"allow_insecure": 1}, "allow_insecure=1: expected `bool`, got `int`"),
+        (RaySection, {"resources": {"prefill": 1}}, "resources={'prefill': 1}: expected `object`, got `int`"),
+        (InstanceSection, {"instance_type": "x"}, "instance_type='x': expected one of prefill, decode, hybrid"),
+        (DeploymentConfig, {"server": {}}, "server={}: expected `ServerSection`, got `dict`"),
         (
-            lambda: RaySection(resources={"prefill": {"a": "b"}}),
-            "resources={'prefill': {'a': 'b'}}: expected `float`, got `str`",
-        ),
-        (
-            lambda: InstanceSection(instance_type="both"),
-            "instance_type='both': expected one of prefill, decode, hybrid",
-        ),
-        (lambda: DeploymentConfig(server={"port": 1}), "server={'port': 1}: expected `ServerSection`, got `dict`"),
-        (
-            lambda: DeploymentConfig(gpu_instances=[{"instance_type": "hybrid"}]),
+            DeploymentConfig,
+            {"gpu_instances": [{"instance_type": "hybrid"}]},
             "gpu_instances=[{'instance_type': 'hybrid'}]: expected `InstanceSection`, got `dict`",
         ),
     ],
 )
-def test_a_section_that_is_made_in_python_is_checked_as_one_of_a_file(make, problem):
+def test_a_section_that_is_made_in_python_is_checked_as_one_of_a_file(section, values, problem):
     with pytest.raises(ConfigError, match=f"^{re.escape(problem)}$"):
-        make()
+        section(**values)
 
 
 @pytest.mark.parametrize(
