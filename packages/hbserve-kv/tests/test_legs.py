@@ -183,14 +183,14 @@ async def test_whoever_is_cancelled_while_it_opens_a_transfer_leaves_none(manage
     network = LoopbackNetwork()
     sender, receiver = [await managers(i, "loopback", transport=network.transport()) for i in range(2)]
     begun, may_answer = asyncio.Event(), asyncio.Event()
-    serve = receiver._receiver._find
+    serve = receiver._receiver._granted_or_buffered
 
     async def wait(*arguments):
         begun.set()
         await may_answer.wait()
         return await serve(*arguments)
 
-    monkeypatch.setattr(receiver._receiver, "_find", wait)
+    monkeypatch.setattr(receiver._receiver, "_granted_or_buffered", wait)
     posted = receiver.post_receive("t", [1])
     opening = asyncio.create_task(sender.open_send("t", posted.grant))
     async with asyncio.timeout(20):

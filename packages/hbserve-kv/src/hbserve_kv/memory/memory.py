@@ -1,4 +1,4 @@
-"""The memory that a transfer may touch: the engine's block pool, and the lookup buffer, which is called the arena here.
+"""The memory that a transfer may touch: the engine's block pool, and the arena, from which `LookupBuffer` has its room.
 
 A PoolLayout says where the pool's blocks lie; in the arena, blocks have the same bytes and lie one after another. torch
 is imported only where there is a GPU, and for `Rows`.
@@ -28,7 +28,8 @@ WORD_BYTES = 8
 
 
 class Memory:
-    """Pool and arena of one instance. The arena is the lookup buffer; its blocks are handed out here."""
+    """Pool and arena of one instance. The arena is `buffer_size` bytes, which are handed out here by blocks: for whole
+    tensors that arrive, or are sent (`hbserve_kv.receiving.lookup_buffer`)."""
 
     def __init__(self, pool: Any, buffer_size: int, heads: HeadRange | None = None) -> None:
         """Raises TypeError or ValueError: it is no pool, or does not have as many heads; BufferTooLarge."""

@@ -221,7 +221,7 @@ class Receiver:
         if link is None:
             self.dropped_messages += 1
             return UnknownLink()
-        transfer = await self._find(begin, link)
+        transfer = await self._granted_or_buffered(begin, link)
         self._require_sender(transfer, link)
         if not transfer.begin(link):
             if begin.num_bytes is not None and transfer.phase is Phase.OPENING:
@@ -229,7 +229,8 @@ class Receiver:
             self._drop_message(f"transfer {begin.transfer_id} has begun or ended already")
         return Accepted(transfer.region, transfer.block_ids, self._config.checksum)
 
-    async def _find(self, begin: Begin, link: IncomingLink) -> IncomingTransfer:
+    async def _granted_or_buffered(self, begin: Begin, link: IncomingLink) -> IncomingTransfer:
+        """The transfer that was granted; or a new one, in the lookup buffer."""
         if transfer := self.transfers.get(begin.transfer_id):
             return transfer
         if begin.num_bytes is None:
