@@ -372,6 +372,16 @@ async def test_a_grant_outlives_a_link_that_breaks_while_its_sender_lives(manage
     assert (await transfer.commit()).outcome is (await posted.wait()).outcome is Outcome.COMPLETED
 
 
+async def test_a_link_that_was_lost_leaves_no_task_at_its_sender(managers, backend):
+    sender, receiver = await managers(0, backend), await managers(1, backend)
+    await sender.open_link(receiver.endpoint)
+    (outgoing,) = sender._peers.links.values()
+    outgoing.lose("broken by the test")
+    async with asyncio.timeout(20):
+        while any("OutgoingLink" in repr(task.get_coro()) for task in asyncio.all_tasks()):
+            await asyncio.sleep(0.005)
+
+
 async def test_a_grant_outlives_an_earlier_life_of_its_sender_if_a_later_one_is_there(managers):
     receiver, lives = await managers(2, "ipc"), [await managers(0, "ipc", name="p") for _ in range(2)]
     for sender in lives:
