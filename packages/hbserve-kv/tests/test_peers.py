@@ -372,6 +372,12 @@ async def test_a_grant_outlives_a_link_that_breaks_while_its_sender_lives(manage
     assert (await transfer.commit()).outcome is (await posted.wait()).outcome is Outcome.COMPLETED
 
 
+async def test_both_sides_say_for_how_long_parts_were_moving(managers, backend):
+    sent, received = await move(await managers(0, backend), await managers(1, backend), "t", blocks=(1, 2, 3))
+    assert sent.time_s > 0
+    assert received.time_s > 0
+
+
 async def test_a_link_that_was_lost_leaves_no_task_at_its_sender(managers, backend):
     sender, receiver = await managers(0, backend), await managers(1, backend)
     await sender.open_link(receiver.endpoint)
