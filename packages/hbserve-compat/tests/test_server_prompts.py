@@ -90,11 +90,12 @@ async def test_nothing_but_variables_of_the_template_is_set_by_its_arguments(ser
 async def test_a_completion_s_prompt_has_special_tokens_unless_it_says_that_it_has_none(server, monkeypatch):
     seen = []
     encode = server.service.model.encoder.text
-    monkeypatch.setattr(
-        server.service.model.encoder,
-        "text",
-        lambda text, add_special_tokens: seen.append(add_special_tokens) or encode(text),
-    )
+
+    def noted(text, *, add_special_tokens):
+        seen.append(add_special_tokens)
+        return encode(text, add_special_tokens=add_special_tokens)
+
+    monkeypatch.setattr(server.service.model.encoder, "text", noted)
     for value in (None, True, False):
         assert (await server.complete(add_special_tokens=value)).status_code == 200
     assert seen == [True, True, False]
