@@ -61,7 +61,7 @@ async def serve_api(
 ) -> None:
     """The front end of `hbserve serve`, on instances that it has not started: role and address by their ids. `settings`
     are the scheduler's."""
-    from hbserve.demo_model import find_model_folder
+    from hbserve.models.demo_model import find_model_folder
     from hbserve.server.front_end import FrontEnd
     from hbserve.server.front_ends import FrontEnds
     from hbserve_scheduler import CpuScheduler, SchedulerConfig, SchedulerServer

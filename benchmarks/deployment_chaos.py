@@ -130,7 +130,7 @@ def free_ports(count: int) -> list[int]:
 
 @contextlib.asynccontextmanager
 async def deployment(folder: Path, model: Path | None) -> AsyncIterator[tuple[dict[str, Child], RemoteScheduler]]:
-    from hbserve.launcher import instance_settings
+    from hbserve.processes.launcher import instance_settings
 
     if model is None:
         from hbserve_testing.small_models import write_small_model

@@ -28,7 +28,7 @@ from hbserve_served import PAIR, figures_of, is_empty
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
-from hbserve.serve import ServeArgs, serve_all
+from hbserve.commands.serve import ServeArgs, serve_all
 from hbserve_testing.small_models import write_small_model
 
 AT_ONCE = 16

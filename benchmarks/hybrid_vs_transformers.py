@@ -51,7 +51,7 @@ def arguments() -> argparse.Namespace:
 
 
 def demo_model() -> Path:
-    from hbserve.demo_model import demo_model_path
+    from hbserve.models.demo_model import demo_model_path
 
     return Path(demo_model_path())
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-from hbserve.demo_model import model_folder
+from hbserve.models.demo_model import model_folder
 
 ROOT = Path(__file__).parents[1]
 TEXTS = [ROOT / "README.md", ROOT / "docs/concepts.md", ROOT / "docs/rationale.md", ROOT / "docs/hosts.md"]

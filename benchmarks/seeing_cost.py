@@ -25,7 +25,7 @@ from api_server import cpu_s, serve_api, stream
 from mock_instances import started
 from scheduler_cost import StubClient, StubStream, scheduling
 
-from hbserve.server.http_figures import HttpFigures
+from hbserve.server.http.http_figures import HttpFigures
 from hbserve_rpc import SamplingParams
 from hbserve_rpc.messages import DECODE, PREFILL, GenerateRequest, Granted, TokenEvent, TransferDone
 from hbserve_rpc.prompt_shape import shape_of

@@ -30,12 +30,12 @@ import msgspec
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from hbserve.launcher import instance_environment
 from hbserve.load.args import BenchServeArgs
 from hbserve.load.arrivals import arrival_times
 from hbserve.load.bench_serve import measure
 from hbserve.load.compare import layouts_of, serving
 from hbserve.load.report import goals_of, percentile
+from hbserve.processes.launcher import instance_environment
 from hbserve.simulator import report
 from hbserve.simulator.engine_limits import EngineLimits
 from hbserve.simulator.profile import Profile, StepLaw, load_profile

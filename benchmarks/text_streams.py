@@ -22,10 +22,10 @@ from typing import Any
 
 from mock_instances import LIMITS, STEP, mock_instance, serve_steps, serve_until_killed, started
 
-from hbserve.demo_model import find_model_folder
+from hbserve.models.demo_model import find_model_folder
 from hbserve.results import GenerationDelta
-from hbserve.text_request import TextRequest
-from hbserve.tokenizer import load_tokenizer
+from hbserve.text.text_request import TextRequest
+from hbserve.text.tokenizer import load_tokenizer
 from hbserve_rpc import RpcClient, SamplingParams
 from hbserve_rpc.messages import TokenEvent
 from hbserve_rpc.own_process import freeze_heap

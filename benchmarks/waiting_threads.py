@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     if args.model is None:
-        from hbserve.demo_model import demo_model_path
+        from hbserve.models.demo_model import demo_model_path
 
         args.model = demo_model_path()
     cores, load = len(os.sched_getaffinity(0)), os.getloadavg()[0]

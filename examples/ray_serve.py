@@ -17,7 +17,7 @@ from collections.abc import AsyncIterator
 from starlette.applications import Starlette
 from starlette.routing import Mount
 
-from hbserve.demo_model import find_model_folder
+from hbserve.models.demo_model import find_model_folder
 from hbserve.pd_disagg import DisaggregatedLLM, PdDisaggConfig
 from hbserve.server.app import make_app
 from hbserve.server.service import Service

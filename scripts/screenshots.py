@@ -21,8 +21,8 @@ from typing import Any
 
 import httpx
 
-from hbserve.top import WatchedRemote
-from hbserve.top_app import TopApp
+from hbserve.monitoring.top import WatchedRemote
+from hbserve.monitoring.top_app import TopApp
 from hbserve_scheduler import RemoteScheduler
 
 IMAGES = Path(__file__).resolve().parent.parent / "docs" / "images"

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hbserve.demo_model import demo_model_path
+from hbserve.models.demo_model import demo_model_path
 from hbserve_core import Engine, InstanceConfig, ModelRunner
 from hbserve_rpc import SamplingParams
 

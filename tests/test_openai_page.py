@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
-from hbserve.server import anthropic_fields, request_fields, responses_fields
-from hbserve.server.api_keys import OPEN_PATHS
 from hbserve.server.app import ROUTES
-from hbserve.server.request_fields import ChatBody, CompletionBody
+from hbserve.server.endpoints import anthropic_fields, responses_fields
+from hbserve.server.fields import request_fields
+from hbserve.server.fields.request_fields import ChatBody, CompletionBody
+from hbserve.server.http.api_keys import OPEN_PATHS
 
 PAGE = (Path(__file__).resolve().parent.parent / "docs/openai-server.md").read_text()
 

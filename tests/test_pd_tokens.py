@@ -39,7 +39,7 @@ def model_folder(small_model) -> Callable[[str], Path]:
     def folder(name: str) -> Path:
         if name != "smollm2":
             return small_model(name)
-        from hbserve.demo_model import demo_model_path
+        from hbserve.models.demo_model import demo_model_path
 
         return demo_model_path()
 

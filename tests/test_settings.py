@@ -10,9 +10,9 @@ import msgspec
 import pytest
 import yaml
 
-from hbserve.launcher import instance_settings
 from hbserve.pd_disagg import PdDisaggConfig
 from hbserve.pd_disagg.config import PATHS
+from hbserve.processes.launcher import instance_settings
 from hbserve_core import InstanceConfig, InvalidInstanceConfig
 from hbserve_kv import KVTransferConfig
 from hbserve_rpc.settings import ENGINE_KEYS, EngineSettings, KVTransferSettings
@@ -142,7 +142,7 @@ settings = hbserve_rpc.settings = sys.modules["hbserve_rpc.settings"] = types.Mo
 exec(source, vars(settings))
 
 import msgspec
-from hbserve.launcher import instance_settings
+from hbserve.processes.launcher import instance_settings
 from hbserve.pd_disagg import PdDisaggConfig
 from hbserve_core import InstanceConfig
 from hbserve_scheduler import convert

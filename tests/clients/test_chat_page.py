@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from hbserve_fake_scheduler import TOOL_TEMPLATE, FakeServer
 
-from hbserve.server.http_server import HttpServer
-from hbserve.tokenizer import load_tokenizer
+from hbserve.server.http.http_server import HttpServer
+from hbserve.text.tokenizer import load_tokenizer
 
 playwright = pytest.importorskip("playwright.async_api", reason="needs the dependency group clients")
 BROWSER = shutil.which("chromium-headless-shell") or shutil.which("chromium")

@@ -212,7 +212,7 @@ def test_lm_eval_has_the_log_likelihoods_of_transformers(server, tmp_path):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from hbserve.demo_model import demo_model_path
+    from hbserve.models.demo_model import demo_model_path
 
     folder = demo_model_path()
     lm_eval(server, tmp_path, "hbserve_mc", "--log_samples", "--output_path", tmp_path / "out", tokenizer=folder)

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from hbserve_fake_scheduler import FakeServer
 
-from hbserve.server.http_server import HttpServer
-from hbserve.tokenizer import load_tokenizer
+from hbserve.server.http.http_server import HttpServer
+from hbserve.text.tokenizer import load_tokenizer
 from hbserve_rpc.records import AttemptRecord, RequestRecord
 
 playwright = pytest.importorskip("playwright.async_api", reason="needs the dependency group clients")

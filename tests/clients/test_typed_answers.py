@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from hbserve_fake_scheduler import THOUGHT_TEXT_AND_CALL, TOOL_TEMPLATE, FakeServer
 
-from hbserve.tokenizer import load_tokenizer
+from hbserve.text.tokenizer import load_tokenizer
 
 openai = pytest.importorskip("openai", reason="needs the dependency group clients")
 anthropic = pytest.importorskip("anthropic", reason="needs the dependency group clients")

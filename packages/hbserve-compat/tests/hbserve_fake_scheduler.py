@@ -10,7 +10,7 @@ import httpx
 
 from hbserve.server.app import make_app
 from hbserve.server.service import Service
-from hbserve.tokenizer import load_tokenizer
+from hbserve.text.tokenizer import load_tokenizer
 from hbserve_rpc import Overloaded, SamplingParams
 from hbserve_rpc.counts import Histogram
 from hbserve_rpc.messages import (

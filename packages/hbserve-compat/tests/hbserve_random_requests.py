@@ -5,9 +5,9 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from hbserve.server.anthropic_fields import MessagesBody
-from hbserve.server.request_fields import ChatBody, CompletionBody
-from hbserve.server.responses_fields import ResponsesBody
+from hbserve.server.endpoints.anthropic_fields import MessagesBody
+from hbserve.server.endpoints.responses_fields import ResponsesBody
+from hbserve.server.fields.request_fields import ChatBody, CompletionBody
 
 LEAF = (
     st.none() | st.booleans() | st.integers() | st.integers(-2, 5) | st.floats(allow_nan=False, allow_infinity=False)

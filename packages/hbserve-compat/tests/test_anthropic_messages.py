@@ -5,8 +5,8 @@ import json
 import pytest
 from hbserve_fake_scheduler import THOUGHT_TEXT_AND_CALL, TOOL_TEMPLATE, FakeServer, named_events_of, server_that_thinks
 
-from hbserve.server.anthropic_fields import NOT_SERVED
-from hbserve.tokenizer import load_tokenizer
+from hbserve.server.endpoints.anthropic_fields import NOT_SERVED
+from hbserve.text.tokenizer import load_tokenizer
 
 TOOL = {"name": "f", "description": "d", "input_schema": {"type": "object"}, "cache_control": {"type": "ephemeral"}}
 CALL = {"type": "tool_use", "id": "c", "name": "f", "input": {}}

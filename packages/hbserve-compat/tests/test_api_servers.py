@@ -17,10 +17,11 @@ import msgspec
 import pytest
 from hbserve_served import Served, served, until
 
-from hbserve import child_process
-from hbserve.server import front_ends, http_server
+from hbserve.processes import child_process
+from hbserve.server import front_ends
 from hbserve.server.front_end import FrontEnd
 from hbserve.server.front_ends import FrontEnds
+from hbserve.server.http import http_server
 from hbserve_rpc import AddressInUse
 from hbserve_scheduler import CpuScheduler, SchedulerConfig, SchedulerServer
 from hbserve_scheduler.config import ServerSection

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from hbserve import child_process, servable
 from hbserve.__main__ import app
+from hbserve.models import servable
 from hbserve.pd_disagg import DisaggregatedLLM, PdDisaggConfig
+from hbserve.processes import child_process
 from hbserve_core import InvalidInstanceConfig
 from hbserve_core.model import host_memory
 from hbserve_kv import BackendUnavailable

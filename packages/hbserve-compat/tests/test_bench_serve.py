@@ -26,8 +26,8 @@ from hbserve.load.compare import lines as compared
 from hbserve.load.generator import Load, Watch
 from hbserve.load.http_stream import HttpClient
 from hbserve.load.report import Wanted, figures, percentile
-from hbserve.server.http_server import HttpServer
-from hbserve.tokenizer import load_tokenizer
+from hbserve.server.http.http_server import HttpServer
+from hbserve.text.tokenizer import load_tokenizer
 from hbserve_rpc import InvalidRequest, PeerLost, RemoteError, RequestTimeout
 
 VLLM_KEYS = """

@@ -17,10 +17,10 @@ import pytest
 from hbserve_fake_scheduler import FakeServer
 from hbserve_served import served
 
-from hbserve.chat import Conversation
-from hbserve.chat_client import ChatClient, why_not_connected
-from hbserve.server.http_server import HttpServer
-from hbserve.tokenizer import load_tokenizer
+from hbserve.client.chat_client import ChatClient, why_not_connected
+from hbserve.commands.chat import Conversation
+from hbserve.server.http.http_server import HttpServer
+from hbserve.text.tokenizer import load_tokenizer
 from hbserve_rpc import InvalidAddress, PeerLost, RemoteError
 from hbserve_rpc.own_process import Signalled, until_signalled
 from hbserve_testing.waits import until

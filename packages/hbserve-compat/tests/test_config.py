@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from hbserve.launcher import instance_settings
+from hbserve.commands.serve import InstanceArgs, ServeArgs
 from hbserve.pd_disagg import DisaggregatedLLM, KVTransferBackend, PdDisaggConfig
-from hbserve.serve import InstanceArgs, ServeArgs
+from hbserve.processes.launcher import instance_settings
 from hbserve_scheduler import ConfigError, load_config
 from hbserve_scheduler.config import InstanceSection
 from hbserve_testing.narrowing import of_type

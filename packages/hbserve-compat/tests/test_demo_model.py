@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from hbserve import LLM, SamplingParams, conversion, demo_model
-from hbserve.generate import folder_here
+from hbserve import LLM, SamplingParams
+from hbserve.commands.generate import folder_here
+from hbserve.models import conversion, demo_model
 from hbserve.pd_disagg import DisaggregatedLLM, PdDisaggConfig
-from hbserve.tokenizer import encode_message
+from hbserve.text.tokenizer import encode_message
 from hbserve_core.model.model_config import load_model_config
 from hbserve_scheduler import ConfigError
 
@@ -37,7 +38,7 @@ def convert_by(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Replaces what takes so long. The code knows `gguf_file` and `folder`, where the model is to be written."""
 
     def set_code(code: str) -> None:
-        script = f"import sys, time; from hbserve import conversion; from pathlib import Path\n{code}"
+        script = f"import sys, time; from hbserve.models import conversion; from pathlib import Path\n{code}"
         script += "\nconversion._write_model = write; conversion.write_main(*map(Path, sys.argv[1:]))"
         monkeypatch.setattr(
             conversion, "_writer_command", lambda *paths: [sys.executable, "-c", script, *map(str, paths)]

@@ -12,7 +12,7 @@ import yaml
 from hbserve_fake_scheduler import FakeServer
 from prometheus_client.parser import text_string_to_metric_families
 
-from hbserve.tokenizer import load_tokenizer
+from hbserve.text.tokenizer import load_tokenizer
 
 DEPLOY = Path(__file__).resolve().parents[3] / "deploy"
 DASHBOARD = json.loads((DEPLOY / "grafana/hbserve.json").read_text())

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from hbserve.detokenizer import Detokenizer
-from hbserve.stop_strings import StopStrings
-from hbserve.token_text import _BYTE_SYMBOLS, _CleanText
+from hbserve.text.detokenizer import Detokenizer
+from hbserve.text.stop_strings import StopStrings
+from hbserve.text.token_text import _BYTE_SYMBOLS, _CleanText
 from hbserve_testing.narrowing import of_type
 
 LETTERS = "abehlnostv"
@@ -28,7 +28,7 @@ def numbered(tokens):
 
 
 def byte_level():
-    from hbserve.token_text import _BYTE_SYMBOLS
+    from hbserve.text.token_text import _BYTE_SYMBOLS
 
     symbols = {byte: symbol for symbol, byte in _BYTE_SYMBOLS.items()}
     several = [

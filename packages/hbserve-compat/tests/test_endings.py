@@ -10,7 +10,7 @@ import pytest
 
 from hbserve import LLM, SamplingParams
 from hbserve.pd_disagg import DisaggregatedLLM, PdDisaggConfig
-from hbserve.tokenizer import load_tokenizer
+from hbserve.text.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.warm
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from hbserve.event_data import EventData
+from hbserve.client.event_data import EventData
 
 BODY = b': a comment\ndata: {"a":1}\n\nevent: x\r\ndata:{"b":\xc3\xa9}\r\n\r\ndatum: {}\n\ndata: [DONE]\n\n'
 

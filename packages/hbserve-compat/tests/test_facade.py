@@ -49,7 +49,7 @@ def test_a_process_that_serves_http_loads_nothing_of_the_command_line():
 
 
 def test_a_process_that_starts_instances_or_asks_them_does_not_import_torch():
-    code = "import sys, hbserve.generate; from hbserve.pd_disagg import DisaggregatedLLM, PdDisaggConfig; "
+    code = "import sys, hbserve.commands.generate; from hbserve.pd_disagg import DisaggregatedLLM, PdDisaggConfig; "
     code += "PdDisaggConfig(); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == "False"

@@ -13,15 +13,15 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-import hbserve.chat
-import hbserve.generate
-import hbserve.members
-import hbserve.serve
-import hbserve.trace
-from hbserve import child_process
+import hbserve.commands.chat
+import hbserve.commands.generate
+import hbserve.commands.members
+import hbserve.commands.serve
+import hbserve.monitoring.trace
 from hbserve.__main__ import app
-from hbserve.launcher import instance_environment
-from hbserve.servable import require_servable
+from hbserve.models.servable import require_servable
+from hbserve.processes import child_process
+from hbserve.processes.launcher import instance_environment
 from hbserve_core import InvalidInstanceConfig, ModelFilesMissing, UnsupportedModel, WeightsMismatch
 from hbserve_rpc.settings import EngineSettings
 
@@ -34,7 +34,11 @@ def begun(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     async def note(args: Any) -> None:
         found.append(args)
 
-    for module, name in ((hbserve.serve, "serve_all"), (hbserve.generate, "generate_answers"), (hbserve.chat, "chat")):
+    for module, name in (
+        (hbserve.commands.serve, "serve_all"),
+        (hbserve.commands.generate, "generate_answers"),
+        (hbserve.commands.chat, "chat"),
+    ):
         monkeypatch.setattr(module, name, note)
     return found
 
@@ -61,7 +65,7 @@ def test_a_file_that_cannot_be_read_is_named_first_without_the_number_of_the_sys
 
 
 def test_what_cannot_be_asked_is_refused_before_a_scheduler_is_waited_for(tmp_path, monkeypatch):
-    for module in (hbserve.members, hbserve.trace):
+    for module in (hbserve.commands.members, hbserve.monitoring.trace):
         monkeypatch.setattr(module, "remote_scheduler", None)
     cases: dict[str, list[str]] = {
         "'nonsense': expected HOST:PORT": ["join", "nonsense"],

@@ -8,8 +8,8 @@ import pytest
 import torch
 import transformers
 
-from hbserve import conversion
-from hbserve.gguf_settings import left_out
+from hbserve.models import conversion
+from hbserve.models.gguf_settings import left_out
 from hbserve_core.model.model_config import load_model_config
 from hbserve_core.model.rope import angle_table
 from hbserve_core.model.weights import load_weights

@@ -20,12 +20,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
 
-import hbserve.bench
-import hbserve.demo_model
-import hbserve.serve
+import hbserve.commands.serve
+import hbserve.load.bench_engine
+import hbserve.models.demo_model
 import hbserve_core
 from hbserve.__main__ import app
-from hbserve.command import LogLevel, explaining
+from hbserve.commands.command import LogLevel, explaining
 from hbserve.output_file import writing
 from hbserve.pd_disagg import DisaggregatedLLM
 from hbserve.plotting import figure_of
@@ -125,10 +125,10 @@ def nothing_starts(monkeypatch, small_model) -> None:
 
     monkeypatch.setattr(DisaggregatedLLM, "start", refuse)
     monkeypatch.setattr(SchedulerServer, "start", refuse)
-    monkeypatch.setattr(hbserve.serve, "_front_end", lambda *_: None)
+    monkeypatch.setattr(hbserve.commands.serve, "_front_end", lambda *_: None)
     monkeypatch.setattr(SchedulerServer, "serve_until", refuse)
     monkeypatch.setattr(hbserve_core, "run_instance", refuse)
-    monkeypatch.setattr(hbserve.demo_model, "demo_model_path", lambda *_: small_model("qwen3"))
+    monkeypatch.setattr(hbserve.models.demo_model, "demo_model_path", lambda *_: small_model("qwen3"))
 
 
 PAIR = [
@@ -215,8 +215,8 @@ BENCH_OPTION = st.sampled_from(
 def test_whatever_bench_is_given_is_begun_or_refused_in_one_line(small_model, tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)  # where --json writes its file
     begun = []
-    monkeypatch.setattr(hbserve.bench, "run_bench", lambda *_: begun.append("bench"))
-    monkeypatch.setattr(hbserve.bench, "run_sweep", lambda *_: begun.append("sweep"))
+    monkeypatch.setattr(hbserve.load.bench_engine, "run_bench", lambda *_: begun.append("bench"))
+    monkeypatch.setattr(hbserve.load.bench_engine, "run_sweep", lambda *_: begun.append("sweep"))
     values = NUMBER | st.sampled_from(["cpu:5", "cuda:0", "cuda:9999999999999", "meta", "int8", "float16", "single"])
     command = ["bench", "engine", "--model", str(small_model("qwen3"))]
 

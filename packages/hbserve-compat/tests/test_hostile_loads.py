@@ -15,7 +15,7 @@ import pytest
 from test_bench_serve import Scripted, bench
 from test_hostile_commands import invoke
 
-from hbserve.chat_client import ChatClient
+from hbserve.client.chat_client import ChatClient
 from hbserve.load.args import BenchServeArgs, Dataset, RampUp
 from hbserve.load.bench_serve import bench_serve
 from hbserve.simulator.profile import OWN, load_profile

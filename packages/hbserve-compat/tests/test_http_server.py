@@ -17,8 +17,8 @@ import httpx
 import pytest
 from hbserve_fake_scheduler import FakeServer
 
-from hbserve.server.http_server import FILES_LEFT, HttpServer, shared_with_others
-from hbserve.tokenizer import load_tokenizer
+from hbserve.server.http.http_server import FILES_LEFT, HttpServer, shared_with_others
+from hbserve.text.tokenizer import load_tokenizer
 from hbserve_rpc import AddressInUse
 from hbserve_scheduler import ConfigError
 from hbserve_scheduler.config import ServerSection

@@ -3,9 +3,9 @@
 import pytest
 import zmq
 
-from hbserve.keys_command import Rotation, write_keys
-from hbserve.launcher import instance_settings, launch_keys
+from hbserve.commands.keys import Rotation, write_keys
 from hbserve.pd_disagg import PdDisaggConfig
+from hbserve.processes.launcher import instance_settings, launch_keys
 from hbserve_rpc import KeysError, load_keys
 from hbserve_rpc.keys import PARTIES
 

@@ -10,8 +10,14 @@ from typing import Any
 
 import pytest
 
-from hbserve import child_process, host_cores
-from hbserve.launcher import InstanceProcess, LocalInstances, instance_environment, instance_settings, launch_keys
+from hbserve.processes import child_process, host_cores
+from hbserve.processes.launcher import (
+    InstanceProcess,
+    LocalInstances,
+    instance_environment,
+    instance_settings,
+    launch_keys,
+)
 from hbserve_scheduler import convert
 from hbserve_testing.waits import until
 

@@ -9,12 +9,12 @@ import msgspec
 import pytest
 from textual.widgets import Static
 
-from hbserve import top
-from hbserve.live_text import instance_table, link_matrix, sparkline, text_of, waterfall
-from hbserve.live_view import LiveView, Segment, View, request_view, segments
-from hbserve.top import TopArgs, show_top
-from hbserve.top_app import TopApp
-from hbserve.trace import render_trace
+from hbserve.monitoring import top
+from hbserve.monitoring.live_text import instance_table, link_matrix, sparkline, text_of, waterfall
+from hbserve.monitoring.live_view import LiveView, Segment, View, request_view, segments
+from hbserve.monitoring.top import TopArgs, show_top
+from hbserve.monitoring.top_app import TopApp
+from hbserve.monitoring.trace import render_trace
 from hbserve_rpc import PeerLost
 from hbserve_rpc.messages import InstanceStats, SchedulerStats
 from hbserve_rpc.records import AttemptRecord, RequestRecord
@@ -241,7 +241,7 @@ async def test_one_look_is_printed_for_people_and_for_programs(capsys, monkeypat
         view = msgspec.json.decode(capsys.readouterr().out, type=View)
         assert (view.completed, view.requests[0].request_id) == (1, "one")
         monkeypatch.setitem(sys.modules, "textual.app", None)
-        monkeypatch.delitem(sys.modules, "hbserve.top_app")
+        monkeypatch.delitem(sys.modules, "hbserve.monitoring.top_app")
         with pytest.raises(ConfigError, match=r"pip install 'hbserve-compat\[top\]'"):
             await show_top(TopArgs(server.address, None, once=False, json=False))
         with pytest.raises(ConfigError, match="--json needs --once"):

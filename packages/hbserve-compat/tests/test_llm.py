@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hbserve import LLM, SamplingParams
-from hbserve.keywords import translated
+from hbserve.backends.keywords import translated
 from hbserve_rpc import InvalidRequest, LogitsNotFinite
 
 

@@ -11,10 +11,10 @@ from hbserve_fake_scheduler import FakeServer, chunks_of
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from hbserve.server.message_parts import MessageParts, PlainText, merged
-from hbserve.server.reasoning import ReasoningSplit
-from hbserve.server.tool_calls import HermesCalls, LlamaCalls, format_of
-from hbserve.tokenizer import load_tokenizer
+from hbserve.server.chat.message_parts import MessageParts, PlainText, merged
+from hbserve.server.chat.reasoning import ReasoningSplit
+from hbserve.server.chat.tool_calls import HermesCalls, LlamaCalls, format_of
+from hbserve.text.tokenizer import load_tokenizer
 
 WEATHER = '{"name": "weather", "arguments": {"city": "Paris {\\"x\\"}", "days": [1, 2]}}'
 ARGUMENTS = '{"city": "Paris {\\"x\\"}", "days": [1, 2]}'

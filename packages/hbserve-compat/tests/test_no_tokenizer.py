@@ -11,7 +11,7 @@ import hbserve
 import hbserve.pd_disagg
 from hbserve import LLM, SamplingParams
 from hbserve.pd_disagg import DisaggregatedLLM, PdDisaggConfig
-from hbserve.tokenizer import load_tokenizer
+from hbserve.text.tokenizer import load_tokenizer
 from hbserve_core import BrokenTokenizer
 from hbserve_rpc import InvalidRequest
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from hbserve.commands.serve import ServeArgs
 from hbserve.ray_cluster import cluster
 from hbserve.ray_cluster.cluster import bundle_of, connect, pairs
-from hbserve.serve import ServeArgs
 from hbserve_scheduler import ConfigError, DeploymentConfig, convert
 
 

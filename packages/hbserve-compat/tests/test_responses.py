@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from hbserve_fake_scheduler import named_events_of, server_that_thinks
 
-from hbserve.server.responses_fields import NOT_SERVED
+from hbserve.server.endpoints.responses_fields import NOT_SERVED
 
 TOOL = {"type": "function", "name": "f", "parameters": {"type": "object"}, "strict": True}
 

@@ -8,10 +8,11 @@ from typing import Any, cast
 import msgspec
 import pytest
 
-from hbserve import members, scaling
-from hbserve.child_process import Restarts
-from hbserve.launcher import Instances
-from hbserve.scaling import Scaling, describe, scaled
+from hbserve.commands import members
+from hbserve.processes import scaling
+from hbserve.processes.child_process import Restarts
+from hbserve.processes.launcher import Instances
+from hbserve.processes.scaling import Scaling, describe, scaled
 from hbserve_core import GpuInstance, InstanceConfig
 from hbserve_rpc import InvalidRequest, RemoteError, SamplingParams
 from hbserve_rpc.messages import GenerateRequest, RequestFinished, Role

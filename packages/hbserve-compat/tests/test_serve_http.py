@@ -18,7 +18,7 @@ from hbserve_served import Served, served, until
 from hbserve_traces import check_trace, read_trace
 
 from hbserve import LLM, SamplingParams
-from hbserve.demo_model import demo_model_path
+from hbserve.models.demo_model import demo_model_path
 from hbserve_testing.processes import processor_time_s
 from hbserve_testing.small_models import write_small_model
 

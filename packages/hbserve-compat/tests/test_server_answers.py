@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from hbserve_fake_scheduler import FakeScheduler, FakeServer, chunks_of
 
-from hbserve.server.chat_choices import ChatChoices
-from hbserve.server.completion_choices import CompletionChoices
-from hbserve.server.sampling import model_defaults
-from hbserve.text_request import answer_all
-from hbserve.tokenizer import load_tokenizer
+from hbserve.server.answers.chat_choices import ChatChoices
+from hbserve.server.answers.completion_choices import CompletionChoices
+from hbserve.server.fields.sampling import model_defaults
+from hbserve.text.text_request import answer_all
+from hbserve.text.tokenizer import load_tokenizer
 from hbserve_rpc import Overloaded, SamplingParams
 from hbserve_rpc.messages import GenerateRequest
 

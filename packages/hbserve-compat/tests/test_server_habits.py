@@ -10,7 +10,7 @@ import httpx
 import pytest
 from hbserve_fake_scheduler import FakeServer
 
-from hbserve.tokenizer import load_tokenizer
+from hbserve.text.tokenizer import load_tokenizer
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 

@@ -9,7 +9,7 @@ import pytest
 from hbserve_fake_scheduler import FakeServer
 from prometheus_client.parser import text_string_to_metric_families
 
-from hbserve.tokenizer import load_tokenizer
+from hbserve.text.tokenizer import load_tokenizer
 from hbserve_rpc.messages import InstanceStatus
 from hbserve_rpc.records import AttemptRecord, RequestRecord
 

@@ -11,7 +11,7 @@ from hbserve_fake_scheduler import TOOL_TEMPLATE, FakeServer, chunks_of
 from transformers import PreTrainedTokenizerBase
 
 from hbserve.server.service import OF_TEMPLATES
-from hbserve.tokenizer import load_tokenizer
+from hbserve.text.tokenizer import load_tokenizer
 
 BEGUN = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "The answer"}]
 CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}

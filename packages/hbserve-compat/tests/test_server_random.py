@@ -11,8 +11,8 @@ from hbserve_random_requests import BODY, HEADER, LINE, PATHS, PAYLOAD
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hbserve.server.http_server import HttpServer
-from hbserve.tokenizer import load_tokenizer
+from hbserve.server.http.http_server import HttpServer
+from hbserve.text.tokenizer import load_tokenizer
 
 many = settings(
     derandomize=True, max_examples=300, deadline=None, database=None, suppress_health_check=list(HealthCheck)

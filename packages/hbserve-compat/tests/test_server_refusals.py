@@ -11,9 +11,9 @@ import httpx
 import pytest
 from hbserve_fake_scheduler import FakeServer, chunks_of
 
-from hbserve.server.request_body import ignored_header
-from hbserve.server.request_fields import NOT_SERVED, ChatBody, CompletionBody
-from hbserve.tokenizer import load_tokenizer
+from hbserve.server.fields.request_fields import NOT_SERVED, ChatBody, CompletionBody
+from hbserve.server.http.request_body import ignored_header
+from hbserve.text.tokenizer import load_tokenizer
 from hbserve_rpc import LogitsNotFinite, RequestTimeout, Unavailable
 from hbserve_scheduler import RequestFailed
 

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from hbserve_fake_scheduler import FakeServer
 
-from hbserve.server import http_server
-from hbserve.server.http_server import HttpServer
-from hbserve.tokenizer import load_tokenizer
+from hbserve.server.http import http_server
+from hbserve.server.http.http_server import HttpServer
+from hbserve.text.tokenizer import load_tokenizer
 from hbserve_scheduler.config import ServerSection
 from hbserve_testing.narrowing import present
 from hbserve_testing.waits import until

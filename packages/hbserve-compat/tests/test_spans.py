@@ -14,7 +14,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import SpanKind, StatusCode
 
 from hbserve.server.spans import ENDPOINTS, Spans, spans_from_environment
-from hbserve.tokenizer import load_tokenizer
+from hbserve.text.tokenizer import load_tokenizer
 from hbserve_rpc.records import AttemptRecord, RequestRecord
 from hbserve_scheduler import ConfigError
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from hbserve import start_notice
-from hbserve.child_process import ChildProcess
 from hbserve.pd_disagg.disaggregated_llm import level_of_application
-from hbserve.start_notice import missing, telling
+from hbserve.processes import start_notice
+from hbserve.processes.child_process import ChildProcess
+from hbserve.processes.start_notice import missing, telling
 from hbserve_scheduler import CpuScheduler, SchedulerConfig
 
 

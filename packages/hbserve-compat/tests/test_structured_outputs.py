@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from hbserve import LLM, SamplingParams
 from hbserve.sampling_params import StructuredOutputsParams
-from hbserve.tokenizer import load_tokenizer
+from hbserve.text.tokenizer import load_tokenizer
 from hbserve_core.grammars.compiler import GrammarCompiler
 from hbserve_core.grammars.trials import Trials
 from hbserve_rpc import InvalidRequest

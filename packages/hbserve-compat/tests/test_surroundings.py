@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from hbserve import LLM, SamplingParams
-from hbserve.demo_model import find_model_folder
+from hbserve.models.demo_model import find_model_folder
 from hbserve.progress import progress_bar
 from hbserve_testing.processes import alive, children_of
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from hbserve import LLM, SamplingParams
-from hbserve.launcher import instance_settings
 from hbserve.pd_disagg import DisaggregatedLLM, PdDisaggConfig
+from hbserve.processes.launcher import instance_settings
 from hbserve_core import RankFailed
 from hbserve_scheduler import convert
 from hbserve_testing.processes import children_of, command_of

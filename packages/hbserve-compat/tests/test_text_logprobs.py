@@ -2,7 +2,7 @@
 
 import pytest
 
-from hbserve.server.text_logprobs import TextLogprobs
+from hbserve.server.answers.text_logprobs import TextLogprobs
 
 
 def entries(*tokens):

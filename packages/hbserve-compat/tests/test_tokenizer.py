@@ -7,8 +7,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from hbserve.prompts import encode_all
-from hbserve.tokenizer import encode, encode_message, load_tokenizer
+from hbserve.text.prompts import encode_all
+from hbserve.text.tokenizer import encode, encode_message, load_tokenizer
 from hbserve_rpc import InvalidRequest, SamplingParams
 
 CHAT = "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"

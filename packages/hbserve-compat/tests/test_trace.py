@@ -6,7 +6,7 @@ from hbserve_traces import check_trace, read_trace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hbserve.trace import render_trace
+from hbserve.monitoring.trace import render_trace
 from hbserve_rpc.messages import FinishReason
 from hbserve_rpc.records import AttemptRecord, RequestRecord
 

@@ -13,10 +13,18 @@ from typing import Annotated, Any
 
 import typer
 
-from hbserve.bench_commands import bench
-from hbserve.command import KeysOption, LogLevel, LogLevelOption, explaining, forget_what_nobody_takes, one_line, run
-from hbserve.keys_command import Rotation, write_keys
-from hbserve.planning_commands import add_to
+from hbserve.commands.bench import bench
+from hbserve.commands.command import (
+    KeysOption,
+    LogLevel,
+    LogLevelOption,
+    explaining,
+    forget_what_nobody_takes,
+    one_line,
+    run,
+)
+from hbserve.commands.keys import Rotation, write_keys
+from hbserve.commands.planning import add_to
 from hbserve_rpc import own_process
 from hbserve_rpc.plain_values import shown
 
@@ -98,7 +106,7 @@ def generate(
     log_level: LogLevelOption = LogLevel.WARNING,
 ) -> None:
     """Answer prompts. Starts a scheduler, a prefill and a decode instance here, unless --connect is given."""
-    from hbserve.generate import GenerateArgs, generate_answers
+    from hbserve.commands.generate import GenerateArgs, generate_answers
 
     all_prompts = [_typed_or_read(each) for each in [*(prompts or []), *(more_prompts or [])]]
     if not all_prompts:
@@ -173,7 +181,7 @@ def serve(
     log_level: LogLevelOption = LogLevel.INFO,
 ) -> None:
     """Serve OpenAI's API, and run the scheduler and every instance of a deployment on this host."""
-    from hbserve.serve import ServeArgs, serve_all
+    from hbserve.commands.serve import ServeArgs, serve_all
 
     others = {"named_model", "config", "model", "ray", "log_level"}
     server = {
@@ -200,8 +208,8 @@ def chat(
     log_level: LogLevelOption = LogLevel.WARNING,
 ) -> None:
     """Chat with a model. Ctrl-C stops an answer, not the program."""
-    from hbserve.chat import ChatArgs
-    from hbserve.chat import chat as talk
+    from hbserve.commands.chat import ChatArgs
+    from hbserve.commands.chat import chat as talk
 
     chosen = _one_model(named_model, model)
     run(talk(ChatArgs(url, api_key, system, chosen, config, _sampling(context), log_level.value)), log_level)
@@ -226,7 +234,7 @@ def instance(
     log_level: LogLevelOption = LogLevel.INFO,
 ) -> None:
     """Run one instance of a deployment."""
-    from hbserve.serve import InstanceArgs, serve_instance
+    from hbserve.commands.serve import InstanceArgs, serve_instance
 
     own = {"instance_type": instance_type and instance_type.value, "host": host, "port": port}
     given = {name: value for name, value in own.items() if value is not None}
@@ -255,7 +263,7 @@ def join(
     log_level: LogLevelOption = LogLevel.WARNING,
 ) -> None:
     """Add an instance to a running deployment, or take back one that was told to drain or leave."""
-    from hbserve import members
+    from hbserve.commands import members
 
     run(members.join(connect, keys, address), log_level)
 
@@ -273,7 +281,7 @@ def drain(
     log_level: LogLevelOption = LogLevel.WARNING,
 ) -> None:
     """Give an instance no new requests, and wait until it has finished those that it has."""
-    from hbserve import members
+    from hbserve.commands import members
 
     run(members.drain(members.DrainArgs(connect, keys, instance_id, leave, within_s)), log_level)
 
@@ -287,7 +295,7 @@ def flip(
     log_level: LogLevelOption = LogLevel.WARNING,
 ) -> None:
     """Switch an instance to the other role: drains it first, and restarts nothing."""
-    from hbserve import members
+    from hbserve.commands import members
 
     run(members.flip(connect, keys, instance_id, role), log_level)
 
@@ -300,7 +308,7 @@ def scale(
     log_level: LogLevelOption = LogLevel.WARNING,
 ) -> None:
     """Set the number of instances of a role behind `hbserve serve`: adds some, or drains and ends some."""
-    from hbserve import members
+    from hbserve.commands import members
 
     run(members.scale(connect, keys, wanted), log_level)
 
@@ -310,7 +318,7 @@ def reload(
     connect: ConnectOption = HERE, keys: KeysOption = None, log_level: LogLevelOption = LogLevel.WARNING
 ) -> None:
     """Have a scheduler reread its file: new instances join, removed ones leave."""
-    from hbserve import members
+    from hbserve.commands import members
 
     run(members.reload(connect, keys), log_level)
 
@@ -342,7 +350,7 @@ def stats(
     log_level: LogLevelOption = LogLevel.WARNING,
 ) -> None:
     """Show the figures of a running deployment."""
-    from hbserve.stats import StatsArgs, show_stats
+    from hbserve.monitoring.stats import StatsArgs, show_stats
 
     run(show_stats(StatsArgs(connect, keys, json)), log_level)
 
@@ -356,7 +364,7 @@ def top(
     log_level: LogLevelOption = LogLevel.ERROR,
 ) -> None:
     """Watch a running deployment: instances, links, latencies, and the last requests."""
-    from hbserve.top import TopArgs, show_top
+    from hbserve.monitoring.top import TopArgs, show_top
 
     run(show_top(TopArgs(connect, keys, once, json)), log_level)
 
@@ -373,7 +381,7 @@ def trace(
     log_level: LogLevelOption = LogLevel.WARNING,
 ) -> None:
     """Write a timeline of the requests of a running deployment."""
-    from hbserve.trace import TraceArgs, write_trace
+    from hbserve.monitoring.trace import TraceArgs, write_trace
 
     run(write_trace(TraceArgs(connect, keys, request_id, last_s, output)), log_level)
 

@@ -12,14 +12,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from hbserve.backend import Backend, News, Progress
-from hbserve.demo_model import model_folder
-from hbserve.detokenizer import Detokenizer
-from hbserve.keywords import translated
-from hbserve.own_thread import Ended
+from hbserve.backends.backend import Backend, News, Progress
+from hbserve.backends.keywords import translated
+from hbserve.backends.own_thread import Ended
+from hbserve.models.demo_model import model_folder
 from hbserve.progress import progress_bar
-from hbserve.prompts import Prompt, encode_all, naming, read_params, read_prompt, read_prompts
-from hbserve.tokenizer import load_tokenizer
+from hbserve.text.detokenizer import Detokenizer
+from hbserve.text.prompts import Prompt, encode_all, naming, read_params, read_prompt, read_prompts
+from hbserve.text.tokenizer import load_tokenizer
 from hbserve_rpc import InvalidRequest, SamplingParams
 from hbserve_rpc.messages import TokenLogprobs
 
@@ -99,9 +99,9 @@ class LLM:
         self._backend: Backend | None = None
         settings = translated(keywords, self._default_backend)
         if "kv_transfer_backend" in settings:
-            from hbserve.disaggregated import DisaggregatedBackend as chosen
+            from hbserve.backends.disaggregated import DisaggregatedBackend as chosen
         else:
-            from hbserve.hybrid import HybridBackend as chosen  # type: ignore[assignment]
+            from hbserve.backends.hybrid import HybridBackend as chosen  # type: ignore[assignment]
         folder = model_folder(model)
         self._tokenizer = load_tokenizer(folder)
         # For callers. Truncation that they switch on, in another thread too, must not reach prompts that are encoded.

@@ -7,10 +7,10 @@ from pathlib import Path
 from hbserve.check.finding import Finding, table
 from hbserve.check.network import check_network, places
 from hbserve.check.this_host import check_host
-from hbserve.demo_model import find_model_folder
-from hbserve.launcher import local_instances, tensor_parallel_sizes
-from hbserve.servable import require_servable, require_settings
-from hbserve.tokenizer import require_tokenizer_of
+from hbserve.models.demo_model import find_model_folder
+from hbserve.models.servable import require_servable, require_settings
+from hbserve.processes.launcher import local_instances, tensor_parallel_sizes
+from hbserve.text.tokenizer import require_tokenizer_of
 from hbserve_rpc import KeysError, load_keys
 from hbserve_rpc.address import is_here, is_loopback
 from hbserve_rpc.keys import Party

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hbserve.check.finding import Finding
-from hbserve.launcher import local_instances, num_ranks
+from hbserve.processes.launcher import local_instances, num_ranks
 from hbserve_rpc import own_process
 from hbserve_rpc.address import is_here
 from hbserve_scheduler import DeploymentConfig, InstanceSection

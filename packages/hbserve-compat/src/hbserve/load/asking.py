@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from hbserve.event_data import EventData
+from hbserve.client.event_data import EventData
 from hbserve.load.http_stream import HttpClient
 from hbserve_rpc import HBServeRpcError
 from hbserve_rpc.plain_values import shown

@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from hbserve.client.server_url import require_header, require_path
 from hbserve.load import arrivals, prompts
 from hbserve.load.args import BenchServeArgs, Dataset
 from hbserve.load.asking import Outcome, ask
@@ -23,8 +24,7 @@ from hbserve.load.report import METRICS, Wanted, complaint, details, figures, go
 from hbserve.output_file import require_folder_of, writing
 from hbserve.plotting import require_plotting
 from hbserve.progress import progress_bar
-from hbserve.server_url import require_header, require_path
-from hbserve.tokenizer import encode, load_tokenizer
+from hbserve.text.tokenizer import encode, load_tokenizer
 from hbserve_rpc import InvalidRequest, PeerLost, RemoteError, RequestTimeout
 from hbserve_rpc.plain_values import shown
 

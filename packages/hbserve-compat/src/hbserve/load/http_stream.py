@@ -11,8 +11,8 @@ from typing import Any
 
 import httptools
 
-from hbserve.chat_client import why_not_connected
-from hbserve.server_url import parse_url
+from hbserve.client.chat_client import why_not_connected
+from hbserve.client.server_url import parse_url
 from hbserve_rpc import PeerLost
 
 CONNECT_TIMEOUT_S = 30.0

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 import msgspec
 
-from hbserve.tokenizer import encode
+from hbserve.text.tokenizer import encode
 from hbserve_rpc import InvalidRequest
 
 MOONCAKE_BLOCK = 512

@@ -14,17 +14,17 @@ from typing import Any, Self
 import msgspec
 
 from hbserve.check.network import require_places
-from hbserve.demo_model import find_model_folder
-from hbserve.launcher import LocalInstances, launch_keys, local_instances, tensor_parallel_sizes
+from hbserve.models.demo_model import find_model_folder
+from hbserve.models.servable import require_servable, require_settings
 from hbserve.pd_disagg.config import PdDisaggConfig
 from hbserve.pd_disagg.ending import end_both, end_dropped, weakly
+from hbserve.processes.launcher import LocalInstances, launch_keys, local_instances, tensor_parallel_sizes
+from hbserve.processes.start_notice import missing, telling
 from hbserve.progress import progress_bar
-from hbserve.prompts import PlainPrompt, Prompt, encode_all, read_params, read_prompt, read_prompts
 from hbserve.results import GenerationDelta, GenerationResult
-from hbserve.servable import require_servable, require_settings
-from hbserve.start_notice import missing, telling
-from hbserve.text_request import TextRequest, answer_all, check_all
-from hbserve.tokenizer import load_tokenizer
+from hbserve.text.prompts import PlainPrompt, Prompt, encode_all, read_params, read_prompt, read_prompts
+from hbserve.text.text_request import TextRequest, answer_all, check_all
+from hbserve.text.tokenizer import load_tokenizer
 from hbserve_rpc import SamplingParams
 from hbserve_rpc.plain_values import plain_id
 from hbserve_scheduler import CpuScheduler, InstanceFailed

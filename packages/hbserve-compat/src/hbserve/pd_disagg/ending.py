@@ -6,7 +6,7 @@ import os
 import weakref
 from collections.abc import Callable
 
-from hbserve.launcher import LocalInstances
+from hbserve.processes.launcher import LocalInstances
 from hbserve_scheduler import CpuScheduler
 
 

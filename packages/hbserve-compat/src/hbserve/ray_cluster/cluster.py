@@ -8,7 +8,7 @@ import socket
 from collections.abc import AsyncIterator
 from typing import Any
 
-from hbserve.launcher import num_ranks
+from hbserve.processes.launcher import num_ranks
 from hbserve_rpc.messages import Role
 from hbserve_scheduler import ConfigError, DeploymentConfig, InstanceSection
 

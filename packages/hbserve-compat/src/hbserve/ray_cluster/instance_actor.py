@@ -3,7 +3,7 @@
 import asyncio
 from typing import Any
 
-from hbserve.launcher import InstanceProcess
+from hbserve.processes.launcher import InstanceProcess
 
 
 class InstanceActor:

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
-from hbserve.child_process import STOP_TIMEOUT_S, Restarts
-from hbserve.launcher import Instances
+from hbserve.processes.child_process import STOP_TIMEOUT_S, Restarts
+from hbserve.processes.launcher import Instances
 from hbserve.ray_cluster.cluster import Place, Places
 from hbserve.ray_cluster.instance_actor import InstanceActor
 from hbserve_rpc.messages import Role

@@ -10,20 +10,20 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 
-from hbserve.server.anthropic_messages import count_tokens, messages
-from hbserve.server.api_error import ApiError, as_api_error, path_of
-from hbserve.server.api_keys import ApiKeys, RequireApiKey, are_asked_for
-from hbserve.server.debugging import show_trace, show_view
-from hbserve.server.generating import chat_completions, completions
-from hbserve.server.metrics import show_metrics
-from hbserve.server.models import list_models, retrieve_model
-from hbserve.server.openapi import show_openapi
-from hbserve.server.probes import health, ping, show_version
-from hbserve.server.request_body import IGNORED_HEADER
-from hbserve.server.request_log import REQUEST_ID, RequestLog
-from hbserve.server.responses import responses
+from hbserve.server.endpoints.anthropic_messages import count_tokens, messages
+from hbserve.server.endpoints.debugging import show_trace, show_view
+from hbserve.server.endpoints.generating import chat_completions, completions
+from hbserve.server.endpoints.metrics import show_metrics
+from hbserve.server.endpoints.models import list_models, retrieve_model
+from hbserve.server.endpoints.openapi import show_openapi
+from hbserve.server.endpoints.probes import health, ping, show_version
+from hbserve.server.endpoints.responses import responses
+from hbserve.server.endpoints.tokenizing import detokenize, tokenize, tokenizer_info
+from hbserve.server.http.api_error import ApiError, as_api_error, path_of
+from hbserve.server.http.api_keys import ApiKeys, RequireApiKey, are_asked_for
+from hbserve.server.http.request_body import IGNORED_HEADER
+from hbserve.server.http.request_log import REQUEST_ID, RequestLog
 from hbserve.server.service import Service
-from hbserve.server.tokenizing import detokenize, tokenize, tokenizer_info
 from hbserve_rpc import HBServeRpcError
 
 CHAT_PAGE = Path(__file__).parent / "chat_page.html"

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from hbserve.tokenizer import encode, encode_messages
+from hbserve.text.tokenizer import encode, encode_messages
 from hbserve_rpc.prompt_shape import PromptShape, shape_of
 
 T = TypeVar("T")

@@ -6,13 +6,13 @@ import shlex
 import socket
 from pathlib import Path
 
-from hbserve.live_view import Deployment
-from hbserve.server.api_keys import are_asked_for
+from hbserve.monitoring.live_view import Deployment
 from hbserve.server.app import make_app
-from hbserve.server.http_server import HttpServer
+from hbserve.server.http.api_keys import are_asked_for
+from hbserve.server.http.http_server import HttpServer
 from hbserve.server.service import Service
 from hbserve.server.spans import spans_from_environment
-from hbserve.tokenizer import load_tokenizer
+from hbserve.text.tokenizer import load_tokenizer
 from hbserve_scheduler import SchedulerServer
 from hbserve_scheduler.config import ServerSection
 

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import msgspec
 
-from hbserve.ending import Ending, unless
+from hbserve.processes.ending import Ending, unless
 from hbserve.server.front_end import FrontEnd
 from hbserve.server.front_ends import FrontEndSettings
-from hbserve.server.http_server import shared_with_others
+from hbserve.server.http.http_server import shared_with_others
 from hbserve_rpc import HBServeRpcError, own_process
 from hbserve_rpc.parent_watch import when_launcher_ends
 from hbserve_rpc.stderr_log import log_to_stderr

@@ -18,9 +18,9 @@ from pathlib import Path
 
 import msgspec
 
-from hbserve.child_process import ChildProcess, ChildProcesses
+from hbserve.processes.child_process import ChildProcess, ChildProcesses
 from hbserve.server.front_end import READY_TIMEOUT_S, FrontEnd
-from hbserve.server.http_server import held_for_others, remove_path
+from hbserve.server.http.http_server import held_for_others, remove_path
 from hbserve_rpc import Keys, format_address
 from hbserve_rpc.address import is_wildcard
 from hbserve_rpc.messages import Role

@@ -9,13 +9,13 @@ from typing import Any, Protocol
 
 import jinja2
 
-from hbserve.live_view import Deployment, Watched
-from hbserve.server.api_error import ApiError, try_again
+from hbserve.monitoring.live_view import Deployment, Watched
 from hbserve.server.encoder import Encoder
-from hbserve.server.http_figures import HttpFigures
-from hbserve.server.sampling import model_defaults
+from hbserve.server.fields.sampling import model_defaults
+from hbserve.server.http.api_error import ApiError, try_again
+from hbserve.server.http.http_figures import HttpFigures
 from hbserve.server.spans import Spans
-from hbserve.text_request import Scheduler
+from hbserve.text.text_request import Scheduler
 from hbserve_rpc.messages import SchedulerStats, ServiceInfo
 from hbserve_rpc.plain_values import shown
 from hbserve_scheduler import ConfigError, parse_size

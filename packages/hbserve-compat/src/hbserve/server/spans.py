@@ -16,7 +16,7 @@ import threading
 from dataclasses import dataclass
 from typing import Any
 
-from hbserve.server.request_log import HttpRequest
+from hbserve.server.http.request_log import HttpRequest
 from hbserve_rpc import SamplingParams
 from hbserve_rpc.records import AttemptRecord, RequestRecord
 from hbserve_scheduler import ConfigError

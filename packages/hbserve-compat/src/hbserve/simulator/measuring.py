@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from hbserve.bench import EngineUnderTest
-from hbserve.demo_model import model_folder
+from hbserve.load.bench_engine import EngineUnderTest
+from hbserve.models.demo_model import model_folder
 from hbserve.output_file import require_folder_of, writing
 from hbserve.progress import progress_bar
 from hbserve.simulator.commands import ProfileArgs

@@ -1,0 +1,117 @@
+"""A client of /v1/chat/completions, of whichever server: what `hbserve chat --url` asks with."""
+
+import asyncio
+import json
+import ssl
+from collections.abc import AsyncIterator
+from typing import Any
+
+from hbserve.client.event_data import EventData
+from hbserve.client.server_url import parse_url, require_header
+from hbserve_rpc import PeerLost, RemoteError
+
+CONNECT_TIMEOUT_S = 10.0
+
+
+def why_not_connected(address: str, error: Exception) -> str:
+    """In a line. A server whose certificate is its own is one, too."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        cure = "SSL_CERT_FILE names a file of certificates that are"
+        return f"the certificate of {address} is not trusted: {error.verify_message}; {cure}"
+    return f"no server at {address}: {error or 'no answer'}"
+
+
+class ChatClient:
+    """Asks a server by streams, over plain sockets: a command needs no HTTP library for that."""
+
+    def __init__(self, url: str, api_key: str | None, **parameters: Any) -> None:
+        """`url` is a server's, with or without /v1. Raises InvalidAddress, InvalidRequest."""
+        self._url = parse_url("--url", url)
+        self._path = self._url.path.removesuffix("/v1") + "/v1/chat/completions"
+        if api_key:
+            require_header("--api-key", "Authorization", api_key)
+        self._api_key = api_key
+        self._parameters = parameters
+
+    async def answer(self, messages: list[dict[str, str]]) -> AsyncIterator[str]:
+        """The text of an answer as it comes.
+
+        Raises:
+            PeerLost: nobody is there, or the connection has ended.
+            RemoteError: the server has refused, or failed; has its words.
+        """
+        body = json.dumps({"messages": messages, "stream": True, **self._parameters}).encode()
+        try:
+            async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                context = ssl.create_default_context() if self._url.is_secure else None
+                reader, writer = await asyncio.open_connection(
+                    self._url.host, self._url.port, ssl=context, limit=1 << 24
+                )
+        except (OSError, TimeoutError) as error:
+            raise PeerLost(f"--url: {why_not_connected(self._url.authority, error)}") from None
+        try:
+            writer.write(self._head(len(body)) + body)
+            status, is_chunked = await _read_head(reader)
+            lines = _chunked(reader) if is_chunked else _plain(reader)
+            if status != 200:
+                raise RemoteError(_message(status, b"".join([line async for line in lines])))
+            async for text in _texts(lines):
+                yield text
+        except (asyncio.IncompleteReadError, ConnectionError) as error:
+            raise PeerLost(f"--url: {self._url.authority} has closed the connection") from error
+        except (ValueError, LookupError, TypeError, AttributeError, asyncio.LimitOverrunError) as error:
+            raise RemoteError(f"--url: the server there does not answer as OpenAI's API does: {error!r}") from error
+        finally:
+            writer.close()
+
+    def _head(self, length: int) -> bytes:
+        lines = [
+            f"POST {self._path} HTTP/1.1",
+            f"Host: {self._url.authority}",
+            "Content-Type: application/json",
+            f"Content-Length: {length}",
+            "Connection: close",
+        ]
+        if self._api_key:
+            lines.append(f"Authorization: Bearer {self._api_key}")
+        return "\r\n".join([*lines, "", ""]).encode()
+
+
+async def _read_head(reader: asyncio.StreamReader) -> tuple[int, bool]:
+    """The status, and whether the body comes in chunks."""
+    first, *lines = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower().split("\r\n")
+    words = first.split()
+    if len(words) < 2 or not words[1].isdecimal():
+        raise RemoteError(f"--url: the server there does not speak HTTP: {first[:80]!r}")
+    return int(words[1]), "transfer-encoding: chunked" in lines
+
+
+async def _chunked(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
+    while size := int((await reader.readline()).split(b";")[0], 16):
+        yield await reader.readexactly(size)
+        await reader.readline()
+
+
+async def _plain(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
+    while part := await reader.read(1 << 16):
+        yield part
+
+
+async def _texts(parts: AsyncIterator[bytes]) -> AsyncIterator[str]:
+    """Content of the events of a stream."""
+    events = EventData()
+    async for part in parts:
+        for event in events.feed(part):
+            chunk = json.loads(event)
+            if "error" in chunk:
+                raise RemoteError(chunk["error"]["message"])
+            for choice in chunk["choices"]:
+                yield choice["delta"].get("content") or ""
+
+
+def _message(status: int, body: bytes) -> str:
+    cure = "; --api-key or HBSERVE_API_KEY sends one" if status == 401 else ""
+    try:
+        return str(json.loads(body)["error"]["message"]) + cure
+    except (ValueError, KeyError, TypeError):
+        return f"--url: the server answered {status}: {body[:200]!r}"

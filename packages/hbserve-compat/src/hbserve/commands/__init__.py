@@ -1,0 +1,1 @@
+"""Commands of the command line, which `hbserve.__main__` declares."""

@@ -1,0 +1,158 @@
+"""`hbserve chat`: a conversation in the terminal, with a deployment that it starts here or with a server at a URL."""
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, aclosing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from hbserve.client.chat_client import ChatClient
+from hbserve.models.demo_model import find_model_folder
+from hbserve.processes.start_notice import telling_at_terminal
+from hbserve.text.text_request import TextRequest
+from hbserve.text.tokenizer import encode_messages, require_tokenizer_of
+from hbserve_rpc import SamplingParams, own_process
+from hbserve_scheduler import ConfigError, load_config
+
+Message = dict[str, str]
+Answer = Callable[[list[Message]], AsyncIterator[str]]
+"""Streams the text of an answer to a conversation."""
+HELP = "Ctrl-C stops an answer; Ctrl-D, or Ctrl-C where there is none, ends.\n"
+
+
+@dataclass(frozen=True)
+class ChatArgs:
+    """The command's arguments."""
+
+    url: str | None
+    api_key: str | None
+    system: str | None
+    model: Path | None
+    config: Path | None
+    sampling: dict[str, Any]
+    """Keywords of SamplingParams, which are fields of a chat's body too."""
+    log_level: str
+
+
+async def chat(args: ChatArgs) -> None:
+    """Raises whatever is wrong, before anything is started where that is possible."""
+    if sys.stdin is None:
+        raise OSError("stdin is closed: there is nobody to talk to")
+    async with AsyncExitStack() as stack:
+        answer = _asking(args) if args.url is not None else await _starting(args, stack)
+        sys.stderr.write(HELP)
+        await Conversation(answer, args.system).run()
+
+
+def _asking(args: ChatArgs) -> Answer:
+    for name in ("model", "config"):
+        if getattr(args, name) is not None:
+            raise ConfigError(f"--{name}={getattr(args, name)}: not with --url, whose server sets it")
+    key = args.api_key or os.environ.get("HBSERVE_API_KEY")
+    return ChatClient(args.url or "", key, **args.sampling).answer
+
+
+async def _starting(args: ChatArgs, stack: AsyncExitStack) -> Answer:
+    from hbserve.pd_disagg import DisaggregatedLLM, PdDisaggConfig
+
+    params = SamplingParams(**args.sampling)
+    config = PdDisaggConfig.from_deployment(load_config(args.config)) if args.config else PdDisaggConfig()
+    config.model_path = await find_model_folder(args.model or config.model_path)
+    require_tokenizer_of(config.model_path)
+    sys.stderr.write("hbserve: starting a prefill and a decode instance\n")
+    llm = DisaggregatedLLM(config, log_level=args.log_level)
+    async with telling_at_terminal(llm.waiting_for):
+        await stack.enter_async_context(llm)
+
+    async def answer(messages: list[Message]) -> AsyncIterator[str]:
+        prompt = encode_messages(llm.tokenizer, messages)
+        async with aclosing(aiter(TextRequest(llm.scheduler, llm.tokenizer, prompt, params))) as deltas:
+            async for delta in deltas:
+                yield delta["text"]
+
+    return answer
+
+
+class Conversation:
+    """Questions from stdin, answers on stdout. What was said before goes with each question."""
+
+    def __init__(self, answer: Answer, system: str | None = None) -> None:
+        self._answer = answer
+        self._messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+        self._answering: asyncio.Task[None] | None = None
+        self._is_shown = sys.stdin.isatty()
+        self._held = b""
+        """Read, but not yet asked."""
+
+    async def run(self) -> None:
+        """Until there is no more input, or a Ctrl-C while nothing is answered."""
+        task, is_left = asyncio.current_task(), False
+        assert task is not None
+
+        def interrupt(_: signal.Signals) -> None:
+            nonlocal is_left
+            is_left = self._answering is None
+            (self._answering or task).cancel()
+
+        try:
+            with own_process.on_signals([signal.SIGINT], interrupt):
+                while (line := await self._read()) is not None:
+                    if line.strip():
+                        await self._ask(line.strip())
+        except asyncio.CancelledError:
+            if not is_left:  # it is another signal, or whoever has called this
+                raise
+        sys.stdout.write("\n")
+
+    async def _read(self) -> str | None:
+        """The next line; None: there is none."""
+        if self._is_shown:
+            sys.stdout.write("> ")
+            sys.stdout.flush()
+        while b"\n" not in self._held:
+            await _readable(sys.stdin)
+            if not (part := os.read(sys.stdin.fileno(), 1 << 16)):
+                break
+            self._held += part
+        line, end, self._held = self._held.partition(b"\n")
+        return line.decode(errors="replace") if line or end else None
+
+    async def _ask(self, question: str) -> None:
+        self._messages.append({"role": "user", "content": question})
+        parts: list[str] = []
+        self._answering = asyncio.create_task(self._show(parts))
+        try:
+            await self._answering
+        except asyncio.CancelledError:
+            if (task := asyncio.current_task()) is not None and task.cancelling():  # it is not only the answer
+                raise
+            sys.stdout.write(" [stopped]")
+        finally:
+            self._answering = None
+        sys.stdout.write("\n")
+        self._messages.append({"role": "assistant", "content": "".join(parts)})
+
+    async def _show(self, parts: list[str]) -> None:
+        answer: Any = self._answer(self._messages)
+        async with aclosing(answer):
+            async for text in answer:
+                parts.append(text)
+                sys.stdout.write(text)
+                sys.stdout.flush()
+
+
+async def _readable(file: TextIO) -> None:
+    """Wait until there is something to read, or the end of it: a read in a thread could not be given up."""
+    loop, ready = asyncio.get_running_loop(), asyncio.Event()
+    try:
+        loop.add_reader(file, ready.set)
+    except PermissionError:  # a file on a disk: it never waits
+        return
+    try:
+        await ready.wait()
+    finally:
+        loop.remove_reader(file)

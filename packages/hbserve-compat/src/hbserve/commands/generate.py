@@ -1,0 +1,177 @@
+"""`hbserve generate`: prompts in, answers on stdout, one summary on stderr."""
+
+import asyncio
+import io
+import sys
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hbserve.models.demo_model import find_model_folder
+from hbserve.processes.start_notice import telling_at_terminal
+from hbserve.progress import progress_bar
+from hbserve.remote import remote_scheduler
+from hbserve.results import GenerationResult, Timings
+from hbserve.text.prompts import read_prompts, some_tokens
+from hbserve.text.text_request import Scheduler, TextRequest, answer_all, check_all
+from hbserve.text.tokenizer import encode_message, load_tokenizer, require_tokenizer_of
+from hbserve_rpc import SamplingParams
+from hbserve_rpc.messages import FinishReason
+from hbserve_scheduler import ConfigError, load_config
+
+End = tuple[Timings, FinishReason]
+
+
+@dataclass(frozen=True)
+class GenerateArgs:
+    """The command's arguments."""
+
+    prompts: list[str]
+    system: str | None
+    model: Path | None
+    config: Path | None
+    sampling: dict[str, Any]
+    """Keywords of SamplingParams."""
+    kv_transfer_backend: str | None
+    connect: str | None
+    keys: Path | None
+    log_level: str
+
+
+async def generate_answers(args: GenerateArgs) -> None:
+    """Raises whatever is wrong, before anything is started where that is possible."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that cannot show a character shows its number
+        sys.stdout.reconfigure(errors="backslashreplace")
+    params = SamplingParams(**args.sampling)
+    texts = [str(each) for each in read_prompts(args.prompts)]
+    async with _connected(args) if args.connect is not None else _started(args) as (scheduler, tokenizer):
+        prompts = [encode_message(tokenizer, text, args.system) for text in texts]
+        if len(prompts) == 1:
+            request = TextRequest(scheduler, tokenizer, prompts[0], params)
+            ends, lengths = [await _stream(request)], [len(request.choices[0].detokenizer.token_ids)]
+        else:
+            results = await _together(scheduler, tokenizer, prompts, params)
+            for text, result in zip(texts, results, strict=True):
+                sys.stdout.write(f"> {text}\n{result['text']}\n\n")
+            ends = [(result, result["finish_reason"]) for result in results]
+            lengths = [len(result["token_ids"]) for result in results]
+    reasons = [why_ended(reason, length, params.max_tokens) for (_, reason), length in zip(ends, lengths, strict=True)]
+    sys.stderr.write(f"{summary([timings for timings, _ in ends], sum(lengths))} | {counted(reasons)}\n")
+
+
+async def _stream(request: TextRequest) -> End:
+    end: tuple[Timings | None, FinishReason | None] = None, None
+    has_begun = False
+    try:
+        async for delta in request:
+            sys.stdout.write(delta["text"])
+            sys.stdout.flush()
+            has_begun = has_begun or bool(delta["text"])
+            end = delta["timings"], delta["finish_reason"]
+    except Exception:  # is told in a line of its own
+        sys.stdout.write("\n" * has_begun)
+        raise
+    sys.stdout.write("\n")
+    timings, reason = end
+    assert timings is not None, "the last delta has both"
+    assert reason is not None
+    return timings, reason
+
+
+async def _together(
+    scheduler: Scheduler, tokenizer: Any, prompts: list[list[int]], params: SamplingParams
+) -> list[GenerationResult]:
+    each = [params] * len(prompts)
+    shapes = check_all(scheduler, prompts, each)
+    with progress_bar(len(prompts)) as bar:
+        return await answer_all(scheduler, tokenizer, prompts, each, shapes, bar.update)
+
+
+def why_ended(reason: FinishReason, num_tokens: int, max_tokens: int) -> str:
+    """In a user's words: nothing is cut in silence."""
+    if reason != "length":
+        return "stopped" if reason == "stop" else "aborted"
+    return "cut at --max-tokens" if num_tokens >= max_tokens else "cut at the longest sequence that is served"
+
+
+def counted(reasons: list[str]) -> str:
+    """Each reason once, with its number if there are several answers."""
+    counts = Counter(reasons)
+    return ", ".join(f"{count} {reason}" if len(reasons) > 1 else reason for reason, count in counts.items())
+
+
+def summary(timings: list[Timings], num_tokens: int) -> str:
+    """One line; with several requests, means of the times and sums of the rest."""
+    ttft_ms = 1e3 * sum(each["ttft_s"] for each in timings) / len(timings)
+    handoffs_s = [each["handoff_s"] for each in timings if each["handoff_s"]] or [0.0]
+    handoff_ms = 1e3 * sum(handoffs_s) / len(handoffs_s)
+    tpot_ms = 1e3 * sum(each["tpot_s"] for each in timings) / len(timings)
+    num_bytes = sum(each["kv_bytes"] for each in timings)
+    transfer_s = sum(each["kv_transfer_time_s"] for each in timings)
+    rate = f"{num_bytes / transfer_s / 1e9:.2f} GB/s" if transfer_s else "-"
+    mean = "mean " if len(timings) > 1 else ""
+    return (
+        f"{mean}TTFT {ttft_ms:.0f} ms | {mean}hand-off {handoff_ms:.1f} ms | {mean}TPOT {tpot_ms:.1f} ms | "
+        f"{num_tokens} tokens | KV moved {num_bytes / 2**20:.2f} MiB | transfer {transfer_s * 1e3:.1f} ms, {rate}"
+    )
+
+
+@asynccontextmanager
+async def _started(args: GenerateArgs) -> AsyncIterator[tuple[Scheduler, Any]]:
+    from hbserve.pd_disagg import DisaggregatedLLM, PdDisaggConfig
+
+    config = PdDisaggConfig.from_deployment(load_config(args.config)) if args.config else PdDisaggConfig()
+    if args.model is not None:
+        config.model_path = args.model
+    if args.kv_transfer_backend is not None:
+        config.kv_transfer_backend = args.kv_transfer_backend
+    config.model_path = await find_model_folder(config.model_path)
+    require_tokenizer_of(config.model_path)
+    if "" in args.prompts and args.system is None:  # whether it is a prompt, its tokenizer knows, and its chat template
+        some_tokens(encode_message(await asyncio.to_thread(load_tokenizer, config.model_path), ""))
+    llm = DisaggregatedLLM(config, log_level=args.log_level)
+    async with AsyncExitStack() as stack:
+        async with telling_at_terminal(llm.waiting_for):
+            await stack.enter_async_context(llm)
+        yield llm.scheduler, llm.tokenizer
+
+
+@asynccontextmanager
+async def _connected(args: GenerateArgs) -> AsyncIterator[tuple[Scheduler, Any]]:
+    for name in ("config", "kv_transfer_backend"):
+        if getattr(args, name) is not None:
+            raise ConfigError(
+                f"--{name.replace('_', '-')}={getattr(args, name)}: not with --connect, whose deployment sets it"
+            )
+    async with remote_scheduler(args.connect or "", args.keys) as (scheduler, info):
+        if not info.ready:
+            sys.stderr.write(f"not all instances of the scheduler at {scheduler.address} are ready; its log says why\n")
+        if args.model is None and not info.model_path:  # its file may still have none where others chose the model
+            sys.stderr.write(
+                "the scheduler names no model; the demo model's tokenizer is taken, --model takes another\n"
+            )
+        folder = await folder_here(args.model, info.model_path)
+        require_tokenizer_of(folder)
+        # Importing transformers can take longer than the scheduler waits for a heartbeat.
+        yield scheduler, await asyncio.to_thread(load_tokenizer, folder)
+
+
+async def folder_here(given: Path | None, told: str) -> Path:
+    """Of the model whose tokenizer is taken. `told`: the scheduler's path or hub id of it; "" is the demo model.
+
+    Raises:
+        ConfigError: this host has not what the scheduler has told.
+        FileNotFoundError: nor what was given.
+    """
+    try:
+        return await find_model_folder(given or told or None)
+    except FileNotFoundError as error:
+        if given is not None:
+            raise
+        raise ConfigError(
+            f"the deployment serves {told!r}, whose tokenizer is needed on this host: {error}; "
+            "if it is in another folder here, say so with --model"
+        ) from None

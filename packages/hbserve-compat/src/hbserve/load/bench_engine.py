@@ -1,0 +1,83 @@
+"""`hbserve bench engine`."""
+
+import json
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from hbserve.models.demo_model import model_folder
+from hbserve.output_file import writing
+from hbserve_core import InstanceConfig
+from hbserve_core.bench.batch_sweep import BATCH_SIZES, SweepPlan, SweepRow, run_sweep, sweep_config
+from hbserve_core.bench.workloads import Sizes, bench_config, run_bench
+from hbserve_core.model.loaded_model import choose_device
+
+_ELSEWHERE = 1 / 32
+_ON_A_GPU = SweepPlan(BATCH_SIZES, (512,))
+_ON_A_CPU = SweepPlan(tuple(size for size in BATCH_SIZES if size <= 32), (64,))
+
+
+@dataclass(frozen=True)
+class EngineUnderTest:
+    """The engine that is measured, as the command's arguments describe it."""
+
+    model: Path | None
+    device: str
+    dtype: str
+    random_weights: bool
+    tensor_parallel_size: int
+
+    def settings(self) -> dict[str, Any]:
+        """Of its InstanceConfig, model_path apart."""
+        return {
+            "device": self.device,
+            "dtype": self.dtype,
+            "load_format": "dummy" if self.random_weights else "safetensors",
+            "tensor_parallel_size": self.tensor_parallel_size,
+        }
+
+    def is_on_a_gpu(self, folder: Path) -> bool:
+        """Raises InvalidInstanceConfig for settings that cannot be."""
+        config = InstanceConfig(model_path=str(folder), **self.settings())
+        return choose_device(config).type == "cuda"
+
+
+def bench_engine(engine: EngineUnderTest, workloads: Sequence[str], scale: float | None) -> None:
+    """Print a line for each run. Raises what `InstanceConfig` and `make_runner` raise."""
+    folder = model_folder(engine.model)
+    on_gpu = engine.is_on_a_gpu(folder)
+    if scale is None:
+        scale = 1.0 if on_gpu else _ELSEWHERE
+    sizes = Sizes().scaled(scale)
+    typer.echo(f"{folder.name}, workloads at {scale:.3g} of their size")
+    run_bench(bench_config(str(folder), sizes, **engine.settings()), sizes, workloads, typer.echo)
+
+
+def sweep_engine(
+    engine: EngineUnderTest,
+    batch_sizes: tuple[int, ...] | None,
+    contexts: tuple[int, ...] | None,
+    rows_file: Path | None,
+) -> None:
+    """Print a line for each batch size and context, and write it to `rows_file` as a JSON object.
+
+    Raises what `InstanceConfig` and `make_runner` raise, and OSError if the file cannot be written.
+    """
+    folder = model_folder(engine.model)
+    usual = _ON_A_GPU if engine.is_on_a_gpu(folder) else _ON_A_CPU
+    plan = SweepPlan(batch_sizes or usual.batch_sizes, contexts or usual.contexts)
+    config = sweep_config(str(folder), plan, **engine.settings())
+    with ExitStack() as stack:
+        file = stack.enter_context(rows_file.open("w", encoding="utf-8", buffering=1)) if rows_file else None
+
+        def keep(row: SweepRow) -> None:
+            if file is not None and rows_file is not None:
+                with writing(rows_file, in_parts=True):
+                    file.write(json.dumps({"model": folder.name, **row.record()}) + "\n")
+
+        typer.echo(f"{folder.name}, decode steps by batch size")
+        run_sweep(config, plan, typer.echo, keep)

@@ -1,0 +1,172 @@
+"""GGUF files as Hugging Face folders, which transformers makes of them, once, in the user's cache directory.
+
+A process of its own converts, which a Ctrl-C ends at once. The folder appears under its name only when it is whole, so
+neither an interruption nor two processes at once can leave a broken one behind.
+"""
+
+import contextlib
+import importlib
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+from typing import Any
+
+from platformdirs import user_cache_path
+
+from hbserve.models.gguf_settings import count_numbers, left_out
+
+CONVERSION = "3"
+"""To be raised when the conversion changes: a folder of another one is not used."""
+POLL_S = 0.5
+_MAGIC = b"GGUF"
+_ELSEWHERE = "set XDG_CACHE_HOME to a folder that can, or give the path of a Hugging Face folder"
+_NOT_WRITTEN = 3
+"""Exit status of the writing process, whose last line is why."""
+_KEYS = ("missing_keys", "unexpected_keys", "mismatched_keys")
+"""Of transformers' report of what it has loaded."""
+
+
+class ConversionFailed(OSError):
+    """A GGUF file that cannot be read, or the package that reads it is not there; says what to do."""
+
+
+def converted(file: Path, given_up: threading.Event | None = None) -> Path:
+    """The folder of what is in a GGUF file, in float32; converts it first if need be, unless that is `given_up`.
+
+    A file of the same name that is another one, or has changed, has a folder of its own.
+
+    Raises:
+        ConversionFailed: a package is missing, and how to install it; or why the conversion failed.
+    """
+    with file.open("rb") as opened:
+        if opened.read(len(_MAGIC)) != _MAGIC:
+            raise ConversionFailed(f"'{file}' is not a GGUF file: it does not begin with {_MAGIC.decode()}")
+    for module in ("gguf", "accelerate"):
+        if importlib.util.find_spec(module) is None:
+            raise ConversionFailed(f"'{file}' needs the package {module} to be read: pip install gguf accelerate")
+    status = file.stat()
+    folder = user_cache_path("hbserve") / f"{file.stem}-{status.st_size}-{status.st_mtime_ns}-{CONVERSION}"
+    convert(file, folder, "minutes, if it is large", given_up or threading.Event())
+    return folder
+
+
+def convert(file: Path, folder: Path, duration: str, given_up: threading.Event) -> None:
+    """Make the folder, unless it is there.
+
+    Raises:
+        ConversionFailed: why.
+    """
+    if folder.exists():
+        return
+    with _folder_beside(folder) as scratch:
+        sys.stderr.write(f"Converting {file.stem}, once, to {folder.parent}: {duration}\n")
+        writer = subprocess.Popen(
+            _writer_command(file, Path(scratch), folder),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            # A Ctrl-C is for us, and we end it. If we are killed, it ends its work: the folder is whole, or not there.
+            start_new_session=True,
+        )
+        try:
+            complaint = _wait(writer, given_up)
+        finally:
+            writer.kill()
+            writer.communicate()
+    if writer.returncode != 0 and not given_up.is_set():
+        last = complaint.strip().splitlines()[-1:] or [f"exit status {writer.returncode}"]
+        if writer.returncode == _NOT_WRITTEN:
+            reason = f"which the model does not fit into, or which failed ({last[0]})"
+            raise ConversionFailed(f"'{folder.parent}' cannot be written to, {reason}: {_ELSEWHERE}")
+        raise ConversionFailed(f"'{file}' cannot be converted: {last[0]}; or give the path of a Hugging Face folder")
+
+
+def _folder_beside(folder: Path) -> "tempfile.TemporaryDirectory[str]":
+    """Raises ConversionFailed: none can be made."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        return tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent, ignore_cleanup_errors=True)
+    except OSError as error:
+        reason = f"where the model would be converted to, once ({error.strerror})"
+        raise ConversionFailed(f"'{folder.parent}' cannot be written to, {reason}: {_ELSEWHERE}") from None
+
+
+def _writer_command(file: Path, scratch: Path, folder: Path) -> list[str]:
+    return [sys.executable, "-P", "-m", "hbserve.models.conversion", str(file), str(scratch), str(folder)]
+
+
+def _wait(writer: "subprocess.Popen[str]", given_up: threading.Event) -> str:
+    """Wait until it ends or is given up; returns what it wrote to stderr."""
+    while not given_up.is_set():
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return writer.communicate(timeout=POLL_S)[1]
+    return ""
+
+
+def _write_model(file: Path, folder: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = {"gguf_file": file.name, "local_files_only": True}
+    loaded: Any = AutoModelForCausalLM.from_pretrained(file.parent, dtype="float32", output_loading_info=True, **source)
+    model, found = loaded
+    # transformers invents what a file lacks.
+    wrong = [
+        f"{kind.removesuffix('_keys')} tensors ({', '.join(sorted(map(str, found[kind]))[:4])})"
+        for kind in _KEYS
+        if found[kind]
+    ]
+    # And it says nothing of what it leaves out.
+    reader = importlib.import_module("gguf").GGUFReader(file)
+    wrong += _surplus(reader, model)
+    if wrong:
+        raise ValueError(f"it is incomplete, or not of the model that it names: {'; '.join(wrong)}")
+    settings = left_out(model.config.to_dict(), reader)
+    # The weights are plain numbers now; without this the folder would claim to be quantized.
+    del model.config.quantization_config
+    model.hf_quantizer = None
+    # Of a model that is loaded otherwise than by its own names, transformers 5 saves experts as it keeps them: stacked.
+    model._weight_conversions = None
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, **source)
+    try:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        config = folder / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | settings, indent=2))
+    except Exception as error:  # of libraries, which have errors of their own for a full disk
+        sys.stderr.write(f"{error}\n")
+        sys.exit(_NOT_WRITTEN)
+
+
+def _surplus(reader: Any, model: Any) -> list[str]:
+    """What is wrong with a GGUF file that has more than the model that transformers makes of it."""
+    names = [each.name for each in reader.tensors]
+    layers = (name for name in names if name.startswith("blk."))
+    beyond = [name for name in layers if int(name.split(".")[1]) >= model.config.num_hidden_layers]
+    if beyond:
+        return [f"{beyond[0]} is of a layer that it does not count"]
+    surplus = count_numbers(reader) - sum(each.numel() for each in model.parameters())
+    biases = [name for name in names if name.endswith(".bias")] or names
+    return [f"{surplus} numbers of its tensors ({biases[0]}, …) have no place in a {model.config.model_type}"] * (
+        surplus > 0
+    )
+
+
+def write_main(file: Path, scratch: Path, folder: Path) -> None:
+    """What the writing process does. `scratch` becomes `folder`, or goes."""
+    try:
+        _write_model(file, scratch)
+        with contextlib.suppress(OSError):  # another process was faster: its folder is as good
+            scratch.rename(folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    write_main(*map(Path, sys.argv[1:]))

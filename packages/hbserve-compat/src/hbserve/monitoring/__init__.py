@@ -1,0 +1,1 @@
+"""A running deployment as people watch it: figures, a live view, and timelines of requests."""

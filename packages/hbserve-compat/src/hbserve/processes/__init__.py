@@ -1,0 +1,1 @@
+"""Instances and front ends as child processes of this host."""

@@ -1,0 +1,140 @@
+"""Answering a request over HTTP: computing while the client is watched, and sending together whatever waits."""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any, Protocol
+
+import msgspec
+from starlette.types import Message, Receive, Scope, Send
+
+from hbserve.server.answers.answers import Answers, News
+from hbserve.server.http.api_error import ApiError, as_api_error
+from hbserve.server.http.direct_body import DirectBody
+
+logger = logging.getLogger(__name__)
+
+EVENT_STREAM = (b"content-type", b"text/event-stream; charset=utf-8")
+JSON = (b"content-type", b"application/json")
+# A proxy that collects chunks until it has enough of them would defeat streaming.
+NO_BUFFERS = [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
+
+
+class Watched:
+    """ASGI response that runs a job, and cancels it when its client goes: nobody would read the result."""
+
+    def __init__(self, job: Callable[[Send], Awaitable[None]]) -> None:
+        self._job = job
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        sent = False
+
+        async def noting(message: Message) -> None:
+            nonlocal sent
+            sent = True
+            await send(message)
+
+        job = asyncio.ensure_future(self._job(noting))
+        watcher = asyncio.create_task(_gone(receive))
+        try:
+            await asyncio.wait((job, watcher), return_when=asyncio.FIRST_COMPLETED)
+            if job.done():
+                job.result()
+        except Exception as error:
+            if sent or (known := as_api_error(error)) is None:
+                raise
+            await known.response(scope)(scope, receive, send)
+        finally:
+            job.cancel()
+            watcher.cancel()
+            await asyncio.gather(job, watcher, return_exceptions=True)
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class AnswerFormat(Protocol):
+    """One answer as its client reads it, in events or whole."""
+
+    def opening(self) -> bytes:
+        """Events that are sent with the status line."""
+
+    def chunks(self, news: News) -> bytes:
+        """Events of what is new."""
+
+    def closing(self) -> bytes:
+        """The last events of an answer that is complete."""
+
+    def failed(self, error: ApiError) -> bytes:
+        """The last events of an answer that has failed."""
+
+    def take(self, news: News) -> None:
+        """Like `chunks`, for a client that wants the whole answer at the end."""
+
+    def whole(self) -> dict[str, Any]:
+        """The whole answer."""
+
+
+class Reply:
+    """One answer on its way to its client: the status line goes with the first bytes."""
+
+    def __init__(
+        self, send: Send, headers: dict[str, str], first_byte_timeout_s: float, direct: DirectBody | None = None
+    ) -> None:
+        """first_byte_timeout_s: after this long without a token, a stream begins anyway."""
+        self._send = send
+        self._direct = direct
+        self._first_byte_timeout_s = first_byte_timeout_s
+        self._headers = [(name.encode(), value.encode()) for name, value in headers.items()]
+
+    async def answer(self, answers: Answers, rendering: AnswerFormat, *, streamed: bool) -> None:
+        """Raises the error that ends one of the answers, unless a stream has begun: then it is an event of the
+        stream."""
+        await (self._stream(answers, rendering) if streamed else self._whole(answers, rendering))
+
+    async def _whole(self, answers: Answers, rendering: AnswerFormat) -> None:
+        await answers.each(rendering.take)
+        body = msgspec.json.encode(rendering.whole())
+        await self._start([JSON, (b"content-length", str(len(body)).encode())])
+        await self._part(body, more=False)
+
+    async def _stream(self, answers: Answers, rendering: AnswerFormat) -> None:
+        first = await answers.first(self._first_byte_timeout_s)
+        await self._start([EVENT_STREAM, *NO_BUFFERS])
+        await self._part(rendering.opening() + rendering.chunks(first))
+        try:
+            await self._rest(answers, rendering)
+            last = rendering.closing()
+        except Exception as error:
+            last = rendering.failed(_told(error))
+        await self._part(last, more=False)
+
+    async def _rest(self, answers: Answers, rendering: AnswerFormat) -> None:
+        """All chunks after the first: written as they come, unless the client does not read."""
+        direct, held = self._direct, b""
+
+        def give(news: News) -> bool:
+            nonlocal held
+            chunks = rendering.chunks(news)
+            if direct is not None:
+                return bool(chunks) and not direct.write(chunks)
+            held = chunks
+            return True
+
+        while await answers.each(give):
+            await self._part(held)  # even if empty: it waits until the client reads
+
+    async def _start(self, headers: list[tuple[bytes, bytes]]) -> None:
+        await self._send({"type": "http.response.start", "status": 200, "headers": [*headers, *self._headers]})
+
+    async def _part(self, body: bytes, *, more: bool = True) -> None:
+        await self._send({"type": "http.response.body", "body": body, "more_body": more})
+
+
+def _told(error: Exception) -> ApiError:
+    known = as_api_error(error)
+    if known is None:
+        logger.exception("an answer failed; please report it", exc_info=error)
+    return known or ApiError(500, "internal error; the server's log has it")

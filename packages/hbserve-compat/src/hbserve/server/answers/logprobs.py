@@ -1,0 +1,91 @@
+"""Log-probabilities of an answer's tokens, as OpenAI's two endpoints show them."""
+
+from collections.abc import Sequence
+from itertools import islice
+from typing import Any
+
+from hbserve.text.detokenizer import decoder_of
+from hbserve_rpc.messages import TokenLogprobs
+
+LEAST = -9999.0
+"""In place of minus infinity, which JSON has not; OpenAI's own."""
+
+
+class TokenNames:
+    """Tokens as text and as bytes: of one alone, which need not be a whole character."""
+
+    def __init__(self, tokenizer: Any, *, as_ids: bool = False) -> None:
+        """as_ids: they are called `token_id:5`, by which each can be told from all others."""
+        self._decoder = None if tokenizer is None else decoder_of(tokenizer)
+        self._as_ids = as_ids
+
+    def bytes_of(self, token_id: int) -> bytes:
+        """Without a tokenizer, its number."""
+        return str(token_id).encode() if self._decoder is None else self._decoder.bytes_of(token_id)
+
+    def text_of(self, token_id: int) -> str:
+        return self.bytes_of(token_id).decode(errors="replace")
+
+    def name_of(self, token_id: int) -> str:
+        return f"token_id:{token_id}" if self._as_ids else self.text_of(token_id)
+
+
+def of_chat(names: TokenNames, token_ids: list[int], found: list[TokenLogprobs], num_top: int) -> list[dict[str, Any]]:
+    """`logprobs.content`: an entry for each token."""
+    return [
+        _entry(names, token_id, each[token_id])
+        | {"top_logprobs": [_entry(names, *pair) for pair in islice(each.items(), num_top)]}
+        for token_id, each in zip(token_ids, found, strict=True)
+    ]
+
+
+def _entry(names: TokenNames, token_id: int, logprob: float) -> dict[str, Any]:
+    spelt = list(names.bytes_of(token_id))
+    return {"token": names.name_of(token_id), "logprob": max(logprob, LEAST), "bytes": spelt}
+
+
+class CompletionLogprobs:
+    """`logprobs` of a completion: four lists, with a place for each token."""
+
+    def __init__(self, names: TokenNames, offset: int) -> None:
+        """`offset`: characters before the first token."""
+        self._names = names
+        self._offset = offset
+        self.whole: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+
+    def add(self, token_ids: list[int], found: Sequence[TokenLogprobs | None]) -> dict[str, list[Any]]:
+        """Of some more tokens; `whole` has them too then. Nothing is known of a prompt's first one."""
+        offsets = []
+        for token_id in token_ids:
+            offsets.append(self._offset)
+            self._offset += len(self._names.text_of(token_id))
+        new: dict[str, list[Any]] = {
+            "tokens": [self._names.name_of(token_id) for token_id in token_ids],
+            "token_logprobs": [
+                None if each is None else max(each[token], LEAST) for token, each in zip(token_ids, found, strict=True)
+            ],
+            "top_logprobs": [None if each is None else self._by_name(each) for each in found],
+            "text_offset": offsets,
+        }
+        for name, values in new.items():
+            self.whole[name] += values
+        return new
+
+    def _by_name(self, logprobs: TokenLogprobs) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for token_id, logprob in logprobs.items():  # the most likely first, which keeps the text that others have too
+            found.setdefault(self._names.name_of(token_id), max(logprob, LEAST))
+        return found
+
+
+def of_prompt(names: TokenNames, found: Sequence[TokenLogprobs | None]) -> list[dict[str, Any] | None]:
+    """`prompt_logprobs` as vLLM has it, but for ranks, which are known of those only that were asked for by rank."""
+    return [
+        None
+        if each is None
+        else {
+            str(token_id): {"logprob": max(logprob, LEAST), "decoded_token": names.text_of(token_id)}
+            for token_id, logprob in each.items()
+        }
+        for each in found
+    ]

@@ -1,0 +1,72 @@
+"""Reasoning of models that think before they answer: what they write between <think> and </think>, as its own field."""
+
+from typing import Any
+
+from hbserve.server.chat.message_parts import MessageParts, TagSearch
+
+BEGIN, END = "<think>", "</think>"
+
+
+class ReasoningSplit:
+    """An answer of which the reasoning is told apart; its other text is read by `rest`."""
+
+    def __init__(self, rest: MessageParts, *, has_begun: bool, is_shown: bool = True) -> None:
+        """`has_begun`: the prompt ends with <think>, as some templates have it; the model does not repeat that."""
+        self._rest = rest
+        self._is_shown = is_shown
+        self._search = TagSearch()
+        self._state = "reasoning" if has_begun else "before"
+        self._space = ""
+        """White space that is left out if nothing but a tag is on its other side."""
+        self._is_empty = True
+        """Of this part: nothing but white space has come."""
+
+    def feed(self, text: str, *, final: bool) -> list[dict[str, Any]]:
+        deltas: list[dict[str, Any]] = []
+        if self._state == "before":
+            text = self._begin(text, final)
+        if self._state == "reasoning":
+            before, after = self._search.feed(text, END, final=final)
+            deltas += self._reasoning(before)
+            if after is None:
+                return deltas + (self._rest.feed("", final=True) if final else [])
+            self._state, self._is_empty, text = "after", True, after
+        if self._state == "after" and self._is_empty:
+            text = text.lstrip()
+            self._is_empty = not text
+        if self._state != "before":
+            deltas += self._rest.feed(text, final=final)
+        return deltas
+
+    def _begin(self, text: str, final: bool) -> str:
+        """Decide whether the answer begins with reasoning; returns the text that follows the decision."""
+        self._space += text
+        begun = self._space.lstrip()
+        if begun.startswith(BEGIN):
+            self._state, text, self._space = "reasoning", begun[len(BEGIN) :], ""
+            return text
+        if not final and BEGIN.startswith(begun):
+            return ""
+        self._state, text, self._space = "plain", self._space, ""
+        return text
+
+    def _reasoning(self, text: str) -> list[dict[str, Any]]:
+        text = self._space + text
+        if self._is_empty:
+            text = text.lstrip()
+        sure = text.rstrip()
+        self._space = text[len(sure) :]
+        self._is_empty = self._is_empty and not sure
+        # Clients know it by the one name or by the other.
+        return [{"reasoning_content": sure, "reasoning": sure}] if sure and self._is_shown else []
+
+    def reason(self, reason: str | None) -> str | None:
+        return self._rest.reason(reason)
+
+
+def thinking_has_begun(chat_template: str | None, tokenizer: Any, prompt: tuple[int, ...]) -> bool | None:
+    """Whether a prompt of this template ends with <think>; None: its model does not think."""
+    if chat_template is None or END not in chat_template:
+        return None
+    end: str = tokenizer.decode(prompt[-8:], skip_special_tokens=False)
+    return end.rstrip().endswith(BEGIN)

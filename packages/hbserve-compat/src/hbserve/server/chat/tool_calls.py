@@ -1,0 +1,203 @@
+"""Tool calls in the text that a model writes: found, and streamed with their arguments as these come.
+
+Two formats: Hermes' (Qwen's too), `<tool_call>{"name": …, "arguments": {…}}</tool_call>` among other text, and Llama
+3's, an answer that is nothing but `{"name": …, "parameters": {…}}`, or several with `;` between.
+"""
+
+import re
+import uuid
+from collections.abc import Callable
+from typing import Any, Literal
+
+import msgspec
+
+from hbserve.server.chat.message_parts import MessageParts, TagSearch
+
+BEGIN, END = "<tool_call>", "</tool_call>"
+Format = Literal["hermes", "llama3_json"]
+_HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)')
+"""A call up to its arguments, as nearly all models write it."""
+
+
+class _Call:
+    """One call as its JSON comes."""
+
+    def __init__(self, index: int) -> None:
+        self._index = index
+        self._text = ""
+        self._sent = 0
+        """Place in the text up to which its arguments were given out; 0: not even its name was."""
+        self._depth = 0
+        self._is_quoted = self._is_escaped = False
+        self.is_known = False
+        """Its name was given out."""
+        self._is_complete = False
+        """So were all its arguments."""
+
+    def feed(self, text: str) -> tuple[list[dict[str, Any]], str | None]:
+        """What is sure now; and once the arguments are complete, the text after them."""
+        if self._is_complete:
+            return [], text
+        self._text += text
+        deltas = []
+        if not self.is_known:
+            head = _HEAD.match(self._text)
+            if head is None:
+                return [], None
+            deltas.append(self._delta(_name(head[1]), ""))
+            self._sent = head.end()
+        end = next((place + 1 for place in range(self._sent, len(self._text)) if self._closes(self._text[place])), None)
+        self._is_complete = end is not None
+        arguments = self._text[self._sent : end]
+        self._sent = len(self._text)
+        if arguments:
+            deltas.append(self._delta(None, arguments))
+        return deltas, None if end is None else self._text[end:]
+
+    def _closes(self, character: str) -> bool:
+        """Whether the arguments end with this character, the next one of them."""
+        if self._is_quoted:
+            self._is_quoted = self._is_escaped or character != '"'
+            self._is_escaped = character == "\\" and not self._is_escaped
+            return False
+        self._is_quoted = character == '"'
+        self._depth += {"{": 1, "[": 1, "}": -1, "]": -1}.get(character, 0)
+        return self._depth == 0
+
+    def end(self) -> tuple[list[dict[str, Any]], str]:
+        """No more text comes: what it is if it was written in another way, or the text that it is not."""
+        if self.is_known:
+            return [], ""
+        try:
+            found = msgspec.json.decode(self._text)
+            name, arguments = found["name"], found.get("arguments", found.get("parameters", {}))
+        except (msgspec.DecodeError, UnicodeError, RecursionError, LookupError, TypeError, AttributeError):
+            return [], self._text
+        if not isinstance(name, str):
+            return [], self._text
+        plain = arguments if isinstance(arguments, str) else msgspec.json.encode(arguments).decode()
+        return [self._delta(name, plain)], ""
+
+    def _delta(self, name: str | None, arguments: str) -> dict[str, Any]:
+        if name is None:
+            return {"tool_calls": [{"index": self._index, "function": {"arguments": arguments}}]}
+        self.is_known = True
+        call = {"index": self._index, "id": f"call_{uuid.uuid4().hex[:24]}", "type": "function"}
+        return {"tool_calls": [{**call, "function": {"name": name, "arguments": arguments}}]}
+
+
+def _name(quoted: str) -> str:
+    try:
+        return str(msgspec.json.decode(quoted))
+    except msgspec.DecodeError:  # an escape that there is not
+        return quoted[1:-1]
+
+
+class _Calls:
+    """What both formats have in common: the calls so far, and how an answer with some ends."""
+
+    def __init__(self, *, most_calls: int | None = None) -> None:
+        self._most_calls = most_calls
+        """Calls after that are left out."""
+        self._num_calls = 0
+        self._call: _Call | None = None
+
+    def _begin(self) -> None:
+        self._call = _Call(self._num_calls)
+
+    def _keep(self, deltas: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return deltas if self._most_calls is None or self._num_calls < self._most_calls else []
+
+    def _end(self) -> list[dict[str, Any]]:
+        if self._call is None:
+            return []
+        deltas, text = self._call.end()
+        deltas = self._keep(deltas) or ([{"content": text}] if text.strip() else [])
+        self._num_calls += self._call.is_known
+        self._call = None
+        return deltas
+
+    def reason(self, reason: str | None) -> str | None:
+        return "tool_calls" if reason == "stop" and self._num_calls else reason
+
+
+class HermesCalls(_Calls):
+    """Reads calls in Hermes' format, and the text around them."""
+
+    def __init__(self, *, most_calls: int | None = None) -> None:
+        super().__init__(most_calls=most_calls)
+        self._search = TagSearch()
+        self._space = ""
+        """White space of the text, which is left out where a call follows."""
+
+    def feed(self, text: str, *, final: bool) -> list[dict[str, Any]]:
+        deltas: list[dict[str, Any]] = []
+        rest: str | None = text
+        while rest is not None:
+            tag = BEGIN if self._call is None else END
+            before, rest = self._search.feed(rest, tag, final=final)
+            if self._call is None:
+                deltas += self._text(before, is_last=final and rest is None)
+                if rest is not None:
+                    self._begin()
+                    self._space = ""
+            else:
+                deltas += self._keep(self._call.feed(before)[0])
+                if rest is not None:
+                    deltas += self._end()
+        return deltas + (self._end() if final else [])
+
+    def _text(self, text: str, *, is_last: bool) -> list[dict[str, Any]]:
+        text = self._space + text
+        sure = text if is_last and not self._num_calls else text.rstrip()
+        self._space = text[len(sure) :]
+        return [{"content": sure}] if sure else []
+
+
+class LlamaCalls(_Calls):
+    """Reads an answer in Llama 3's format, which is calls from its first character on, or text."""
+
+    def __init__(self, *, most_calls: int | None = None) -> None:
+        super().__init__(most_calls=most_calls)
+        self._is_text = False
+        self._is_over = False
+        """After its calls it went on with something else, and all that follows is left out."""
+
+    def feed(self, text: str, *, final: bool) -> list[dict[str, Any]]:
+        deltas: list[dict[str, Any]] = []
+        rest: str | None = text
+        while rest and not (self._is_text or self._is_over):
+            if self._call is None:
+                # After a call, what is before the next one is its own last brace and the border between.
+                begun = rest.lstrip("} \n\t;" if self._num_calls else None)
+                if not begun:
+                    return deltas
+                if begun[0] != "{":
+                    self._is_text, self._is_over = not self._num_calls, self._num_calls > 0
+                    break
+                self._begin()
+                rest = begun
+            assert self._call is not None
+            found, rest = self._call.feed(rest)
+            deltas += self._keep(found)
+            if rest is not None:
+                deltas += self._end()
+        if self._is_text and rest:
+            deltas.append({"content": rest})
+        return deltas + (self._end() if final else [])
+
+
+READERS: dict[Format, Callable[..., MessageParts]] = {"hermes": HermesCalls, "llama3_json": LlamaCalls}
+BEGINNINGS: dict[Format, str] = {"hermes": BEGIN + '\n{"name": "', "llama3_json": '{"name": "'}
+"""How a model begins a call."""
+ARGUMENTS: dict[Format, str] = {"hermes": '", "arguments": ', "llama3_json": '", "parameters": '}
+"""What is between a call's name and its arguments."""
+
+
+def format_of(chat_template: str | None) -> Format | None:
+    """The format that a chat template asks of its model; None: it knows no tools."""
+    if chat_template is None or "tools" not in chat_template:
+        return None
+    if BEGIN in chat_template:
+        return "hermes"
+    return "llama3_json" if '"parameters"' in chat_template else None

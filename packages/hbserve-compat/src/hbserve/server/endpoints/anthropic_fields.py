@@ -1,0 +1,93 @@
+"""Fields of requests to /v1/messages: their types, and what is done with each. request_fields.py says how."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+import msgspec
+
+from hbserve.server.fields.request_fields import RequestBody
+
+NOT_SERVED: dict[str, tuple[Any, ...]] = {
+    "container": (),
+    "mcp_servers": ([],),
+    "speed": ("standard",),
+}
+"""Field: the values that it may have, beside null."""
+IGNORED = {
+    "metadata": "nothing is kept of a user",
+    "service_tier": "there is one",
+    "cache_control": "prefixes are found by their tokens",
+    "context_management": "messages are taken whole",
+    "inference_geo": "it is where the server is",
+    "diagnostics": "there are none",
+    "user_profile_id": "nothing is kept of a user",
+    "workspace_id": "there is one",
+}
+"""Fields that clients are known to send, and that have no effect here; so has any other that is in no list."""
+
+
+class Thinking(msgspec.Struct, frozen=True):
+    """`thinking` of a request."""
+
+    type: Literal["enabled", "disabled", "adaptive"]
+    budget_tokens: Any = None
+    """A model thinks as long as it likes."""
+    display: Literal["summarized", "omitted"] | None = None
+
+
+class ToolChoice(msgspec.Struct, frozen=True):
+    """`tool_choice` of a request."""
+
+    type: Literal["auto", "any", "tool", "none"]
+    name: str | None = None
+    disable_parallel_tool_use: bool | None = None
+
+
+class OutputConfig(msgspec.Struct, frozen=True):
+    """`output_config` of a request."""
+
+    effort: str | None = None
+    """Handed to the chat template."""
+    format: dict[str, Any] | None = None
+
+
+class CountTokensBody(RequestBody, frozen=True, kw_only=True):
+    """Body of /v1/messages/count_tokens: all that is the prompt."""
+
+    messages: list[dict[str, Any]]
+    system: str | list[dict[str, Any]] | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: ToolChoice | None = None
+    thinking: Thinking | None = None
+    output_config: OutputConfig | None = None
+
+
+class MessagesBody(CountTokensBody, frozen=True, kw_only=True):
+    """Body of /v1/messages."""
+
+    id_prefix: ClassVar[str] = "msg_"
+    not_served: ClassVar[Mapping[str, tuple[Any, ...]]] = NOT_SERVED
+    elsewhere: ClassVar[Mapping[str, str]] = {
+        "max_completion_tokens": "max_tokens",
+        "max_output_tokens": "max_tokens",
+        "max_new_tokens": "max_tokens",
+        "stop": "stop_sequences",
+        "response_format": "output_config.format",
+        "reasoning_effort": "output_config.effort",
+        "instructions": "system",
+        "input": "messages",
+        "prompt": "messages",
+    }
+
+    max_tokens: int
+    stream: bool | None = None
+    stop_sequences: list[str] | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    priority: int | None = None
+    timeout_s: float | None = None
+    """Both as of a chat: an extension of ours."""
+    container: Any = None
+    mcp_servers: Any = None
+    speed: str | None = None

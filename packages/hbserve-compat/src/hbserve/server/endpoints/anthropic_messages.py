@@ -1,0 +1,153 @@
+"""/v1/messages: Anthropic's Messages API, translated to a chat."""
+
+from functools import partial
+from typing import Any
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+from hbserve.server.answers.answering import Reply, Watched
+from hbserve.server.endpoints.anthropic_events import MessageFormat
+from hbserve.server.endpoints.anthropic_fields import CountTokensBody, MessagesBody, ToolChoice
+from hbserve.server.endpoints.generating import endpoint
+from hbserve.server.endpoints.translated_chat import (
+    ChatHistory,
+    TranslatedChat,
+    named_function,
+    new_tool_call,
+    offered_function,
+    part_text,
+    parts_of,
+    plain_role,
+    text_of,
+)
+from hbserve.server.fields.request_fields import ChatBody
+from hbserve.server.http.api_error import ApiError
+from hbserve.server.http.request_body import converted, ignored_fields, ignored_header, read_object
+from hbserve.server.service import ServedModel, Service
+from hbserve_rpc.plain_values import plain_text
+
+NAMES = {
+    "stop": "stop_sequences",
+    "response_format": "output_config.format",
+    "structured_outputs": "output_config.format",
+    "reasoning_effort": "output_config.effort",
+}
+TEXT = {"text": "text"}
+ROLES = ("user", "assistant", "system")
+CHOICES = {"auto": "auto", "any": "required", "none": "none"}
+"""Of `tool_choice`, by their names in a chat."""
+
+
+async def messages(request: Request) -> Watched:
+    return await endpoint(request, MessagesBody, _answer)
+
+
+async def count_tokens(request: Request) -> Response:
+    service: Service = request.app.state.service
+    content = await read_object(request, service.max_body_bytes)
+    model, body = service.require_model(), converted(content, CountTokensBody)
+    model.name_for(body.model)
+    prompt = await _as_chat(body).prompt(service, model)
+    counted = msgspec.json.encode({"input_tokens": len(prompt.token_ids)})
+    headers = ignored_header(ignored_fields(content, MessagesBody))
+    return Response(counted, headers=headers, media_type="application/json")
+
+
+async def _answer(reply: Reply, service: Service, model: ServedModel, body: MessagesBody, head: dict[str, Any]) -> None:
+    chat = _as_chat(
+        body,
+        stream=body.stream,
+        max_tokens=body.max_tokens,
+        stop=body.stop_sequences,
+        temperature=body.temperature,
+        top_k=body.top_k,
+        top_p=body.top_p,
+        priority=body.priority,
+        timeout_s=body.timeout_s,
+    )
+    await chat.answer(reply, service, model, partial(MessageFormat, head))
+
+
+def _as_chat(body: CountTokensBody, **more: Any) -> TranslatedChat:
+    """A chat with the same prompt, and `more` of its fields. Raises ApiError: 400, names what is wrong."""
+    history = _History()
+    if body.system is not None:
+        history.add("system", "system", content=text_of("system", body.system, TEXT))
+    for place, message in enumerate(body.messages):
+        history.add_message(f"messages[{place}]", message)
+    goes_on = bool(history.messages) and history.messages[-1]["role"] == "assistant"
+    if goes_on and history.messages[-1].get("tool_calls"):
+        path = f"{history.paths[-1]}.content"
+        raise ApiError(400, f"{path}: an answer cannot begin with calls of tools; expected their results", param=path)
+    thinking, output = body.thinking, body.output_config
+    tools = [
+        offered_function(f"tools[{place}]", tool, (None, "custom"), "input_schema")
+        for place, tool in enumerate(body.tools or [])
+    ]
+    chat = ChatBody(
+        messages=history.messages,
+        continue_final_message=goes_on,
+        tools=tools or None,
+        tool_choice=_choice(body.tool_choice),
+        parallel_tool_calls=not (body.tool_choice and body.tool_choice.disable_parallel_tool_use),
+        response_format=_response_format(output.format) if output and output.format else None,
+        reasoning_effort=output.effort if output else None,
+        include_reasoning=not (thinking and thinking.display == "omitted"),
+        chat_template_kwargs=None
+        if thinking is None or thinking.type == "adaptive"
+        else {"enable_thinking": thinking.type == "enabled"},
+        **more,
+    )
+    return TranslatedChat(chat, history.paths, NAMES)
+
+
+def _choice(given: ToolChoice | None) -> str | dict[str, Any] | None:
+    if given is None:
+        return None
+    return named_function(given.name) if given.type == "tool" else CHOICES[given.type]
+
+
+def _response_format(given: dict[str, Any]) -> dict[str, Any]:
+    """As a chat has it, where schemas have names."""
+    if given.get("type") != "json_schema":
+        return given
+    return {"type": "json_schema", "json_schema": {"name": "output", "schema": given.get("schema")}}
+
+
+class _History(ChatHistory):
+    """Out of messages, of which a user's may be several there, one for each result of a tool."""
+
+    def add_message(self, path: str, message: dict[str, Any]) -> None:
+        role, content = plain_role(path, message, ROLES), message.get("content")
+        if not isinstance(content, list):
+            self.add(path, role, content=text_of(f"{path}.content", content, TEXT))
+        elif role == "assistant":
+            self._add_answer(path, content)
+        else:
+            self._add_question(path, role, content)
+
+    def _add_question(self, path: str, role: str, content: list[Any]) -> None:
+        texts: list[str] = []
+        for of_part, part, kind in parts_of(f"{path}.content", content):
+            if kind == "tool_result":
+                result = text_of(f"{of_part}.content", part.get("content"), TEXT)
+                self.add(path, "tool", content=result, tool_call_id=part.get("tool_use_id"))
+            else:
+                texts.append(part_text(of_part, part, kind, TEXT))
+        if texts:  # what comes beside results is about them
+            self.add(path, role, content="".join(texts))
+
+    def _add_answer(self, path: str, content: list[Any]) -> None:
+        texts: list[str] = []
+        more: dict[str, Any] = {}
+        for of_part, part, kind in parts_of(f"{path}.content", content):
+            if kind == "thinking":
+                more["reasoning"] = more.get("reasoning", "") + plain_text(f"{of_part}.thinking", part.get("thinking"))
+            elif kind == "tool_use":
+                call = new_tool_call(of_part, part.get("id"), part.get("name"), part.get("input"))
+                more.setdefault("tool_calls", []).append(call)
+            else:
+                texts.append(part_text(of_part, part, kind, TEXT))
+        self.add(path, "assistant", content="".join(texts), **more)

@@ -1,0 +1,78 @@
+"""Prompt of a chat, its parameters, and readers of the answers: all that the ways to ask for a chat have in common."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hbserve.server.chat.chat_messages import plain_messages
+from hbserve.server.chat.chat_tools import chat_tools
+from hbserve.server.chat.message_parts import MessageParts
+from hbserve.server.chat.reasoning import END, ReasoningSplit, thinking_has_begun
+from hbserve.server.chat.tool_calls import format_of
+from hbserve.server.fields.request_fields import ChatBody
+from hbserve.server.fields.sampling import sampling_params
+from hbserve.server.fields.structured_outputs import structured_outputs
+from hbserve.server.http.api_error import ApiError, renamed
+from hbserve.server.service import ServedModel, Service
+from hbserve_rpc import SamplingParams
+from hbserve_rpc.plain_values import shown
+
+
+@dataclass(frozen=True)
+class ChatPrompt:
+    """What the model is given, and how what it writes is read."""
+
+    token_ids: tuple[int, ...]
+    params: SamplingParams
+    make_parts: Callable[[], MessageParts]
+    """A new reader, for one answer."""
+
+
+def _template_settings(service: Service, model: ServedModel, body: ChatBody) -> dict[str, Any]:
+    """Raises ApiError: 400, there is something that the template cannot show, and would leave out in silence."""
+    settings = service.template_settings(
+        body.chat_template_kwargs, begins_message=body.add_generation_prompt, goes_on=body.continue_final_message
+    )
+    if body.continue_final_message and body.messages[-1:] and body.messages[-1].get("tool_calls"):
+        problem = "continue_final_message=True: the last message has calls of tools, after which no text can go on"
+        raise ApiError(400, problem, param="continue_final_message")
+    if body.documents:
+        if "documents" not in (model.encoder.chat_template or ""):
+            problem = "documents: the model's chat template knows none; put them into a message"
+            raise ApiError(400, problem, param="documents")
+        settings["documents"] = body.documents
+    if body.reasoning_effort is not None:
+        settings["reasoning_effort"] = body.reasoning_effort
+    return settings
+
+
+async def chat_prompt(
+    service: Service, model: ServedModel, body: ChatBody, paths: Sequence[str] | None = None
+) -> ChatPrompt:
+    """The prompt of a body's messages; `paths` names them in errors, where a client has sent them in another form.
+
+    Raises:
+        ApiError, InvalidRequest: names the field that is wrong.
+    """
+    settings = _template_settings(service, model, body)
+    grammar = structured_outputs(body)
+    is_structured = grammar is not None
+    tools = chat_tools(body, format_of(model.encoder.chat_template), is_structured=is_structured)
+    if tools.beginning and body.continue_final_message:
+        problem = f"tool_choice={shown(body.tool_choice)}: not if the answer goes on with the last message"
+        raise ApiError(400, problem, param="tool_choice")
+    prompt = await model.encoder.messages(plain_messages(body.messages, paths), tools=tools.offered, **settings)
+    has_begun = thinking_has_begun(model.encoder.chat_template, model.encoder.tokenizer, prompt)
+    # What follows a grammar from its first token on has no reasoning before it.
+    beginning = tools.beginning or (f"\n{END}\n\n" if is_structured and has_begun else "")
+    if beginning:
+        prompt = prompt + await model.encoder.text(beginning, add_special_tokens=False)
+    with renamed({} if body.max_completion_tokens is None else {"max_tokens": "max_completion_tokens"}):
+        params = sampling_params(body, model.room_for(prompt), grammar or tools.grammar, model.defaults)
+
+    def make_parts() -> MessageParts:
+        if has_begun is None or tools.beginning or is_structured:
+            return tools.reader()
+        return ReasoningSplit(tools.reader(), has_begun=has_begun, is_shown=body.include_reasoning is not False)
+
+    return ChatPrompt(prompt, params, make_parts)

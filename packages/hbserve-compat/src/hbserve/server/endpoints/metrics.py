@@ -1,0 +1,111 @@
+"""/metrics: the scheduler's and the instances' figures for Prometheus.
+
+Read from one snapshot at each scrape, so nothing is counted twice. `hbserve:` has all of them, under vLLM's suffixes
+where vLLM has the figure; `vllm:` repeats those with vLLM's labels, so that dashboards made for it show them too.
+Latencies are the scheduler's: what a client has felt, over prefill, KV and decode.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Literal
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from hbserve.server.http.http_figures import http_metrics
+from hbserve.server.service import ServedModel, Service
+from hbserve_rpc.messages import InstanceInfo, SchedulerStats
+from hbserve_rpc.metrics_text import CONTENT_TYPE, Family, text_of
+from hbserve_scheduler.metrics import deployment_metrics
+
+ONLY_OURS = ("kv_", "reservation_", "request_attempts", "event_loop_")
+"""Beginnings of the names of histograms that vLLM has not."""
+OF_VLLM = ["model_name", "engine"]
+"""Labels that vLLM's dashboards choose by. A deployment is one engine; where a figure is of each instance, each is."""
+
+
+async def show_metrics(request: Request) -> Response:
+    service: Service = request.app.state.service
+    stats = None if service.model is None else await service.model.whole.fetch_stats()
+    return Response(text_of(_families(service, stats)), media_type=CONTENT_TYPE)
+
+
+def _families(service: Service, stats: SchedulerStats | None) -> Iterator[Family]:
+    model = service.model
+    up = Family("hbserve:up", "gauge", "1 while new requests are taken.")
+    up.add(int(model is not None and not service.draining))
+    yield up
+    if model is not None and stats is not None:
+        yield from deployment_metrics(stats)
+        yield from _Aliases(model, stats).families()
+        yield from http_metrics(stats.http.values())
+
+
+class _Aliases:
+    """The figures that vLLM has too, under its names (v1/metrics/loggers.py)."""
+
+    def __init__(self, model: ServedModel, stats: SchedulerStats) -> None:
+        self._name = model.names[0]
+        self._stats = stats
+        self._infos = {each.instance_id: each for each in model.scheduler.info().instances}
+
+    def families(self) -> Iterator[Family]:
+        yield from self._gauges()
+        yield from self._counters()
+        for name, histogram in self._stats.histograms.items():
+            if not name.startswith(ONLY_OURS):
+                family = Family(f"vllm:{name}", "histogram", "Of requests that have all of their tokens.", OF_VLLM)
+                family.add_histogram(histogram, *self._labels(0))
+                yield family
+
+    def _labels(self, engine: int) -> tuple[str, str]:
+        return self._name, str(engine)
+
+    def _gauges(self) -> Iterator[Family]:
+        stats = self._stats
+        yield self._with("num_requests_running", "gauge", {"": stats.running_requests})
+        yield self._with("num_requests_waiting", "gauge", {"": stats.waiting_requests})
+        waiting = {"capacity": stats.waiting_requests, "deferred": 0}
+        yield self._with("num_requests_waiting_by_reason", "gauge", waiting, "reason")
+        usage = Family("vllm:kv_cache_usage_perc", "gauge", "Part of the KV blocks in use, 0 to 1.", OF_VLLM)
+        sizes = ["block_size", "num_gpu_blocks"]
+        config = Family("vllm:cache_config_info", "gauge", "Always 1.", [*OF_VLLM, *sizes])
+        tokens = Family("vllm:iteration_tokens_total", "histogram", "Tokens computed in one step.", OF_VLLM)
+        for i, each in enumerate(stats.instances):
+            labels = self._labels(i)
+            info = self._infos.get(each.instance_id, InstanceInfo(each.instance_id, each.role, "", each.status))
+            usage.add(1 - each.free_blocks / each.num_blocks if each.num_blocks else 0.0, *labels)
+            config.add(1, *labels, str(info.block_size), str(each.num_blocks))
+            if each.iteration_tokens is not None:
+                tokens.add_histogram(each.iteration_tokens, *labels)
+        yield from (usage, config, tokens)
+
+    def _counters(self) -> Iterator[Family]:
+        stats = self._stats
+        computed, cached, preemptions = (
+            sum(getattr(each, field) for each in stats.instances)
+            for field in ("prefill_tokens", "cached_tokens", "preemptions")
+        )
+        for name, value in {
+            "prompt_tokens": stats.prompt_tokens,
+            "prompt_tokens_cached": cached,
+            "generation_tokens": stats.output_tokens,
+            "prefix_cache_queries": computed + cached,
+            "prefix_cache_hits": cached,
+            "num_preemptions": preemptions,
+        }.items():
+            yield self._with(name, "counter", {"": value})
+        by_source = {"local_compute": computed, "local_cache_hit": cached}
+        yield self._with("prompt_tokens_by_source", "counter", by_source, "source")
+        # Whoever divides by all of them needs those at 0 too.
+        ended = {"stop": 0, "length": 0, "abort": 0, "error": 0} | stats.ended_requests
+        yield self._with("request_success", "counter", ended, "finished_reason")
+
+    def _with(
+        self, name: str, kind: Literal["gauge", "counter"], values: Mapping[str, float], label: str | None = None
+    ) -> Family:
+        """`values` by what `label` says, or one value."""
+        labels = OF_VLLM if label is None else [*OF_VLLM, label]
+        family = Family(f"vllm:{name}", kind, "As hbserve: has it, under vLLM's name.", labels)
+        for of, value in values.items():
+            family.add(value, *self._labels(0), *([of] if label else []))
+        return family

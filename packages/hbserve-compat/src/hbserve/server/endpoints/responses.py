@@ -1,0 +1,128 @@
+"""/v1/responses: OpenAI's Responses API, translated to a chat. Nothing is stored: a request has all it is about."""
+
+from functools import partial
+from typing import Any
+
+from starlette.requests import Request
+
+from hbserve.server.answers.answering import Reply, Watched
+from hbserve.server.answers.logprobs import TokenNames
+from hbserve.server.endpoints.generating import endpoint
+from hbserve.server.endpoints.response_events import ResponseFormat
+from hbserve.server.endpoints.responses_fields import INCLUDED, LOGPROBS, ResponsesBody, TextConfig
+from hbserve.server.endpoints.translated_chat import (
+    ChatHistory,
+    TranslatedChat,
+    named_function,
+    new_tool_call,
+    offered_function,
+    plain_role,
+    text_of,
+)
+from hbserve.server.fields.request_fields import ChatBody
+from hbserve.server.http.api_error import ApiError
+from hbserve.server.service import ServedModel, Service
+from hbserve_rpc.plain_values import shown
+
+NAMES = {
+    "messages": "input",
+    "max_tokens": "max_output_tokens",
+    "response_format": "text.format",
+    "structured_outputs": "text.format",
+    "reasoning_effort": "reasoning.effort",
+}
+TEXT = {"input_text": "text", "output_text": "text", "text": "text", "refusal": "refusal"}
+ROLES = ("user", "assistant", "system", "developer")
+
+
+async def responses(request: Request) -> Watched:
+    return await endpoint(request, ResponsesBody, _respond)
+
+
+async def _respond(
+    reply: Reply, service: Service, model: ServedModel, body: ResponsesBody, head: dict[str, Any]
+) -> None:
+    names = TokenNames(model.encoder.tokenizer)
+    await _as_chat(body).answer(reply, service, model, partial(ResponseFormat, body, names, head))
+
+
+def _as_chat(body: ResponsesBody) -> TranslatedChat:
+    """Raises ApiError: 400, names what is wrong."""
+    for each in body.include or []:
+        if each not in INCLUDED:
+            raise ApiError(400, f"include={shown(each)}: is not served; expected one of {INCLUDED}", param="include")
+    history = _History()
+    if body.instructions is not None:
+        history.add("instructions", "system", body.instructions)
+    items = [{"role": "user", "content": body.input}] if isinstance(body.input, str) else body.input
+    for place, item in enumerate(items):
+        history.add_item(f"input[{place}]", item)
+    choice = body.tool_choice
+    if isinstance(choice, dict) and choice.get("type") == "function":
+        choice = named_function(choice.get("name"))
+    tools = [
+        offered_function(f"tools[{place}]", tool, ("function",), "parameters")
+        for place, tool in enumerate(body.tools or [])
+    ]
+    chat = ChatBody(
+        messages=history.messages,
+        stream=body.stream,
+        max_tokens=body.max_output_tokens,
+        temperature=body.temperature,
+        top_p=body.top_p,
+        logprobs=LOGPROBS in (body.include or []) or bool(body.top_logprobs),
+        top_logprobs=body.top_logprobs,
+        priority=body.priority,
+        timeout_s=body.timeout_s,
+        tools=tools or None,
+        tool_choice=choice,
+        parallel_tool_calls=body.parallel_tool_calls,
+        response_format=_response_format(body.text),
+        reasoning_effort=body.reasoning.effort if body.reasoning is not None else None,
+    )
+    return TranslatedChat(chat, history.paths, NAMES)
+
+
+def _response_format(text: TextConfig | None) -> dict[str, Any] | None:
+    """As a chat has it, whose JSON schemas are one object deeper."""
+    given = text.format if text is not None else None
+    if given is None or given.get("type") != "json_schema":
+        return given
+    return {"type": "json_schema", "json_schema": {name: given[name] for name in given if name != "type"}}
+
+
+class _History(ChatHistory):
+    """Out of items, several of which may be one message of the assistant."""
+
+    def add_item(self, path: str, item: dict[str, Any]) -> None:
+        kind = item.get("type") or "message"
+        if kind == "message":
+            self._add_message(path, item)
+        elif kind == "reasoning":
+            text = text_of(f"{path}.content", item.get("content"), {"reasoning_text": "text"})
+            text = text or text_of(f"{path}.summary", item.get("summary"), {"summary_text": "text"})
+            answer = self._answer(path)
+            answer["reasoning"] = answer.get("reasoning", "") + text
+        elif kind == "function_call":
+            call = new_tool_call(path, item.get("call_id"), item.get("name"), item.get("arguments"))
+            self._answer(path, is_call=True).setdefault("tool_calls", []).append(call)
+        elif kind == "function_call_output":
+            output = text_of(f"{path}.output", item.get("output"), TEXT)
+            self.add(path, "tool", output, tool_call_id=item.get("call_id"))
+        else:
+            expected = "message, reasoning, function_call or function_call_output"
+            raise ApiError(400, f"{path}.type={shown(kind)}: is not served; expected {expected}", param=f"{path}.type")
+
+    def _add_message(self, path: str, item: dict[str, Any]) -> None:
+        role = plain_role(path, item, ROLES)
+        text = text_of(f"{path}.content", item.get("content"), TEXT)
+        if role == "assistant":
+            self._answer(path)["content"] = text
+        else:
+            self.add(path, role, text)
+
+    def _answer(self, path: str, *, is_call: bool = False) -> dict[str, Any]:
+        """The assistant's message that an item belongs to: reasoning, then text, then calls are one."""
+        last = self.messages[-1] if self.messages else {}
+        has_later = bool(last.get("content") or "tool_calls" in last) and not is_call
+        return self.add(path, "assistant", "") if last.get("role") != "assistant" or has_later else last

@@ -1,0 +1,96 @@
+"""Fields of requests to /v1/responses: their types, and what is done with each. request_fields.py says how."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import msgspec
+
+from hbserve.server.fields.request_fields import RequestBody
+
+NOT_SERVED: dict[str, tuple[Any, ...]] = {
+    "store": (False,),
+    "previous_response_id": (),
+    "conversation": (),
+    "background": (False,),
+    "prompt": (),
+    "truncation": ("disabled",),
+    "max_tool_calls": (),
+    "moderation": (),
+    "context_management": ([],),
+    "image": (),
+}
+"""Field: the values that it may have, beside null. Nothing is stored, so nothing can be referred to later."""
+IGNORED = {
+    "metadata": "nothing is stored",
+    "user": "nothing is kept of a user",
+    "safety_identifier": "nothing is kept of a user",
+    "service_tier": "there is one",
+    "stream_options": "nothing is obfuscated",
+    "prompt_cache_key": "prefixes are found by their tokens",
+    "prompt_cache_options": "prefixes are found by their tokens",
+    "prompt_cache_retention": "prefixes stay as long as there is room",
+}
+"""Fields that clients are known to send, and that have no effect here; so has any other that is in no list."""
+LOGPROBS = "message.output_text.logprobs"
+INCLUDED = ["reasoning.encrypted_content", LOGPROBS]
+"""What `include` may name. Clients that store nothing always name the first one; reasoning is there as text."""
+
+
+class TextConfig(msgspec.Struct, frozen=True):
+    """`text` of a request."""
+
+    format: dict[str, Any] | None = None
+    verbosity: Any = None
+    """Templates know nothing of it."""
+
+
+class ReasoningConfig(msgspec.Struct, frozen=True):
+    """`reasoning` of a request."""
+
+    effort: str | None = None
+    """Handed to the chat template."""
+    summary: Any = None
+    """Reasoning comes whole."""
+
+
+class ResponsesBody(RequestBody, frozen=True, kw_only=True):
+    """Body of /v1/responses."""
+
+    id_prefix: ClassVar[str] = "resp_"
+    not_served: ClassVar[Mapping[str, tuple[Any, ...]]] = NOT_SERVED
+    elsewhere: ClassVar[Mapping[str, str]] = {
+        "messages": "input",
+        "max_tokens": "max_output_tokens",
+        "max_completion_tokens": "max_output_tokens",
+        "max_new_tokens": "max_output_tokens",
+        "response_format": "text.format",
+        "reasoning_effort": "reasoning.effort",
+        "system": "instructions",
+    }
+
+    input: str | list[dict[str, Any]]
+    instructions: str | None = None
+    max_output_tokens: int | None = None
+    stream: bool | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    text: TextConfig | None = None
+    reasoning: ReasoningConfig | None = None
+    include: list[str] | None = None
+    top_logprobs: int | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    priority: int | None = None
+    timeout_s: float | None = None
+    """Both as of a chat: an extension of ours."""
+    store: bool | None = None
+    previous_response_id: Any = None
+    conversation: Any = None
+    background: bool | None = None
+    prompt: Any = None
+    truncation: str | None = None
+    max_tool_calls: int | None = None
+    moderation: Any = None
+    context_management: Any = None
+    image: Any = None

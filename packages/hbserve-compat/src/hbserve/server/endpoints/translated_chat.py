@@ -1,0 +1,128 @@
+"""A chat that was asked for in the words of another API than chat completions: from there on it is one of these."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from hbserve.server.answers.answering import AnswerFormat, Reply
+from hbserve.server.answers.answers import Answers
+from hbserve.server.chat.message_parts import MessageParts
+from hbserve.server.endpoints.chat_prompt import ChatPrompt, chat_prompt
+from hbserve.server.fields.request_fields import ChatBody, require_served
+from hbserve.server.http.api_error import ApiError, renamed
+from hbserve.server.service import ServedModel, Service
+from hbserve_rpc.plain_values import plain_text, shown
+
+
+@dataclass(frozen=True)
+class TranslatedChat:
+    """The same request to chat completions, and what its parts were called."""
+
+    body: ChatBody
+    paths: list[str]
+    """Of each message, where its client has it."""
+    names: Mapping[str, str]
+    """Fields of the body: what its client calls them."""
+
+    async def prompt(self, service: Service, model: ServedModel) -> ChatPrompt:
+        """Raises ApiError: names what is wrong as its client does."""
+        with renamed(self.names):
+            require_served(self.body)
+            return await chat_prompt(service, model, self.body, self.paths)
+
+    async def answer(
+        self,
+        reply: Reply,
+        service: Service,
+        model: ServedModel,
+        make_format: Callable[[tuple[int, ...], MessageParts], AnswerFormat],
+    ) -> None:
+        """Send the answer, in a format that is made of the prompt and a reader. Raises as `prompt`, or what ends it."""
+        prompt = await self.prompt(service, model)
+        answer_format = make_format(prompt.token_ids, prompt.make_parts())
+        with renamed(self.names):
+            async with Answers(model, [prompt.token_ids], [prompt.params]) as answers:
+                await reply.answer(answers, answer_format, streamed=bool(self.body.stream))
+
+
+class ChatHistory:
+    """Messages of a chat, out of what another API has in their place. A subclass reads that."""
+
+    def __init__(self) -> None:
+        self.messages: list[dict[str, Any]] = []
+        self.paths: list[str] = []
+        """Of each message, where its client has it."""
+
+    def add(self, path: str, role: str, content: str, **more: Any) -> dict[str, Any]:
+        self.messages.append({"role": role, "content": content, **more})
+        self.paths.append(path)
+        return self.messages[-1]
+
+
+def plain_role(path: str, message: dict[str, Any], roles: tuple[str, ...]) -> str:
+    """Whose message it is. Raises ApiError: 400, nobody's of these."""
+    role = message.get("role")
+    if role not in roles:
+        problem = f"{path}.role={shown(role)}: expected one of {', '.join(roles)}"
+        raise ApiError(400, problem, param=f"{path}.role")
+    return str(role)
+
+
+def parts_of(path: str, content: Any) -> list[tuple[str, dict[str, Any], Any]]:
+    """Of a list of parts, the path, the part and its type. Raises ApiError: it is no such list."""
+    if not isinstance(content, list):
+        raise ApiError(400, f"{path}={shown(content)}: expected text, or a list of parts", param=path)
+    found = []
+    for place, part in enumerate(content):
+        of_part = f"{path}[{place}]"
+        if not isinstance(part, dict):
+            raise ApiError(400, f"{of_part}={shown(part)}: expected an object with a type", param=of_part)
+        found.append((of_part, part, part.get("type")))
+    return found
+
+
+def text_of(path: str, content: Any, fields: Mapping[str, str]) -> str:
+    """Text of a content that is one, or parts of one; `fields` are the parts' types, with the field of their text.
+
+    Raises:
+        ApiError, InvalidRequest: a part is something else.
+    """
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return plain_text(path, content)
+    return "".join(part_text(of_part, part, kind, fields) for of_part, part, kind in parts_of(path, content))
+
+
+def part_text(path: str, part: dict[str, Any], kind: Any, fields: Mapping[str, str]) -> str:
+    """Text of one part. Raises as `text_of`."""
+    if not isinstance(kind, str) or kind not in fields:
+        expected = " or ".join(fields)
+        raise ApiError(
+            400, f"{path}.type={shown(kind)}: expected {expected}; this model reads nothing else", param=path
+        )
+    return plain_text(f"{path}.{fields[kind]}", part.get(fields[kind]))
+
+
+def new_tool_call(path: str, call_id: Any, name: Any, arguments: Any) -> dict[str, Any]:
+    """A call of an earlier answer, as a chat's message has it. Raises InvalidRequest: its name is no text."""
+    function = {"name": plain_text(f"{path}.name", name), "arguments": arguments}
+    return {"id": call_id, "type": "function", "function": function}
+
+
+def offered_function(path: str, tool: dict[str, Any], kinds: tuple[Any, ...], schema: str) -> dict[str, Any]:
+    """A tool, as a chat has it, of which `schema` is the field with its parameters.
+
+    Raises:
+        ApiError: 400, it is of a kind that is not among `kinds`.
+    """
+    if tool.get("type") not in kinds:
+        expected = " or ".join("none" if kind is None else str(kind) for kind in kinds)
+        raise ApiError(400, f"{path}.type={shown(tool.get('type'))}: is not served; expected {expected}", param=path)
+    given = {"name": tool.get("name"), "description": tool.get("description"), "parameters": tool.get(schema)}
+    return {"type": "function", "function": {name: value for name, value in given.items() if value is not None}}
+
+
+def named_function(name: Any) -> dict[str, Any]:
+    """The choice of one tool, as a chat has it."""
+    return {"type": "function", "function": {"name": name}}

@@ -1,0 +1,122 @@
+"""From a body's fields, and the model's own defaults, to the SamplingParams of its requests."""
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hbserve.server.fields.request_fields import SAMPLED, ChatBody, CompletionBody, SamplingFields
+from hbserve.server.http.api_error import ApiError
+from hbserve_rpc import InvalidRequest, SamplingParams, StructuredOutputsParams
+from hbserve_rpc.sampling_params import MAX_LOGPROBS
+
+logger = logging.getLogger(__name__)
+
+MOST_CHOICES = 1024
+"""Of one request: its prompts, times `n`."""
+COMPLETION_MAX_TOKENS = 16
+"""As in OpenAI's API, where a completion does not say."""
+SEEDS = 2**63
+FROM_THE_MODEL = {
+    "temperature": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "repetition_penalty": "repetition_penalty",
+    "max_new_tokens": "max_tokens",
+}
+"""What generation_config.json may have, and what it is called here; those that vLLM takes from there too."""
+
+
+def num_choices(body: SamplingFields, num_prompts: int) -> int:
+    """`n`: how many answers each prompt gets.
+
+    Raises:
+        ApiError: 400, there are too many, or they cannot be.
+    """
+    if num_prompts == 0:
+        raise ApiError(400, "prompt=[]: expected at least one", param="prompt")
+    n = 1 if body.n is None else body.n
+    if not 1 <= n * num_prompts <= MOST_CHOICES:
+        expected = f"1 to {MOST_CHOICES // num_prompts}"
+        raise ApiError(400, f"n={n}: expected {expected} for {num_prompts} prompts", param="n")
+    if body.best_of not in (None, 1, n):
+        raise ApiError(400, f"best_of={body.best_of}: is not served; expected null, 1, or n={n}", param="best_of")
+    return n
+
+
+def model_defaults(folder: Path) -> dict[str, Any]:
+    """Parameters that the model's generation_config.json has, for requests that do not say; none if it is unusable."""
+    try:
+        content = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
+        found = {name: content[given] for given, name in FROM_THE_MODEL.items() if content.get(given) is not None}
+        SamplingParams(**found)
+    except FileNotFoundError:
+        return {}
+    except (ValueError, AttributeError, TypeError, InvalidRequest) as error:
+        logger.warning("%s/generation_config.json: its sampling defaults are not used: %s", folder, error)
+        return {}
+    if found:
+        said = ", ".join(f"{name}={value}" for name, value in found.items())
+        logger.info("defaults of requests are the model's own: %s; server.generation_config: none turns that off", said)
+    return found
+
+
+def sampling_params(
+    body: SamplingFields,
+    max_tokens: int,
+    grammar: StructuredOutputsParams | None,
+    defaults: Mapping[str, Any],
+) -> SamplingParams:
+    """Parameters of a request whose answer may have so many tokens unless it says otherwise, and follows this grammar.
+
+    Raises:
+        InvalidRequest: a value out of its range; names the field.
+    """
+    given = {name: value for name in SAMPLED if (value := getattr(body, name, None)) is not None}
+    wanted = _max_tokens(body)
+    given = {**defaults, **given, "max_tokens": min(max_tokens, defaults.get("max_tokens", max_tokens))}
+    if wanted is not None:
+        given["max_tokens"] = wanted
+    given["logprobs"] = _logprobs(body)
+    given["structured_outputs"] = grammar
+    if isinstance(body, CompletionBody):
+        given["prompt_logprobs"] = _prompt_logprobs(body, given["logprobs"])
+        given["max_tokens"] += is_only_prompt(body)  # the engines know no answer without a token
+    if "seed" in given:  # OpenAI's may be negative
+        given["seed"] %= SEEDS
+    return SamplingParams(**given)
+
+
+def _logprobs(body: SamplingFields) -> int | None:
+    """How many tokens beside the chosen one; None: not even that. Raises ApiError."""
+    if isinstance(body, CompletionBody):
+        if body.logprobs is False or body.logprobs is None:
+            return None
+        return int(body.logprobs)
+    assert isinstance(body, ChatBody)
+    if not body.logprobs:
+        if body.top_logprobs:
+            raise ApiError(400, f"top_logprobs={body.top_logprobs}: only with logprobs=true", param="top_logprobs")
+        return None
+    if body.top_logprobs is not None and not 0 <= body.top_logprobs <= MAX_LOGPROBS:
+        problem = f"top_logprobs={body.top_logprobs}: expected 0 to {MAX_LOGPROBS}"
+        raise ApiError(400, problem, param="top_logprobs")
+    return body.top_logprobs or 0
+
+
+def _prompt_logprobs(body: CompletionBody, logprobs: int | None) -> int | None:
+    """As many as are asked for themselves, or to be echoed with the prompt; whichever is more."""
+    wanted = [body.prompt_logprobs, logprobs if body.echo else None]
+    return max((each for each in wanted if each is not None), default=None)
+
+
+def is_only_prompt(body: CompletionBody) -> bool:
+    """Whether nothing is wanted but the prompt and what is known of it."""
+    return body.max_tokens == 0 and bool(body.echo)
+
+
+def _max_tokens(body: SamplingFields) -> int | None:
+    newer = body.max_completion_tokens if isinstance(body, ChatBody) else None
+    return body.max_tokens if newer is None else newer
