@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from hbserve.__main__ import HERE
 from hbserve.commands import generate
 from hbserve.commands.generate import counted, why_ended
+from hbserve.commands.running import HERE
 from hbserve_rpc import PeerDied
 from hbserve_rpc.messages import FinishReason
 from hbserve_scheduler import SchedulerConfig

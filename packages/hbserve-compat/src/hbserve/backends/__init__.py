@@ -1,1 +1,1 @@
-"""What computes for the synchronous LLM: one engine in this process, or a deployment."""
+"""Backends of the synchronous LLM: one engine in this process, or a deployment in a thread."""
