@@ -65,7 +65,7 @@ class SendTransfer:
             self._legs[number] = Leg(outgoing, number, self.state, self._begin, self._memory)
             if await self._legs[number].run():
                 return
-        self.state.fail(f"{address} has ended the link, and a new one too", number)
+        self.state.fail(f"{address} has ended the connection, and a new one too", number)
 
     def _publish(self) -> None:
         """Called by the state after each change."""
