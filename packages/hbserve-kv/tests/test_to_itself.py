@@ -41,7 +41,7 @@ async def test_a_manager_moves_a_block_to_itself_and_leaves_nothing_of_that(back
         expected = {"hbserve_kv_test_backend:QueueTransfer": 0, "auto": len(manager._transports)}
         assert len(tried) == 2 * expected.get(backend, 1)
         assert all(line.startswith("link to itself: ") for line in tried)
-        await until(lambda: not manager._receiver._dropping)
+        await until(lambda: not manager._receiver._losing)
     finally:
         await manager.close()
 
