@@ -108,6 +108,12 @@ def test_a_port_beside_the_path_that_is_served_in_its_place_is_refused(config):
     assert beside.deployment().server.uds == "/tmp/a.sock", "a file's port may wait for another day"
 
 
+def test_a_second_deployment_without_a_file_has_another_scheduler_port():
+    assert ServeArgs(None, None, "INFO", scheduler_port=5560).deployment().scheduler.port == 5560
+    with pytest.raises(ConfigError, match=r"^scheduler\.port=70000: "):
+        ServeArgs(None, None, "INFO", scheduler_port=70000).deployment()
+
+
 def test_an_instance_may_be_told_who_and_where_it_is_also_if_the_file_does_not_have_it(config):
     def told(instance_id: str, **given: Any) -> tuple[Any, Any]:
         return InstanceArgs(config(), instance_id, "INFO", given).deployment()

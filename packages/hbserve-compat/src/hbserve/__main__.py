@@ -175,6 +175,7 @@ def serve(
     first_byte_timeout_s: Annotated[float | None, typer.Option("--first-byte-timeout", metavar="SECONDS")] = None,
     drain_timeout_s: Annotated[float | None, typer.Option("--drain-timeout", metavar="SECONDS")] = None,
     max_body_size: Annotated[str | None, typer.Option(help="Largest body of a request, such as 16MiB.")] = None,
+    scheduler_port: Annotated[int | None, typer.Option(help="Of its RPC, for --connect; 5550.")] = None,
     ray: Annotated[
         str | None,
         typer.Option(metavar="ADDRESS", help="Place instances on the nodes of a Ray cluster; auto is this host's."),
@@ -184,11 +185,11 @@ def serve(
     """Serve OpenAI's API, and run the scheduler and every instance of a deployment on this host."""
     from hbserve.commands.serve import ServeArgs, serve_all
 
-    others = {"named_model", "config", "model", "ray", "log_level"}
+    others = {"named_model", "config", "model", "scheduler_port", "ray", "log_level"}
     server = {
         name: value for name, value in context.params.items() if name not in others and value not in (None, [], ())
     }
-    args = ServeArgs(config, _one_model(named_model, model), log_level.value, server, ray)
+    args = ServeArgs(config, _one_model(named_model, model), log_level.value, server, ray, scheduler_port)
     run(serve_all(args), log_level, is_service=True)
 
 

@@ -14,6 +14,8 @@ from hbserve_scheduler import ConfigError, DeploymentConfig
 
 REACH_TIMEOUT_S = 3.0
 FIREWALL = "a firewall, or a host that is off"
+OPTIONS = {"server.port": ("--port",), "scheduler.port": ("--scheduler-port",)}
+"""Keys that are options of `hbserve serve` too, for who has no file."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,8 @@ def require_places(config: DeploymentConfig, *, but: Collection[str]) -> None:
     for place in of_all:
         error = _why_not_bound(place)
         if error is not None and error.errno == errno.EADDRINUSE:
-            cure = f"give another {place.port_key}, or 0 to let the system choose"
+            key = " or ".join([place.port_key, *OPTIONS.get(place.port_key, ())])
+            cure = f"give another {key}, or 0 to let the system choose"
             raise AddressInUse(f"{place.subject}: {place.where} is in use: {cure}")
         if error is not None:
             raise ConfigError(f"{place.host_key}={place.host!r}: {place.where} cannot be bound: {error.strerror}")

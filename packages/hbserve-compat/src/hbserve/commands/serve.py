@@ -72,6 +72,8 @@ class ServeArgs:
     """Keys of the section `server` that were given; they go before the file's."""
     ray: str | None = None
     """Address of the Ray cluster whose nodes run the instances; None is this host alone."""
+    scheduler_port: int | None = None
+    """Goes before the file's: without it, only one deployment without a file could serve on a host."""
 
     def deployment(self) -> DeploymentConfig:
         """Raises ConfigError."""
@@ -79,17 +81,17 @@ class ServeArgs:
         if self.model is not None:
             model = msgspec.structs.replace(config.model, path=str(self.model))
             config = msgspec.structs.replace(config, model=model)
-        try:
-            server = msgspec.structs.replace(config.server, **self.server)
-        except ConfigError as error:
-            raise ConfigError(f"server.{error}") from None
+        if self.scheduler_port is not None:
+            config = _with(config, "scheduler", {"port": self.scheduler_port})
+        config = _with(config, "server", self.server)
+        server = config.server
         if server.uds is not None and (ignored := sorted({"host", "port"} & self.server.keys())):
             raise ConfigError(
                 f"--{ignored[0]}: expected none with server.uds or --uds, {server.uds!r}: it serves only there"
             )
         given = {name: getattr(server, name) for name in ("uds", "ssl_keyfile", "ssl_certfile")}
         paths = {name: os.path.expanduser(path) for name, path in given.items() if path is not None}
-        config = msgspec.structs.replace(config, server=msgspec.structs.replace(server, **paths))
+        config = _with(config, "server", paths)
         check(config)
         if self.ray is not None and config.server.api_servers > 1:
             raise ConfigError(
@@ -97,6 +99,15 @@ class ServeArgs:
                 "on another node, and has another address then, one scheduler alone hears"
             )
         return config
+
+
+def _with(config: DeploymentConfig, section: str, given: dict[str, Any]) -> DeploymentConfig:
+    """With these keys of a section in place of the file's. Raises ConfigError: names section and key."""
+    try:
+        changed = msgspec.structs.replace(getattr(config, section), **given)
+    except ConfigError as error:
+        raise ConfigError(f"{section}.{error}") from None
+    return msgspec.structs.replace(config, **{section: changed})
 
 
 async def serve_all(args: ServeArgs) -> None:
