@@ -23,7 +23,8 @@ from hbserve_kv import (
 )
 from hbserve_kv.memory.memory import Memory
 from hbserve_kv.protocol.checksum import checksums, link_checksums
-from hbserve_kv.protocol.messages import BEGIN, LINK, PROTOCOL_VERSION, Handshake, UnknownLink
+from hbserve_kv.protocol.messages import BEGIN, LINK, PROTOCOL_VERSION, Alive, Handshake, UnknownLink
+from hbserve_kv.receiving.quarantine import ask_sender
 from hbserve_kv.sending.peers import FIRST_PAUSE_S, LONGEST_PAUSE_S, Breaker
 from hbserve_kv.testing import Faults, LoopbackNetwork
 from hbserve_rpc import RpcClient
@@ -413,6 +414,23 @@ async def test_the_end_of_a_sender_ends_only_what_was_granted_to_it(managers):
         transfer = await network[1].open_send(f"to {name}", posted[name].grant)
         transfer.push([1], 0)
         assert (await transfer.commit()).outcome is Outcome.COMPLETED
+
+
+async def test_a_sender_that_still_answers_when_its_link_is_lost_is_asked_again(managers, monkeypatch):
+    receiver, sender = await managers(1, "ipc"), await managers(0, "ipc", name="p")
+    await sender.open_link(receiver.endpoint)
+    answers = []
+
+    async def is_about_to_end(lost, keys):
+        answers.append(await ask_sender(lost, keys) if answers else Alive(lost.hello.epoch, []))
+        return answers[-1]
+
+    monkeypatch.setattr("hbserve_kv.receiving.receiver.ask_sender", is_about_to_end)
+    posted = receiver.post_receive("t", [1], sender="p")
+    await sender.close()
+    async with asyncio.timeout(20):
+        assert (await posted.wait()).error == "its sender 'p' was lost before it began"
+    assert len(answers) > 1
 
 
 async def test_late_writes_end_in_quarantine_and_the_quarantine_ends_with_them(managers):

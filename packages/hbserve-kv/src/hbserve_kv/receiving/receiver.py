@@ -28,7 +28,7 @@ from hbserve_kv.protocol.messages import (
 )
 from hbserve_kv.protocol.transfer_state import Phase
 from hbserve_kv.receiving.lookup_buffer import LookupBuffer
-from hbserve_kv.receiving.quarantine import Quarantine, ask_sender, has_ended
+from hbserve_kv.receiving.quarantine import CHECK_INTERVAL_S, Quarantine, ask_sender, has_ended
 from hbserve_kv.receiving.transfer import IncomingLink, IncomingTransfer
 from hbserve_kv.transports.base import HeldRendezvous, Link, Transport
 from hbserve_rpc import InvalidRequest, Peer, RpcServer, calling_peer
@@ -182,17 +182,23 @@ class Receiver:
             task.add_done_callback(self._losing.discard)
 
     async def _fail_if_gone(self, lost: IncomingLink, awaited: Sequence[IncomingTransfer]) -> None:
-        """End transfers that were granted to the sender of a lost link, and that it has not begun, unless it answers:
-        then it may connect anew. It knows no block of them, so its silence is enough, where a quarantine needs proof.
+        """End transfers that were granted to the sender of a lost link, and that it has not begun, once it does not
+        answer any more. It knows no block of them, so its silence is enough, where a quarantine needs proof.
 
-        If another life of the sender is there, they may be granted to that one.
+        While it answers it may connect anew, or be about to end. If another life of it is there, they may be granted to
+        that one.
         """
-        hello, answer = lost.hello, await ask_sender(lost, self._config.keys)
-        lives = answer is not None and answer.epoch == hello.epoch
-        is_back = any((each.hello.name, each.hello.rank) == (hello.name, hello.rank) for each in self.links.values())
-        for transfer in awaited if not (lives or is_back) else ():
-            if transfer.awaits(lost):
-                transfer.fail(f"its sender {hello.name!r} was lost before it began")
+        hello = lost.hello
+        while any(transfer.awaits(lost) for transfer in awaited):
+            answer = await ask_sender(lost, self._config.keys)
+            if any((each.hello.name, each.hello.rank) == (hello.name, hello.rank) for each in self.links.values()):
+                return
+            if answer is None or answer.epoch != hello.epoch:
+                for transfer in awaited:
+                    if transfer.awaits(lost):
+                        transfer.fail(f"its sender {hello.name!r} was lost before it began")
+                return
+            await asyncio.sleep(CHECK_INTERVAL_S)
 
     # ---- handlers ------------------------------------------------------------------------------------------------
 
