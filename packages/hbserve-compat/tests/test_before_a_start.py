@@ -93,7 +93,8 @@ def test_a_port_in_use_is_named_with_the_key_that_has_it(config, key):
         path = config(**USES[key](port))
         refused = CliRunner().invoke(app, ["serve", "--config", str(path)])
     line = refused.stderr.splitlines()[-1]
-    assert f"127.0.0.1:{port} is in use: give another {key}, or 0 to let the system choose" in line
+    option = " or --scheduler-port" if key == "scheduler.port" else ""
+    assert f"127.0.0.1:{port} is in use: give another {key}{option}, or 0 to let the system choose" in line
     assert refused.exit_code == 1
 
 
