@@ -79,8 +79,7 @@ class ServeArgs:
         """Raises ConfigError."""
         config = PdDisaggConfig().to_deployment() if self.config is None else load_config(self.config)
         if self.model is not None:
-            model = msgspec.structs.replace(config.model, path=str(self.model))
-            config = msgspec.structs.replace(config, model=model)
+            config = _with(config, "model", {"path": str(self.model)})
         if self.scheduler_port is not None:
             config = _with(config, "scheduler", {"port": self.scheduler_port})
         config = _with(config, "server", self.server)
