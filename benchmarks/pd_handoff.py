@@ -4,12 +4,14 @@ second one, the decode instance's first.
     uv run python benchmarks/pd_handoff.py --model FOLDER --backend ipc --input 2048
     uv run python benchmarks/pd_handoff.py --model FOLDER --backend ipc --input 2048 --output 128 --rate 8
     uv run python benchmarks/pd_handoff.py --model FOLDER --hybrid 2 --input 2048 --output 128 --rate 8
+    uv run python benchmarks/pd_handoff.py --model FOLDER --backend nccl --input 2048 --pairs 7
 
 With `--rate`, requests arrive at random (Poisson), so many a second, whether or not others have ended. Without, one
 comes after the other. Each has another prompt. `--hybrid N`, the baseline, is N hybrid instances in place of one
 prefill and one decode instance. Printed, as the client sees it: the time to the first token; the hand-off; the time
 between later tokens, which is a step of the batch and its way to the client; and the hand-off in steps of the batch
-that was joined: a request's hand-off divided by the mean of its next gaps.
+that was joined: a request's hand-off divided by the mean of its next gaps. With `--pairs`, the first request of so many
+deployments, each of which is started when the one before has ended.
 
 Without `--rate` and `--hybrid`, and with chunks of a fixed size, also how much of the KV had moved when the last of n
 chunks started to compute: of that of the chunks before it at least (n-2)/(n-1), because the chunk that has just ended
@@ -93,11 +95,15 @@ def main() -> None:
     parser.add_argument("--requests", type=int, help="default: 500 with --rate, else 20")
     parser.add_argument("--input", type=int, default=2048, help="tokens of each prompt")
     parser.add_argument("--output", type=int, default=32, help="tokens of each answer, at least 3")
+    parser.add_argument("--pairs", type=int, metavar="N", help="only the first request of each of so many deployments")
     parser.add_argument("--chunk-size", type=chunk_size, default=512, metavar="N|auto")
     args = parser.parse_args()
     if args.output < 3:
         parser.error("--output: a hand-off and a later gap need 3 tokens")
     args.requests = args.requests or (500 if args.rate else 20)
+    if args.pairs:
+        asyncio.run(measure_firsts(args))
+        return
     asyncio.run(measure(args))
     if not args.rate and not args.hybrid and args.chunk_size != "auto":
         asyncio.run(measure_overlap(args))
@@ -132,6 +138,16 @@ async def measure(args: argparse.Namespace) -> None:
         else:
             runs = [await one(llm, args, make_prompt(args, seed)) for seed in range(args.requests)]
         report(args, first, runs, time.perf_counter() - began_s)
+
+
+async def measure_firsts(args: argparse.Namespace) -> None:
+    for pair in range(args.pairs):
+        async with DisaggregatedLLM(deployment(args)) as llm:
+            await until_connected(llm)
+            print(
+                f"deployment {pair + 1}: {of_first(await one(llm, args, make_prompt(args, f'first {pair}')))}",
+                flush=True,
+            )
 
 
 async def until_connected(llm: DisaggregatedLLM) -> None:
@@ -183,9 +199,7 @@ def report(args: argparse.Namespace, first: Run, runs: list[Run], took_s: float)
         f"p99 {p99_ms:.2f} of {2 * step_ms + 8:.2f} ms (2 steps + 8), "
         f"later p99.9 {1e3 * percentile(later, 0.999):.2f} of {2 * step_ms:.2f} ms (2 steps)"
     )
-    print(
-        f"the very first request: {1e3 * first.gaps_s[0]:.2f} ms to the second token, then {1e3 * first.step_s:.2f} ms"
-    )
+    print(of_first(first))
     moved, moving_s = (
         statistics.median(run.timings[key] for run in runs) for key in ("kv_bytes", "kv_transfer_time_s")
     )
@@ -195,6 +209,14 @@ def report(args: argparse.Namespace, first: Run, runs: list[Run], took_s: float)
     print(
         f"{len(runs) / took_s:.1f} requests and {num_tokens / took_s:.0f} tokens a second; "
         f"this client was late by {1e3 * percentile(late, 0.99):.2f} ms at p99"
+    )
+
+
+def of_first(run: Run) -> str:
+    handoff_ms, step_ms = 1e3 * run.gaps_s[0], 1e3 * run.step_s
+    return (
+        f"the very first request: {handoff_ms:.2f} ms to the second token, then {step_ms:.2f} ms a step; "
+        f"bar {2 * step_ms + 5:.2f} ms (2 steps + 5)"
     )
 
 
