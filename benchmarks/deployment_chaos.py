@@ -1,13 +1,16 @@
 """4,000 requests, 20 at a time, while processes of a deployment die, freeze, end and come back, one after the other.
 
     python benchmarks/deployment_chaos.py
+    python benchmarks/deployment_chaos.py --gpus --backend ipc
 
 Two prefill and two decode instances and a scheduler, each a process of its own, of a small random model; each step
 takes as long as it is told, so that the cores are not what is measured. Half of the requests are greedy, half sampled
-with a seed. Each must have exactly the tokens that it has undisturbed, each of them once, or one error. For each event:
-how soon the scheduler said that the instance is not ready any more, how requests ended, and the 99th percentile of
-those that were on other instances from the beginning, beside that of the slice before anything happened. At the end
-nothing may be left.
+with a seed, all in float32, so that no token depends on which others share its step. Each must have exactly the tokens
+that it has undisturbed, each of them once, or one error. For each event: how soon the scheduler said that the instance
+is not ready any more, how requests ended, and the 99th percentile of those that were on other instances from the
+beginning, beside that of the slice before anything happened. At the end nothing may be left.
+
+With `--gpus` prefill instances share the first GPU and decode instances the second, so that NCCL moves all KV.
 """
 
 import argparse
@@ -129,7 +132,9 @@ def free_ports(count: int) -> list[int]:
 
 
 @contextlib.asynccontextmanager
-async def deployment(folder: Path, model: Path | None) -> AsyncIterator[tuple[dict[str, Child], RemoteScheduler]]:
+async def deployment(
+    folder: Path, model: Path | None, backend: str, has_gpus: bool
+) -> AsyncIterator[tuple[dict[str, Child], RemoteScheduler]]:
     from hbserve.processes.launcher import instance_settings
 
     if model is None:
@@ -139,12 +144,18 @@ async def deployment(folder: Path, model: Path | None) -> AsyncIterator[tuple[di
         write_small_model(model, "qwen3")
     *ports, port = free_ports(len(ROLES) + 1)
     content = {
-        "model": {"path": str(model), "max_model_len": 256},
+        "model": {"path": str(model), "max_model_len": 256, "dtype": "float32"},
         "gpu_instances": [
             {"instance_id": name, "instance_type": role, "port": at, "kv_rank": number}
+            | ({"gpu_id": int(role == "decode")} if has_gpus else {})
             for number, ((name, role), at) in enumerate(zip(ROLES.items(), ports, strict=True))
         ],
-        "engine": {"device": "cpu", "num_blocks": 400, "num_threads": 1},
+        "engine": {
+            "device": "auto" if has_gpus else "cpu",
+            "num_blocks": 400,
+            "num_threads": 1,
+        },
+        "kv_transfer": {"backend": backend},
         "scheduler": {"port": port},
     }
     path = folder / "chaos.yaml"
@@ -304,11 +315,12 @@ async def thaw(event: str, child: Child) -> None:
     child.signal(signal.SIGCONT)
 
 
-async def run(num_requests: int, model: Path | None) -> bool:
+async def run(arguments: argparse.Namespace) -> bool:
     with tempfile.TemporaryDirectory() as name:
-        async with deployment(Path(name), model) as (children, remote):
+        started = deployment(Path(name), arguments.model, arguments.backend, arguments.gpus)
+        async with started as (children, remote):
             await wait_for(remote, are_ready)
-            clients, size = Clients(remote), -(-num_requests // (NUM_SLICES + 1))
+            clients, size = Clients(remote), -(-arguments.requests // (NUM_SLICES + 1))
             await clients.run(NUM_PROMPTS, Slice())
             calm = Slice()
             await clients.run(size, calm)
@@ -351,11 +363,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=4000)
     parser.add_argument("--model", type=Path, help="a model folder; none: a small random one is made")
+    parser.add_argument("--backend", default="nccl")
+    parser.add_argument("--gpus", action="store_true", help="use two GPUs in place of the CPU")
     parser.add_argument("--instance", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.instance:
         return serve_instance()
-    return 0 if run_in_order(run(arguments.requests, arguments.model)) else 1
+    return 0 if run_in_order(run(arguments)) else 1
 
 
 if __name__ == "__main__":
