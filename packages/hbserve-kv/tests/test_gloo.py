@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import socket
+import threading
 from typing import Any
 
 import hbserve_kv_victims as victims
@@ -104,6 +105,36 @@ async def test_what_gloo_listens_at_takes_no_connection_once_its_link_is_there_a
     for port in before:  # and others do
         socket.create_connection((host, port), 20).close()
     await one_transfer("second", sender, receiver)
+
+
+@pytest.mark.parametrize("ends", ["one", "all"])
+async def test_a_group_that_ends_slowly_keeps_nobody_waiting(ends):
+    """NCCL takes half a second to abort one. Two end at the same time."""
+    nothing: Any = None
+    patience_s = 10.0
+    is_over, met = threading.Event(), threading.Barrier(2 if ends == "all" else 1)
+
+    class Slow:
+        def abort(self) -> None:
+            met.wait(patience_s)
+            assert is_over.wait(patience_s)
+
+    transport = nccl.NcclTransport("127.0.0.1", 5.0)
+    links = [Link(f"key {number}", True, RECEIVER, b"", nothing, nothing) for number in range(2)]
+    for link in links:
+        transport._groups[link] = nccl._Group(Slow(), nothing, on_gpu=True, stream=None, link=link)
+    ending = asyncio.create_task(transport.disconnect(links[0]) if ends == "one" else transport.close())
+    try:
+        await asyncio.sleep(0.05)  # the loop goes on
+        assert not ending.done()
+        is_over.set()
+        async with asyncio.timeout(victims.DEADLINE_S):
+            await ending
+        assert list(transport._groups) == ([links[1]] if ends == "one" else [])
+    finally:
+        is_over.set()
+        for link in links:
+            link.executor.shutdown(wait=False)
 
 
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "frozen"])

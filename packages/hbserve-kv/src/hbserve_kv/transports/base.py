@@ -387,7 +387,7 @@ async def abandonable(blocking: Callable[..., T], *arguments: Any) -> T:
         except BaseException as error:
             outcome.set_exception(error)
 
-    Thread(target=run, name="kv-connect", daemon=True).start()
+    Thread(target=run, name="kv-link", daemon=True).start()
     return await asyncio.wrap_future(outcome)
 
 

@@ -292,17 +292,17 @@ class NcclTransport(Transport):
     async def disconnect(self, link: Link) -> None:
         group = self._groups.pop(link, None)
         if group is not None:
-            group.process_group.abort()
+            await abandonable(group.process_group.abort)  # NCCL takes half a second, in which others' parts go on
         link.give_up()
         await link.idle()
         if group is not None and group.moving:
             await asyncio.wait(group.moving)
 
     async def close(self) -> None:
-        for link, group in self._groups.items():
-            group.process_group.abort()
+        groups, self._groups = self._groups, {}
+        await asyncio.gather(*(abandonable(group.process_group.abort) for group in groups.values()))
+        for link in groups:
             link.give_up()
-        self._groups.clear()
 
 
 def _decode(description: bytes) -> _Description:
