@@ -12,7 +12,7 @@ from hbserve_commands import commands_of, parsed
 from hbserve_scheduler import convert
 
 ROOT = Path(__file__).resolve().parent.parent
-TRACKED = subprocess.run(["git", "ls-files", "*.md"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+TRACKED = subprocess.check_output(["git", "ls-files", "*.md"], cwd=ROOT, text=True, timeout=60)
 DOCUMENTS = [name for name in TRACKED.splitlines() if "CHANGELOG" not in name]
 PAIR = [
     {"instance_id": "prefill-0", "instance_type": "prefill", "kv_rank": 0},

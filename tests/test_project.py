@@ -18,6 +18,7 @@ PACKAGES = [path for path in MEMBERS if path.name != "hbserve-testing"]
 SOURCES = sorted(source for member in MEMBERS for source in (member / "src").rglob("*.py"))
 FOLDERS = ["", "docs/", "examples/", "benchmarks/", "packages/*/"]
 DOCUMENTS = sorted(path for folder in FOLDERS for path in ROOT.glob(f"{folder}*.md"))
+RUNS_A_PROCESS = {f"subprocess.{name}" for name in ("run", "call", "check_call", "check_output")}
 MOST_COLUMNS = 120
 MOST_FILE_LINES = 400
 MOST_FUNCTION_LINES = 40
@@ -203,6 +204,20 @@ def test_tests_of_ctrl_c_work_also_where_pytest_was_started_with_sigint_ignored(
         "raise SystemExit(signal.getsignal(signal.SIGINT) is not signal.default_int_handler)"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
+
+
+def test_every_process_that_a_test_waits_for_has_a_time_of_its_own():
+    """What hangs then fails at once, with its command and what it had said."""
+    files = [*ROOT.glob("tests/**/*.py"), *ROOT.glob("packages/*/tests/**/*.py"), ROOT / "conftest.py"]
+    unbounded = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in files
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func) in RUNS_A_PROCESS
+        and not {"timeout", None} & {each.arg for each in node.keywords}
+    ]
+    assert unbounded == []
 
 
 def test_every_failure_that_is_known_elsewhere_has_a_test_that_cites_it():

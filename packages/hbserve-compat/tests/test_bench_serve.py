@@ -368,7 +368,9 @@ def test_the_same_seed_gives_the_same_prompts_in_every_process():
         "print(random_prompts(v, 2, 3, 2, spread=0.0, prefix_len=2, seed=4),"
         "prefix_repetition(v, 2, prefix_len=2, suffix_len=1, num_prefixes=1, output_len=2, seed=4))"
     )
-    found = {subprocess.check_output([sys.executable, "-c", code], env={"PYTHONHASHSEED": each}) for each in "12"}
+    found = {
+        subprocess.check_output([sys.executable, "-c", code], env={"PYTHONHASHSEED": each}, timeout=60) for each in "12"
+    }
     assert len(found) == 1
 
 

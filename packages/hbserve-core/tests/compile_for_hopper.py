@@ -87,7 +87,8 @@ def resources(binary):
         file.write(binary)
         file.flush()
         tool = triton.knobs.nvidia.cuobjdump.path
-        said = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        command = [tool, "-res-usage", file.name]
+        said = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
     registers, stack = present(re.search(r"REG:(\d+) STACK:(\d+)", said)).groups()
     return {"registers": int(registers), "stack": int(stack)}
 

@@ -16,6 +16,7 @@ import torch
 
 from hbserve_core import InstanceConfig, RankFailed
 from hbserve_core.model.shard import Shard
+from hbserve_core.ranks import distributed_group
 from hbserve_core.ranks.distributed_group import DistributedRankGroup, host_store
 from hbserve_core.ranks.workers import Workers
 from hbserve_testing.processes import state_of
@@ -24,11 +25,14 @@ from hbserve_testing.waits import until
 pytestmark = pytest.mark.warm
 
 END_WITHIN_S = 5.0
+GIVES_UP_S = 20.0
+"""Gloo: whoever waits for it in vain fails a test by its own time. No signal ends a wait of its destructors."""
 NUM_FLOATS = 64 << 20
 """A quarter of a gigabyte: more than sockets hold."""
 FOLLOWER = """
 import os, signal, sys, threading, torch
 from hbserve_core.model.shard import Shard
+from hbserve_core.ranks import distributed_group
 from hbserve_core.ranks.distributed_group import DistributedRankGroup, reach_store
 group = DistributedRankGroup(Shard(1, 2), torch.device("cpu"), reach_store(int(sys.argv[1])), seed=0)
 group.connect()
@@ -41,8 +45,9 @@ os.kill(os.getpid(), signal.SIGSTOP)
 
 
 @pytest.fixture
-def group() -> Iterator[DistributedRankGroup]:
+def group(monkeypatch: pytest.MonkeyPatch) -> Iterator[DistributedRankGroup]:
     """Rank 0 of two, which is alone yet."""
+    monkeypatch.setattr(distributed_group, "COLLECTIVE_TIMEOUT_S", GIVES_UP_S)
     listening = socket.create_server(("127.0.0.1", 0))
     port = listening.getsockname()[1]
     made: Any = DistributedRankGroup(Shard(0, 2), torch.device("cpu"), host_store(listening.detach(), port), seed=0)
