@@ -7,11 +7,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import zmq
 
+from hbserve.monitoring.stats import lines_of
 from hbserve_core import GpuInstance, InstanceConfig
 from hbserve_kv import KVTransferConfig
 from hbserve_kv.protocol import messages as kv_messages
-from hbserve_rpc import NotAllowed, RpcClient, SamplingParams, make_keys
+from hbserve_rpc import NotAllowed, RpcClient, SamplingParams, make_keys, wire
 from hbserve_rpc.keys import Party
 from hbserve_rpc.messages import (
     DESCRIBE,
@@ -20,10 +22,14 @@ from hbserve_rpc.messages import (
     Empty,
     GenerateRequest,
     InstanceDied,
+    InstanceStats,
     RequestFinished,
     Role,
+    SchedulerStats,
 )
+from hbserve_rpc.metrics_text import text_of
 from hbserve_scheduler import CpuScheduler, NotReady, RemoteScheduler, SchedulerConfig, SchedulerServer
+from hbserve_scheduler.metrics import deployment_metrics
 
 pytestmark = pytest.mark.warm
 
@@ -119,6 +125,38 @@ async def test_a_client_cannot_say_that_an_instance_has_died(small_model):
                 await client.call(SCHEDULER_INFO, Empty(), timeout_s=60)  # which comes after it
                 assert (made.scheduler.fleet.handles["decode-0"].client is not epoch) == is_believed
         assert made.server._server.failed_notifications == 1
+
+
+async def test_messages_that_have_no_effect_are_counted_where_somebody_who_watches_sees_them(small_model):
+    async with deployment(small_model("qwen3"), keyed=False) as made, asyncio.timeout(60):
+        kv = made.decode.transfers._manager.address
+        for times, address in enumerate([made.server.address, made.prefill.address, made.decode.address, kv], start=1):
+            with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
+                socket.connect(f"tcp://{address}")
+                for _ in range(times):
+                    socket.send_multipart([b"no message", b""])
+                socket.send_multipart([wire.encode(wire.Hello(wire.PROTOCOL_VERSION, 60.0)), b""])
+                for id_ in range(10 * times):
+                    socket.send_multipart([wire.encode(wire.Notify(id_, "no_method")), b""])
+                assert await asyncio.to_thread(socket.poll, 60_000), "greeted"
+
+        expected = {"": (1, 10), "prefill-0": (2, 20), "decode-0": (3 + 4, 30 + 40)}
+        stats = SchedulerStats()
+        while expected != {"": faults(stats), **{each.instance_id: faults(each) for each in stats.instances}}:
+            await asyncio.sleep(0.05)
+            stats = await made.server.fetch_stats()
+        told = text_of(deployment_metrics(stats)).decode()
+        assert "hbserve:rpc_frames_dropped_total 1\n" in told
+        assert "hbserve:rpc_notifications_failed_total 10\n" in told
+        assert 'hbserve:instance_rpc_frames_dropped_total{instance_id="decode-0",role="decode"} 7\n' in told
+        shown = list(lines_of(stats))
+        assert "at the scheduler, whose log says why: 1 messages dropped, 10 notifications failed" in shown
+        assert "at prefill-0, whose log says why: 2 messages dropped, 20 notifications failed" in shown
+        assert not any("whose log" in line for line in lines_of(SchedulerStats(instances=[])))
+
+
+def faults(stats: SchedulerStats | InstanceStats) -> tuple[int, int]:
+    return stats.rpc.dropped_frames, stats.rpc.failed_notifications
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "192.0.2.1"], ids=["this host", "another host"])

@@ -91,8 +91,7 @@ class KVTransferManager(KVTransferBase):
         self._addresses: dict[int, str] = {}
         self._outgoing: set[SendTransfer] = set()
         """Sent transfers, until their receivers know how they ended."""
-        self._sent = self._received = self._failed = 0
-        self._busy_time_s = 0.0
+        self._sent, self._received, self._failed, self._busy_time_s = 0, 0, 0, 0.0
         self._is_started = self._closed = False
         self._loop: asyncio.AbstractEventLoop | None = None
         """The loop that `start` ran in."""
@@ -391,6 +390,7 @@ class KVTransferManager(KVTransferBase):
             bytes_received=self._received,
             busy_time_s=self._busy_time_s,
             dropped_messages=self._receiver.dropped_messages + self._offers.dropped_messages,
+            **msgspec.structs.asdict(self._server.faults),
         )
 
     def links(self) -> list[LinkInfo]:

@@ -1,5 +1,5 @@
-"""Figures that grow, and can be summed over processes: values by range, one link between two instances, and one kind
-of HTTP requests."""
+"""Figures that grow, and can be summed over processes: values by range, one link between two instances, one kind
+of HTTP requests, and what an RPC server could not use."""
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
@@ -121,4 +121,18 @@ class HttpCounts(msgspec.Struct, tag=True):
             self.seconds + other.seconds,
             self.request_bytes + other.request_bytes,
             self.response_bytes + other.response_bytes,
+        )
+
+
+class RpcFaults(msgspec.Struct, frozen=True, tag=True):
+    """What came to an RPC server and had no effect. Each is logged too; none is to be expected."""
+
+    dropped_frames: int = 0
+    """Messages that were undecodable, or from a client that is not known."""
+    failed_notifications: int = 0
+    """Notifications of a method that is not served, that were undecodable, or whose handler raised."""
+
+    def __add__(self, other: "RpcFaults") -> "RpcFaults":
+        return RpcFaults(
+            self.dropped_frames + other.dropped_frames, self.failed_notifications + other.failed_notifications
         )

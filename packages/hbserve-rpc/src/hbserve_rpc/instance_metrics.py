@@ -1,6 +1,7 @@
 """Metrics of instances, of their stats: an instance tells its own, and a scheduler or a server those of all."""
 
 from collections.abc import Iterator, Sequence
+from operator import attrgetter
 from typing import get_args
 
 from hbserve_rpc.messages import InstanceStats, InstanceStatus
@@ -28,6 +29,8 @@ COUNTERS = {
     "kv_transfer_busy_seconds": "kv_transfer_time_s",
     "kv_transfers_failed": "failed_transfers",
     "kv_messages_dropped": "dropped_messages",
+    "instance_rpc_frames_dropped": "rpc.dropped_frames",
+    "instance_rpc_notifications_failed": "rpc.failed_notifications",
 }
 """Name of the metric, without prefix and suffix: field of the stats."""
 
@@ -57,7 +60,7 @@ def instance_metrics(instances: Sequence[InstanceStats]) -> Iterator[Family]:
     for name, field in COUNTERS.items():
         family = Family(f"hbserve:{name}", "counter", f"Of each instance: {field}.", LABELS)
         for each in instances:
-            family.add(getattr(each, field), each.instance_id, each.role)
+            family.add(attrgetter(field)(each), each.instance_id, each.role)
         yield family
 
 

@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from hbserve_rpc.counts import Histogram, HttpCounts, LinkCounts
+from hbserve_rpc.counts import Histogram, HttpCounts, LinkCounts, RpcFaults
 from hbserve_rpc.methods import Method, Notification, StreamMethod
 from hbserve_rpc.prompt_shape import DIGEST_BYTES, MOST_REPORTED, PromptIds, PromptShape
 from hbserve_rpc.sampling_params import LONGEST_TIMEOUT_S, SamplingParams
@@ -290,7 +290,7 @@ class InstanceStats(msgspec.Struct, frozen=True, tag=True):
     """Of requests that wait for a transfer. One that several of them share counts for each."""
     quarantined_blocks: int = 0
     active_transfers: int = 0
-    """Each pair of ranks counts, where instances have several."""
+    """Each pair of ranks counts, where instances have several; in failed_transfers too."""
     buffered_bytes: int = 0
     """Bytes of unexpected transfers in the KV lookup buffer."""
     total_requests: int = 0
@@ -302,20 +302,19 @@ class InstanceStats(msgspec.Struct, frozen=True, tag=True):
     kv_bytes_received: int = 0
     kv_transfer_time_s: float = 0.0
     failed_transfers: int = 0
-    """As active_transfers."""
     dropped_messages: int = 0
     """Late, duplicate, unknown and stale-epoch transfer messages."""
     iteration_tokens: Histogram | None = None
     """Tokens computed in one step, of all steps so far."""
     loop_lag: Histogram | None = None
     """Seconds that its event loop was late. See loop_lag.py."""
+    rpc: RpcFaults = RpcFaults()
 
 
 class LatencySummary(msgspec.Struct, frozen=True, tag=True):
     """A latency over the requests that ended last."""
 
     count: int = 0
-    """Requests that are in it."""
     p50_s: float = 0.0
     p99_s: float = 0.0
 
@@ -357,6 +356,8 @@ class SchedulerStats(msgspec.Struct, frozen=True, tag=True):
     """By "prefill > decode"."""
     http: dict[str, HttpCounts] = {}
     """Of the front ends, by method, path and status."""
+    rpc: RpcFaults = RpcFaults()
+    """Of the schedulers."""
     instances: list[InstanceStats] = []
 
 

@@ -16,6 +16,7 @@ import zmq
 from hbserve_rpc import wire
 from hbserve_rpc.address import check_host, format_address, look_up
 from hbserve_rpc.connected_client import ConnectedClient, Peer
+from hbserve_rpc.counts import RpcFaults
 from hbserve_rpc.doorkeeper import Doorkeeper
 from hbserve_rpc.errors import AddressInUse, HBServeRpcError, InvalidRequest, Overloaded
 from hbserve_rpc.keys import PARTIES, Keys, Party
@@ -90,9 +91,7 @@ class RpcServer:
         self.epoch = epoch or uuid.uuid4().hex
         self._complaints = Complaints(logger)
         self.dropped_frames = 0
-        """Messages that were undecodable, or from a client that is not known."""
         self.failed_notifications = 0
-        """Notifications of a method that is not served, that were undecodable, or whose handler raised."""
         self._check_interval_s = min(1.0, heartbeat_timeout_s / 4)
         self._handlers: dict[str, tuple[Any, Callable[[Any], Any]]] = {}
         self._notified: dict[str, tuple[Any, Callable[[Any], Any]]] = {}
@@ -121,6 +120,11 @@ class RpcServer:
     def serve_stream(self, method: StreamMethod[Q, R], handler: Callable[[Q], AsyncIterator[R]]) -> None:
         """Answer `method` with the items of the async generator that `handler` returns."""
         self._streams[method.name] = (msgspec.msgpack.Decoder(method.request), handler)
+
+    @property
+    def faults(self) -> RpcFaults:
+        """What has come so far and had no effect."""
+        return RpcFaults(self.dropped_frames, self.failed_notifications)
 
     @property
     def address(self) -> str:

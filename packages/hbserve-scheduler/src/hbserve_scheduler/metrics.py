@@ -1,6 +1,7 @@
 """Metrics of a deployment, of its scheduler's stats: requests, links, and instances."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from operator import attrgetter
 
 from hbserve_rpc.counts import LinkCounts
 from hbserve_rpc.instance_metrics import instance_metrics
@@ -16,6 +17,8 @@ COUNTERS = {
     "request_retries": "retries",
     "request_placements_refused": "refusals",
     "local_prefills": "local_prefills",
+    "rpc_frames_dropped": "rpc.dropped_frames",
+    "rpc_notifications_failed": "rpc.failed_notifications",
 }
 """Name of the metric, without prefix and suffix: field of the stats."""
 
@@ -31,7 +34,7 @@ def _of_requests(stats: SchedulerStats) -> Iterator[Family]:
     yield _single("num_tokens_waiting", "gauge", "Of the prompts of these.", stats.waiting_tokens)
     yield _single("num_requests_running", "gauge", "With instances.", stats.running_requests)
     for name, field in COUNTERS.items():
-        yield _single(name, "counter", f"Requests: {field}.", getattr(stats, field))
+        yield _single(name, "counter", f"Of the schedulers: {field}.", attrgetter(field)(stats))
     yield _single("prompt_tokens", "counter", "Of requests that have a first token.", stats.prompt_tokens)
     yield _single("generation_tokens", "counter", "Tokens that were delivered.", stats.output_tokens)
     labelled: dict[str, tuple[str, str, Mapping[str, float]]] = {

@@ -5,6 +5,8 @@ import contextlib
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping
 
+import msgspec
+
 from hbserve_rpc import AddressInUse, InvalidRequest, Keys, RpcServer, calling_peer
 from hbserve_rpc.health_port import HealthPort
 from hbserve_rpc.members import (
@@ -132,7 +134,8 @@ class SchedulerServer:
 
     async def fetch_stats(self) -> SchedulerStats:
         """Of the scheduler and its siblings, as of the instances' last heartbeats."""
-        return await self.siblings.total(self.scheduler.stats())
+        own = msgspec.structs.replace(self.scheduler.stats(), rpc=self._server.faults)
+        return await self.siblings.total(own)
 
     def _why_not_ready(self) -> str:
         fleet = self.scheduler.fleet

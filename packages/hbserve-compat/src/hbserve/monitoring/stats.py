@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 
 from hbserve.remote import remote_scheduler
-from hbserve_rpc.counts import Histogram
+from hbserve_rpc.counts import Histogram, RpcFaults
 from hbserve_rpc.messages import InstanceStats, SchedulerStats
 
 LATENCIES = {
@@ -35,11 +35,11 @@ async def show_stats(args: StatsArgs) -> None:
     """Raises ConfigError, NotReady, and what the scheduler says."""
     async with remote_scheduler(args.connect, args.keys) as (scheduler, _):
         stats = await scheduler.fetch_stats()
-    lines = [msgspec.json.format(msgspec.json.encode(stats)).decode()] if args.json else _lines(stats)
+    lines = [msgspec.json.format(msgspec.json.encode(stats)).decode()] if args.json else lines_of(stats)
     sys.stdout.writelines(f"{line}\n" for line in lines)
 
 
-def _lines(stats: SchedulerStats) -> Iterator[str]:
+def lines_of(stats: SchedulerStats) -> Iterator[str]:
     yield (
         f"requests: {stats.waiting_requests} waiting, {stats.running_requests} running; "
         f"{stats.completed_requests} completed, {stats.failed_requests} failed, {stats.aborted_requests} aborted, "
@@ -53,6 +53,15 @@ def _lines(stats: SchedulerStats) -> Iterator[str]:
             yield f"{title}: {parts}"
     for failed, count in stats.failed_attempts.items():
         yield f"attempts failed by {failed}: {count}"
+    for name, faults in {
+        "the scheduler": stats.rpc,
+        **{each.instance_id: each.rpc for each in stats.instances},
+    }.items():
+        if faults != RpcFaults():
+            yield (
+                f"at {name}, whose log says why: {faults.dropped_frames} messages dropped, "
+                f"{faults.failed_notifications} notifications failed"
+            )
     yield ""
     rows = [COLUMNS, *map(_row, stats.instances)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

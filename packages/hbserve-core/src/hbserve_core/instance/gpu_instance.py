@@ -79,10 +79,10 @@ class GpuInstance:
         """Belongs to its thread: others may only read what never changes."""
         self.runner: Runner | None = None
         self.transfers: InstanceTransfers | None = None
-        self.reports = Reports(self)
         self._server = RpcServer(
             config.host, config.port, epoch=self.epoch, drops_closed=True, keys=config.keys, allows=["scheduler"]
         )
+        self.reports = Reports(self, self._server)
         self._thread = EngineThread(self._make_engine, on_events=self._deliver, on_failure=self._fail)
         self.loop_lag = LoopLag()
         self.health: HealthPort | None = None

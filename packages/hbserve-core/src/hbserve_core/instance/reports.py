@@ -13,7 +13,8 @@ from hbserve_core.engine.engine import Engine
 from hbserve_core.engine.step import EngineStats, Runner
 from hbserve_core.transfers.instance_transfers import InstanceTransfers
 from hbserve_kv import TransferStats
-from hbserve_rpc import calling_peer
+from hbserve_rpc import RpcServer, calling_peer
+from hbserve_rpc.counts import RpcFaults
 from hbserve_rpc.loop_lag import LoopLag
 from hbserve_rpc.messages import (
     DecodeRequest,
@@ -51,8 +52,9 @@ class Reported(Protocol):
 class Reports:
     """Answers DESCRIBE, STATS and REPORTS of one instance. Belongs to its event loop."""
 
-    def __init__(self, instance: Reported) -> None:
-        self._instance = instance
+    def __init__(self, instance: Reported, server: RpcServer) -> None:
+        """server: through which others ask the instance."""
+        self._instance, self._server = instance, server
         self._given: dict[str, tuple[bytes, int, int]] = {}
         """Requests by their ids: who gave it, how many choices it has, and how many tokens came with it."""
         self._num_requests = 0
@@ -158,4 +160,5 @@ class Reports:
             kv_transfer_time_s=moved.busy_time_s,
             failed_transfers=moved.num_failed,
             dropped_messages=moved.dropped_messages,
+            rpc=self._server.faults + RpcFaults(moved.dropped_frames, moved.failed_notifications),
         )

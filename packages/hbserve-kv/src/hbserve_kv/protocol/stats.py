@@ -22,6 +22,9 @@ class TransferStats:
     """Time during which parts were moving to or from this instance, added up over transfers."""
     dropped_messages: int = 0
     """Late, duplicate, unknown or of an earlier life: without effect."""
+    dropped_frames: int = 0
+    failed_notifications: int = 0
+    """As hbserve_rpc.counts.RpcFaults: of the server that peers talk to."""
 
 
 @dataclass(frozen=True)
