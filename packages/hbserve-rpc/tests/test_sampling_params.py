@@ -1,6 +1,7 @@
 """SamplingParams: nano-vllm's order, and every wrong value refused by its name."""
 
 import contextlib
+import dataclasses
 from collections import OrderedDict
 from collections.abc import Mapping
 from decimal import Decimal
@@ -323,3 +324,23 @@ def test_the_wire_refuses_what_the_constructor_refuses():
     wrong = msgspec.msgpack.encode({"temperature": 1.0, "top_p": 3.0})
     with pytest.raises(msgspec.ValidationError, match=r"top_p=3\.0: expected a number in \(0, 1\]"):
         msgspec.msgpack.decode(wrong, type=SamplingParams)
+
+
+def test_it_is_a_dataclass_to_those_who_have_written_for_nano_vllm():
+    params = SamplingParams(0.5, 3, True, stop=["."])
+    assert dataclasses.is_dataclass(params)
+    assert dataclasses.is_dataclass(SamplingParams)
+    assert [each.name for each in dataclasses.fields(params)] == list(SamplingParams.__struct_fields__)
+    other = dataclasses.replace(params, max_tokens=4)
+    assert other == SamplingParams(0.5, 4, True, stop=["."])
+    assert other != params
+    assert repr(other).startswith("SamplingParams(temperature=0.5, max_tokens=4, ignore_eos=True, ")
+    assert SamplingParams(**dataclasses.asdict(params)) == params
+    assert dataclasses.astuple(params)[:3] == (0.5, 3, True)
+    with pytest.raises(InvalidRequest, match="max_tokens=0"):
+        dataclasses.replace(params, max_tokens=0)
+    with pytest.raises(TypeError, match="beam"):
+        dataclasses.replace(params, beam=2)  # type: ignore[call-arg]
+    replaced = dataclasses.replace(params)
+    replaced.stop.append("!")
+    assert params.stop == ["."], "it shares nothing"

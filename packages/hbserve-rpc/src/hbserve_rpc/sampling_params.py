@@ -1,12 +1,13 @@
 """The rules by which the next token of one request is chosen, and by which the request ends."""
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from itertools import islice
 from numbers import Real
 from operator import attrgetter
-from typing import Any
+from typing import Any, ClassVar, cast
 
 import msgspec
 
@@ -40,11 +41,14 @@ LONGEST_TIMEOUT_S = 365 * 86400.0
 class SamplingParams(msgspec.Struct):
     """Sampling parameters of one request.
 
-    The first three fields are nano-vllm's, in its order, so they may be given by position.
+    The first three fields are nano-vllm's, in its order, so they may be given by position. It is a dataclass too, as
+    there: `dataclasses.replace`, `asdict` and `fields` take it.
 
     Raises:
         InvalidRequest: (a ValueError) a value out of its range; the message names the field, the value and the range.
     """
+
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
 
     temperature: float = 1.0
     """Divides the logits. 0 is greedy: the most likely token, every time. Any other number may be as small or as large
@@ -186,6 +190,23 @@ class SamplingParams(msgspec.Struct):
         return own
 
 
+def _dataclass_fields(kind: type[msgspec.Struct]) -> dict[str, dataclasses.Field[Any]]:
+    """By which the module `dataclasses` knows one of its own."""
+    fields = [
+        (
+            each.name,
+            each.type,
+            dataclasses.field(default=each.default)
+            if each.default is not msgspec.NODEFAULT
+            else dataclasses.field(default_factory=cast("Callable[[], Any]", each.default_factory)),
+        )
+        for each in msgspec.structs.fields(kind)
+    ]
+    made: Any = dataclasses.make_dataclass(kind.__name__, fields)
+    return {each.name: each for each in dataclasses.fields(made)}
+
+
+SamplingParams.__dataclass_fields__ = _dataclass_fields(SamplingParams)
 _all_of = attrgetter(*SamplingParams.__struct_fields__)
 _RARE = SamplingParams.__struct_fields__[3:]
 _rare_of = attrgetter(*_RARE)
