@@ -2,8 +2,10 @@
 
 import asyncio
 import contextlib
+import json
 import os
 import resource
+import select
 import shutil
 import socket
 import ssl
@@ -17,6 +19,7 @@ import httpx
 import pytest
 from hbserve_fake_scheduler import FakeServer
 
+import hbserve.server.http.connection as connection_module
 from hbserve.server.http.http_server import FILES_LEFT, HttpServer, shared_with_others
 from hbserve.text.tokenizer import load_tokenizer
 from hbserve_rpc import AddressInUse
@@ -185,3 +188,107 @@ async def test_connections_for_which_there_are_not_files_enough_are_refused_at_o
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     (told,) = [each.getMessage() for each in caplog.records if each.levelname == "WARNING"]
     assert told == f"connections are refused: this process may open {highest + FILES_LEFT + 10} files (ulimit -n)"
+
+
+async def test_who_is_refused_for_want_of_files_reads_so_though_its_request_comes_in_parts_afterwards(serve):
+    """Many clients send head and body apart; a connection that is broken in between is no answer to them."""
+    loop = asyncio.get_running_loop()
+    async with serve() as http:
+        address = http.bound_socket.getsockname()
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        highest = max(map(int, os.listdir("/proc/self/fd")))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (highest + FILES_LEFT, hard))
+        try:
+            for _ in range(2 * FILES_LEFT):
+                with socket.create_connection(address) as client:
+                    client.setblocking(False)
+                    async with asyncio.timeout(30):
+                        while not select.select([client], [], [], 0)[0]:
+                            await asyncio.sleep(0.01)
+                        for part in (b"POST /v1/completions HTTP/1.1\r\ncontent-length: 2000\r\n\r\n", bytes(2000)):
+                            await loop.sock_sendall(client, part)
+                            await asyncio.sleep(0.02)
+                        assert (await loop.sock_recv(client, 1000)).startswith(b"HTTP/1.1 503 ")
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.parametrize(
+    ("head", "status"),
+    [
+        (b"POST /v1/completions HTTP/1.1\r\n", b"413"),
+        (b"POST /v1/nothing HTTP/1.1\r\nconnection: close\r\n", b"404"),
+        (b"POST /v1/completions HTTP/1.0\r\n", b"413"),
+        (b"POST /v1/completions HTTP/1.1\r\na: " + b"a" * (2 << 20), b"431"),
+        (b"POST /v1/completions HTTP/1.1\r\nno header\r\n", b"400"),
+    ],
+)
+async def test_a_client_that_is_refused_while_it_sends_reads_why_when_it_has_sent_all(serve, head, status):
+    async with serve(max_body_size=1 << 20) as http:
+        _, writer = opened = await asyncio.open_connection("127.0.0.1", http.bound_socket.getsockname()[1])
+        writer.write(head + b"content-length: 50000000\r\n\r\n")
+        for _ in range(50):
+            writer.write(bytes(1_000_000))
+            await asyncio.wait_for(writer.drain(), 30)  # which raises if the connection is broken
+        answer = await asyncio.wait_for(opened[0].read(), 30)
+        assert answer.split(b" ", 2)[1] == status
+        writer.close()
+
+
+async def test_a_client_that_is_refused_and_never_ends_is_given_up(serve, monkeypatch):
+    monkeypatch.setattr(connection_module, "LINGER_S", 0.2)
+    async with serve(max_body_size=1 << 20) as http:
+        reader, writer = await asyncio.open_connection("127.0.0.1", http.bound_socket.getsockname()[1])
+        writer.write(b"POST /v1/completions HTTP/1.1\r\ncontent-length: 50000000\r\n\r\n")
+        assert b"413" in await asyncio.wait_for(reader.readline(), 30)
+        async with asyncio.timeout(30):
+            while http._server.server_state.connections:
+                writer.write(bytes(1000))
+                await asyncio.sleep(0.01)
+        writer.close()
+
+
+async def half_closed(http: HttpServer, sent: bytes) -> bytes:
+    """All that comes for what is sent by a client that then sends no more."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", http.bound_socket.getsockname()[1])
+    writer.write(sent)
+    writer.write_eof()
+    try:
+        return await asyncio.wait_for(reader.read(), 30)
+    finally:
+        writer.close()
+
+
+async def test_a_client_that_ends_its_side_gets_what_costs_nothing_and_is_told_what_it_cannot_have(serve):
+    get = b"GET /health HTTP/1.1\r\nhost: here\r\n\r\n"
+    body = b'{"prompt": "a"}'
+    post = b"POST /v1/completions HTTP/1.1\r\nhost: here\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body)
+    async with serve() as http:
+        assert (await half_closed(http, get)).startswith(b"HTTP/1.1 200 OK\r\n")
+        assert (await half_closed(http, get + get)).count(b"HTTP/1.1 200 OK\r\n") == 2
+        refused = await half_closed(http, post)
+        assert refused.startswith(b"HTTP/1.1 400 Bad Request\r\n")
+        assert b"shut down for writing" in refused
+        assert await half_closed(http, get[:-4]) == b"", "no request"
+        assert not http.num_answering
+
+
+@pytest.mark.parametrize("streams", [False, True])
+async def test_a_client_that_goes_ends_the_request_that_is_computed_though_it_has_sent_another(small_model, streams):
+    server = FakeServer(load_tokenizer(small_model("qwen3")), port=0)
+    server.scheduler.steps = [[70], asyncio.Event()]
+    http = HttpServer(server.service.settings, server.app)
+    await http.start()
+    body = json.dumps({"prompt": "a", "stream": streams}).encode()
+    _, writer = await asyncio.open_connection("127.0.0.1", http.bound_socket.getsockname()[1])
+    writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: here\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body))
+    writer.write(b"GET /health HTTP/1.1\r\nhost: here\r\n\r\n")
+    async with asyncio.timeout(30):
+        while not server.scheduler.num_given:
+            await asyncio.sleep(0.01)
+        writer.close()
+        while server.scheduler.num_abandoned < 1:
+            await asyncio.sleep(0.01)
+        while http.num_answering:
+            await asyncio.sleep(0.01)
+    await http.stop()

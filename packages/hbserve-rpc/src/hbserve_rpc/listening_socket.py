@@ -1,5 +1,6 @@
 """A listening HTTP socket of a process that may open no more files."""
 
+import asyncio
 import contextlib
 import errno
 import logging
@@ -14,6 +15,8 @@ logger = logging.getLogger(__name__)
 FULL = b"HTTP/1.1 503 Service Unavailable\r\nconnection: close\r\nretry-after: 1\r\ncontent-length: 0\r\n\r\n"
 FULL_TOLD_S = 30.0
 """That connections are refused is said so often at most."""
+LINGER_S = 2.0
+"""How long a client that was refused may go on sending."""
 _MOST_HEAD_BYTES = 1 << 20
 
 
@@ -32,6 +35,8 @@ class ListeningSocket(socket.socket):
         self._is_plain = is_plain
         self._files_left = files_left
         self._told_s = -FULL_TOLD_S
+        self._leaving: dict[socket.socket, asyncio.TimerHandle] = {}
+        """Refused, and may still send."""
 
     def accept(self) -> tuple[socket.socket, Any]:
         try:
@@ -40,18 +45,24 @@ class ListeningSocket(socket.socket):
             if error.errno not in (errno.EMFILE, errno.ENFILE) or self._spare is None:
                 raise
             self._close_spare()  # whose place is for the one that is refused
-            connection, address = super().accept()
-            most = self._most_files()
+            connection, _ = super().accept()
+            self._refuse(connection)
+            connection.close()
+            with contextlib.suppress(OSError):  # another thread has been quicker: then asyncio tells of the next one
+                self._spare = os.open(os.devnull, os.O_RDONLY)
         else:
             most = self._most_files()
             # The system gives the lowest number that is free.
             if most == resource.RLIM_INFINITY or connection.fileno() < most - self._files_left:
                 return connection, address
-        self._refuse(connection, most)
+            self._refuse(connection)
+            self._linger(connection)
         raise BlockingIOError
 
     def close(self) -> None:
         self._close_spare()
+        for each in list(self._leaving):
+            self._leave(each)
         super().close()
 
     @staticmethod
@@ -63,15 +74,34 @@ class ListeningSocket(socket.socket):
             os.close(self._spare)
             self._spare = None
 
-    def _refuse(self, connection: socket.socket, most: int) -> None:
-        with connection, contextlib.suppress(OSError):
+    def _refuse(self, connection: socket.socket) -> None:
+        with contextlib.suppress(OSError):
             connection.setblocking(False)
             if self._is_plain:
                 connection.send(FULL)
+            connection.shutdown(socket.SHUT_WR)
             connection.recv(_MOST_HEAD_BYTES)  # else what has come ends the connection before its answer is read
-        if self._spare is None:
-            with contextlib.suppress(OSError):  # another thread has been quicker: then asyncio tells of the next one
-                self._spare = os.open(os.devnull, os.O_RDONLY)
         if time.monotonic() - self._told_s >= FULL_TOLD_S:
             self._told_s = time.monotonic()
-            logger.warning("connections are refused: this process may open %d files (ulimit -n)", most)
+            logger.warning("connections are refused: this process may open %d files (ulimit -n)", self._most_files())
+
+    def _linger(self, connection: socket.socket) -> None:
+        """Throw away what comes until the client has its answer: else what comes after it ends the connection too."""
+        while len(self._leaving) >= max(1, self._files_left // 2):
+            self._leave(next(iter(self._leaving)))
+        loop = asyncio.get_running_loop()
+        self._leaving[connection] = loop.call_later(LINGER_S, self._leave, connection)
+        loop.add_reader(connection, self._read_on, connection)
+
+    def _read_on(self, connection: socket.socket) -> None:
+        is_open = False
+        with contextlib.suppress(ConnectionError):
+            is_open = bool(connection.recv(_MOST_HEAD_BYTES))
+        if not is_open:
+            self._leave(connection)
+
+    def _leave(self, connection: socket.socket) -> None:
+        if (timer := self._leaving.pop(connection, None)) is not None:
+            timer.cancel()
+            asyncio.get_running_loop().remove_reader(connection)
+            connection.close()

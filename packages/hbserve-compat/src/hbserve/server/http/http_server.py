@@ -15,9 +15,8 @@ from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from hbserve.server.http.direct_body import EXTENSION, DirectBody
+from hbserve.server.http.connection import Connection
 from hbserve_rpc import AddressInUse, format_address
 from hbserve_rpc.address import is_wildcard
 from hbserve_rpc.listening_socket import ListeningSocket
@@ -31,57 +30,12 @@ KEEP_ALIVE_S = 120
 """More than proxies have, so that it is they who close: else a request meets a connection that is being closed. Also
 for a client from which nothing comes of a request that is not whole."""
 BACKLOG = 2048
-MOST_HEAD_BYTES = 1 << 20
-TOO_LARGE = b"HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
 FILES_LEFT = 16
 """Of those that the process may open, for all that are no connections: a scheduler's links, what a request reads."""
 LAST_WORDS_S = 0.5
 """How long clients may take, when the server stops, to read what it has answered them."""
 STALL_TIMEOUT_S = 60.0
 """A client that reads nothing for so long, of what waits for it, loses its connection."""
-
-
-class _Protocol(HttpToolsProtocol):
-    """Bounds what httptools does not: the head of a request, and what may follow its body. Knows whether it waits for
-    one, and since when. Lets answers be written directly."""
-
-    num_unbounded = 0
-    """Bytes since anything of a request was complete, or of its body, which has a bound of its own."""
-
-    is_whole = False
-    """The last request has come to its end."""
-    heard_s: float
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # of uvicorn's own
-        self.heard_s = time.monotonic()
-        super().connection_made(transport)
-
-    def on_message_begin(self) -> None:
-        self.is_whole = False
-        super().on_message_begin()
-
-    def data_received(self, data: bytes) -> None:
-        self.heard_s = time.monotonic()
-        self.num_unbounded += len(data)
-        super().data_received(data)
-        if self.num_unbounded > MOST_HEAD_BYTES and not self.transport.is_closing():
-            self.transport.write(TOO_LARGE)
-            self.transport.close()
-
-    def on_headers_complete(self) -> None:
-        self.num_unbounded = 0
-        super().on_headers_complete()
-        if self.cycle is not None and self.cycle.scope is self.scope:  # its task has not begun
-            self.scope["extensions"] = {EXTENSION: {"body": DirectBody(self.cycle)}}
-
-    def on_body(self, body: bytes) -> None:
-        self.num_unbounded = 0
-        super().on_body(body)
-
-    def on_message_complete(self) -> None:
-        self.is_whole = True
-        self.num_unbounded = 0
-        super().on_message_complete()
 
 
 class _Uvicorn(uvicorn.Server):
@@ -139,7 +93,7 @@ class HttpServer:
         config = uvicorn.Config(
             self._app,
             loop="none",
-            http=_Protocol,
+            http=Connection,
             ws="none",
             lifespan="off",
             log_config=None,
@@ -174,11 +128,11 @@ class HttpServer:
                     connection.transport.abort()
                 elif num_bytes:
                     since_s[connection] = stands
-                elif isinstance(connection, _Protocol) and not connection.is_whole:
+                elif isinstance(connection, Connection) and not connection.is_whole:
                     self._end_silent(connection, now_s)
 
     @staticmethod
-    def _end_silent(connection: _Protocol, now_s: float) -> None:
+    def _end_silent(connection: Connection, now_s: float) -> None:
         """uvicorn waits for ever for the first request of a connection, and for the rest of one."""
         silent_s = now_s - connection.heard_s
         if silent_s > KEEP_ALIVE_S:
