@@ -12,19 +12,33 @@ from hbserve_rpc import SamplingParams
 BLOCK = 4
 
 
+def make_engine(overlaps=True):
+    model: Any = SimpleNamespace(vocab_size=50, max_model_len=60, reach=0, eos_token_ids=(0,))
+    device = SimulatedDevice(model, 20, lambda work: 0.0)
+    device.overlaps = overlaps
+    return Engine(InstanceConfig(model_path="", block_size=BLOCK), device)
+
+
 @pytest.fixture
 def engine():
     """At the end no id is in use, and all blocks are free."""
-    model: Any = SimpleNamespace(vocab_size=50, max_model_len=60, reach=0, eos_token_ids=(0,))
-    device = SimulatedDevice(model, 20, lambda work: 0.0)
-    engine = Engine(InstanceConfig(model_path="", block_size=BLOCK), device)
+    engine = make_engine()
     yield engine
-    while engine.has_work():
-        engine.step()
-        engine.check_integrity()
+    run(engine)
     stats = engine.stats()
     assert (stats.num_waiting, stats.num_running, stats.num_reserved, stats.num_quarantined_blocks) == (0, 0, 0, 0)
     assert stats.num_free_blocks == stats.num_blocks
+
+
+def run(engine):
+    """The outputs until nothing is left to do."""
+    outputs = []
+    for _ in range(100):
+        if engine.has_work():
+            outputs += engine.step()
+            engine.check_integrity()
+    assert not engine.has_work()
+    return outputs
 
 
 def grant_behind_a_step(engine):
@@ -113,12 +127,9 @@ def test_others_find_what_was_handed_over_only_where_it_is_trusted(engine, num_c
     engine.reserve("r", [1] * 9, SamplingParams(0, 6, n=num_choices))
     engine.poll_reservations()
     engine.activate("r", *[5] * num_choices, is_trusted=is_trusted)
-    while engine.has_work():
-        engine.step()
+    run(engine)
     engine.add("goes on", [1] * 9 + [5] * 5, SamplingParams(0, 1))
-    outputs = []
-    while engine.has_work():
-        outputs += engine.step()
+    outputs = run(engine)
     assert outputs[-1].num_cached_tokens == (12 if is_trusted else 0)
 
 
@@ -130,17 +141,92 @@ def test_what_is_not_held_is_not_activated(engine):
     engine.step()
     engine.activate("r", 5)
     engine.check_integrity()
-    outputs = []
-    while engine.has_work():
-        outputs += engine.step()
+    outputs = run(engine)
     assert [output.token_id for output in outputs] == [5, 5, 5]
 
 
 @pytest.mark.parametrize("num_steps", [0, 1, 2])
 def test_a_request_generates_exactly_max_tokens_and_its_id_is_free_then(engine, num_steps):
     engine.add("r", [1] * 9, SamplingParams(0, num_steps + 1))
-    outputs = []
-    while engine.has_work():
-        outputs += engine.step()
+    outputs = run(engine)
     assert [output.finish_reason for output in outputs] == [None] * num_steps + ["length"]
     engine.add("r", [1] * 9, SamplingParams(0, 1))
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_the_last_token_of_a_quarantined_request_does_not_end_its_quarantine(engine, role):
+    """The step that brings it was in flight when a transfer of the request failed."""
+    if role == "prefill":
+        engine.add("r", [1] * 9, SamplingParams(0, 1), prefill_only=True)
+    else:
+        engine.reserve("r", [1] * 9, SamplingParams(0, 2))
+        engine.poll_reservations()
+        engine.activate("r", 5)
+    engine.step()
+    engine.hold("r")
+    engine.quarantine("r", 3)
+    assert run(engine) == []
+    assert engine.stats().num_quarantined_blocks == 3
+    engine.release("r")
+
+
+def test_a_choice_that_has_ended_is_not_ended_again(engine):
+    """Whoever ends one may not know yet that it has ended, or that the request has."""
+    engine.add("r", [1] * 9, SamplingParams(0, 9, n=2))
+    engine.step()
+    engine.step()
+    engine.release_choice("r", 0)
+    engine.release_choice("r", 0)
+    engine.check_integrity()
+    assert {output.choice for output in run(engine)} == {1}
+    engine.release_choice("r", 1)
+
+
+def preempt_itself(engine, is_trusted=True):
+    """Request "r" gives up its blocks for want of another; the token that fills the last of them is in flight. Returns
+    the outputs so far."""
+    engine.reserve("parked", [1] * 56, SamplingParams(0, 3))
+    engine.reserve("r", [1] * 19, SamplingParams(0, 9))
+    assert len(engine.poll_reservations()) == 2
+    engine.activate("r", 5, is_trusted=is_trusted)
+    outputs = []
+    while engine.stats().num_preemptions == 0:
+        outputs += engine.step()
+        engine.check_integrity()
+    assert engine.stats().num_running == 0
+    return outputs
+
+
+def test_a_preempted_request_keeps_the_token_that_was_in_flight(engine):
+    outputs = preempt_itself(engine)
+    engine.release("parked")
+    outputs += run(engine)
+    assert [output.index for output in outputs if output.token_id == 5] == list(range(1, 9))
+
+
+def test_a_preempted_request_is_found_by_others_once_it_was_computed_here(engine):
+    preempt_itself(engine, is_trusted=False)
+    engine.release("parked")
+    run(engine)
+    engine.add("goes on", [1] * 19 + [5] * 5, SamplingParams(0, 1))
+    assert run(engine)[-1].num_cached_tokens == 20
+
+
+def test_an_engine_that_has_only_preempted_is_not_stalled():
+    """The blocks may be enough for a request that waits, and has a better priority."""
+    engine = make_engine(overlaps=False)
+    engine.reserve("parked", [1] * 56, SamplingParams(0, 3))
+    engine.poll_reservations()
+    engine.add("r", [1] * 20, SamplingParams(0, 9))
+    engine.step()
+    engine.step()
+    assert engine.stats().num_free_blocks == 0
+    engine.add("first", [1], SamplingParams(0, 1, priority=-1))
+    while engine.stats().num_preemptions == 0:
+        assert engine.wait_s() == 0.0
+        outputs = engine.step()
+    assert outputs == []
+    assert engine.wait_s() == 0.0
+    assert [output.request_id for output in engine.step()] == ["first"]
+    engine.release("parked")
+    run(engine)

@@ -297,9 +297,8 @@ class Engine:
         self.blocks.last_ended = step.number
         for place, scored in result.prompt_logprobs.items():
             sequence = step.chunks[place][0]
-            if sequence.phase not in _HAS_NO_OUTPUT:
-                sequence.prompt_logprobs += scored
-                sequence.num_scored_tokens += len(scored)
+            sequence.prompt_logprobs += scored
+            sequence.num_scored_tokens += len(scored)
         for place, drawn in result.choices.items():
             sequence, first, count = step.chunks[place]
             if sequence.phase not in _HAS_NO_OUTPUT:
