@@ -33,6 +33,7 @@ from hbserve_core.torch_runner.runner import ModelRunner
 from hbserve_testing.narrowing import present
 
 CPU = torch.device("cpu")
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 @pytest.fixture
@@ -52,6 +53,40 @@ def test_a_folder_without_weights_says_what_it_has(copy_of):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(ModelFilesMissing, match=r"neither model\.safetensors nor .*it has: .*pytorch_model\.bin"):
         load(folder)
+
+
+def test_an_adapter_beside_a_models_config_is_called_one(copy_of):
+    folder = copy_of("qwen3")
+    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelFilesMissing, match="a LoRA adapter must be merged into its model first"):
+        load(folder)
+
+
+def test_matrices_without_columns_are_named(copy_of):
+    """The two that may be one are compared before shapes are looked at."""
+    folder = copy_of("qwen2")
+    rewrite(folder, lambda tensors: tensors.update({EMBEDDING: torch.zeros(9, 0), HEAD: torch.zeros(9, 0)}))
+    with pytest.raises(WeightsMismatch, match=r"embed_tokens.weight has shape \(9, 0\), config.json asks for"):
+        load(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("name", ["qwen2", "qwen2-sharded"])
+def test_a_dtype_that_the_config_does_not_say_is_that_of_the_files_as_in_transformers(copy_of, dtype, name):
+    folder = copy_of(name)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": None}))
+    # What is narrower than 16 bits says nothing of it: such a tensor comes first.
+    first = {"a": torch.zeros(4, dtype=torch.float8_e4m3fn), "b": torch.zeros(4, dtype=torch.int32)}
+    for path in folder.glob("*.safetensors"):
+        weights = {name: each.to(dtype) for name, each in load_file(path).items()}
+        save_file(first | weights, path, {"format": "pt"})
+    assert transformers.AutoModelForCausalLM.from_pretrained(folder).dtype == dtype
+    assert load_model_config(folder).dtype == (torch.float32 if dtype == torch.float64 else dtype)
+    for path in folder.glob("*.safetensors"):
+        path.unlink()
+    assert load_model_config(folder).dtype == torch.float32, "invented weights need no files"
 
 
 def test_a_missing_shard_is_named(copy_of):
@@ -111,9 +146,6 @@ def test_an_index_that_names_a_file_outside_of_its_folder_is_refused_by_that_nam
     index.write_text(json.dumps({"weight_map": weight_map | {"model.norm.weight": outside}}))
     with pytest.raises(WeightsMismatch, match=rf"weight_map names '{re.escape(outside)}', which is outside"):
         load(folder)
-
-
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def rewrite(folder, edit):

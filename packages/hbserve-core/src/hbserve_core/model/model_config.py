@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from hbserve_core.errors import ModelFilesMissing, UnsupportedModel
 from hbserve_core.model.architectures import ARCHITECTURES, Experts, Switches, find_architecture
+from hbserve_core.model.checkpoint.weight_files import stored_dtype
 from hbserve_core.model.config_values import checked_values
 from hbserve_core.model.end_tokens import end_token_ids
 from hbserve_core.model.quantization import Packing, keeps_inputs, packing, scale_block
@@ -114,6 +115,7 @@ def load_model_config(path: str | Path) -> ModelConfig:
         UnsupportedModel: an architecture, activation, RoPE type or sliding window that this engine does not have,
             or a config.json that lacks a size.
         BrokenTokenizer: a tokenizer's files cannot be read.
+        WeightsMismatch: weights cannot be read, of which config.json does not say the dtype.
     """
     folder = Path(os.path.expanduser(path))
     if not folder.is_dir():
@@ -259,7 +261,7 @@ def _sliding_layers(
 
 
 def _checkpoint_dtype(folder: Path, raw: Mapping[str, Any]) -> str:
-    given = raw.get("dtype") or raw.get("torch_dtype") or "float32"
+    given = raw.get("dtype") or raw.get("torch_dtype") or stored_dtype(folder) or "float32"
     name = str(given).removeprefix("torch.")
     name = _SPELLINGS.get(name, name)
     if name not in DTYPES:

@@ -215,7 +215,7 @@ def _are_equal(one: StoredTensor, other: StoredTensor) -> bool:
 def _rows(stored: StoredTensor, piece: slice) -> torch.Tensor:
     """In the widest kind: the two may be stored in different ones."""
     rows = torch.empty((piece.stop - piece.start, stored.shape[1]), dtype=DTYPES[stored.dtype], device="cpu")
-    stored.read(range(piece.start, piece.stop), range(stored.shape[1]), rows.view(torch.uint8).numpy().data.cast("B"))
+    stored.read(range(piece.start, piece.stop), range(stored.shape[1]), rows.view(-1).view(torch.uint8).numpy().data)
     return rows.double()
 
 

@@ -50,7 +50,7 @@ class StoredTensor(NamedTuple):
     def whole(self) -> torch.Tensor:
         """All of it, on the CPU."""
         found = torch.empty(self.shape, dtype=STORED_DTYPES[self.dtype], device="cpu")
-        self.file.read(self.offset, found.view(torch.uint8).numpy().data.cast("B"))
+        self.file.read(self.offset, found.view(-1).view(torch.uint8).numpy().data)
         return found
 
     def pick(self, places: range) -> torch.Tensor:

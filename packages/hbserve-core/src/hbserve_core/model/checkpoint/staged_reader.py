@@ -81,7 +81,7 @@ class StagedReader:
 
     def _read_as_stored(self, read: Read) -> None:
         if read.columns_read() == read.columns:
-            read.stored.read(read.rows, read.columns, read.target.view(torch.uint8).numpy().data.cast("B"))
+            read.stored.read(read.rows, read.columns, read.target.view(-1).view(torch.uint8).numpy().data)
         else:
             self._read_staged(read)
 

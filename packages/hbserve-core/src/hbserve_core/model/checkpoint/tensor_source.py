@@ -117,5 +117,5 @@ def weights_digest(source: TensorSource, shapes: Shapes) -> str:
 
 def row_pieces(num_rows: int, row_size: int, most: int) -> Iterator[slice]:
     """Runs of rows that have at most this size each, in whatever unit; a row at least."""
-    count = max(1, most // row_size)
+    count = max(1, most // max(1, row_size))  # a row may be empty
     return (slice(first, min(first + count, num_rows)) for first in range(0, num_rows, count))

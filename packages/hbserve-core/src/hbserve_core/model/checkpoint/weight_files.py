@@ -10,6 +10,8 @@ from hbserve_core.errors import ModelFilesMissing, WeightsMismatch
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+_DTYPES = {"F64": "float32", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""What a model of such tensors is computed in."""
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -27,14 +29,30 @@ def weight_files(folder: Path) -> list[Path]:
         names = _shard_names(index)
     else:
         found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:12])
+        cure = "other weight formats must be saved as safetensors first, or load_format='dummy' chosen"
+        if (folder / "adapter_config.json").exists():  # some trainers put the model's config.json beside it
+            cure = "a LoRA adapter must be merged into its model first (peft: merge_and_unload(), then save_pretrained)"
         raise ModelFilesMissing(
-            f"model folder {str(folder)!r} has neither {_SINGLE} nor {_INDEX} (it has: {found}); "
-            "other weight formats must be saved as safetensors first, or load_format='dummy' chosen"
+            f"model folder {str(folder)!r} has neither {_SINGLE} nor {_INDEX} (it has: {found}); {cure}"
         )
     missing = [name for name in names if not (folder / name).exists()]
     if missing:
         raise ModelFilesMissing(f"model folder {str(folder)!r} lacks {', '.join(missing)}, which {_INDEX} names")
     return [folder / name for name in names]
+
+
+def stored_dtype(folder: Path) -> str | None:
+    """Of a model whose config.json does not say it: as in transformers, of the first tensor in the first file that has
+    one of at least 16 bits. None: there is no such tensor, or no file.
+
+    Raises:
+        WeightsMismatch: a file, or the index, cannot be read.
+    """
+    try:
+        files = weight_files(folder)
+    except ModelFilesMissing:  # weights may be invented, and who reads them says it
+        return None
+    return next((name for path in files for kind in _kinds(path) if (name := _DTYPES.get(kind))), None)
 
 
 def require_whole(path: Path) -> None:
@@ -43,9 +61,14 @@ def require_whole(path: Path) -> None:
     Raises:
         WeightsMismatch: the file is cut off, no safetensors file, or cannot be read.
     """
+    _kinds(path)
+
+
+def _kinds(path: Path) -> list[str]:
+    """Of a file's tensors, by the names that the format has for them. Raises what `require_whole` raises."""
     try:
-        with safe_open(path, framework="np"):  # of what it is asked for it imports; torch is not needed for that
-            pass
+        with safe_open(path, framework="np") as file:  # of what it is asked for it imports; torch is not needed here
+            return [file.get_slice(name).get_dtype() for name in file.keys()]  # noqa: SIM118
     except SafetensorError as error:
         raise WeightsMismatch(
             f"{path} is not a whole safetensors file ({error}): fetch it again; it may be cut off, or a Git LFS pointer"
