@@ -54,10 +54,10 @@ def require_servable(
         ModelFilesMissing, UnsupportedModel, BrokenTokenizer, WeightsMismatch, InvalidInstanceConfig, NotEnoughMemory:
             says what is wrong, and what to do.
     """
-    from hbserve_core.model.checkpoint.weight_files import require_whole, weight_files
     from hbserve_core.model.host_memory import require_room
     from hbserve_core.model.model_config import configured_model
     from hbserve_core.model.shard import check_divisible
+    from hbserve_core.model.weight_files import require_whole, weight_files
 
     model = configured_model(folder, settings)
     for size in sorted(tensor_parallel_sizes):

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from hbserve_core.errors import ModelFilesMissing, UnsupportedModel
 from hbserve_core.model.architectures import ARCHITECTURES, Experts, Switches, find_architecture
-from hbserve_core.model.checkpoint.weight_files import stored_dtype
 from hbserve_core.model.config_values import checked_values
 from hbserve_core.model.end_tokens import end_token_ids
 from hbserve_core.model.quantization import Packing, keeps_inputs, packing, scale_block
 from hbserve_core.model.rope_config import RopeConfig, extended_length, read_rope_configs
+from hbserve_core.model.weight_files import stored_dtype
 from hbserve_rpc.settings import EngineSettings
 
 if TYPE_CHECKING:

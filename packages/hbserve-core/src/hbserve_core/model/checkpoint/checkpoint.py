@@ -20,10 +20,10 @@ from hbserve_core.model.checkpoint.tensor_source import (
     sampled_places,
     targets_of,
 )
-from hbserve_core.model.checkpoint.weight_files import weight_files
 from hbserve_core.model.checkpoint.weight_scales import KV_SCALES, find_kv_scales, find_scales, is_scale
 from hbserve_core.model.model_config import ModelConfig
 from hbserve_core.model.narrow_weight import NarrowWeight, fused, in_words, step_of
+from hbserve_core.model.weight_files import weight_files
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from hbserve_core.errors import WeightsMismatch
-from hbserve_core.model.checkpoint.weight_files import require_whole
+from hbserve_core.model.weight_files import require_whole
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """What weights may be stored as, by the names that the format has for it."""
