@@ -57,6 +57,22 @@ def test_an_unknown_architecture_is_refused_with_the_list_of_known_ones(write):
         load_model_config(folder)
 
 
+@pytest.mark.parametrize(
+    ("parts", "named"),
+    [
+        (["vision_config"], "vision"),
+        (["vision_config", "audio_config"], "vision and audio"),
+        (["audio_config"], "audio"),
+    ],
+)
+def test_a_model_of_more_than_text_is_refused_by_what_it_has_beside_it(write, parts, named):
+    folder = write(
+        architectures=["Gemma3ForConditionalGeneration"], text_config={}, **{part: {"a": 1} for part in parts}
+    )
+    with pytest.raises(UnsupportedModel, match=f"it needs parts for {named}, or its language model saved by itself; s"):
+        load_model_config(folder)
+
+
 def test_a_config_without_architectures_is_refused_by_its_model_type(write):
     with pytest.raises(UnsupportedModel, match=r"none named .model_type='gpt2'"):
         load_model_config(write(architectures=..., model_type="gpt2"))

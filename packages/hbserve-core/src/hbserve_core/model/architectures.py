@@ -5,10 +5,7 @@ What a config.json leaves out has its architecture's default, as transformers ha
 
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal
-
-from hbserve_core.errors import UnsupportedModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -382,19 +379,3 @@ ARCHITECTURES: dict[str, Architecture] = {
         by_layer=True,
     ),
 }
-
-
-def find_architecture(folder: Path, raw: Mapping[str, Any]) -> str:
-    """The supported one among `architectures`, or, where there are none, the one of `model_type`.
-
-    Raises:
-        UnsupportedModel: there is none; says which there are.
-    """
-    names = raw.get("architectures") or []
-    if not names:
-        names = [name for name, each in ARCHITECTURES.items() if each.model_type == raw.get("model_type")]
-    for name in names:
-        if name in ARCHITECTURES:
-            return str(name)
-    found = ", ".join(map(str, names)) or f"none named (model_type={raw.get('model_type')!r})"
-    raise UnsupportedModel(f"{folder}: architecture {found} is not supported; supported: {', '.join(ARCHITECTURES)}")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hbserve_core.errors import ModelFilesMissing, UnsupportedModel
-from hbserve_core.model.architectures import ARCHITECTURES, Experts, Switches, find_architecture
+from hbserve_core.model.architectures import ARCHITECTURES, Experts, Switches
 from hbserve_core.model.config_values import checked_values
 from hbserve_core.model.end_tokens import end_token_ids
 from hbserve_core.model.quantization import Packing, keeps_inputs, packing, scale_block
@@ -125,13 +125,32 @@ def load_model_config(path: str | Path) -> ModelConfig:
         found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
         raise ModelFilesMissing(f"model folder {str(folder)!r} has no config.json (it has: {found})")
     raw = checked_values(folder / "config.json", raw)
-    architecture = find_architecture(folder, raw)
+    architecture = _find_architecture(folder, raw)
     built = ARCHITECTURES[architecture]
     try:
         return _parse(folder, architecture, built.completed(raw), _read_json(folder / "generation_config.json") or {})
     except KeyError as error:
         name = _own_name(architecture, error.args[0])
         raise UnsupportedModel(f"{folder / 'config.json'}: {name!r} is missing") from error
+
+
+def _find_architecture(folder: Path, raw: Mapping[str, Any]) -> str:
+    """The supported one among `architectures`, or, where there are none, the one of `model_type`.
+
+    Raises:
+        UnsupportedModel: there is none; says which there are.
+    """
+    names = raw.get("architectures") or []
+    if not names:
+        names = [name for name, each in ARCHITECTURES.items() if each.model_type == raw.get("model_type")]
+    for name in names:
+        if name in ARCHITECTURES:
+            return str(name)
+    found = ", ".join(map(str, names)) or f"none named (model_type={raw.get('model_type')!r})"
+    others = [name.removesuffix("_config") for name in ("vision_config", "audio_config") if raw.get(name)]
+    need = f"; it needs parts for {' and '.join(others)}, or its language model saved by itself" if others else ""
+    supported = ", ".join(ARCHITECTURES)
+    raise UnsupportedModel(f"{folder}: architecture {found} is not supported{need}; supported: {supported}")
 
 
 def _own_name(architecture: str, general: str) -> str:
