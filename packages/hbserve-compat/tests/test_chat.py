@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
+import zmq.asyncio
 from hbserve_fake_scheduler import FakeServer
 from hbserve_served import served
 
@@ -71,6 +72,33 @@ async def test_what_a_server_refuses_and_what_is_no_server_is_told_in_its_words(
     )
     with pytest.raises(InvalidAddress, match=r"--url='ftp://a'"):
         ChatClient("ftp://a", None)
+
+
+async def test_a_wrong_address_or_key_is_told_before_the_first_question(server, monkeypatch):
+    await ChatClient(server.url, "k").require_server()
+    with pytest.raises(RemoteError, match="wrong API key"):
+        await ChatClient(server.url, "other").require_server()
+    context = zmq.asyncio.Context()
+    rpc = context.socket(zmq.ROUTER)  # what `hbserve serve` prints as its RPC address
+    port = rpc.bind_to_random_port("tcp://127.0.0.1")
+    try:
+        async with asyncio.timeout(30):
+            with pytest.raises(RemoteError, match="does not speak HTTP"):
+                await ChatClient(f"127.0.0.1:{port}", None).require_server()
+    finally:
+        context.destroy(linger=0)
+    monkeypatch.setattr("hbserve.client.chat_client.ANSWER_TIMEOUT_S", 0.1)
+    silent = pytest.raises(PeerLost, match=r"accepts connections, but did not answer within 0\.1 s")
+    with socket.create_server(("127.0.0.1", 0)) as mute, silent:
+        await ChatClient(f"127.0.0.1:{mute.getsockname()[1]}", None).require_server()
+
+
+def test_the_command_asks_its_server_before_it_invites_a_question():
+    with socket.create_server(("127.0.0.1", 0)) as held:
+        address = f"http://127.0.0.1:{held.getsockname()[1]}"
+    done = subprocess.run([*COMMAND, "--url", address], input="", capture_output=True, text=True, timeout=90)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: --url: no server at")
 
 
 async def test_a_conversation_goes_with_each_question_and_ends_with_its_input(monkeypatch, capsys):

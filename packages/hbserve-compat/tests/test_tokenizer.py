@@ -55,6 +55,16 @@ def test_a_text_that_begins_with_bos_gets_no_second_one(make, template, text, ex
     assert encode(make(template), text) == expected
 
 
+def test_a_chat_template_that_cannot_be_read_is_told_when_it_is_loaded(make, caplog):
+    make(chat_template="{% generation %}{{ 1 }}{% endgeneration %}{% for m in messages %}{% break %}{% endfor %}")
+    assert not caplog.messages
+    make(chat_template="{{ bos_token }}\n{% for x in %}")
+    (said,) = caplog.messages
+    assert said.endswith(
+        "its chat template cannot be read: Expected an expression, got 'end of statement block' (line 2)"
+    )
+
+
 def test_token_ids_stay_as_they_are(make):
     assert encode_all(make(), [[BOS, BOS, A]], [SamplingParams()]) == [[BOS, BOS, A]]
 

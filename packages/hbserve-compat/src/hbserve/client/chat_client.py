@@ -4,6 +4,7 @@ import asyncio
 import json
 import ssl
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 from hbserve.client.event_data import EventData
@@ -11,6 +12,8 @@ from hbserve.client.server_url import parse_url, require_header
 from hbserve_rpc import PeerLost, RemoteError
 
 CONNECT_TIMEOUT_S = 10.0
+ANSWER_TIMEOUT_S = 10.0
+"""Of a server that is asked only whether it is one; a chat's answer may be queued for longer."""
 
 
 def why_not_connected(address: str, error: Exception) -> str:
@@ -27,11 +30,29 @@ class ChatClient:
     def __init__(self, url: str, api_key: str | None, **parameters: Any) -> None:
         """`url` is a server's, with or without /v1. Raises InvalidAddress, InvalidRequest."""
         self._url = parse_url("--url", url)
-        self._path = self._url.path.removesuffix("/v1") + "/v1/chat/completions"
         if api_key:
             require_header("--api-key", "Authorization", api_key)
         self._api_key = api_key
         self._parameters = parameters
+
+    async def require_server(self) -> None:
+        """Ask which models it has, so that a wrong address or key is told before the first question.
+
+        Raises:
+            PeerLost: nobody is there, or nobody answers.
+            RemoteError: it lets nobody in with this key, or does not speak HTTP.
+        """
+        try:
+            async with asyncio.timeout(ANSWER_TIMEOUT_S), self._asked("GET", "/v1/models") as (status, parts):
+                if status in (
+                    401,
+                    403,
+                ):  # any other status is for the first question: it may be loading, or have no list
+                    raise RemoteError(_message(status, b"".join([part async for part in parts])))
+        except TimeoutError:
+            raise PeerLost(
+                f"--url: {self._url.authority} accepts connections, but did not answer within {ANSWER_TIMEOUT_S:g} s"
+            ) from None
 
     async def answer(self, messages: list[dict[str, str]]) -> AsyncIterator[str]:
         """The text of an answer as it comes.
@@ -41,6 +62,17 @@ class ChatClient:
             RemoteError: the server has refused, or failed; has its words.
         """
         body = json.dumps({"messages": messages, "stream": True, **self._parameters}).encode()
+        async with self._asked("POST", "/v1/chat/completions", body) as (status, parts):
+            if status != 200:
+                raise RemoteError(_message(status, b"".join([part async for part in parts])))
+            async for text in _texts(parts):
+                yield text
+
+    @asynccontextmanager
+    async def _asked(
+        self, method: str, path: str, body: bytes = b""
+    ) -> AsyncIterator[tuple[int, AsyncIterator[bytes]]]:
+        """The status and the body of an answer. Errors of the connection, here and in the block, are told as ours."""
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
                 context = ssl.create_default_context() if self._url.is_secure else None
@@ -50,13 +82,9 @@ class ChatClient:
         except (OSError, TimeoutError) as error:
             raise PeerLost(f"--url: {why_not_connected(self._url.authority, error)}") from None
         try:
-            writer.write(self._head(len(body)) + body)
+            writer.write(self._head(method, path, len(body)) + body)
             status, is_chunked = await _read_head(reader)
-            lines = _chunked(reader) if is_chunked else _plain(reader)
-            if status != 200:
-                raise RemoteError(_message(status, b"".join([line async for line in lines])))
-            async for text in _texts(lines):
-                yield text
+            yield status, _chunked(reader) if is_chunked else _plain(reader)
         except (asyncio.IncompleteReadError, ConnectionError) as error:
             raise PeerLost(f"--url: {self._url.authority} has closed the connection") from error
         except (ValueError, LookupError, TypeError, AttributeError, asyncio.LimitOverrunError) as error:
@@ -64,9 +92,9 @@ class ChatClient:
         finally:
             writer.close()
 
-    def _head(self, length: int) -> bytes:
+    def _head(self, method: str, path: str, length: int) -> bytes:
         lines = [
-            f"POST {self._path} HTTP/1.1",
+            f"{method} {self._url.path.removesuffix('/v1')}{path} HTTP/1.1",
             f"Host: {self._url.authority}",
             "Content-Type: application/json",
             f"Content-Length: {length}",
@@ -79,6 +107,9 @@ class ChatClient:
 
 async def _read_head(reader: asyncio.StreamReader) -> tuple[int, bool]:
     """The status, and whether the body comes in chunks."""
+    begin = await reader.readexactly(5)
+    if begin != b"HTTP/":  # whoever speaks another protocol may never send a whole head, such as HBServe's RPC
+        raise RemoteError(f"--url: the server there does not speak HTTP: {begin!r}")
     first, *lines = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower().split("\r\n")
     words = first.split()
     if len(words) < 2 or not words[1].isdecimal():

@@ -43,17 +43,19 @@ async def chat(args: ChatArgs) -> None:
     if sys.stdin is None:
         raise OSError("stdin is closed: there is nobody to talk to")
     async with AsyncExitStack() as stack:
-        answer = _asking(args) if args.url is not None else await _starting(args, stack)
+        answer = await _asking(args) if args.url is not None else await _starting(args, stack)
         sys.stderr.write(HELP)
         await Conversation(answer, args.system).run()
 
 
-def _asking(args: ChatArgs) -> Answer:
+async def _asking(args: ChatArgs) -> Answer:
     for name in ("model", "config"):
         if getattr(args, name) is not None:
             raise ConfigError(f"--{name}={getattr(args, name)}: not with --url, whose server sets it")
     key = args.api_key or os.environ.get("HBSERVE_API_KEY")
-    return ChatClient(args.url or "", key, **args.sampling).answer
+    client = ChatClient(args.url or "", key, **args.sampling)
+    await client.require_server()
+    return client.answer
 
 
 async def _starting(args: ChatArgs, stack: AsyncExitStack) -> Answer:

@@ -1,13 +1,10 @@
 """State that all endpoints share: the settings, and what is served, once it is there."""
 
 import os
-import re
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
-
-import jinja2
 
 from hbserve.monitoring.live_view import Deployment, Watched
 from hbserve.server.encoder import Encoder
@@ -16,6 +13,7 @@ from hbserve.server.http.api_error import ApiError, try_again
 from hbserve.server.http.http_figures import HttpFigures
 from hbserve.server.spans import Spans
 from hbserve.text.text_request import Scheduler
+from hbserve.text.tokenizer import why_no_template
 from hbserve_rpc.messages import SchedulerStats, ServiceInfo
 from hbserve_rpc.plain_values import shown
 from hbserve_scheduler import ConfigError, parse_size
@@ -174,10 +172,10 @@ def _template(given: str | None) -> str | None:
         return None
     try:
         text = given if "{" in given else Path(os.path.expanduser(given)).read_text(encoding="utf-8")
-        known = re.sub(r"({%-?)\s*(end)?generation\b", r"\1 set _ = 0", text)  # a tag of transformers' own
-        jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(known)
     except OSError as error:
         raise ConfigError(f"server.chat_template={shown(given)}: {error.strerror}") from None
-    except (UnicodeDecodeError, jinja2.TemplateSyntaxError) as error:
+    except UnicodeDecodeError as error:
         raise ConfigError(f"server.chat_template={shown(given)}: {error}") from None
+    if problem := why_no_template(text):
+        raise ConfigError(f"server.chat_template={shown(given)}: {problem}")
     return text

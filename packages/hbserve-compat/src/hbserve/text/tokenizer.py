@@ -1,12 +1,16 @@
 """The tokenizer of a model folder. transformers is imported when one is loaded."""
 
+import logging
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 from hbserve_core import BrokenTokenizer
 from hbserve_rpc import InvalidRequest
 from hbserve_rpc.plain_values import plain_text, shown
+
+logger = logging.getLogger(__name__)
 
 FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
 """A folder without any of them has no tokenizer."""
@@ -28,7 +32,23 @@ def load_tokenizer(folder: str | Path) -> Any:
         raise BrokenTokenizer(f"{path}: its tokenizer cannot be read: {type(error).__name__}: {reason}") from error
     if len(tokenizer) <= len(tokenizer.added_tokens_decoder):  # transformers fills in what is missing with nothing
         raise BrokenTokenizer(f"{path}: its tokenizer has no vocabulary; is tokenizer.json missing, or cut off?")
+    named = tokenizer.chat_template or {}
+    for template in named.values() if isinstance(named, dict) else (named,):
+        if problem := why_no_template(template):
+            logger.warning("%s: messages will be refused, its chat template cannot be read: %s", path, problem)
     return tokenizer
+
+
+def why_no_template(text: str) -> str | None:
+    """What is wrong with the syntax of a chat template, and where."""
+    import jinja2
+
+    known = re.sub(r"({%-?)\s*(end)?generation\b", r"\1 set _ = 0", text)  # a tag of transformers' own
+    try:
+        jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(known)
+    except jinja2.TemplateSyntaxError as error:
+        return f"{error.message} (line {error.lineno})"
+    return None
 
 
 def require_tokenizer_of(folder: str | Path) -> None:
