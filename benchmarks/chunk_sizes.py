@@ -64,8 +64,8 @@ def requests(args: argparse.Namespace) -> list[tuple[float, int]]:
     dice = random.Random(args.seed)
     ratio = args.longest / args.shortest
     lengths = [round(args.shortest * ratio ** dice.random()) for _ in range(args.requests)]
-    alone = serve(args, 2048, [(0.0, length) for length in lengths[:100]])
-    rate = args.load * 100 / max(alone.ttft_s)
+    some = [(0.0, length) for length in lengths[:100]]
+    rate = args.load * len(some) / max(serve(args, 2048, some).ttft_s)
     now, work = 0.0, []
     for length in lengths:
         now += dice.expovariate(rate)
@@ -162,12 +162,17 @@ class Serving:
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    return sorted(values)[min(len(values) - 1, int(share * len(values)))] if values else float("nan")
+    return sorted(values)[min(len(values) - 1, int(share * len(values)))]
 
 
 def line(size: int | str, served: Served) -> str:
-    times = [1e3 * percentile(values, share) for values in (served.ttft_s, served.itl_s) for share in (0.5, 0.99)]
-    return f"{size:>10}" + "".join(f"{each:9.1f}" for each in times) + f"{percentile(served.left, 0.5):14.0f}"
+    """Times between tokens are "-" where nothing decodes."""
+    times = [
+        f"{1e3 * percentile(values, share):.1f}" if values else "-"
+        for values in (served.ttft_s, served.itl_s)
+        for share in (0.5, 0.99)
+    ]
+    return f"{size:>10}" + "".join(f"{each:>9}" for each in times) + f"{percentile(served.left, 0.5):14.0f}"
 
 
 if __name__ == "__main__":

@@ -30,6 +30,18 @@ def test_a_way_to_copy_is_measured_beside_computation():
     assert min(alone, beside, transfer_ms) > 0
 
 
+@pytest.mark.parametrize("decodes", ["0", "1"])
+def test_chunk_sizes_are_compared_by_a_single_request_and_where_nothing_decodes(decodes):
+    command = [sys.executable, FOLDER / "chunk_sizes.py", "--requests", "1", "--sizes", "512", "--decodes", decodes]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    for row in done.stdout.splitlines()[1:]:
+        size, *figures = row.split()
+        assert size in ("512", "auto")
+        assert [figure == "-" for figure in figures] == [False, False, *[decodes == "0"] * 2, False]
+        assert all(float(figure) >= 0 for figure in figures if figure != "-"), "NaN is not"
+
+
 def test_layer_major_pools_are_measured_beside_block_major_ones():
     command = [sys.executable, FOLDER / "kv_layouts.py", "--size", "8", "--rounds", "1", "--backends", "ipc"]
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=120)

@@ -71,6 +71,13 @@ def test_the_base_of_layers_is_transformers_default(load):
     assert found.local_rope.theta == theirs["sliding_attention"]["rope_theta"]
 
 
+def test_the_base_in_the_file_is_that_of_olmo_3s_windowed_layers_too(load):
+    """transformers 5 has 5e5 there, whatever the file says."""
+    found = load("Olmo3", rope_theta=1e4, rope_scaling=YARN)
+    assert (found.rope.theta, found.rope.rope_type) == (1e4, "yarn")
+    assert (found.local_rope.theta, found.local_rope.rope_type) == (1e4, "default")
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [

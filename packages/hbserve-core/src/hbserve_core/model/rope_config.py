@@ -99,6 +99,8 @@ def read_rope_configs(folder: Path, raw: Mapping[str, Any]) -> tuple[RopeConfig,
         return read_rope_config(folder, full), read_rope_config(folder, sliding)
     rope = read_rope_config(folder, raw)
     if differs and local is None:
+        # As in vLLM. transformers 5 takes rope_theta away for the full layers, and has its default of 5e5 for windowed
+        # ones whatever the file says: the same only for files with that value.
         local = rope.theta
     return rope, None if local is None else RopeConfig("default", float(local))
 
