@@ -180,13 +180,11 @@ def line(load: Load, together: list[tuple[int, float]], bare: int, after: list[t
     gigabytes = load.blocks * load.settings.block_bytes / 1e9
     rate, limit = (count * gigabytes / load.phase_s for count in (len(together), bare))
     before_s, after_s = (sorted(time_s for receiver, time_s in found if receiver != 0) for found in (together, after))
-    p99 = [
-        1e3 * statistics.quantiles(times, n=100)[98] if len(times) > 1 else float("nan")
-        for times in (before_s, after_s)
-    ]
+    p99 = [1e3 * statistics.quantiles(times, n=100)[98] for times in (before_s, after_s) if len(times) > 1]
+    others = f"{p99[0]:12.1f} ms{p99[1]:9.1f} ms{p99[1] / p99[0]:8.2f}" if len(p99) == 2 else "  too few to others"
     return (
         f"{load.settings.backend:9}{load.senders} x {load.receivers}  {1e3 * gigabytes:8.0f} MB  {rate:8.2f} GB/s"
-        f"{limit:10.2f} GB/s{rate / limit:8.2f}{p99[0]:12.1f} ms{p99[1]:9.1f} ms{p99[1] / p99[0]:8.2f}"
+        f"{limit:10.2f} GB/s{rate / limit:8.2f}{others}"
     )
 
 

@@ -51,13 +51,17 @@ class Seen:
 
     def __str__(self) -> str:
         def ms(found: list[float], place: float) -> float:
-            return 1e3 * sorted(found)[min(len(found) - 1, int(place * len(found)))] if found else float("nan")
+            return 1e3 * sorted(found)[min(len(found) - 1, int(place * len(found)))]
 
-        mean_s = sum(self.first_s) / max(1, len(self.first_s))
-        first = f"TTFT p50 {ms(self.first_s, 0.5):.1f}, p99 {ms(self.first_s, 0.99):.0f}, mean {1e3 * mean_s:.1f} ms"
-        gaps = f"ITL p50 {ms(self.gaps_s, 0.5):.2f}, p99 {ms(self.gaps_s, 0.99):.2f} ms"
-        failed = f"; {len(self.failures)} not served" if self.failures else ""
-        return f"{len(self.first_s)} served; {first}; {gaps}{failed}"
+        said = [f"{len(self.first_s)} served"]
+        if first_s := self.first_s:
+            mean_ms = 1e3 * sum(first_s) / len(first_s)
+            said.append(f"TTFT p50 {ms(first_s, 0.5):.1f}, p99 {ms(first_s, 0.99):.0f}, mean {mean_ms:.1f} ms")
+        if self.gaps_s:
+            said.append(f"ITL p50 {ms(self.gaps_s, 0.5):.2f}, p99 {ms(self.gaps_s, 0.99):.2f} ms")
+        if self.failures:
+            said.append(f"{len(self.failures)} not served")
+        return "; ".join(said)
 
 
 async def load(ports: Sequence[int], work: Work) -> Seen:
