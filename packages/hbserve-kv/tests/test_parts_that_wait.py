@@ -304,9 +304,9 @@ async def queueing(managers):
     source, target = torch.rand(64, 2, 3, 64), torch.zeros(64, 2, 3, 64)
     ends = [QueueingDevice(network) for _ in range(2)]
 
-    async def start(**settings):
+    async def start(timeout_s=(10, 10)):
         pools = [source, target]
-        both = [await managers(i, "loopback", pools[i], transport=ends[i], **settings) for i in range(2)]
+        both = [await managers(i, "loopback", pools[i], transport=ends[i], timeout_s=timeout_s[i]) for i in range(2)]
         return (*both, source, target, *(end.device for end in ends))
 
     return start
@@ -360,7 +360,7 @@ async def test_no_more_parts_are_queued_than_two_announcements_name(queueing):
 @pytest.mark.parametrize("end", ["sender", "receiver"])
 async def test_a_part_that_a_device_never_moves_ends_the_link_at_its_deadline(queueing, end):
     """When the link has ended the device is stopped, which it says as it says that it has moved something."""
-    sender, receiver, _, _, sending, receiving = await queueing(timeout_s=0.5)
+    sender, receiver, _, _, sending, receiving = await queueing(timeout_s=[0.5, 0.5])
     (a, b), postings = await open_two(sender, receiver)
     async with asyncio.timeout(20):
         a.push([10], 0)
@@ -377,6 +377,24 @@ async def test_a_part_that_a_device_never_moves_ends_the_link_at_its_deadline(qu
         await postings[1].wait()
     assert (sent.outcome, received.outcome) == (Outcome.FAILED_DRAINED, Outcome.FAILED_DRAINED)
     assert "part 0 of transfer a did not come within 0.5 s" in sent.error
+
+
+async def test_a_sender_ends_a_link_whose_receiver_never_says_that_a_part_is_late(queueing):
+    """A receiver that gives a part more time than the sender has: its word would come too late."""
+    sender, receiver, _, _, sending, receiving = await queueing(timeout_s=[0.25, 60])
+    (a, b), postings = await open_two(sender, receiver)
+    async with asyncio.timeout(20):
+        a.push([10], 0)
+        await until(lambda: sending.given)
+        await until(lambda: a.state.failed and b.state.failed)
+        for device in (sending, receiving):
+            while device.events:
+                device.happen()
+        sent = await a.wait()
+        for each in (b, *postings):
+            await each.wait()
+    assert sent.outcome is Outcome.FAILED_DRAINED
+    assert "part 0 was not taken within 0.5 s" in sent.error
 
 
 async def test_an_event_watch_asks_about_all_at_once_and_stops_asking_when_all_have_happened():
