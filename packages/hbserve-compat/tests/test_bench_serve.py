@@ -423,6 +423,53 @@ def test_sharegpt_s_conversations_have_the_lengths_of_their_turns(small_model, t
         prompts.sharegpt(path, tokenizer, 6, output_len=None, seed=0)
 
 
+def test_a_custom_file_s_prompts_are_asked_as_vllm_s_options_say(small_model, tmp_path):
+    tokenizer = load_tokenizer(small_model("qwen3"))
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}!"
+    path = tmp_path / "custom.jsonl"
+    path.write_text('{"prompt": "one", "output_tokens": 5}\n\n{"prompt": "two", "output_tokens": 6, "more": 1}\n')
+    how: dict[str, Any] = {"output_len": None, "shuffle_seed": None, "repeats": True, "templated": False}
+    made = prompts.custom(path, tokenizer, 3, **how)
+    assert [(each.text, each.output_len) for each in made] == [("one", 5), ("two", 6), ("one", 5)]
+    assert [tokenizer.decode(each.token_ids) for each in made] == ["one", "two", "one"]
+    once = prompts.custom(path, tokenizer, 3, **how | {"repeats": False, "templated": True, "output_len": 7})
+    assert [tokenizer.decode(each.token_ids) for each in once] == ["<user>one!", "<user>two!"]
+    assert [each.output_len for each in once] == [7, 7]
+    orders = {
+        tuple(each.text for each in prompts.custom(path, tokenizer, 2, **how | {"shuffle_seed": s})) for s in range(9)
+    }
+    assert orders == {("one", "two"), ("two", "one")}
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ("", "a dataset without lines"),
+        ('{"prompt": "a", "output_tokens": 1}\n{"text": "a"}', r"custom\.jsonl:2: .*missing required field `prompt`"),
+        ('{"prompt": "a"}', r"custom\.jsonl:1: has no output_tokens, which --custom-output-len=-1 asks for"),
+        ('{"prompt": "a", "output_tokens": 0}', r"custom\.jsonl:1: .*>= 1"),
+        ("[", r"custom\.jsonl:1: not a line"),
+        ('{"prompt": "a", "output_tokens": 1}', "no chat template; give --skip-chat-template"),
+    ],
+)
+def test_a_custom_file_that_is_none_is_refused_by_its_line(small_model, tmp_path, content, problem):
+    tokenizer = load_tokenizer(small_model("qwen3"))
+    tokenizer.chat_template = None
+    path = tmp_path / "custom.jsonl"
+    path.write_text(content)
+    with pytest.raises(InvalidRequest, match=problem):
+        prompts.custom(path, tokenizer, 3, output_len=None, shuffle_seed=0, repeats=True, templated=True)
+
+
+async def test_a_chat_is_asked_the_text_of_a_custom_file_without_a_template_of_ours(scripted, tmp_path):
+    path = tmp_path / "custom.jsonl"
+    path.write_text('{"prompt": "what?"}\n')
+    of_file: dict[str, Any] = {"dataset_name": Dataset.CUSTOM, "dataset_path": path, "num_prompts": 1}
+    await bench(scripted, backend=Backend.OPENAI_CHAT, **of_file)
+    asked = scripted.asked[-1]
+    assert (asked["messages"][0]["content"], asked["max_completion_tokens"]) == ("what?", 256)
+
+
 def test_burstgpt_s_requests_are_those_to_gpt_4_that_were_answered(tmp_path):
     path = tmp_path / "burst.csv"
     rows = ["5,ChatGPT,9,9", "45,GPT-4,100,20", "47,GPT-4,50,0", "50.5,GPT-4,30,3"]

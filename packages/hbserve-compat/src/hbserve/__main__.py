@@ -38,7 +38,7 @@ def _say_version(wanted: bool) -> None:
 
 def _begin(
     is_version_wanted: Annotated[
-        bool, typer.Option("--version", is_eager=True, callback=_say_version, help="Show the version.")
+        bool, typer.Option("--version", is_eager=True, callback=_say_version, help="Show the version and exit.")
     ] = False,
 ) -> None:
     """Before every command: libraries ask for the current folder when they are imported, and fail without a word of
@@ -78,11 +78,13 @@ ModelOption = Annotated[
     ),
 ]
 MaxTokensOption = Annotated[int, typer.Option(help="Most tokens of each answer.")]
-TemperatureOption = Annotated[float, typer.Option(help="0 is greedy.")]
-TopPOption = Annotated[float | None, typer.Option(help="Only the likeliest tokens, up to this probability; 1.")]
-SeedOption = Annotated[int | None, typer.Option(help="The same seed gives the same answer.")]
+TemperatureOption = Annotated[float, typer.Option(help="Randomness of answers: 0 always takes the likeliest token.")]
+TopPOption = Annotated[
+    float | None, typer.Option(help="Sample among the likeliest tokens of this total probability. By default 1: all.")
+]
+SeedOption = Annotated[int | None, typer.Option(help="The same seed gives the same answer. By default answers differ.")]
 StopOption = Annotated[list[str] | None, typer.Option(help="Text that ends an answer. May be repeated.")]
-SystemOption = Annotated[str | None, typer.Option(help="The system message.")]
+SystemOption = Annotated[str | None, typer.Option(help="System message, before the first prompt.")]
 
 
 @app.command()
@@ -150,36 +152,88 @@ def _json_object(text: str) -> dict[str, Any]:
     return found
 
 
+ServedHostOption = Annotated[
+    str | None, typer.Option(help="Address that the server listens on. By default 127.0.0.1: this host only.")
+]
+ServedPortOption = Annotated[
+    int | None, typer.Option(help="Port of the server. By default 8000; 0 lets the system choose.")
+]
+UdsOption = Annotated[str | None, typer.Option(help="Path of a Unix domain socket to serve on, instead of a port.")]
+ServedModelNamesOption = Annotated[
+    list[str] | None,
+    typer.Option("--served-model-name", help="Name of the model for requests; may be repeated."),
+]
+ApiKeyOption = Annotated[
+    str | None, typer.Option(help="Key that clients must send. By default HBSERVE_API_KEY, or none.")
+]
+ApiKeyFileOption = Annotated[
+    str | None, typer.Option(help="File with an API key on each line; read again when it changes.")
+]
+CorsOriginsOption = Annotated[
+    list[str] | None,
+    typer.Option("--cors-origin", help="Origin of web pages that may call the server; may be repeated."),
+]
+SslKeyfileOption = Annotated[str | None, typer.Option(help="Private key for HTTPS, a PEM file; with --ssl-certfile.")]
+SslCertfileOption = Annotated[str | None, typer.Option(help="Certificate for HTTPS, a PEM file; with --ssl-keyfile.")]
+ChatTemplateOption = Annotated[
+    str | None, typer.Option(help="Chat template to use, a Jinja file or its text. By default the model's.")
+]
+DefaultChatTemplateKwargsOption = Annotated[
+    Any, typer.Option(metavar="JSON", parser=_json_object, help="Variables of the chat template, for all requests.")
+]
+GenerationConfigOption = Annotated[
+    str | None, typer.Option(help="auto takes the model's defaults for sampling, none does not. By default auto.")
+]
+FirstByteTimeoutSOption = Annotated[
+    float | None,
+    typer.Option(
+        "--first-byte-timeout",
+        metavar="SECONDS",
+        help="Begin a stream after so long, even without a token. By default 30.",
+    ),
+]
+DrainTimeoutSOption = Annotated[
+    float | None,
+    typer.Option(
+        "--drain-timeout",
+        metavar="SECONDS",
+        help="How long answers may still take when the server ends. By default 30.",
+    ),
+]
+SchedulerPortOption = Annotated[
+    int | None, typer.Option(help="Port of the scheduler, for --connect of other commands. By default 5550.")
+]
+RayOption = Annotated[
+    str | None,
+    typer.Option(metavar="ADDRESS", help="Place instances on the nodes of a Ray cluster; auto is this host's."),
+]
+
+
 @app.command()
 def serve(
     context: typer.Context,
     named_model: ModelArgument = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of the deployment; without it, one pair.")] = None,
     model: ModelOption = None,
-    host: Annotated[str | None, typer.Option(help="Where the OpenAI server listens; 127.0.0.1.")] = None,
-    port: Annotated[int | None, typer.Option(help="8000; 0 lets the system choose.")] = None,
-    uds: Annotated[str | None, typer.Option(help="A Unix domain socket instead.")] = None,
-    api_servers: Annotated[int | None, typer.Option(help="Processes that serve the port; 1.")] = None,
-    served_model_names: Annotated[
-        list[str] | None, typer.Option("--served-model-name", help="May be repeated.")
-    ] = None,
-    api_key: Annotated[str | None, typer.Option(help="Clients must send it; or set HBSERVE_API_KEY.")] = None,
-    api_key_file: Annotated[str | None, typer.Option(help="A key on each line; read again when it changes.")] = None,
-    cors_origins: Annotated[list[str] | None, typer.Option("--cors-origin", help="Whose pages may call.")] = None,
-    ssl_keyfile: Annotated[str | None, typer.Option(help="For HTTPS, with --ssl-certfile.")] = None,
-    ssl_certfile: Annotated[str | None, typer.Option(help="For HTTPS, with --ssl-keyfile.")] = None,
+    host: ServedHostOption = None,
+    port: ServedPortOption = None,
+    uds: UdsOption = None,
+    api_servers: Annotated[int | None, typer.Option(help="Number of processes that answer HTTP. By default 1.")] = None,
+    served_model_names: ServedModelNamesOption = None,
+    api_key: ApiKeyOption = None,
+    api_key_file: ApiKeyFileOption = None,
+    cors_origins: CorsOriginsOption = None,
+    ssl_keyfile: SslKeyfileOption = None,
+    ssl_certfile: SslCertfileOption = None,
     root_path: Annotated[str | None, typer.Option(help="Path under which a proxy serves it.")] = None,
-    chat_template: Annotated[str | None, typer.Option(help="A Jinja file, or its text.")] = None,
-    default_chat_template_kwargs: Annotated[Any, typer.Option(metavar="JSON", parser=_json_object)] = None,
-    generation_config: Annotated[str | None, typer.Option(help="none: not the model's sampling defaults.")] = None,
-    first_byte_timeout_s: Annotated[float | None, typer.Option("--first-byte-timeout", metavar="SECONDS")] = None,
-    drain_timeout_s: Annotated[float | None, typer.Option("--drain-timeout", metavar="SECONDS")] = None,
-    max_body_size: Annotated[str | None, typer.Option(help="Largest body of a request, such as 16MiB.")] = None,
-    scheduler_port: Annotated[int | None, typer.Option(help="Of its RPC, for --connect; 5550.")] = None,
-    ray: Annotated[
-        str | None,
-        typer.Option(metavar="ADDRESS", help="Place instances on the nodes of a Ray cluster; auto is this host's."),
-    ] = None,
+    chat_template: ChatTemplateOption = None,
+    default_chat_template_kwargs: DefaultChatTemplateKwargsOption = None,
+    generation_config: GenerationConfigOption = None,
+    first_byte_timeout_s: FirstByteTimeoutSOption = None,
+    drain_timeout_s: DrainTimeoutSOption = None,
+    max_body_size: Annotated[str | None, typer.Option(help="Largest body of a request. By default 16MiB.")] = None,
+    scheduler_port: SchedulerPortOption = None,
+    ray: RayOption = None,
     log_level: LogLevelOption = LogLevel.INFO,
 ) -> None:
     """Serve OpenAI's API, and run the scheduler and every instance of a deployment on this host."""
@@ -227,9 +281,11 @@ class InstanceType(StrEnum):
 def instance(
     config: ConfigOption,
     instance_id: Annotated[str, typer.Option(help="Which of the file's gpu_instances; or a new name.")],
-    instance_type: Annotated[InstanceType | None, typer.Option(help="Needed for a new name.")] = None,
+    instance_type: Annotated[
+        InstanceType | None, typer.Option(help="Role of the instance. Needed for a new name.")
+    ] = None,
     host: Annotated[str | None, typer.Option(help="Where it serves, and where others reach it.")] = None,
-    port: Annotated[int | None, typer.Option(min=0, max=65535)] = None,
+    port: Annotated[int | None, typer.Option(min=0, max=65535, help="Port that it serves on; 0: any.")] = None,
     register: Annotated[
         list[str] | None, typer.Option(metavar="HOST:PORT", help="A scheduler that is to use it. May be repeated.")
     ] = None,

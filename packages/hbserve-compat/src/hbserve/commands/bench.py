@@ -32,22 +32,30 @@ class Workload(StrEnum):
 @bench.command()
 def engine(
     model: Annotated[Path | None, typer.Option(help="A Hugging Face model folder; without it, the demo model.")] = None,
-    workload: Annotated[list[Workload] | None, typer.Option(help="May be repeated; without it, all four.")] = None,
+    workload: Annotated[
+        list[Workload] | None, typer.Option(help="Workload to run; may be repeated. By default all four.")
+    ] = None,
     scale: Annotated[
         float | None, typer.Option(min=0, help="Size of the workloads; 1 on a GPU, and 1/32 elsewhere.")
     ] = None,
-    sweep: Annotated[bool, typer.Option("--sweep", help="A decode step's time by batch size instead.")] = False,
+    sweep: Annotated[bool, typer.Option("--sweep", help="Measure a decode step's time by batch size instead.")] = False,
     batch_sizes: Annotated[
         str | None, typer.Option(metavar="1,2,…", help="With --sweep; up to 256 on a GPU, up to 32 elsewhere.")
     ] = None,
     contexts: Annotated[
         str | None, typer.Option(metavar="64,512,…", help="With --sweep: prompt lengths; 512 on a GPU, 64 elsewhere.")
     ] = None,
-    json: Annotated[Path | None, typer.Option(help="With --sweep: a file for one JSON object a row.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda:N.")] = "auto",
-    dtype: Annotated[Dtype, typer.Option(help="auto is the model's own.")] = Dtype.AUTO,
-    random_weights: Annotated[bool, typer.Option(help="Read only the model's config.json.")] = False,
-    tensor_parallel_size: Annotated[int, typer.Option(min=1, help="Ranks; on CUDA, GPUs side by side.")] = 1,
+    json: Annotated[
+        Path | None, typer.Option(help="With --sweep: write a JSON object for each row to this file.")
+    ] = None,
+    device: Annotated[
+        str, typer.Option(help="Device: cpu or cuda:N; auto is the first GPU, or else the CPU.")
+    ] = "auto",
+    dtype: Annotated[Dtype, typer.Option(help="Number format to compute in; auto is the model's own.")] = Dtype.AUTO,
+    random_weights: Annotated[
+        bool, typer.Option(help="Read config.json only, and make the weights up: times are the same.")
+    ] = False,
+    tensor_parallel_size: Annotated[int, typer.Option(min=1, help="Number of GPUs that the model is split over.")] = 1,
     log_level: LogLevelOption = LogLevel.INFO,
 ) -> None:
     """One engine alone, on nano-vllm's workload, one stream, prompts only, and decodes only; or by batch size."""

@@ -31,10 +31,14 @@ def join(
 
 @running.command()
 def drain(
-    instance_id: Annotated[str, typer.Argument(metavar="ID")],
+    instance_id: Annotated[
+        str, typer.Argument(metavar="ID", help="Name of the instance, as `hbserve stats` shows it.")
+    ],
     connect: ConnectOption = HERE,
     keys: KeysOption = None,
-    leave: Annotated[bool, typer.Option("--leave", help="Forget it when it has nothing left.")] = False,
+    leave: Annotated[
+        bool, typer.Option("--leave", help="Remove it from the deployment when it has nothing left.")
+    ] = False,
     within_s: Annotated[
         float | None,
         typer.Option("--within", metavar="SECONDS", min=0.0, help="Then move its requests elsewhere and forget it."),
@@ -49,8 +53,10 @@ def drain(
 
 @running.command()
 def flip(
-    instance_id: Annotated[str, typer.Argument(metavar="ID")],
-    role: Annotated[str, typer.Argument(metavar="ROLE", help="prefill or decode.")],
+    instance_id: Annotated[
+        str, typer.Argument(metavar="ID", help="Name of the instance, as `hbserve stats` shows it.")
+    ],
+    role: Annotated[str, typer.Argument(metavar="ROLE", help="The role that it is to have: prefill or decode.")],
     connect: ConnectOption = HERE,
     keys: KeysOption = None,
     log_level: LogLevelOption = LogLevel.WARNING,
@@ -88,7 +94,7 @@ def reload(
 def stats(
     connect: ConnectOption = HERE,
     keys: KeysOption = None,
-    json: Annotated[bool, typer.Option("--json", help="All figures as JSON.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print all figures as JSON.")] = False,
     log_level: LogLevelOption = LogLevel.WARNING,
 ) -> None:
     """Show the figures of a running deployment."""
@@ -102,7 +108,7 @@ def top(
     connect: ConnectOption = HERE,
     keys: KeysOption = None,
     once: Annotated[bool, typer.Option("--once", help="Watch for one second, print, and exit.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="With --once: as JSON.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="With --once: print all figures as JSON.")] = False,
     log_level: LogLevelOption = LogLevel.ERROR,
 ) -> None:
     """Watch a running deployment: instances, links, latencies, and the last requests."""
@@ -118,8 +124,13 @@ def trace(
     output: Annotated[Path, typer.Option("--output", "-o", help="Gzipped JSON, to open in Perfetto.")] = Path(
         "trace.json.gz"
     ),
-    request_id: Annotated[str, typer.Option("--request", metavar="ID", help="Only this request.")] = "",
-    last_s: Annotated[float, typer.Option("--last", metavar="SECONDS", min=0.0, help="How far back.")] = 3600.0,
+    request_id: Annotated[str, typer.Option("--request", metavar="ID", help="Only the request with this id.")] = "",
+    last_s: Annotated[
+        float,
+        typer.Option(
+            "--last", metavar="SECONDS", min=0.0, help="How far back it goes, in seconds. By default an hour."
+        ),
+    ] = 3600.0,
     log_level: LogLevelOption = LogLevel.WARNING,
 ) -> None:
     """Write a timeline of the requests of a running deployment."""

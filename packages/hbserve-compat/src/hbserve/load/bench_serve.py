@@ -107,6 +107,8 @@ def _require_possible(args: BenchServeArgs) -> None:
     if (args.dataset_path is None) != (args.dataset_name in (Dataset.RANDOM, Dataset.PREFIX_REPETITION)):
         needs = "has no file" if args.dataset_path else "needs a file"
         raise InvalidRequest(f"--dataset-path: --dataset-name {args.dataset_name.value} {needs}")
+    if args.custom_output_len == 0:
+        raise InvalidRequest("--custom-output-len=0: expected 1 or more, or -1 for output_tokens of each line")
     _pairs("--metadata", args.metadata, "=")
     if args.plot is not None:
         require_plotting(args.plot)
@@ -199,6 +201,16 @@ def _prompts_of_file(args: BenchServeArgs, tokenizer: Any, vocabulary: Vocabular
     if args.dataset_name is Dataset.SHAREGPT:
         output_len = args.output_len or args.sharegpt_output_len
         return prompts.sharegpt(path, tokenizer, count, output_len=output_len, seed=args.seed)
+    if args.dataset_name is Dataset.CUSTOM:
+        return prompts.custom(
+            path,
+            tokenizer,
+            count,
+            output_len=args.output_len or (None if args.custom_output_len == -1 else args.custom_output_len),
+            shuffle_seed=None if args.disable_shuffle else args.seed,
+            repeats=not args.no_oversample,
+            templated=not (args.skip_chat_template or args.is_chat),  # of a chat the server applies it
+        )
     if args.dataset_name is Dataset.BURSTGPT:
         return prompts.burstgpt(path, vocabulary, count, seed=args.seed)
     is_mooncake = args.dataset_name is Dataset.MOONCAKE
@@ -212,7 +224,8 @@ def _prompts_of_file(args: BenchServeArgs, tokenizer: Any, vocabulary: Vocabular
 def _request(args: BenchServeArgs, prompt: Prompt, tokenizer: Any, body: dict[str, Any]) -> dict[str, Any]:
     if not args.is_chat:
         return {**body, "prompt": prompt.token_ids, "max_tokens": prompt.output_len}
-    messages = [{"role": "user", "content": tokenizer.decode(prompt.token_ids)}]
+    text = tokenizer.decode(prompt.token_ids) if prompt.text is None else prompt.text
+    messages = [{"role": "user", "content": text}]
     return {**body, "messages": messages, "max_completion_tokens": prompt.output_len}
 
 

@@ -40,6 +40,8 @@ class Prompt:
     output_len: int
     at_s: float | None = None
     """Time since the first request, if the dataset has times."""
+    text: str | None = None
+    """What a chat is asked, if the dataset has it as text."""
 
 
 @dataclass(frozen=True)
@@ -133,10 +135,69 @@ def sharegpt(path: Path, tokenizer: Any, count: int, *, output_len: int | None, 
         length = output_len or len(encode(tokenizer, answer, add_special_tokens=False))
         few = len(prompt) < SHAREGPT_FEWEST or length < SHAREGPT_FEWEST
         if not few and len(prompt) <= SHAREGPT_MOST_PROMPT and len(prompt) + length <= SHAREGPT_MOST:
-            found.append(Prompt(prompt, length))
+            found.append(Prompt(prompt, length, text=question))
     if not found:
         raise InvalidRequest(f"{path}: no conversation of a usable length among {len(turns)}")
     return [found[i % len(found)] for i in range(count)]
+
+
+class _CustomLine(msgspec.Struct):
+    """A line of a custom dataset."""
+
+    prompt: str
+    output_tokens: Annotated[int, msgspec.Meta(ge=1, le=MOST_TOKENS)] | None = None
+
+
+def custom(
+    path: Path,
+    tokenizer: Any,
+    count: int,
+    *,
+    output_len: int | None,
+    shuffle_seed: int | None,
+    repeats: bool,
+    templated: bool,
+) -> list[Prompt]:
+    """Prompts of lines of `{"prompt", "output_tokens"}`, as in vLLM's dataset of this name. Empty lines are skipped.
+
+    output_len: of all answers; None: each line says its own. shuffle_seed: None is the file's order. repeats: from the
+    beginning again, if the file has fewer than `count`. templated: the prompt is what a user says, and the model's chat
+    template is around it.
+
+    Raises:
+        InvalidRequest: a line is not of this format (says which), there is none, or the model has no chat template.
+    """
+    entries: list[tuple[str, int]] = []
+    decoder = msgspec.json.Decoder(_CustomLine)
+    with _opened(path) as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                entry = decoder.decode(line.removeprefix(codecs.BOM_UTF8))
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+                raise InvalidRequest(f'{path}:{number}: not a line of {{"prompt": …}}: {_why_not(error)}') from None
+            length = output_len or entry.output_tokens
+            if length is None:
+                raise InvalidRequest(f"{path}:{number}: has no output_tokens, which --custom-output-len=-1 asks for")
+            entries.append((entry.prompt, length))
+    if not entries:
+        raise InvalidRequest(f"{path}: a dataset without lines")
+    if shuffle_seed is not None:
+        random.Random(shuffle_seed).shuffle(entries)
+    found = [Prompt(_asked(tokenizer, text, templated), length, text=text) for text, length in entries[:count]]
+    return [found[i % len(found)] for i in range(count)] if repeats else found
+
+
+def _asked(tokenizer: Any, text: str, templated: bool) -> list[int]:
+    """A prompt's tokens."""
+    if not templated:
+        return encode(tokenizer, text)
+    if not tokenizer.chat_template:
+        raise InvalidRequest("--dataset-name custom: this model has no chat template; give --skip-chat-template")
+    messages = [{"role": "user", "content": text}]
+    whole = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return encode(tokenizer, whole, add_special_tokens=False)
 
 
 def _two_turns(entry: Any) -> list[str]:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 from typer import Option
@@ -30,28 +30,68 @@ POLLED_A_SECOND = 200
 MOST_MS = 1e9
 MOST_TURNS_A_SECOND = 1e6
 """Highest rate with `--conversations`: as many conversations go on at a time as turns come in a minute."""
-ProfileOption = Annotated[str, Option(metavar="NAME|FILE", help=f"One of {', '.join(own_profiles())}, or a file.")]
+ProfileOption = Annotated[
+    str,
+    Option(
+        metavar="NAME|FILE",
+        help="Measured times of an instance: a file of `hbserve profile`, or one of those that are part of HBServe: "
+        f"{', '.join(own_profiles())}.",
+    ),
+]
 MOST_INSTANCES, MOST_REPEATS = 100_000, 10_000
-Count = Annotated[int, Option(min=0, max=MOST_INSTANCES)]
-Length = Annotated[int, Option(min=1, max=MOST_TOKENS)]
+SPREAD = Option(
+    min=0,
+    max=3,
+    help="How much the lengths of prompts and answers vary: standard deviation of their logarithm; 0: all are equal.",
+)
+
+
+def _count(what: str) -> Any:
+    return Option(min=0, max=MOST_INSTANCES, help=what)
+
+
+def _tokens(what: str) -> Any:
+    return Option(min=1, max=MOST_TOKENS, metavar="TOKENS", help=what)
 
 
 @dataclass(frozen=True)
 class ProfileArgs:
     """The command's arguments."""
 
-    output: Annotated[Path, Option("--output", "-o", help="The profile, a JSON file.")]
-    model: Annotated[Path | None, Option(help="A Hugging Face model folder; without it, the demo model.")] = None
-    name: Annotated[str | None, Option(help="Of the profile; the model's and the device's by default.")] = None
-    device: Annotated[str, Option(help="auto, cpu or cuda:N.")] = "auto"
-    dtype: Annotated[str, Option(help="auto is the model's own.")] = "auto"
-    random_weights: Annotated[bool, Option("--random-weights", help="Read only the model's config.json.")] = False
-    tensor_parallel_size: Annotated[int, Option(min=1)] = 1
-    prompt_lens: Annotated[str | None, Option(metavar="16,64,…", help="Up to 16384 on a GPU, to 256 elsewhere.")] = None
-    batch_sizes: Annotated[str | None, Option(metavar="1,2,…", help="Up to 256 on a GPU, up to 16 elsewhere.")] = None
-    contexts: Annotated[str | None, Option(metavar="512,…", help="512 and 8192 on a GPU, 64 and 256 elsewhere.")] = None
-    kv_transfer_backend: Annotated[str, Option(help="nccl, mooncake, ipc or auto.")] = "auto"
-    megabytes: Annotated[str, Option(metavar="1,16,…", help="Of transfers.")] = "1,16,64,256"
+    output: Annotated[Path, Option("--output", "-o", help="JSON file to write the profile to.")]
+    model: Annotated[Path | None, Option(help="Hugging Face model folder. By default the demo model.")] = None
+    name: Annotated[
+        str | None, Option(help="Name of the profile. By default made of the model's and the device's names.")
+    ] = None
+    device: Annotated[str, Option(help="Device to measure: cpu or cuda:N; auto is the first GPU, or else the CPU.")] = (
+        "auto"
+    )
+    dtype: Annotated[str, Option(help="Number format to compute in, such as bfloat16; auto is the model's own.")] = (
+        "auto"
+    )
+    random_weights: Annotated[
+        bool, Option("--random-weights", help="Read config.json only, and make the weights up: times are the same.")
+    ] = False
+    tensor_parallel_size: Annotated[int, Option(min=1, help="Number of GPUs that the instance is split over.")] = 1
+    prompt_lens: Annotated[
+        str | None,
+        Option(metavar="16,64,…", help="Prompt lengths to measure. By default up to 16384 tokens on a GPU, else 256."),
+    ] = None
+    batch_sizes: Annotated[
+        str | None,
+        Option(metavar="1,2,…", help="Batch sizes of decode to measure. By default up to 256 on a GPU, else 16."),
+    ] = None
+    contexts: Annotated[
+        str | None,
+        Option(
+            metavar="512,…",
+            help="Context lengths of decode to measure, in tokens. By default 512 and 8192 on a GPU, else 64 and 256.",
+        ),
+    ] = None
+    kv_transfer_backend: Annotated[
+        str, Option(help="Backend whose transfers are measured: nccl, mooncake, ipc, or auto, which chooses.")
+    ] = "auto"
+    megabytes: Annotated[str, Option(metavar="1,16,…", help="Sizes of transfers to measure, in MB.")] = "1,16,64,256"
 
 
 @dataclass(frozen=True)
@@ -60,57 +100,95 @@ class SimulateArgs:
 
     profile: ProfileOption = "h100-qwen3-8b"
     prefill_profile: Annotated[
-        str | None, Option(metavar="NAME|FILE", help="Of prefill instances, where they are others: of more ranks.")
+        str | None,
+        Option(metavar="NAME|FILE", help="Another profile for prefill instances. By default they have --profile too."),
     ] = None
-    prefill: Annotated[int, Option(min=0, max=MOST_INSTANCES, help="With none of any kind, one pair.")] = 0
-    decode: Count = 0
-    hybrid: Count = 0
+    prefill: Annotated[int, _count("Number of prefill instances. With no instance of any role: one pair.")] = 0
+    decode: Annotated[int, _count("Number of decode instances.")] = 0
+    hybrid: Annotated[int, _count("Number of hybrid instances, which compute prompts and answers.")] = 0
     cells: Annotated[
-        int, Option(min=1, max=MOST_INSTANCES, help="Deployments that share nothing; sessions are hashed to them.")
+        int,
+        Option(
+            min=1,
+            max=MOST_INSTANCES,
+            help="Number of deployments that the instances are divided into, each with a scheduler; "
+            "all requests of a session go to the same one.",
+        ),
     ] = 1
-    config: Annotated[Path | None, Option(help="A deployment's file, for its scheduler and its chunk sizes.")] = None
-    num_requests: Annotated[int, Option(min=1, max=MOST_REQUESTS)] = 1000
-    rate: Annotated[float, Option(min=0.001, help="Requests a second.")] = 4.0
-    burstiness: Annotated[float, Option(min=0.001, help="1 is a Poisson process, less is burstier.")] = 1.0
-    input_len: Length = 1024
-    output_len: Length = 128
-    spread: Annotated[float, Option(min=0, max=3, help="Of lengths: of their logarithm.")] = 0.0
-    conversations: Annotated[bool, Option("--conversations", help="Prompts of Mooncake's conversation shape.")] = False
-    trace: Annotated[Path | None, Option(help="A timed trace, of Mooncake's format.")] = None
-    speed: Annotated[float, Option(min=0.001, help="Of the trace, by its own.")] = 1.0
-    repeat: Annotated[int, Option(min=1, max=MOST_REPEATS, help="The trace, so many times, with other prompts.")] = 1
-    fault: Annotated[
-        list[str] | None, Option(metavar="INSTANCE@SECONDS[+DOWN]", help="Kill it then, and start it again after DOWN.")
+    config: Annotated[
+        Path | None,
+        Option(help="YAML file of a deployment, for the settings of its scheduler and its chunk sizes."),
     ] = None
-    goodput: Annotated[list[str] | None, Option(metavar="METRIC:MS", help="ttft, tpot or e2el; may be repeated.")] = (
-        None
-    )
-    json: Annotated[Path | None, Option(help="A file for all figures.")] = None
-    seed: int = 0
+    num_requests: Annotated[
+        int, Option(min=1, max=MOST_REQUESTS, help="Number of requests; of a trace, all are sent.")
+    ] = 1000
+    rate: Annotated[float, Option(min=0.001, help="Mean number of requests that arrive per second.")] = 4.0
+    burstiness: Annotated[
+        float, Option(min=0.001, help="Regularity of arrivals: 1 is a Poisson process, less is burstier, more evener.")
+    ] = 1.0
+    input_len: Annotated[int, _tokens("Length of prompts, in tokens.")] = 1024
+    output_len: Annotated[int, _tokens("Length of answers, in tokens.")] = 128
+    spread: Annotated[float, SPREAD] = 0.0
+    conversations: Annotated[
+        bool,
+        Option("--conversations", help="Simulate conversations, whose prompts grow, of the shape of Mooncake's trace."),
+    ] = False
+    trace: Annotated[
+        Path | None, Option(help="Timed trace in Mooncake's format, whose requests are sent when it says.")
+    ] = None
+    speed: Annotated[float, Option(min=0.001, help="How many times faster than its own times a trace is sent.")] = 1.0
+    repeat: Annotated[
+        int, Option(min=1, max=MOST_REPEATS, help="How many times a trace is sent, with other prompts each time.")
+    ] = 1
+    fault: Annotated[
+        list[str] | None,
+        Option(
+            metavar="INSTANCE@SECONDS[+DOWN]",
+            help="Kill an instance so many seconds after the beginning, and start it again DOWN seconds later, "
+            "or never. May be repeated.",
+        ),
+    ] = None
+    goodput: Annotated[
+        list[str] | None,
+        Option(metavar="METRIC:MS", help="Goal for ttft, tpot or e2el, in milliseconds; may be repeated."),
+    ] = None
+    json: Annotated[Path | None, Option(help="Write all figures to this JSON file.")] = None
+    seed: Annotated[int, Option(help="Seed of lengths and arrival times: the same seed gives the same result.")] = 0
 
 
 @dataclass(frozen=True)
 class PlanArgs:
     """The command's arguments."""
 
-    input_len: Annotated[int, Option(min=1, help="Prompt tokens of a request.")]
-    output_len: Annotated[int, Option(min=1, help="Tokens of an answer.")]
-    rate: Annotated[float, Option(min=0.001, help="Requests a second.")]
-    ttft_ms: Annotated[float, Option(min=0.1, max=MOST_MS, help="To be kept by the first token.")]
-    tpot_ms: Annotated[float, Option(min=0.1, max=MOST_MS, help="To be kept by the mean time of each further token.")]
+    input_len: Annotated[int, Option(min=1, metavar="TOKENS", help="Length of prompts, in tokens.")]
+    output_len: Annotated[int, Option(min=1, metavar="TOKENS", help="Length of answers, in tokens.")]
+    rate: Annotated[float, Option(min=0.001, help="Mean number of requests that arrive per second.")]
+    ttft_ms: Annotated[float, Option(min=0.1, max=MOST_MS, help="Goal for the time to the first token, in ms.")]
+    tpot_ms: Annotated[float, Option(min=0.1, max=MOST_MS, help="Goal for the mean time per further token, in ms.")]
     itl_ms: Annotated[
         float | None,
-        Option(min=0.1, max=MOST_MS, help="To be kept by 99 of 100 times between two tokens; none by default."),
+        Option(
+            min=0.1,
+            max=MOST_MS,
+            help="Goal for the 99th percentile of the times between tokens, in milliseconds. By default none.",
+        ),
     ] = None
     profile: ProfileOption = "h100-qwen3-8b"
-    attainment: Annotated[float, Option(min=0.01, max=1, help="The part of all requests that is to keep both.")] = 0.9
-    spread: Annotated[float, Option(min=0, max=3, help="Of lengths: of their logarithm.")] = 0.0
+    attainment: Annotated[
+        float, Option(min=0.01, max=1, help="Share of requests that must meet both goals: 0.9 is 90 %.")
+    ] = 0.9
+    spread: Annotated[float, SPREAD] = 0.0
     chunk_size: Annotated[
-        int | None, Option(min=1, help="Of prompts; without it as instances have it, and hybrids also for the goal.")
+        int | None,
+        Option(
+            min=1,
+            metavar="TOKENS",
+            help="Most prompt tokens in one step. By default as instances have it; for hybrids also one for the goal.",
+        ),
     ] = None
-    most_instances: Annotated[int, Option(min=1, max=512)] = 64
-    plot: Annotated[Path | None, Option(help="Write a picture: .png or .svg.")] = None
-    seed: int = 0
+    most_instances: Annotated[int, Option(min=1, max=512, help="Most instances that an answer may have.")] = 64
+    plot: Annotated[Path | None, Option(help="Write a picture to this file, .png or .svg.")] = None
+    seed: Annotated[int, Option(help="Seed of lengths and arrival times.")] = 0
 
 
 def run_simulation(args: SimulateArgs) -> None:
