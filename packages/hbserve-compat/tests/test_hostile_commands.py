@@ -295,7 +295,7 @@ def test_a_file_that_does_not_fit_on_its_disk_is_named_and_nothing_is_left_of_it
     with no_file_longer_than(50):
         said = invoke([each.replace("PATH", str(tmp_path / "file")) for each in command.split()], caplog).stderr
     assert said.splitlines()[-1].startswith(f"error: {tmp_path}/file")
-    assert said.endswith(": File too large\n")
+    assert said.endswith(": File too large: this process may write files of 50 bytes; raise `ulimit -f`\n")
     assert not [each for each in tmp_path.rglob("*") if each.is_file()]
 
 

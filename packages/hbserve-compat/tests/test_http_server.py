@@ -62,6 +62,9 @@ async def test_a_unix_socket_is_served_and_removed_and_one_that_nobody_serves_is
     assert path.exists()
     async with serve(uds=str(path)):
         pass
+    deep = tmp_path / ("a" * 200)
+    with pytest.raises(ConfigError, match=rf"^server\.uds='{deep}': \d+ bytes; .* may have 107: give a shorter one$"):
+        HttpServer(ServerSection(uds=str(deep)), not_called)
     path.write_text("a file of somebody's")
     with pytest.raises(AddressInUse, match="is there, and is no socket"):
         HttpServer(ServerSection(uds=str(path)), not_called)

@@ -13,6 +13,7 @@ from hbserve_core.model.host_memory import available_memory, require_room, total
 from hbserve_core.model.kv_pool import BlockShape, allocate_pool
 from hbserve_core.model.loaded_model import LoadedModel
 from hbserve_core.model.model_config import load_model_config
+from hbserve_testing.processes import no_file_longer_than
 
 GIB = 1 << 30
 
@@ -82,3 +83,9 @@ def test_a_pool_that_the_host_could_never_fill_is_refused(tmp_path, monkeypatch)
     message = rf"num_blocks={num_blocks}: a KV pool of 9\.0 GiB does not fit on cpu \(this host has 8\.0 GiB\); choose"
     with pytest.raises(NotEnoughMemory, match=message):
         allocate_pool(num_blocks, block, torch.device("cpu"))
+
+
+def test_a_pool_that_a_limit_of_files_forbids_names_the_limit():
+    block = BlockShape(1, 16, 1, 16, torch.float32)
+    with no_file_longer_than(50), pytest.raises(NotEnoughMemory, match=r"cpu \(File too large, raise `ulimit -f`\)"):
+        allocate_pool(4, block, torch.device("cpu"))

@@ -141,7 +141,7 @@ def test_an_address_for_kv_that_this_machine_does_not_have_is_one_line(launch):
 BAD_CONFIGURATIONS = {
     b"": 'there is none; expected one line of JSON, such as {"instance_id": ',
     b"{}": "model_path: missing",
-    b"[]": "all of it=[]: expected `object`, got `array`",
+    b"[]": "all of it=[]: expected a mapping, got a list",
     b'{"model_path": 3}': "model_path=3: expected `str`, got `int`",
     b'{"model_path": "m", "role": "prefil"}': "role='prefil': expected one of prefill, decode, hybrid",
     b'{"model_path": "m", "chunk_sise": 3}': "chunk_sise: unknown key; did you mean 'chunk_size'? expected one of ",

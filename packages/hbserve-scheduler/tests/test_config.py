@@ -39,7 +39,8 @@ WRONG: list[tuple[Any, list[str]]] = [
     ({"engine": {"Block_Size ": 1}}, ["engine.'Block_Size ': unknown key", "did you mean 'block_size'?"]),
     ({"engine": {"zzz": 1}}, ["engine.zzz: unknown key; expected one of device"]),
     # types
-    ({"ray": {"resources": 3}}, ["ray.resources=3: expected `object`, got `int`"]),
+    ({"gpu_instances": {"role": "prefill"}}, ["gpu_instances={'role': 'prefill'}: expected a list, got a mapping"]),
+    ({"ray": {"resources": 3}}, ["ray.resources=3: expected a mapping, got `int`"]),
     ({"ray": {"resources": {"prefill": {"a": "b"}}}}, ["ray.resources={'prefill': {'a': 'b'}}: expected `float`"]),
     ([], ["the file=[]", "object"]),
     ("text", ["the file='text'", "object"]),
@@ -383,7 +384,7 @@ def test_a_scheduler_is_configured_in_python_as_in_a_file(given, message):
         (EngineSection, {"device": "tpu"}, "device='tpu': expected 'auto', 'cpu' or 'cuda:N'"),
         (KVTransferSection, {"timeout_s": -1}, "timeout_s=-1: expected at least 0.1"),
         (SecuritySection, {"allow_insecure": 1}, "allow_insecure=1: expected `bool`, got `int`"),
-        (RaySection, {"resources": {"prefill": 1}}, "resources={'prefill': 1}: expected `object`, got `int`"),
+        (RaySection, {"resources": {"prefill": 1}}, "resources={'prefill': 1}: expected a mapping, got `int`"),
         (InstanceSection, {"instance_type": "x"}, "instance_type='x': expected one of prefill, decode, hybrid"),
         (DeploymentConfig, {"server": {}}, "server={}: expected `ServerSection`, got `dict`"),
         (

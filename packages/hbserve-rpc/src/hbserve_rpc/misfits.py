@@ -47,6 +47,8 @@ def _detail(error: str, kind: Any) -> str:
     """What may be there: of a mapping, the words are for its keys."""
     what, _, place = error.partition(" - at ")
     has_words = getattr(kind, "__origin__", None) is not dict or "`key`" in place
+    for of_json, of_yaml in (("`object`", "a mapping"), ("`array`", "a list")):
+        what = what.replace(of_json, of_yaml)
     return (expected_words(kind) if has_words else "") or what[:1].lower() + what[1:]
 
 

@@ -121,6 +121,11 @@ def _in_words(error: Exception) -> str:
     if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
         most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         return f"{error.strerror}: this process may open {most}; raise `ulimit -n`"
+    if isinstance(error, OSError) and error.errno == errno.EFBIG:
+        most, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if most != resource.RLIM_INFINITY:  # else it is the file system's limit
+            cure = f"this process may write files of {most} bytes; raise `ulimit -f`"
+            return f"{error.filename or 'a file'}: {error.strerror}: {cure}"
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     return str(error)

@@ -1,5 +1,6 @@
 """The paged KV pool: one tensor, block-major, so that one block is one contiguous piece of memory with all layers."""
 
+import errno
 import logging
 from dataclasses import dataclass
 from math import prod
@@ -84,6 +85,8 @@ def allocate_pool(num_blocks: int, block: BlockShape, device: torch.device) -> t
         return make((num_blocks, *block.shape), dtype=block.dtype, device=device)
     except (MemoryError, RuntimeError, OSError, torch.OutOfMemoryError) as error:
         of_host = f" ({error})" if isinstance(error, MemoryError) else ""
+        if isinstance(error, OSError):
+            of_host = f" ({error.strerror}{', raise `ulimit -f`' if error.errno == errno.EFBIG else ''})"
         raise NotEnoughMemory(
             f"num_blocks={num_blocks}: a KV pool of {num_blocks * block.block_bytes / 2**30:.1f} GiB does not fit on "
             f"{device}{of_host}; choose fewer blocks"

@@ -8,6 +8,7 @@ import os
 import socket
 import ssl
 import stat
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +31,8 @@ KEEP_ALIVE_S = 120
 """More than proxies have, so that it is they who close: else a request meets a connection that is being closed. Also
 for a client from which nothing comes of a request that is not whole."""
 BACKLOG = 2048
+MOST_PATH_BYTES = 107 if sys.platform == "linux" else 103
+"""Of a Unix domain socket: `sun_path` of the system, without the zero at its end."""
 FILES_LEFT = 16
 """Of those that the process may open, for all that are no connections: a scheduler's links, what a request reads."""
 LAST_WORDS_S = 0.5
@@ -283,6 +286,9 @@ def remove_path(settings: ServerSection) -> None:
 def _bound_to_path(path: Path) -> socket.socket:
     """A socket file that nobody listens at any more is replaced."""
     found = socket.socket(socket.AF_UNIX)
+    if (num_bytes := len(os.fsencode(path))) > MOST_PATH_BYTES:
+        problem = f"{num_bytes} bytes; a Unix domain socket's path may have {MOST_PATH_BYTES}: give a shorter one"
+        raise ConfigError(f"server.uds={str(path)!r}: {problem}")
     try:
         if path.exists() and stat.S_ISSOCK(path.stat().st_mode) and found.connect_ex(os.fspath(path)) != 0:
             path.unlink()
