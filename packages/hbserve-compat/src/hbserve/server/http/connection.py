@@ -76,6 +76,7 @@ class Connection(HttpToolsProtocol):
         super().data_received(data)
         if self.num_unbounded > MOST_HEAD_BYTES and not self.transport.is_closing():
             self.transport.write(TOO_LARGE)
+            self.has_begun = False  # nothing more of it is read: it may have no end
             self.transport.close()
 
     def on_headers_complete(self) -> None:
