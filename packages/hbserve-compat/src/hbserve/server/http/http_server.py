@@ -285,10 +285,10 @@ def remove_path(settings: ServerSection) -> None:
 
 def _bound_to_path(path: Path) -> socket.socket:
     """A socket file that nobody listens at any more is replaced."""
-    found = socket.socket(socket.AF_UNIX)
     if (num_bytes := len(os.fsencode(path))) > MOST_PATH_BYTES:
         problem = f"{num_bytes} bytes; a Unix domain socket's path may have {MOST_PATH_BYTES}: give a shorter one"
         raise ConfigError(f"server.uds={str(path)!r}: {problem}")
+    found = socket.socket(socket.AF_UNIX)
     try:
         if path.exists() and stat.S_ISSOCK(path.stat().st_mode) and found.connect_ex(os.fspath(path)) != 0:
             path.unlink()
