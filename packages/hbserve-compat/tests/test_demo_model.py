@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -257,6 +258,16 @@ def test_what_a_gguf_file_lacks_is_named_and_not_invented_nor_is_a_layer_left_ou
         conversion._write_model(tmp_path / "whole.gguf", Path("/dev/null/folder"))
     conversion._write_model(tmp_path / "whole.gguf", tmp_path / "folder")
     assert (tmp_path / "folder" / "model.safetensors").exists()
+
+
+def test_a_disk_without_room_is_told_before_the_model_is_read(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("accelerate")
+    write_gguf(tmp_path / "x.gguf", 1, "blk.0.ffn_down")  # read, that would be what is wrong
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10))
+    with pytest.raises(SystemExit, match=str(conversion._NOT_WRITTEN)):
+        conversion._write_model(tmp_path / "x.gguf", tmp_path / "folder")
+    assert capsys.readouterr().err == "it needs 0.00 GB, and 0.00 GB are free\n"
 
 
 def test_what_a_gguf_file_has_beyond_its_weights_is_kept_or_named(tmp_path):

@@ -27,6 +27,7 @@ _MAGIC = b"GGUF"
 _ELSEWHERE = "set XDG_CACHE_HOME to a folder that can, or give the path of a Hugging Face folder"
 _NOT_WRITTEN = 3
 """Exit status of the writing process, whose last line is why."""
+_FLOAT32_BYTES = 4
 _KEYS = ("missing_keys", "unexpected_keys", "mismatched_keys")
 """Of transformers' report of what it has loaded."""
 
@@ -111,6 +112,8 @@ def _wait(writer: "subprocess.Popen[str]", given_up: threading.Event) -> str:
 
 
 def _write_model(file: Path, folder: Path) -> None:
+    reader = importlib.import_module("gguf").GGUFReader(file)
+    _require_room(count_numbers(reader) * _FLOAT32_BYTES, folder.parent)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = {"gguf_file": file.name, "local_files_only": True}
@@ -123,7 +126,6 @@ def _write_model(file: Path, folder: Path) -> None:
         if found[kind]
     ]
     # And it says nothing of what it leaves out.
-    reader = importlib.import_module("gguf").GGUFReader(file)
     wrong += _surplus(reader, model)
     if wrong:
         raise ValueError(f"it is incomplete, or not of the model that it names: {'; '.join(wrong)}")
@@ -141,6 +143,14 @@ def _write_model(file: Path, folder: Path) -> None:
         config.write_text(json.dumps(json.loads(config.read_text()) | settings, indent=2))
     except Exception as error:  # of libraries, which have errors of their own for a full disk
         sys.stderr.write(f"{error}\n")
+        sys.exit(_NOT_WRITTEN)
+
+
+def _require_room(needed: int, folder: Path) -> None:
+    """End the process unless a disk has room for so many bytes: to read the model first takes minutes."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        sys.stderr.write(f"it needs {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free\n")
         sys.exit(_NOT_WRITTEN)
 
 
