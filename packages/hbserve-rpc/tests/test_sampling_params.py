@@ -328,8 +328,7 @@ def test_the_wire_refuses_what_the_constructor_refuses():
 
 def test_it_is_a_dataclass_to_those_who_have_written_for_nano_vllm():
     params = SamplingParams(0.5, 3, True, stop=["."])
-    assert dataclasses.is_dataclass(params)
-    assert dataclasses.is_dataclass(SamplingParams)
+    assert all(dataclasses.is_dataclass(each) for each in (params, SamplingParams))
     assert [each.name for each in dataclasses.fields(params)] == list(SamplingParams.__struct_fields__)
     other = dataclasses.replace(params, max_tokens=4)
     assert other == SamplingParams(0.5, 4, True, stop=["."])
