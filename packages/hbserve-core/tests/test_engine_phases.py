@@ -230,3 +230,8 @@ def test_an_engine_that_has_only_preempted_is_not_stalled():
     assert [output.request_id for output in engine.step()] == ["first"]
     engine.release("parked")
     run(engine)
+
+
+def test_a_step_in_flight_computes_nothing_of_a_request_that_the_token_before_it_has_ended(engine):
+    engine.add("r", [1] * 9, SamplingParams(0, 2, stop_token_ids=[5]))
+    assert [(output.index, output.finish_reason) for output in run(engine)] == [(0, "stop")]
