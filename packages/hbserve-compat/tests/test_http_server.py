@@ -199,6 +199,8 @@ async def test_who_is_refused_for_want_of_files_reads_so_though_its_request_come
     async with serve() as http:
         address = http.bound_socket.getsockname()
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        # None is free below the highest: a connection gets the lowest number that is free.
+        opened = [os.open(os.devnull, os.O_RDONLY) for _ in range(max(map(int, os.listdir("/proc/self/fd"))))]
         highest = max(map(int, os.listdir("/proc/self/fd")))
         resource.setrlimit(resource.RLIMIT_NOFILE, (highest + FILES_LEFT, hard))
         try:
@@ -214,6 +216,8 @@ async def test_who_is_refused_for_want_of_files_reads_so_though_its_request_come
                         assert (await loop.sock_recv(client, 1000)).startswith(b"HTTP/1.1 503 ")
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            for each in opened:
+                os.close(each)
 
 
 @pytest.mark.parametrize(
