@@ -87,6 +87,16 @@ def test_a_chat_template_that_refuses_or_is_broken_is_an_error_with_its_words(ma
         encode_message(make(chat_template=template), "hi")
 
 
+def test_an_error_of_a_chat_template_that_has_no_words_is_named(make, monkeypatch):
+    def apply(*_: object, **more: object) -> None:
+        raise MemoryError
+
+    tokenizer = make(chat_template=CHAT)
+    monkeypatch.setattr(tokenizer, "apply_chat_template", apply)
+    with pytest.raises(InvalidRequest, match=r"cannot be applied: MemoryError$"):
+        encode_message(tokenizer, "hi")
+
+
 @pytest.mark.parametrize("chat_template", [CHAT, None])
 def test_a_message_that_is_not_unicode_text_is_refused_at_its_place(make, chat_template):
     with pytest.raises(InvalidRequest, match=r"^prompt: character 1 is '\\ud83d', half of a surrogate pair"):

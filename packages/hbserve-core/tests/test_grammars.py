@@ -412,7 +412,7 @@ def chain(count: int, link: Callable[[str], object]) -> dict[str, object]:
 LARK_CHAIN = "start: r0\n" + "".join(f"r{i}: r{i + 1}\n" for i in range(4500)) + 'r4500: "a"'
 HOSTILE = {
     "not served": ({"json": {"not": {"type": "string"}}}, r'structured_outputs.json: Unimplemented keys: \["not"\]'),
-    "unsatisfiable": ({"json": {"$ref": "#"}}, "structured_outputs: output token 0 cannot be chosen"),
+    "unsatisfiable": ({"json": {"$ref": "#"}}, "output token 0 cannot be chosen: none that the model has can follow"),
     "no such rule": ({"grammar": "start: other"}, "structured_outputs.grammar: .*unknown name"),
     "bad regex": ({"regex": "(a"}, "structured_outputs.regex: .*unclosed group"),
     "look-around": ({"regex": "(?=a)b"}, "structured_outputs.regex: "),

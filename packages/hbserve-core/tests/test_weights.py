@@ -63,6 +63,19 @@ def test_an_adapter_beside_a_models_config_is_called_one(copy_of):
         load(folder)
 
 
+def test_an_adapter_beside_whole_weights_is_told_not_to_be_applied(copy_of, caplog):
+    """transformers applies it, where peft is installed."""
+    folder = copy_of("qwen3")
+    load(folder)
+    assert not caplog.records
+    (folder / "adapter_config.json").write_text("{}")
+    load(folder)
+    assert [each.getMessage() for each in caplog.records] == [
+        f"{folder}: the adapter beside the weights is not applied: merge it into them (peft: merge_and_unload(), then "
+        "save_pretrained), or take adapter_config.json away"
+    ]
+
+
 def test_matrices_without_columns_are_named(copy_of):
     """The two that may be one are compared before shapes are looked at."""
     folder = copy_of("qwen2")

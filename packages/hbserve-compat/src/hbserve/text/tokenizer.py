@@ -125,5 +125,6 @@ def encode_messages(
         ids: list[int] = tokenizer.apply_chat_template(messages, return_dict=False, **settings)
     except Exception as error:  # templates are programs, and raise what they like
         given = shown(messages[0]["content"] if len(messages) == 1 else messages)
-        raise InvalidRequest(f"{name}={given}: the model's chat template cannot be applied: {error}") from error
+        why = str(error) or type(error).__name__
+        raise InvalidRequest(f"{name}={given}: the model's chat template cannot be applied: {why}") from error
     return ids

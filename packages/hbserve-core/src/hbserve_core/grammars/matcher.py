@@ -20,6 +20,9 @@ from hbserve_rpc import InvalidRequest, SamplingParams
 Mask = npt.NDArray[np.int32]
 """(ceil(V / 32),): bit i of word j says whether token 32 * j + i is allowed."""
 
+_DEAD_END = "NoExtensionBias"
+"""What llguidance says where a grammar is not complete and allows nothing: it cannot be fulfilled, as {"$ref": "#"}."""
+
 
 class Matcher:
     """Belongs to the engine's thread, like its request. When the grammar is complete and allows nothing more, the
@@ -105,4 +108,6 @@ class Matcher:
 
     def _fail(self) -> None:
         why = shortened(self._matcher.get_error())
+        if why == _DEAD_END:
+            why = "none that the model has can follow"
         self.error = f"structured_outputs: output token {self._num_tokens} cannot be chosen: {why}"

@@ -10,6 +10,7 @@ from hbserve_core.errors import ModelFilesMissing, WeightsMismatch
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+ADAPTER = "adapter_config.json"
 _DTYPES = {"F64": "float32", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """What a model of such tensors is computed in."""
 
@@ -30,7 +31,7 @@ def weight_files(folder: Path) -> list[Path]:
     else:
         found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:12])
         cure = "other weight formats must be saved as safetensors first, or load_format='dummy' chosen"
-        if (folder / "adapter_config.json").exists():  # some trainers put the model's config.json beside it
+        if (folder / ADAPTER).exists():  # some trainers put the model's config.json beside it
             cure = "a LoRA adapter must be merged into its model first (peft: merge_and_unload(), then save_pretrained)"
         raise ModelFilesMissing(
             f"model folder {str(folder)!r} has neither {_SINGLE} nor {_INDEX} (it has: {found}); {cure}"

@@ -23,7 +23,7 @@ from hbserve_core.model.checkpoint.tensor_source import (
 from hbserve_core.model.checkpoint.weight_scales import KV_SCALES, find_kv_scales, find_scales, is_scale
 from hbserve_core.model.model_config import ModelConfig
 from hbserve_core.model.narrow_weight import NarrowWeight, fused, in_words, step_of
-from hbserve_core.model.weight_files import weight_files
+from hbserve_core.model.weight_files import ADAPTER, weight_files
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +45,13 @@ class Checkpoint:
     def __init__(self, config: ModelConfig, shapes: Shapes, device: torch.device) -> None:
         with contextlib.ExitStack() as opened:
             self._stored = opened.enter_context(_stored_tensors(config))
+            if (config.path / ADAPTER).exists():
+                logger.warning(
+                    "%s: the adapter beside the weights is not applied: merge it into them (peft: merge_and_unload(), "
+                    "then save_pretrained), or take %s away",
+                    config.path,
+                    ADAPTER,
+                )
             if config.tied_embeddings and _EMBEDDING not in self._stored and _HEAD in self._stored:
                 # One tensor under either name: safetensors' save_model keeps the name that comes first in the alphabet.
                 self._stored[_EMBEDDING] = self._stored.pop(_HEAD)
