@@ -181,6 +181,9 @@ async def measure(pid: int, port: int, num_streams: int, num_tokens: int, rate: 
 
 def tell(what: str, num_tokens: int, num_events: int, took_s: float, used_s: float) -> None:
     print(f"{what}: {num_tokens / took_s:,.0f} tokens/s, {used_s / took_s:.0%} of a core")
+    if not used_s:  # the system counts in ticks of 10 ms
+        print("too short: the server's processor time is less than a tick of the system's clock", flush=True)
+        return
     per_s = f"{num_tokens / used_s:,.0f} tokens and {num_events / used_s:,.0f} events"
     print(f"for each second of the server's processor time {per_s} ({num_events:,} events in all)", flush=True)
 

@@ -368,6 +368,8 @@ def main() -> None:
     parser.add_argument("--count", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--settings", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.rounds < 1 or min(arguments.sizes) * MIB < arguments.block_bytes:
+        parser.error("--rounds and --sizes: expected a round and a block of --block-bytes at least")
     os.environ.setdefault("MC_FORCE_TCP", "1")
     os.environ.setdefault("MC_LOG_LEVEL", "ERROR")
     if arguments.settings:

@@ -87,6 +87,8 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, nargs="+", default=[8192, 65536])
     parser.add_argument("--changed", type=int, nargs="+", default=[0, 1000, 5120])
     arguments = parser.parse_args()
+    if max(1, *arguments.changed) > min(arguments.blocks):
+        parser.error("--changed: expected no more than each of --blocks")
     print(f"{'blocks':>9} {'changed':>9} {'made in, ms':>22} {'longest pause, ms':>22}")
     for num_blocks in arguments.blocks:
         for num_changed in arguments.changed:

@@ -188,7 +188,7 @@ async def measure(kind: str, address: str, count: int) -> tuple[list[float], lis
     async with KINDS[kind][1](address) as call:
         await one_at_a_time(call, 100)
         times = await one_at_a_time(call, count)
-        return times, await one_at_a_time(call, count // 20, IDLE_S), await many_at_a_time(call, 4 * count)
+        return times, await one_at_a_time(call, max(1, count // 20), IDLE_S), await many_at_a_time(call, 4 * count)
 
 
 def main() -> None:
@@ -196,6 +196,8 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=2000)
     parser.add_argument("--serve", choices=KINDS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.count < 1:
+        parser.error("--count: expected 1 or more")
     if arguments.serve:
         asyncio.run(KINDS[arguments.serve][0]())
         return
