@@ -44,10 +44,8 @@ class ChatClient:
         """
         try:
             async with asyncio.timeout(ANSWER_TIMEOUT_S), self._asked("GET", "/v1/models") as (status, parts):
-                if status in (
-                    401,
-                    403,
-                ):  # any other status is for the first question: it may be loading, or have no list
+                # Any other status is for the first question: it may be loading, or have no list.
+                if status in (401, 403):
                     raise RemoteError(_message(status, b"".join([part async for part in parts])))
         except TimeoutError:
             raise PeerLost(
