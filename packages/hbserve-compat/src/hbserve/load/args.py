@@ -33,9 +33,13 @@ class RampUp(StrEnum):
 
 
 Rate = Annotated[float, Option(min=0, help="Mean number of requests sent per second; inf sends them all at once.")]
+Burstiness = Annotated[
+    float, Option(min=0.001, help="Regularity of arrivals: 1 is a Poisson process, less is burstier, more evener.")
+]
 
 
-def _tokens(what: str, *, least: int = 1) -> Any:
+def tokens_option(what: str, *, least: int = 1) -> Any:
+    """Of a number of tokens."""
     return Option(min=least, max=MOST_TOKENS, metavar="TOKENS", help=what)
 
 
@@ -80,25 +84,27 @@ class BenchServeArgs:
     ] = None
     seed: Annotated[int, Option(help="Seed of prompts and arrival times: the same seed gives the same load.")] = 0
     input_len: Annotated[
-        int | None, _tokens("Length of prompts; overrides the option of the dataset, such as --random-input-len.")
+        int | None, tokens_option("Length of prompts; overrides the option of the dataset, such as --random-input-len.")
     ] = None
     output_len: Annotated[
-        int | None, _tokens("Length of answers; overrides the option of the dataset, such as --random-output-len.")
+        int | None,
+        tokens_option("Length of answers; overrides the option of the dataset, such as --random-output-len."),
     ] = None
-    random_input_len: Annotated[int, _tokens("random: length of prompts, without their common prefix.")] = 1024
-    random_output_len: Annotated[int, _tokens("random: most tokens of an answer.")] = 128
+    random_input_len: Annotated[int, tokens_option("random: length of prompts, without their common prefix.")] = 1024
+    random_output_len: Annotated[int, tokens_option("random: most tokens of an answer.")] = 128
     random_range_ratio: Annotated[
         float,
         Option(min=0, max=0.99, help="random: lengths vary by this share, up and down; 0: all have the same length."),
     ] = 0.0
     random_prefix_len: Annotated[
-        int, _tokens("random: length of a prefix that all prompts share, before --random-input-len.", least=0)
+        int, tokens_option("random: length of a prefix that all prompts share, before --random-input-len.", least=0)
     ] = 0
     sharegpt_output_len: Annotated[
-        int | None, _tokens("sharegpt: most tokens of an answer. By default the length of the answer in the file.")
+        int | None,
+        tokens_option("sharegpt: most tokens of an answer. By default the length of the answer in the file."),
     ] = None
     custom_output_len: Annotated[
-        int, _tokens("custom: most tokens of an answer; -1: as output_tokens of each line says.", least=-1)
+        int, tokens_option("custom: most tokens of an answer; -1: as output_tokens of each line says.", least=-1)
     ] = 256
     skip_chat_template: Annotated[
         bool,
@@ -111,14 +117,16 @@ class BenchServeArgs:
         bool,
         Option("--no-oversample", help="custom: send no prompt twice, even if the file has fewer than --num-prompts."),
     ] = False
-    prefix_repetition_prefix_len: Annotated[int, _tokens("prefix_repetition: length of each shared prefix.")] = 256
-    prefix_repetition_suffix_len: Annotated[int, _tokens("prefix_repetition: tokens after the prefix.")] = 256
+    prefix_repetition_prefix_len: Annotated[int, tokens_option("prefix_repetition: length of each shared prefix.")] = (
+        256
+    )
+    prefix_repetition_suffix_len: Annotated[int, tokens_option("prefix_repetition: tokens after the prefix.")] = 256
     prefix_repetition_num_prefixes: Annotated[
         int, Option(min=1, max=MOST_TOKENS, help="prefix_repetition: number of different prefixes.")
     ] = 10
-    prefix_repetition_output_len: Annotated[int, _tokens("prefix_repetition: most tokens of an answer.")] = 128
+    prefix_repetition_output_len: Annotated[int, tokens_option("prefix_repetition: most tokens of an answer.")] = 128
     timed_trace_chunk_hash_size: Annotated[
-        int | None, _tokens("timed_trace: prompt tokens for each of hash_ids. By default 16; mooncake: 512.")
+        int | None, tokens_option("timed_trace: prompt tokens for each of hash_ids. By default 16; mooncake: 512.")
     ] = None
     timed_trace_sec_multiplier: Annotated[
         float | None, Option(min=0, help="timed_trace: seconds in a unit of timestamp. By default 1; mooncake: 0.001.")
@@ -128,9 +136,7 @@ class BenchServeArgs:
         Option(help="Send when the dataset says, or at --request-rate. By default traces alone send when they say."),
     ] = None
     request_rate: Rate = float("inf")
-    burstiness: Annotated[
-        float, Option(min=0.001, help="Regularity of arrivals: 1 is a Poisson process, less is burstier, more evener.")
-    ] = 1.0
+    burstiness: Burstiness = 1.0
     ramp_up_strategy: Annotated[
         RampUp | None, Option(help="Change the rate during the load, from --ramp-up-start-rps to --ramp-up-end-rps.")
     ] = None
@@ -226,8 +232,8 @@ class CompareArgs:
             "Each instance has a device of its own.",
         ),
     ] = "2H,1P1D"
-    input_len: Annotated[int, _tokens("Length of prompts, in tokens.")] = 1024
-    output_len: Annotated[int, _tokens("Length of answers, in tokens.")] = 128
+    input_len: Annotated[int, tokens_option("Length of prompts, in tokens.")] = 1024
+    output_len: Annotated[int, tokens_option("Length of answers, in tokens.")] = 128
     num_prompts: Annotated[int, Option(min=1, max=MOST_REQUESTS, help="Number of requests of each load.")] = 200
     ready_timeout_s: Annotated[
         float, Option("--ready-timeout", metavar="SECONDS", help="How long a layout may take until it serves.")

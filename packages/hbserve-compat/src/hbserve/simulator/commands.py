@@ -12,7 +12,8 @@ from typing import Annotated, Any
 import msgspec
 from typer import Option
 
-from hbserve.load.prompts import MOONCAKE_BLOCK, MOST_REQUESTS, MOST_TOKENS
+from hbserve.load.args import Burstiness, tokens_option
+from hbserve.load.prompts import MOONCAKE_BLOCK, MOST_REQUESTS
 from hbserve.load.report import goals_of
 from hbserve.output_file import require_folder_of, writing
 from hbserve.plotting import require_plotting
@@ -48,10 +49,6 @@ SPREAD = Option(
 
 def _count(what: str) -> Any:
     return Option(min=0, max=MOST_INSTANCES, help=what)
-
-
-def _tokens(what: str) -> Any:
-    return Option(min=1, max=MOST_TOKENS, metavar="TOKENS", help=what)
 
 
 @dataclass(frozen=True)
@@ -123,11 +120,9 @@ class SimulateArgs:
         int, Option(min=1, max=MOST_REQUESTS, help="Number of requests; of a trace, all are sent.")
     ] = 1000
     rate: Annotated[float, Option(min=0.001, help="Mean number of requests that arrive per second.")] = 4.0
-    burstiness: Annotated[
-        float, Option(min=0.001, help="Regularity of arrivals: 1 is a Poisson process, less is burstier, more evener.")
-    ] = 1.0
-    input_len: Annotated[int, _tokens("Length of prompts, in tokens.")] = 1024
-    output_len: Annotated[int, _tokens("Length of answers, in tokens.")] = 128
+    burstiness: Burstiness = 1.0
+    input_len: Annotated[int, tokens_option("Length of prompts, in tokens.")] = 1024
+    output_len: Annotated[int, tokens_option("Length of answers, in tokens.")] = 128
     spread: Annotated[float, SPREAD] = 0.0
     conversations: Annotated[
         bool,
