@@ -1,6 +1,7 @@
 """Weights that stay as narrow as they are stored, and products with them: our kernels in Triton's interpreter, or on a
 card, beside torch with the same weights widened."""
 
+import json
 import shutil
 from dataclasses import replace
 from typing import Any, cast
@@ -596,6 +597,31 @@ def test_tokens_of_narrow_weights_are_those_of_widened_ones(generate, quantised_
     config = InstanceConfig(model_path=str(folder), device="cpu", block_size=8, num_blocks=16, **settings)
     engines = Engine(runner.config, runner), Engine(config, make_runner(config))
     found, expected = (generate(each, {"r": prompt(5)}, 2) for each in engines)
+    assert found == expected
+
+
+@pytest.mark.usefixtures("fewer_programs")
+@pytest.mark.parametrize(
+    ("sizes", "are_narrow"),
+    [({"moe_intermediate_size": 40}, (True, False)), ({"hidden_size": 72, "moe_intermediate_size": 64}, (False, True))],
+)
+def test_experts_of_which_one_matrix_cannot_stay_narrow_give_the_same_tokens(
+    generate, model_folder, tmp_path, prompt, sizes, are_narrow
+):
+    """Its inputs are no whole number of groups."""
+    folder = shutil.copytree(model_folder("qwen3-moe"), tmp_path / "model")
+    change(folder, quant_method="fp8", weight_block_size=[32, 32])
+    config_file = folder / "config.json"
+    config_file.write_text(json.dumps(json.loads(config_file.read_text()) | sizes))
+    settings: dict[str, Any] = {
+        "max_num_seqs": 2, "max_num_batched_tokens": 16, "chunk_size": 16, "load_format": "dummy", "num_blocks": 16,
+    }  # fmt: skip
+    runner = InterpretedRunner(folder, False, False, **settings)
+    experts = present(runner.decoder._weights.layers[0].experts)
+    assert tuple(not isinstance(each, torch.Tensor) for each in (experts.gate_up, experts.down)) == are_narrow
+    config = InstanceConfig(model_path=str(folder), device="cpu", block_size=8, **settings)
+    engines = Engine(runner.config, runner), Engine(config, make_runner(config))
+    found, expected = (generate(each, {"r": prompt(5)}, 3) for each in engines)
     assert found == expected
 
 

@@ -136,9 +136,11 @@ class CudaDecoder:
         """Whether these experts have faster kernels for so few rows."""
         experts = self._config.switches.experts
         assert experts is not None
-        if isinstance(weights.gate_up, torch.Tensor):
+        are_wide = [isinstance(each, torch.Tensor) for each in (weights.gate_up, weights.down)]
+        if all(are_wide):
             return suits_few_experts(rows, experts.per_token)
-        return bool(weights.gate_up.suits_few(rows, weights.down, experts.per_token))
+        # Those kernels take both matrices narrow, or both wide.
+        return not any(are_wide) and bool(weights.gate_up.suits_few(rows, weights.down, experts.per_token))
 
     def _add_experts(
         self,

@@ -143,7 +143,7 @@ class RmsNorm:
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
         """(…, E) to (…, E), of the same dtype."""
         if inputs.device.type != "cpu":
-            return F.rms_norm(inputs, (self._size,), None, self.eps) * self.weight
+            return (F.rms_norm(inputs, (self._size,), None, self.eps) * self.weight).to(inputs.dtype)
         # torch's own is a dozen kernels on a CPU; these are five, and in a decode step their number is what counts.
         length = torch.linalg.vector_norm(inputs, 2, -1, keepdim=True, dtype=torch.float32)
         scale = torch.addcmul(self._eps_tensor, length, length, value=1 / self._size).rsqrt_()
