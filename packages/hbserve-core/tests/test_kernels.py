@@ -347,6 +347,29 @@ def prefill(paged, dtype):
     return out
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [192, 256])
+def test_keys_that_two_warps_share_are_rotated_from_what_was_there(head_dim):
+    """In place, where each warp reads what the other one writes: so often that they differ in speed now and then."""
+    from hbserve_core.cuda_runner.kernels.prefill_attention import store_kv
+
+    rows, num_heads, num_kv_heads = 1 << 14, 1, 8
+    generator = torch.Generator(DEVICE).manual_seed(1)
+    given = torch.randn(rows, (num_heads + 2 * num_kv_heads) * head_dim, generator=generator, device=DEVICE)
+    angles = angle_table(RopeConfig("default", 10000.0), head_dim, 64).to(DEVICE)
+    positions = torch.arange(rows, dtype=torch.int32, device=DEVICE) % 64
+    slots = torch.arange(rows, dtype=torch.int32, device=DEVICE)
+    pool = torch.zeros(rows // BLOCK, 1, 2, BLOCK, num_kv_heads, head_dim, device=DEVICE)
+    cos, sin = angles[positions.long()][:, None, :].chunk(2, dim=-1)
+    keys = slice(num_heads * head_dim, (num_heads + num_kv_heads) * head_dim)
+    first, second = given[:, keys].view(rows, num_kv_heads, head_dim).chunk(2, dim=-1)
+    expected = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).flatten(1)
+    for _ in range(100):
+        qkv = given.clone()
+        store_kv(qkv, positions, slots, angles, None, pool, 0)
+        assert (qkv[:, keys] - expected).abs().max() < 1e-5
+
+
 def test_pieces_are_of_similar_length_and_cover_each_context_once():
     random = np.random.default_rng(1)
     for num_kv_heads, processors in ((8, 132), (1, 132), (3, 1)):

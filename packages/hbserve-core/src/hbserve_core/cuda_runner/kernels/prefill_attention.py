@@ -67,6 +67,8 @@ def _store_kv(
         key = as_stored(key, key_inverse, NARROW)
         tl.store(target + head * D + d, key, mask=inside)
         if IN_PLACE:
+            # A head may be shared by two warps, each of which reads what the other one writes.
+            tl.debug_barrier()
             tl.store(given + d, key.to(qkv.dtype.element_ty), mask=(used | padding) & (d < D))
     else:
         value = as_stored(tl.load(given + d, mask=inside, other=0.0), value_inverse, NARROW)
