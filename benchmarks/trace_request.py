@@ -216,7 +216,7 @@ def main() -> None:
         whole = {
             "files": trace.files(""),
             "classes": [f"{path} {name}" for path, name in trace.classes("")],
-            "functions": [name for _, name in trace.calls],
+            "functions": [f"{path} {name}" for path, name in trace.calls],
             "tasks": list(trace.tasks.elements()),
         }
         print(json.dumps(flows | whole))

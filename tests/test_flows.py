@@ -120,12 +120,13 @@ def test_the_first_request_of_a_pair_that_is_connected_has_nothing_to_do_with_co
     assert "hbserve_kv/protocol/handshake.py" not in connected["transfer"]
 
 
-def test_what_is_drawn_of_a_request_is_what_runs(connected):
-    text = (ROOT / "docs/architecture.md").read_text()
-    drawings = [each for each in text.split("```")[1::2] if "GpuInstance._decode" in each]
-    drawn = {name for each in drawings for name in re.findall(r"[A-Z]\w+\.\w+|\bwait_for_kv\b", each)}
-    assert len(drawn) > 30
-    assert drawn - set(connected["functions"]) == set()
+def test_the_tour_of_a_request_names_files_and_functions_that_run(connected):
+    _, _, tour = (ROOT / "docs/architecture.md").read_text().partition("## Follow one request through the code")
+    rows = re.findall(r"^    (hbserve_\S+\.py) +(.+)$", tour.split("```")[1], re.MULTILINE)
+    named = [f"{file} {name}" for file, row in rows for name in re.findall(r"[A-Z]\w+\.\w+|\bwait_for_kv\b", row)]
+    assert len(rows) > 30
+    assert {file for file, _ in rows} == {each.partition(" ")[0] for each in named}, "a row without a function"
+    assert set(named) - set(connected["functions"]) == set()
 
 
 @pytest.mark.parametrize("what", MOST_OF_A_REQUEST)
