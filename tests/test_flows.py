@@ -66,7 +66,7 @@ HOPPER = files("hbserve_core/cuda_runner/kernels: hopper hopper_attention hopper
 """Kernels of one generation of cards, in place of two that are listed: a step on CUDA has these too there."""
 FEW_ROWS = files("hbserve_core/cuda_runner/kernels: few_experts")
 """Kernels of a mixture's steps of one or two rows, in place of those of experts.py."""
-BESIDE_IT = files("hbserve_rpc: loop_lag", "hbserve_scheduler: health links outage")
+BESIDE_IT = files("hbserve_rpc: loop_lag reminder", "hbserve_scheduler: health links")
 """What runs beside a request and is not of it: a timer, and on a machine that stalls, what the scheduler does about an
 instance that is not heard in time."""
 LOADING = files("hbserve_core/cuda_runner: warm_up", "hbserve_core/model: loaded_model model_config weights")

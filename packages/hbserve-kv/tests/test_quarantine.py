@@ -1,7 +1,6 @@
 """Blocks that a sender may still write to, when its host has vanished without a word."""
 
 import asyncio
-import itertools
 import re
 import socket
 
@@ -10,7 +9,7 @@ from hbserve_kv_layouts import layout_of, whole_blocks
 
 from hbserve_kv import HeadRange, Link, Outcome, PostedReceive, TransferFailed
 from hbserve_kv.protocol.messages import Handshake
-from hbserve_kv.receiving.quarantine import FIRST_REMINDER_S, LONGEST_PAUSE_S, Quarantine, Reminder
+from hbserve_kv.receiving.quarantine import Quarantine
 from hbserve_kv.receiving.transfer import IncomingLink, IncomingTransfer
 from hbserve_kv.testing import LoopbackNetwork
 from hbserve_rpc import Peer
@@ -31,7 +30,7 @@ def fail_a_transfer(address: str, quarantine: Quarantine, *, is_connected: bool)
 async def test_blocks_of_a_host_that_vanished_stay_out_of_use_and_the_log_says_again_and_again_whose_they_are(
     monkeypatch, caplog
 ):
-    monkeypatch.setattr("hbserve_kv.receiving.quarantine.FIRST_REMINDER_S", 0.1)
+    monkeypatch.setattr("hbserve_kv.receiving.quarantine.FIRST_PAUSE_S", 0.1)
     monkeypatch.setattr("hbserve_kv.receiving.quarantine.ANSWER_TIMEOUT_S", 0.2)
     # It takes connections and never answers, as an address does behind which there is nothing any more.
     with socket.create_server(("127.0.0.1", 0)) as host:
@@ -77,15 +76,6 @@ async def test_a_receiver_that_is_closed_ends_what_is_not_drained_and_says_that_
         with pytest.raises(TransferFailed, match="the receiver was closed before its sender was known to have ended"):
             await draining
     assert len(quarantine) == 0
-
-
-def test_a_reminder_comes_at_once_and_then_more_and_more_rarely_but_for_ever():
-    reminder = Reminder(began_s=0.0)
-    times_s = [float(now_s) for now_s in range(100_000) if reminder.is_due(now_s)]
-    pauses_s = [after - before for before, after in itertools.pairwise(times_s)]
-    assert pauses_s[:4] == [FIRST_REMINDER_S * factor for factor in (1, 2, 4, 8)]
-    assert pauses_s[-1] == LONGEST_PAUSE_S
-    assert times_s[0] == 0
 
 
 @pytest.mark.parametrize("processes_backend", ["mooncake"], indirect=True)

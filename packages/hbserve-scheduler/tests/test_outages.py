@@ -1,13 +1,11 @@
 """Whom the scheduler does not reach: it says so at once, then ever more rarely, and once when that is over."""
 
-import itertools
 import logging
 import socket
 
 import pytest
 
 from hbserve_scheduler import instances
-from hbserve_scheduler.outage import FIRST_PAUSE_S, LONGEST_PAUSE_S, Outage
 
 
 @pytest.fixture
@@ -71,21 +69,3 @@ async def test_an_instance_that_was_lost_is_told_once_and_its_return_too(make_sc
     await scheduler.wait_ready(30)
     assert len(lines("is lost")) == len(lines("is reachable, after")) == 1
     assert not lines("not reachable for")
-
-
-def test_it_is_said_at_once_then_ever_more_rarely_and_for_ever():
-    outage, said_s = Outage(0.0), []
-    for now_s in range(36_000):
-        if outage.is_due(float(now_s)):
-            said_s.append(now_s)
-    pauses = [late - early for early, late in itertools.pairwise(said_s)]
-    assert said_s[0] == 0
-    assert pauses[0] == FIRST_PAUSE_S
-    assert pauses == sorted(pauses)
-    assert pauses[-1] == LONGEST_PAUSE_S
-
-
-def test_one_that_was_said_when_it_began_is_said_again_after_a_pause():
-    outage = Outage(0.0, was_said=True)
-    assert not outage.is_due(FIRST_PAUSE_S - 1)
-    assert outage.is_due(FIRST_PAUSE_S)

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 
 from hbserve_rpc import HBServeRpcError, InvalidAddress, InvalidRequest, check_host, format_address
 from hbserve_rpc.messages import Role
+from hbserve_rpc.reminder import Reminder
 from hbserve_rpc.settings import PORT
 from hbserve_scheduler.errors import ConfigError
 from hbserve_scheduler.membership import Membership
-from hbserve_scheduler.outage import Outage
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ class Discovery:
         self._members = members
         self._ids: dict[str, str] = {}
         """Of those that have joined, by their addresses; an instance may have several."""
-        self._failing = Outage(0.0)
+        self._failing = Reminder(0.0)
         self._refused: dict[str, str] = {}
         """Why those that were found could not join; each reason is said once."""
         self._following: asyncio.Task[None] | None = None
@@ -96,7 +96,7 @@ class Discovery:
             async with asyncio.timeout(TIMEOUT_S):
                 found = await self.name.addresses()
         except (OSError, TimeoutError) as error:
-            if self._failing.is_due(now_s):
+            if self._failing.say_now(now_s):
                 why = str(error) or "no name server answers"
                 logger.warning(
                     "%s cannot be looked up; still trying, and no instance leaves because of that: %s",
@@ -104,7 +104,7 @@ class Discovery:
                     why,
                 )
             return
-        self._failing = Outage(now_s)
+        self._failing = Reminder(now_s)
         self._refused = {address: why for address, why in self._refused.items() if address in found}
         for address in self._ids.keys() - found:
             instance_id = self._ids.pop(address)

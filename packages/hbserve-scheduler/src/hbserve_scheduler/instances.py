@@ -11,11 +11,11 @@ import msgspec
 
 from hbserve_rpc import HBServeRpcError, PeerDied, PeerLost, RpcClient
 from hbserve_rpc.messages import STATS, Empty, InstanceInfo, InstanceStats, InstanceStatus, Role
+from hbserve_rpc.reminder import Reminder
 from hbserve_rpc.reports import REPORTS, InstanceReport, ReportsRequest
 from hbserve_scheduler.config import SchedulerConfig
 from hbserve_scheduler.health import Health
 from hbserve_scheduler.instance_client import InstanceClient
-from hbserve_scheduler.outage import Outage
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ class InstanceHandle:
         for now (False). See links.py."""
         self._config, self._make, self._on_info, self._on_change = config, make_client, on_info, on_change
         self._following: asyncio.Task[None] | None = None
-        self._outage: Outage | None = None
+        self._outage: Reminder | None = None
         """Set while it cannot be reached."""
         self.client = self._make_client()
 
@@ -91,7 +91,7 @@ class InstanceHandle:
             self._pass_on(self.health.doubted(why))
 
     async def start(self) -> None:
-        self._outage = Outage(asyncio.get_running_loop().time())
+        self._outage = Reminder(asyncio.get_running_loop().time())
         await self.client.start()
         self.health.why += self.client.problem
         self._following = asyncio.create_task(self._follow())
@@ -190,7 +190,7 @@ class InstanceHandle:
         if has_died:
             self.note_death(self.epoch)
         if self.info is not None:
-            self._outage = Outage(asyncio.get_running_loop().time(), was_said=True)
+            self._outage = Reminder(asyncio.get_running_loop().time(), was_said=True)
             self.load -= self.load_of_others
             self.load_of_others = 0
             self._set_info(None)
@@ -239,7 +239,7 @@ class InstanceHandle:
     def _complain(self) -> None:
         """Log that it cannot be reached, if that is due."""
         now_s = asyncio.get_running_loop().time()
-        if self._outage is not None and self._outage.is_due(now_s):
+        if self._outage is not None and self._outage.say_now(now_s):
             silent_s = now_s - self._outage.began_s
             logger.warning("not reachable for %.0f s; still trying: %s", silent_s, self.describe_problem())
 

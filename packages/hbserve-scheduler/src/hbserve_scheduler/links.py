@@ -12,9 +12,9 @@ from collections.abc import Mapping
 
 from hbserve_rpc import HBServeRpcError, PeerLost
 from hbserve_rpc.messages import CONNECT, ConnectRequest
+from hbserve_rpc.reminder import Reminder
 from hbserve_scheduler.health import SERVING
 from hbserve_scheduler.instances import InstanceHandle
-from hbserve_scheduler.outage import Outage
 
 logger = logging.getLogger(__name__)
 
@@ -77,13 +77,14 @@ class Links:
         """For as long as both are in the life in which they were found."""
         assert decode.info is not None, "it is ready"
         epoch, request = decode.epoch, ConnectRequest(decode.info.kv_endpoint)
-        pause_s, outage, loop = FIRST_PAUSE_S, Outage(asyncio.get_running_loop().time()), asyncio.get_running_loop()
+        loop = asyncio.get_running_loop()
+        pause_s, outage = FIRST_PAUSE_S, Reminder(loop.time())
         while True:
             try:
                 await prefill.client.call(CONNECT, request, timeout_s=CONNECT_TIMEOUT_S)
             except HBServeRpcError as error:
                 prefill.links[epoch] = False
-                if not isinstance(error, PeerLost) and outage.is_due(loop.time()):
+                if not isinstance(error, PeerLost) and outage.say_now(loop.time()):
                     names = prefill.instance_id, decode.instance_id
                     logger.warning("%s cannot connect to %s; still trying: %s", *names, error)
                 await asyncio.sleep(pause_s)
@@ -92,5 +93,5 @@ class Links:
                 if outage.was_said:
                     logger.warning("%s is connected to %s", prefill.instance_id, decode.instance_id)
                 prefill.links[epoch] = True
-                pause_s, outage = FIRST_PAUSE_S, Outage(loop.time())
+                pause_s, outage = FIRST_PAUSE_S, Reminder(loop.time())
                 await asyncio.sleep(CHECK_S)

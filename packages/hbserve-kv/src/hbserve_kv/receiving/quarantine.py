@@ -10,9 +10,7 @@ not continue. So a warning says again and again what is out of use, and because 
 import asyncio
 import contextlib
 import logging
-import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 from hbserve_kv.protocol import messages
 from hbserve_kv.protocol.messages import Alive
@@ -20,6 +18,7 @@ from hbserve_kv.protocol.transfer_state import Phase
 from hbserve_kv.receiving.transfer import IncomingLink, IncomingTransfer
 from hbserve_rpc import HBServeRpcError, Keys, RpcClient
 from hbserve_rpc.address import nobody_listens
+from hbserve_rpc.reminder import Reminder
 
 logger = logging.getLogger(__name__)
 
@@ -29,24 +28,8 @@ CHECK_INTERVAL_S = 0.5
 ANSWER_TIMEOUT_S = 1.0
 GONE = Alive(epoch="", writing=[])
 """Stands for the answer of a process that is not there any more."""
-FIRST_REMINDER_S, LONGEST_PAUSE_S = 60.0, 3600.0
-"""When to repeat that blocks are out of use; each later repetition waits twice as long, up to the maximum."""
-
-
-@dataclass
-class Reminder:
-    """When to repeat that blocks are out of use: at once, and then less and less often. The caller supplies the
-    time."""
-
-    began_s: float
-    due_s: float = -math.inf
-    pause_s: float = field(default_factory=lambda: FIRST_REMINDER_S)
-
-    def is_due(self, now_s: float) -> bool:
-        if now_s < self.due_s:
-            return False
-        self.due_s, self.pause_s = now_s + self.pause_s, min(2 * self.pause_s, LONGEST_PAUSE_S)
-        return True
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 60.0, 3600.0
+"""Between two warnings that blocks are out of use: see Reminder."""
 
 
 class Quarantine:
@@ -105,7 +88,7 @@ class Quarantine:
 
     async def _wait_until_drained(self, transfer: IncomingTransfer) -> None:
         loop = asyncio.get_running_loop()
-        reminder = Reminder(loop.time())
+        reminder = Reminder(loop.time(), first_pause_s=FIRST_PAUSE_S, longest_pause_s=LONGEST_PAUSE_S)
         deadline_s = reminder.began_s + self._longest_s
         while not transfer.drained.is_set():
             writing = transfer.undrained
@@ -117,7 +100,7 @@ class Quarantine:
             # The deadline counts from when a sender stopped answering, which is how a link is lost.
             if lost or (writing and is_late):
                 transfer.give_up()
-            if transfer.phase is Phase.UNKNOWN and reminder.is_due(loop.time()):
+            if transfer.phase is Phase.UNKNOWN and reminder.say_now(loop.time()):
                 _warn(transfer, loop.time() - reminder.began_s)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(CHECK_INTERVAL_S):
