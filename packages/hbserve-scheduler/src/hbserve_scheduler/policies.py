@@ -5,18 +5,16 @@ by an entry point in the group `hbserve_scheduler.policies` or as `module:Class`
 """
 
 import heapq
-import importlib
 import logging
 import random
 import re
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import entry_points
 from itertools import islice
 from operator import attrgetter
-from pathlib import Path
-from typing import Any, Protocol, overload
+from typing import Protocol, overload
 
+from hbserve_rpc.named_class import find_class
 from hbserve_rpc.plain_values import shown
 from hbserve_rpc.prompt_shape import PromptShape
 from hbserve_scheduler.errors import ConfigError
@@ -146,8 +144,7 @@ def check_policy(key: str, name: str) -> None:
 
 
 def make_policy(key: str, name: str, prefixes: Prefixes) -> PlacementPolicy:
-    """The policy that a configuration's `key` names: a built-in one, an entry point, or `module:Class`, whose module
-    Python can import, or which is in the current folder.
+    """The policy that a configuration's `key` names: a built-in one, or what `find_class` finds.
 
     Raises:
         ConfigError: there is none of this name, or it is not a policy.
@@ -155,22 +152,14 @@ def make_policy(key: str, name: str, prefixes: Prefixes) -> PlacementPolicy:
     if name in POLICIES:
         return POLICIES[name](prefixes)
     check_policy(key, name)
-    found = entry_points(group=ENTRY_POINT_GROUP)
     try:
-        made = found[name].load()() if name in found.names else _find(name)()
+        made = find_class(ENTRY_POINT_GROUP, name)()
     except (ImportError, AttributeError, TypeError) as error:
         raise ConfigError(f"{key}={name!r}: {error}") from error
     if not callable(getattr(made, "choose", None)):
         raise ConfigError(f"{key}={name!r}: expected a class with a method choose(candidates, prompt)")
     policy: PlacementPolicy = made
     return policy
-
-
-def _find(name: str) -> Any:
-    module, _, attribute = name.partition(":")
-    if not {here := str(Path.cwd()), ""} & set(sys.path):
-        sys.path.append(here)  # last, so that nothing in the current folder is taken for a library
-    return getattr(importlib.import_module(module), attribute)
 
 
 class Ranking:

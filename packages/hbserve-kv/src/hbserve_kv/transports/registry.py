@@ -6,14 +6,14 @@ import logging
 import os
 import sys
 from importlib.machinery import PathFinder
-from importlib.metadata import distributions, entry_points
-from pathlib import Path
+from importlib.metadata import distributions
 from typing import Any
 
 from hbserve_kv.base import KVTransferBase
 from hbserve_kv.config import KVTransferBackend, KVTransferConfig
 from hbserve_kv.errors import BackendUnavailable
 from hbserve_kv.transports.base import Transport
+from hbserve_rpc.named_class import add_current_folder, find_class
 
 ENTRY_POINT_GROUP = "hbserve_kv.backends"
 
@@ -117,7 +117,7 @@ def require_backend(name: str) -> None:
         there = sorted({*(backend.value for backend in KVTransferBackend), *custom})
         raise BackendUnavailable(f"kv_transfer.backend={name!r}: there are {there}, or 'module:Class' of your own")
     module = name.partition(":")[0]
-    _look_here_too()
+    add_current_folder()
     try:
         is_there = PathFinder.find_spec(module, paths) or importlib.util.find_spec(module)
     except (ImportError, ValueError) as error:  # of the package that it is in; "" and ".x" are no names
@@ -126,26 +126,17 @@ def require_backend(name: str) -> None:
         raise BackendUnavailable(f"kv_transfer.backend={name!r}: No module named {module!r}")
 
 
-def _look_here_too() -> None:
-    if not {here := str(Path.cwd()), ""} & set(sys.path):
-        sys.path.append(here)  # last, so that nothing in the current folder is taken for a library
-
-
 def find_custom(name: str) -> type[Any]:
-    """The class, a KVTransferBase or Transport, that an entry point or `module:Class` names.
+    """The class, a KVTransferBase or Transport, that `find_class` finds under a name.
 
-    Python must find the module, or it is in the current folder.
+    Raises:
+        BackendUnavailable: there is none, it cannot be imported, or it is another class.
     """
     require_backend(name)
-    found = entry_points(group=ENTRY_POINT_GROUP)
-    if name in found.names:
-        loaded = found[name].load()
-    else:
-        module, _, attribute = name.partition(":")
-        try:
-            loaded = getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError) as error:
-            raise BackendUnavailable(f"kv_transfer.backend={name!r}: {error}") from error
-    if not (isinstance(loaded, type) and issubclass(loaded, KVTransferBase | Transport)):
-        raise BackendUnavailable(f"kv_transfer.backend={name!r}: expected a subclass of KVTransferBase, got {loaded!r}")
-    return loaded
+    try:
+        found = find_class(ENTRY_POINT_GROUP, name)
+    except (ImportError, AttributeError) as error:
+        raise BackendUnavailable(f"kv_transfer.backend={name!r}: {error}") from error
+    if not (isinstance(found, type) and issubclass(found, KVTransferBase | Transport)):
+        raise BackendUnavailable(f"kv_transfer.backend={name!r}: expected a subclass of KVTransferBase, got {found!r}")
+    return found
