@@ -128,7 +128,7 @@ async def test_one_that_does_not_answer_has_the_figures_of_before_and_holds_nobo
 
 def test_summaries_of_latencies_are_joined_by_their_counts():
     several = [SchedulerStats(handoff=LatencySummary(*each)) for each in ((1, 0.1, 0.1), (0, 0.0, 0.0), (3, 0.3, 0.9))]
-    joined = astuple(total(several, now=several[0]).handoff)
+    joined = astuple(total(several).handoff)
     assert joined == pytest.approx(astuple(LatencySummary(4, 0.25, 0.9)))
 
 

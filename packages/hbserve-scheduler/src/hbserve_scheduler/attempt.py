@@ -66,10 +66,7 @@ class Attempt:
         self._request_id = f"{entry.request.request_id}.{self._transfer_id[:8]}"
         self._decode_epoch = ""
         """Of D, where P computes for it."""
-        self._is_granted = False
         self._first_token = asyncio.Event()
-        self._decoding = False
-        """D has sent tokens, so it has all it needs."""
         self._decided = self._loop.create_future()
         """Set when the last token has come, or a leg has failed."""
 
@@ -212,7 +209,6 @@ class Attempt:
                 raise RemoteError(f"sent {type(granted).__name__} before its grant")
         except HBServeRpcError as error:
             raise self._note_failure(decode, error) from error
-        self._is_granted = True
         self._record.granted_s = self._since_submit_s()
         self._moving = self._entry.figures.link(self._record.prefill_instance, self._record.decode_instance)
         self._moving.active += 1
@@ -253,8 +249,8 @@ class Attempt:
         try:
             await self._decided
             await self._hear_other(prefill, decode)
-            if self._entry.finish_reason is None and self._decoding and prefill.done():
-                # D has the KV, whatever has become of P since.
+            if self._entry.finish_reason is None and self._record.decoding_s is not None and prefill.done():
+                # D has sent tokens, so it has the KV, whatever has become of P since.
                 await decode
             for task in tasks:
                 if task.done() and self._entry.finish_reason is None:
@@ -269,9 +265,10 @@ class Attempt:
         """Wait a moment for the leg that has not ended, if it may say why the other has failed, or what was moved."""
         # Without a grant, neither side knows why the other has failed; without a first token, D does not know why P
         # has.
-        may_know = self._is_granted and (self._first_token.is_set() or not prefill.done())
+        is_granted = self._record.granted_s is not None
+        may_know = is_granted and (self._first_token.is_set() or not prefill.done())
         if may_know and not (prefill.done() and decode.done()):
-            has_all = self._decoding and self._entry.finish_reason is not None
+            has_all = self._record.decoding_s is not None and self._entry.finish_reason is not None
             await asyncio.wait([prefill, decode], timeout=ACCOUNT_TIMEOUT_S if has_all else VERDICT_TIMEOUT_S)
 
     async def _deciding(self, leg: Coroutine[Any, Any, None]) -> None:
@@ -365,8 +362,8 @@ class Attempt:
         self._decide()
 
     def _take_decoded(self, event: TokenEvent) -> bool:
-        if not self._decoding:
-            self._decoding, self._record.decoding_s = True, self._since_submit_s()
+        if self._record.decoding_s is None:
+            self._record.decoding_s = self._since_submit_s()
             self._debug("decodes")
         return self._take(event)
 

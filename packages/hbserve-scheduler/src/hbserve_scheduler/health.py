@@ -24,37 +24,39 @@ To be drained belongs to one life: its next one, of another epoch, takes request
 from hbserve_rpc.messages import InstanceInfo, InstanceStatus
 
 SERVING: tuple[InstanceStatus, ...] = ("ready", "suspect")
-"""It takes requests, or will in a moment."""
+"""States of an instance that takes requests, or will in a moment."""
 
 
 class Health:
-    """Of one instance. `state` follows from what it has said, and what was heard of it."""
+    """State of one instance, which follows from what it has said and from the connection to it. Every method returns
+    whether the state has changed."""
 
     def __init__(self) -> None:
         self.state: InstanceStatus = "lost"
         self.why = "it has not answered yet"
-        """It is in this state."""
+        """Why it is in this state; "" where that needs no reason."""
         self._info: InstanceInfo | None = None
         self._doubt = ""
         self.drained = ""
-        """The life that is to take no more."""
+        """Epoch of the life that is to take no more requests."""
 
     def answers(self, info: InstanceInfo) -> bool:
-        """It says what it is. Returns whether its state is another, as all of these do."""
+        """Take in what it says of itself."""
         self._info = info
         return self._derive()
 
     def doubted(self, why: str) -> bool:
-        """It is silent, or not connected; with "", it is heard again."""
+        """Note why it may be lost: it is silent, or not connected. "": it is heard again."""
         self._doubt = why
         return self._derive()
 
     def lost(self, why: str) -> bool:
+        """Forget what it has said."""
         self._info, self._doubt = None, ""
         return self._become("lost", why)
 
     def drain(self, epoch: str) -> bool:
-        """This life is to take no requests any more; with "", it may again."""
+        """Give the life of this epoch no more requests; "": it may have some again."""
         self.drained = epoch
         return self._derive()
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Sequence
 from functools import reduce
 from typing import Any, TypeVar
 
@@ -17,13 +17,13 @@ from hbserve_scheduler.remote import RemoteScheduler
 T = TypeVar("T")
 
 PATIENCE_S = 2.0
-"""For an answer; the figures of one that gives none are those that it gave last."""
+"""How long a sibling may take to answer. One that does not counts with the figures that it gave last."""
 NO_SUMS = {"success_rate", "handoff", "instances"}
-"""Of the figures."""
+"""Fields of SchedulerStats that are not added up."""
 
 
 class Siblings:
-    """Come and go; what one has counted stays counted, so that sums never fall."""
+    """The other schedulers, which come and go. What one has counted stays counted, so that sums never fall."""
 
     def __init__(self, members: Callable[[], list[Member]], keys: Keys | None = None) -> None:
         """members: the instances that all are to use."""
@@ -32,10 +32,13 @@ class Siblings:
         self._remotes: dict[str, RemoteScheduler] = {}
         """By name."""
         self._last: dict[str, SchedulerStats] = {}
+        """The last figures of each, by name."""
         self._gone = SchedulerStats()
+        """Figures of those that have ended, together."""
 
     async def add(self, name: str, address: str) -> None:
-        """A SchedulerServer at `host:port`. One that has this name already is another life of it, and has ended."""
+        """Count a SchedulerServer at `host:port` in. One that has this name already is an earlier life of it, and has
+        ended."""
         await self.remove(name)
         remote = RemoteScheduler(address, keys=self._keys)
         await remote.start()
@@ -43,12 +46,12 @@ class Siblings:
         remote.tell_members(self._members())
 
     async def remove(self, name: str) -> None:
-        """It has ended. One that is not there is passed over."""
+        """Note that it has ended. One that is not there is passed over."""
         remote, last = self._remotes.pop(name, None), self._last.pop(name, None)
         if last is not None:
             links = {key: msgspec.structs.replace(each, active=0) for key, each in last.links.items()}
             ended = msgspec.structs.replace(last, waiting_requests=0, running_requests=0, links=links)
-            self._gone = total([self._gone, ended], now=self._gone)
+            self._gone = total([self._gone, ended])
         if remote is not None:
             await remote.stop()
 
@@ -57,9 +60,9 @@ class Siblings:
             await self.remove(name)
 
     async def total(self, own: SchedulerStats) -> SchedulerStats:
-        """Figures of all: instances are those of `own`."""
+        """Figures of all schedulers, `own` included. All have the same instances: those of `own` are the latest."""
         await asyncio.gather(*(self._ask(name, remote) for name, remote in self._remotes.items()))
-        return total([own, self._gone, *self._last.values()], now=own)
+        return total([own, self._gone, *self._last.values()])
 
     async def _ask(self, name: str, remote: RemoteScheduler) -> None:
         found = await _in_time(remote.fetch_stats())
@@ -80,7 +83,7 @@ class Siblings:
             remote.instance_died(instance_id, why)
 
     async def abort(self, request_id: str, reason: FinishReason, choice: int | None = None) -> bool:
-        """Whether one of them had this request."""
+        """End a request of one of them. Returns whether one of them had it."""
         asking = [_in_time(remote.abort(request_id, reason, choice)) for remote in self._remotes.values()]
         return any(await asyncio.gather(*asking))
 
@@ -93,26 +96,25 @@ async def _in_time(asking: Coroutine[Any, Any, T]) -> T | None:
     return None
 
 
-def total(all_stats: Iterable[SchedulerStats], *, now: SchedulerStats) -> SchedulerStats:
-    """Sums, with the instances of `now`."""
-    several = list(all_stats)
+def total(several: Sequence[SchedulerStats]) -> SchedulerStats:
+    """Sums, with the instances of the first."""
     names = [name for name in SchedulerStats.__struct_fields__ if name not in NO_SUMS]
     sums = {name: reduce(_added, (getattr(each, name) for each in several)) for name in names}
     ended = sums["completed_requests"] + sums["failed_requests"]
     rate = sums["completed_requests"] / ended if ended else 1.0
-    handoff = _both([each.handoff for each in several if each.handoff.count])
-    return SchedulerStats(**sums, success_rate=rate, handoff=handoff, instances=now.instances)
+    handoff = _joint([each.handoff for each in several if each.handoff.count])
+    return SchedulerStats(**sums, success_rate=rate, handoff=handoff, instances=several[0].instances)
 
 
 def _added(one: Any, other: Any) -> Any:
-    """Numbers, histograms, or dicts of them."""
+    """The sum of numbers, of histograms, or of dicts of them key by key."""
     if not isinstance(one, dict):
         return one + other
     return one | {key: one[key] + value if key in one else value for key, value in other.items()}
 
 
-def _both(latencies: list[LatencySummary]) -> LatencySummary:
-    """Of all together, as far as summaries say it: the mean of medians, and the worst 99th percentile."""
+def _joint(latencies: list[LatencySummary]) -> LatencySummary:
+    """One summary for all, as far as summaries say it: the mean of medians, and the worst 99th percentile."""
     count = sum(each.count for each in latencies)
     if not count:
         return LatencySummary()
