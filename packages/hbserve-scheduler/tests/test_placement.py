@@ -20,7 +20,7 @@ from hbserve_scheduler.instances import InstanceHandle
 from hbserve_scheduler.policies import (
     SPARE_ENTRIES,
     Available,
-    LowestRank,
+    LowestKey,
     PowerOfTwo,
     least_loaded,
     make_policy,
@@ -72,12 +72,12 @@ def ready_handle(role: Role, name: str, turn: int) -> InstanceHandle:
     return handle
 
 
-@pytest.mark.parametrize("rank", [round_robin, least_loaded])
+@pytest.mark.parametrize("key", [round_robin, least_loaded])
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(changes=st.lists(st.tuples(st.integers(0, 4), st.integers(0, 3), st.booleans()), max_size=120))
-def test_the_first_by_a_policy_is_the_one_that_a_look_at_all_of_them_finds(rank, changes):
+def test_the_first_by_a_policy_is_the_one_that_a_look_at_all_of_them_finds(key, changes):
     handles = [ready_handle("prefill", f"p{i}", i) for i in range(5)]
-    available = Available(LowestRank(rank), lambda each: each.num_inflight < 3)
+    available = Available(LowestKey(key), lambda each: each.num_inflight < 3)
     turns = itertools.count(10)
     for number, load, is_given in changes:
         handle = handles[number]
@@ -88,10 +88,10 @@ def test_the_first_by_a_policy_is_the_one_that_a_look_at_all_of_them_finds(rank,
         assert set(available) == set(there)
         assert all(each.num_inflight < 3 for each in there)
         if there:
-            assert available.choose(PROMPT) is min(there, key=rank)
+            assert available.choose(PROMPT) is min(there, key=key)
             assert available.least_load() == min(each.load for each in there)
         assert all(available[i] in there for i in range(len(available)))
-    assert len(available._by_rank._heap) <= 2 * len(handles) + SPARE_ENTRIES + 1
+    assert len(available._by_policy._heap) <= 2 * len(handles) + SPARE_ENTRIES + 1
 
 
 def all_available(policy: Any, loads: list[int]) -> Available:

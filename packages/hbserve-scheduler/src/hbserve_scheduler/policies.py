@@ -29,7 +29,7 @@ SPARE_REQUESTS = 4
 worth more than a link, which is made only once."""
 MOST_COMPARED = 32
 """Of the instances that hold the same prefix. Where there are more, nearly all hold it, and no choice is bad."""
-Rank = tuple[int, ...]
+SortKey = tuple[int, ...]
 """The lowest comes first. No two instances have the same, because the last number is the instance's turn."""
 SPARE_ENTRIES = 64
 """The heap is rebuilt when it has this many entries more than it needs."""
@@ -49,23 +49,23 @@ class PlacementPolicy(Protocol):
         """
 
 
-def round_robin(instance: InstanceHandle) -> Rank:
+def round_robin(instance: InstanceHandle) -> SortKey:
     """One after another; those that cannot take a request now are skipped."""
     return (instance.turn,)
 
 
-least_loaded: Callable[[InstanceHandle], Rank] = attrgetter("load", "turn")
+least_loaded: Callable[[InstanceHandle], SortKey] = attrgetter("load", "turn")
 """The one with the least work; in turn where several have equally little, so that an idle deployment uses all."""
 
 
-class LowestRank:
-    """Takes the instance with the lowest rank."""
+class LowestKey:
+    """Takes the instance with the lowest key."""
 
-    def __init__(self, rank: Callable[[InstanceHandle], Rank]) -> None:
-        self.rank = rank
+    def __init__(self, key: Callable[[InstanceHandle], SortKey]) -> None:
+        self.key = key
 
     def choose(self, candidates: Sequence[InstanceHandle], prompt: PromptShape) -> InstanceHandle:
-        return candidates.first() if type(candidates) is Available else min(candidates, key=self.rank)
+        return candidates.first() if type(candidates) is Available else min(candidates, key=self.key)
 
 
 class PowerOfTwo:
@@ -89,7 +89,7 @@ class LeastLoadedUnlessShared:
     """Whether the last reports show requests of other schedulers. Kept up to date by Available."""
 
     def __init__(self) -> None:
-        self._alone, self._among_others = LowestRank(least_loaded), PowerOfTwo()
+        self._alone, self._among_others = LowestKey(least_loaded), PowerOfTwo()
 
     def choose(self, candidates: Sequence[InstanceHandle], prompt: PromptShape) -> InstanceHandle:
         return (self._among_others if self.is_shared else self._alone).choose(candidates, prompt)
@@ -123,8 +123,8 @@ class PrefixAware:
 
 POLICIES: dict[str, Callable[[Prefixes], PlacementPolicy]] = {
     "auto": lambda _: LeastLoadedUnlessShared(),
-    "round_robin": lambda _: LowestRank(round_robin),
-    "least_loaded": lambda _: LowestRank(least_loaded),
+    "round_robin": lambda _: LowestKey(round_robin),
+    "least_loaded": lambda _: LowestKey(least_loaded),
     "power_of_two": lambda _: PowerOfTwo(),
     "prefix_aware": PrefixAware,
 }
@@ -162,35 +162,35 @@ def make_policy(key: str, name: str, prefixes: Prefixes) -> PlacementPolicy:
     return policy
 
 
-class Ranking:
-    """The lowest rank of many instances. It looks at one instance when that has changed, so asking takes no longer with
-    more instances."""
+class InstanceHeap:
+    """Finds the instance with the lowest key. It looks at one instance when that has changed, so asking takes no longer
+    with more instances."""
 
-    def __init__(self, rank: Callable[[InstanceHandle], Rank]) -> None:
-        self._rank = rank
-        self._ranks: dict[InstanceHandle, Rank] = {}
-        self._heap: list[tuple[Rank, InstanceHandle]] = []
-        """Every rank that an instance has had; outdated ones are skipped. The instance is last in each entry, and ranks
-        are never equal, so that instances are never compared."""
+    def __init__(self, key: Callable[[InstanceHandle], SortKey]) -> None:
+        self._key = key
+        self._keys: dict[InstanceHandle, SortKey] = {}
+        self._heap: list[tuple[SortKey, InstanceHandle]] = []
+        """Every key that an instance has had; outdated ones are skipped. The instance is last in each entry, and no two
+        keys are equal, so that instances are never compared."""
 
     def update(self, handle: InstanceHandle) -> None:
-        """To be called when the instance is added, or its rank may have changed."""
-        rank = self._rank(handle)
-        if self._ranks.get(handle) != rank:
-            self._ranks[handle] = rank
-            heapq.heappush(self._heap, (rank, handle))
-            if len(self._heap) > 2 * len(self._ranks) + SPARE_ENTRIES:
-                self._heap = [(rank, handle) for handle, rank in self._ranks.items()]
+        """To be called when the instance is added, or its key may have changed."""
+        key = self._key(handle)
+        if self._keys.get(handle) != key:
+            self._keys[handle] = key
+            heapq.heappush(self._heap, (key, handle))
+            if len(self._heap) > 2 * len(self._keys) + SPARE_ENTRIES:
+                self._heap = [(key, handle) for handle, key in self._keys.items()]
                 heapq.heapify(self._heap)
 
     def forget(self, handle: InstanceHandle) -> None:
-        self._ranks.pop(handle, None)
+        self._keys.pop(handle, None)
 
     def first(self) -> InstanceHandle:
-        """The instance with the lowest rank. There must be one."""
+        """There must be one."""
         while True:
-            rank, handle = self._heap[0]
-            if self._ranks.get(handle) is rank:
+            key, handle = self._heap[0]
+            if self._keys.get(handle) is key:
                 return handle
             heapq.heappop(self._heap)
 
@@ -204,18 +204,18 @@ class Available(Sequence[InstanceHandle]):
 
     def __init__(self, policy: PlacementPolicy, has_room: Callable[[InstanceHandle], bool]) -> None:
         self.policy = policy
-        self._is_ours = isinstance(policy, LowestRank | PowerOfTwo | LeastLoadedUnlessShared | PrefixAware)
+        self._is_ours = isinstance(policy, LowestKey | PowerOfTwo | LeastLoadedUnlessShared | PrefixAware)
         self._has_room = has_room
         self._members: list[InstanceHandle] = []
         self.members: dict[InstanceHandle, int] = {}
         """The same instances, with their places in `_members`. Whether one is there, or any, is looked up without a
         call: several times for each request."""
-        self._by_load = Ranking(least_loaded)
-        self._by_rank = self._by_load
+        self._by_load = InstanceHeap(least_loaded)
+        self._by_policy = self._by_load
         self._shared: set[InstanceHandle] = set()
         """Those to which other schedulers have given work, whether they have room or not."""
-        if isinstance(policy, LowestRank) and policy.rank is not least_loaded:
-            self._by_rank = Ranking(policy.rank)
+        if isinstance(policy, LowestKey) and policy.key is not least_loaded:
+            self._by_policy = InstanceHeap(policy.key)
 
     def update(self, handle: InstanceHandle) -> None:
         """To be called when the instance is added, removed, or has another load."""
@@ -228,8 +228,8 @@ class Available(Sequence[InstanceHandle]):
             self.members[handle] = len(self._members)
             self._members.append(handle)
         self._by_load.update(handle)
-        if self._by_rank is not self._by_load:
-            self._by_rank.update(handle)
+        if self._by_policy is not self._by_load:
+            self._by_policy.update(handle)
 
     def forget(self, handle: InstanceHandle) -> None:
         """To be called when it was removed, or has another role."""
@@ -244,7 +244,7 @@ class Available(Sequence[InstanceHandle]):
             self._members[place] = last
             self.members[last] = place
         self._by_load.forget(handle)
-        self._by_rank.forget(handle)
+        self._by_policy.forget(handle)
 
     def _note_others(self, handle: InstanceHandle, load: int) -> None:
         if bool(load) != (handle in self._shared):
@@ -253,8 +253,8 @@ class Available(Sequence[InstanceHandle]):
                 self.policy.is_shared = bool(self._shared)
 
     def first(self) -> InstanceHandle:
-        """The one with the lowest rank, by the policy's rank if it has one. There must be one."""
-        return self._by_rank.first()
+        """The one with the lowest key of the policy, or the least loaded if it has none. There must be one."""
+        return self._by_policy.first()
 
     def least_load(self) -> int:
         """The least load of any of them. There must be one."""
