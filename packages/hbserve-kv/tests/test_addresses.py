@@ -14,7 +14,7 @@ from hbserve_kv_layouts import layout_of
 from hbserve_kv import AddressNotAvailable, BackendUnavailable, KVTransferConfig, Outcome, TransferFailed
 from hbserve_kv.memory.layout import HeadRange
 from hbserve_kv.protocol import messages
-from hbserve_kv.protocol.handshake import Identity, check
+from hbserve_kv.protocol.handshake import Identity, common_heads
 from hbserve_kv.protocol.messages import Grant, Handshake, join_grants
 from hbserve_rpc import InvalidAddress, InvalidRequest
 
@@ -149,8 +149,8 @@ def test_a_sender_that_could_not_be_asked_what_it_writes_is_refused(address):
     me = Identity(0, "e", {"m": "m"}, HeadRange(), layout_of())
     hello = Handshake(messages.PROTOCOL_VERSION, 1, "f", address, me.fingerprint, me.heads, me.layout, {}, "l")
     with pytest.raises(InvalidRequest, match=f"address='{address}': "):
-        check(hello, me)
-    assert check(msgspec.structs.replace(hello, address="[::1]:80"), me)
+        common_heads(hello, me)
+    assert common_heads(msgspec.structs.replace(hello, address="[::1]:80"), me)
 
 
 @pytest.mark.parametrize(
@@ -165,9 +165,9 @@ def test_a_sender_that_could_not_be_asked_what_it_writes_is_refused(address):
 def test_a_sender_whose_kv_means_something_else_is_refused_by_what_differs_first(field, value, named):
     me = Identity(0, "e", {"m": "m"}, HeadRange(), layout_of())
     hello = Handshake(messages.PROTOCOL_VERSION, 1, "f", "127.0.0.1:80", me.fingerprint, me.heads, me.layout, {}, "l")
-    assert check(hello, me)
+    assert common_heads(hello, me)
     with pytest.raises(InvalidRequest, match=f"FingerprintMismatch: {named}"):
-        check(msgspec.structs.replace(hello, **{field: value}), me)
+        common_heads(msgspec.structs.replace(hello, **{field: value}), me)
 
 
 async def test_a_grant_that_is_none_is_refused_as_one(managers):

@@ -397,4 +397,4 @@ class KVTransferManager(KVTransferBase):
         """What carries the bytes to and from each connected peer."""
         to = [(each.link, each.transport) for each in self._peers.links.values()]
         of = [(each.link, each.transport) for each in self._receiver.links.values()]
-        return [LinkInfo(link.peer_rank, link.is_sender, transport.name, link.told) for link, transport in [*to, *of]]
+        return [LinkInfo(link.peer_rank, link.is_sender, by.name, link.summary) for link, by in [*to, *of]]

@@ -56,7 +56,7 @@ class Attempt:
         self._loop = asyncio.get_running_loop()
         self._is_debugged = logger.isEnabledFor(logging.DEBUG)
         prefill, decode = placement.prefill, placement.decode
-        self._record = AttemptRecord(self._since_submit_s(), (prefill or decode).instance_id, decode.instance_id)
+        self._record = AttemptRecord(entry.since_submit_s(), (prefill or decode).instance_id, decode.instance_id)
         entry.attempts.append(self._record)
         self._transfer_id = os.urandom(16).hex()
         self._moving: LinkCounts | None = None
@@ -69,9 +69,6 @@ class Attempt:
         self._first_token = asyncio.Event()
         self._decided = self._loop.create_future()
         """Set when the last token has come, or a leg has failed."""
-
-    def _since_submit_s(self) -> float:
-        return self._loop.time() - self._entry.submitted_s
 
     def _decide(self) -> None:
         if not self._decided.done():
@@ -92,12 +89,12 @@ class Attempt:
             raise
         finally:
             self._end_transfer("aborted")
-            self._record.ended_s = self._since_submit_s()
+            self._record.ended_s = self._entry.since_submit_s()
 
     def _debug(self, what: str, *details: object) -> None:
         """Log, at level DEBUG, which phase the request has reached."""
         if self._is_debugged:
-            at = self._entry.request.request_id, len(self._entry.attempts), 1e3 * self._since_submit_s()
+            at = self._entry.request.request_id, len(self._entry.attempts), 1e3 * self._entry.since_submit_s()
             logger.debug(f"request %s, attempt %d, %.1f ms: {what}", *at, *details)
 
     def _end_transfer(self, outcome: str) -> None:
@@ -168,7 +165,7 @@ class Attempt:
     def _deliver(self, event: TokenEvent) -> None:
         self._entry.deliver(event)
         if self._record.first_token_s is None and event.token_ids:
-            self._record.first_token_s = self._since_submit_s()
+            self._record.first_token_s = self._entry.since_submit_s()
             self._debug("first token")
 
     def _require_end(self, instance: InstanceHandle) -> None:
@@ -209,7 +206,7 @@ class Attempt:
                 raise RemoteError(f"sent {type(granted).__name__} before its grant")
         except HBServeRpcError as error:
             raise self._note_failure(decode, error) from error
-        self._record.granted_s = self._since_submit_s()
+        self._record.granted_s = self._entry.since_submit_s()
         self._moving = self._entry.figures.link(self._record.prefill_instance, self._record.decode_instance)
         self._moving.active += 1
         self._debug("room on %s, %d tokens cached", self._record.decode_instance, granted.num_cached_tokens)
@@ -326,7 +323,7 @@ class Attempt:
             self._moving.num_bytes += done.num_bytes
             self._moving.time_s += done.time_s
         self._end_transfer("completed")
-        now_s = self._record.kv_moved_s = self._since_submit_s()
+        now_s = self._record.kv_moved_s = self._entry.since_submit_s()
         self._debug("%d bytes of KV moved in %d parts, %.1f ms", done.num_bytes, done.num_parts, 1e3 * done.time_s)
         self._record.computed = [(now_s - each.age_s, each.count) for each in done.computed]
         self._record.pushed = [(now_s - each.age_s, each.count) for each in done.pushed]
@@ -363,7 +360,7 @@ class Attempt:
 
     def _take_decoded(self, event: TokenEvent) -> bool:
         if self._record.decoding_s is None:
-            self._record.decoding_s = self._since_submit_s()
+            self._record.decoding_s = self._entry.since_submit_s()
             self._debug("decodes")
         return self._take(event)
 

@@ -29,7 +29,7 @@ class Identity:
     """Of the instance."""
 
 
-def check(hello: Handshake, me: Identity) -> HeadRange:
+def common_heads(hello: Handshake, me: Identity) -> HeadRange:
     """The heads that both sides have.
 
     Raises:

@@ -11,7 +11,7 @@ from hbserve_kv.memory.layout import sides
 from hbserve_kv.memory.memory import Memory, Region
 from hbserve_kv.protocol import messages
 from hbserve_kv.protocol.checksum import link_checksums
-from hbserve_kv.protocol.handshake import Identity, check, choose_transport
+from hbserve_kv.protocol.handshake import Identity, choose_transport, common_heads
 from hbserve_kv.protocol.messages import (
     Abandon,
     Accepted,
@@ -121,7 +121,7 @@ class Receiver:
 
     async def serve_link(self, hello: Handshake) -> AsyncIterator[LinkReply | Cancelled]:
         """Handler of LINK: runs for each sender as long as it is connected."""
-        me, common, peer = self._me, check(hello, self._me), calling_peer()
+        me, common, peer = self._me, common_heads(hello, self._me), calling_peer()
         transport, passed_over = choose_transport(hello, self._transports, me.rank)
         if hello.link in self.links:
             raise InvalidRequest("there is a link of this name already")

@@ -228,7 +228,7 @@ class Offers:
         self._sending: set[asyncio.Task[None]] = set()
 
     def serve_on(self, server: RpcServer) -> None:
-        server.serve_stream(messages.KEEP, self.serve_keep)
+        server.serve_stream(messages.KEEP, self._serve_keep)
         server.serve(messages.FETCH, self._fetch)
 
     def make(self, transfer_id: str, lease_s: float) -> Offer:
@@ -261,7 +261,7 @@ class Offers:
         sending = [each.sending for each in self.offers.values() if each.sending]
         await asyncio.gather(*sending, *self._sending, return_exceptions=True)
 
-    async def serve_keep(self, keep: Keep) -> AsyncIterator[Offered]:
+    async def _serve_keep(self, keep: Keep) -> AsyncIterator[Offered]:
         """Handler of KEEP, one for each receiver as long as it wants the transfer."""
         offer = await self._find(keep)
         if not offer.keep(calling_peer().connection, keep.num_receivers):

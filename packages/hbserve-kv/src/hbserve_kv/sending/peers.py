@@ -195,7 +195,9 @@ class Peers:
             if error is None:
                 passed_over = "".join(f"; not {name}: {reason}" for name, reason in reply.passed_over.items())
                 whom = "itself" if address == self._my_address() else address
-                logger.info("link to %s: %s%s%s", whom, transport.name, link.told and f", {link.told}", passed_over)
+                logger.info(
+                    "link to %s: %s%s%s", whom, transport.name, link.summary and f", {link.summary}", passed_over
+                )
                 return OutgoingLink(client, stream, reply, link, transport, timeout_s)
             await stream.aclose()
             await client.close()

@@ -145,7 +145,8 @@ class Link:
     """Runs blocking I/O of this link, so that a peer that hangs blocks nobody else."""
     _plans: dict[tuple[object, ...], Any] = field(init=False, default_factory=dict)
     _is_given_up: bool = field(init=False, default=False)
-    _told: "SimpleQueue[Exception | None]" = field(init=False, default_factory=SimpleQueue)  # see `each`
+    _waited: "SimpleQueue[Exception | None]" = field(init=False, default_factory=SimpleQueue)
+    """How the waits of `each` have ended; None: well."""
 
     def __post_init__(self) -> None:
         self.executor = ThreadPoolExecutor(1, thread_name_prefix=f"kv-{self.key[:8]}")
@@ -155,7 +156,7 @@ class Link:
         return agreement(self.mine, self.peer)
 
     @property
-    def told(self) -> str:
+    def summary(self) -> str:
         """`detail`, and how the two sides bridge differences between their pools."""
         return "; ".join(filter(None, (self.detail, self._agreed)))
 
@@ -180,20 +181,19 @@ class Link:
     def each(self, waits: Sequence[Callable[[], Any]]) -> Iterator[None]:
         """In the link's thread: have these called, one after another, and yield after each. Raises what one raises, or
         ConnectionError once the link is given up: then a daemon thread may still be waiting."""
-        told: SimpleQueue[Exception | None] = SimpleQueue()
-        self._told = told
+        waited = self._waited = SimpleQueue()
         if self._is_given_up:
             self.give_up()
-        Thread(target=_tell_each, args=[told, waits], name="kv-wait", daemon=True).start()
+        Thread(target=_wait_for_each, args=[waits, waited], name="kv-wait", daemon=True).start()
         for _ in waits:
-            if (error := told.get()) is not None:
+            if (error := waited.get()) is not None:
                 raise error
             yield
 
     def give_up(self) -> None:
         """End the waits of `each`. May be called twice."""
         self._is_given_up = True
-        self._told.put(ConnectionError("the link is closed"))
+        self._waited.put(ConnectionError("the link is closed"))
 
     async def idle(self) -> None:
         """Wait until the link's thread has nothing to do."""
@@ -364,13 +364,13 @@ class DrainUnknown(Exception):
     """A push failed, and bytes may still be read or land, until `disconnect` has returned."""
 
 
-def _tell_each(told: "SimpleQueue[Exception | None]", waits: Sequence[Callable[[], Any]]) -> None:
+def _wait_for_each(waits: Sequence[Callable[[], Any]], waited: "SimpleQueue[Exception | None]") -> None:
     try:
         for wait in waits:
             wait()
-            told.put(None)
+            waited.put(None)
     except Exception as error:
-        told.put(error)
+        waited.put(error)
 
 
 async def abandonable(blocking: Callable[..., T], *arguments: Any) -> T:
