@@ -247,8 +247,8 @@ class GpuInstance:
         self.reports.begin(request)
         return self._inboxes.setdefault(request.request_id, Inbox(request.left_s))
 
-    def _end(self, job: Coroutine[Any, Any, None]) -> None:
-        """Clean up in a task of its own: the handler's task may be cancelled, even again during cleanup."""
+    def _clean_up(self, job: Coroutine[Any, Any, None]) -> None:
+        """Run the end of a request in a task of its own: the handler's task may be cancelled, even again meanwhile."""
         task = asyncio.create_task(job)
         self._ends.add(task)
         task.add_done_callback(self._ends.discard)
@@ -277,7 +277,7 @@ class GpuInstance:
             async for event in inbox.token_events(request.params.n):
                 yield event
         finally:
-            self._end(self._close(request.request_id))
+            self._clean_up(self._close(request.request_id))
 
     async def _begin(self, request: GenerateRequest | PrefillRequest | DecodeRequest) -> None:
         """Pass a request to the engine, once its grammar, if it has one, has been compiled."""
@@ -320,7 +320,7 @@ class GpuInstance:
             if done is not None:
                 yield done
         finally:
-            self._end(self._end_prefill(request.request_id, sending))
+            self._clean_up(self._end_prefill(request.request_id, sending))
 
     def _grant(self, request: GrantRequest) -> None:
         if inbox := self._inboxes.get(request.request_id):
@@ -357,7 +357,7 @@ class GpuInstance:
             async for event in inbox.token_events(len(first) - first.count(None)):
                 yield event
         finally:
-            self._end(self._end_decode(request.request_id, posted, num_blocks))
+            self._clean_up(self._end_decode(request.request_id, posted, num_blocks))
 
     async def _end_decode(self, request_id: str, posted: PostedReceive | JointReceive | None, num_blocks: int) -> None:
         if posted is not None and await posted.cancel("the request has ended") is Outcome.UNKNOWN:

@@ -56,32 +56,35 @@ class Reports:
         """server: through which others ask the instance."""
         self._instance, self._server = instance, server
         self._given: dict[str, tuple[bytes, int, int]] = {}
-        """Requests by their ids: who gave it, how many choices it has, and how many tokens came with it."""
+        """Requests by their ids: the connection of whoever gave it, its number of choices, and of tokens that came with
+        it."""
         self._num_requests = 0
-        """That have ever come."""
+        """Requests that have ever come."""
         self._news = asyncio.Event()
+        """Set, and replaced, when whoever follows the reports is not to wait for the next one."""
 
     def begin(self, request: GenerateRequest | PrefillRequest | DecodeRequest) -> None:
-        """A request has come from whoever asks now."""
+        """Count a request, which comes from the caller that is being served."""
         self._num_requests += 1
         num_tokens = len(request.prompt_token_ids) + len(request.output_token_ids)
         self._given[request.request_id] = calling_peer().connection, request.params.n, num_tokens
 
     def end(self, request_id: str) -> None:
-        """It holds nothing any more."""
+        """Forget a request, which holds nothing any more."""
         self._given.pop(request_id, None)
 
     @property
     def num_tokens(self) -> int:
-        """That came with the requests which it has."""
+        """Tokens that came with the requests which the instance has."""
         return sum(tokens for _, _, tokens in self._given.values())
 
     def tell(self) -> None:
-        """Its status is another: whoever hears its reports hears so at once."""
+        """Report a new status at once."""
         self._news.set()
         self._news = asyncio.Event()
 
     async def follow(self, request: ReportsRequest) -> AsyncGenerator[InstanceInfo | InstanceReport]:
+        """Handler of REPORTS: what has changed, every `interval_s` or when `tell` is called."""
         client = calling_peer().connection
         info: InstanceInfo | None = None
         told: tuple[InstanceStats, tuple[int, int]] | None = None
@@ -92,7 +95,7 @@ class Reports:
             others = [each for each in self._given.values() if each[0] != client]
             sums = sum(each[1] for each in others), sum(each[2] for each in others)
             stats = await self.stats(Empty())
-            # It is late by something in every second, which is no news by itself.
+            # The loop is late by something in every second, which is no news by itself.
             if told != (told := (msgspec.structs.replace(stats, loop_lag=None), sums)):
                 yield InstanceReport(stats, *sums)
             with contextlib.suppress(TimeoutError):

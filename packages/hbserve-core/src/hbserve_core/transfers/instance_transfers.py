@@ -10,7 +10,7 @@ An instance of one rank has nothing to join: a transfer is what its KVTransferMa
 import asyncio
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import astuple
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from hbserve_core.config import InstanceConfig
 from hbserve_core.engine.step import Runner
@@ -22,7 +22,7 @@ from hbserve_kv.protocol.transfer_state import joint_result, worst
 
 _Receive = PostedReceive | RemoteTransfer
 _Send = SendTransfer | RemoteTransfer
-T = TypeVar("T", bound=PostedReceive | SendTransfer | RemoteTransfer)
+T = TypeVar("T", bound=_Receive | _Send)
 
 
 class InstanceTransfers:
@@ -39,9 +39,9 @@ class InstanceTransfers:
         self.endpoint = b""
         """Where all ranks of the instance receive, for a sender's `open_link`; set by `start`."""
         addresses = runner.transfer_addresses
-        self._manager = make_manager(config, runner, Shard(0, 1 + len(addresses)), epoch)
-        self._others = [RemoteRank(rank, address, on_lost, config.keys) for rank, address in enumerate(addresses, 1)]
         num_kv_heads, size = runner.model_config.num_kv_heads, 1 + len(addresses)
+        self._manager = make_manager(config, runner, Shard(0, size), epoch)
+        self._others = [RemoteRank(rank, address, on_lost, config.keys) for rank, address in enumerate(addresses, 1)]
         self._other_senders = [
             each for rank, each in enumerate(self._others, 1) if Shard(rank, size).is_first_with_kv_heads(num_kv_heads)
         ]
@@ -125,10 +125,10 @@ class InstanceTransfers:
         await asyncio.gather(self._manager.close(), *(rank.close() for rank in self._others))
 
 
-class JointTransfer:
+class JointTransfer(Generic[T]):
     """A transfer of all ranks of an instance."""
 
-    def __init__(self, parts: Sequence[_Receive | _Send]) -> None:
+    def __init__(self, parts: Sequence[T]) -> None:
         self._parts = parts
 
     async def wait(self) -> TransferResult:
@@ -153,7 +153,7 @@ class JointTransfer:
         await asyncio.gather(*(part.drained() for part in self._parts))
 
 
-class JointReceive(JointTransfer):
+class JointReceive(JointTransfer[_Receive]):
     """A PostedReceive of all ranks."""
 
     def __init__(self, parts: Sequence[_Receive]) -> None:
@@ -166,17 +166,16 @@ class JointReceive(JointTransfer):
         self._ending.add_done_callback(lambda done: call(done.result()))
 
 
-class JointSend(JointTransfer):
+class JointSend(JointTransfer[_Send]):
     """A SendTransfer of all ranks that have heads to send, rank 0's first."""
 
     def __init__(self, parts: Sequence[_Send]) -> None:
         super().__init__(parts)
-        self._sends = parts
         self.num_blocks = parts[0].num_blocks
 
     def push(self, block_ids: Sequence[int], first: int, ready: LaunchedStep | None = None) -> None:
         """On each rank the blocks are read after its own event of the step `ready`. None: they are computed."""
-        for send in self._sends:
+        for send in self._parts:
             if isinstance(send, SendTransfer):
                 send.push(block_ids, first, ready and ready.computed)
             else:
@@ -184,7 +183,7 @@ class JointSend(JointTransfer):
 
     async def commit(self, payload: bytes = b"") -> TransferResult:
         # Kept, and not waited for: whoever waits may be cancelled, and every rank must still be told.
-        self._committing = asyncio.gather(*(send.commit(payload) for send in self._sends))
+        self._committing = asyncio.gather(*(send.commit(payload) for send in self._parts))
         return await self.wait()
 
 
