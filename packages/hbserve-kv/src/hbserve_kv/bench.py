@@ -142,17 +142,15 @@ class Sender:
         self._device = device
         self._number = 0
 
-    async def transfer(self, source: Sequence[int], target: Sequence[int], *, num_pushes: int = 1) -> Measurement:
+    async def transfer(self, source: Sequence[int], target: Sequence[int]) -> Measurement:
         """Of blocks that are there."""
-        return await self._transfer(source, target, num_pushes, "cpu")
+        return await self._transfer(source, target, "cpu")
 
     async def hand_over(self, source: Sequence[int], target: Sequence[int]) -> Measurement:
         """Of blocks that are computed, on a GPU, while the transfer is begun, as instances do."""
-        return await self._transfer(source, target, 1, self._device)
+        return await self._transfer(source, target, self._device)
 
-    async def _transfer(
-        self, source: Sequence[int], target: Sequence[int], num_pushes: int, device: str
-    ) -> Measurement:
+    async def _transfer(self, source: Sequence[int], target: Sequence[int], device: str) -> Measurement:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(msgspec.json.encode(list(target)) + b"\n")
@@ -161,9 +159,7 @@ class Sender:
             began_s = monotonic()
             transfer = await self.manager.open_send(f"t{self._number}", grant)
             computed = _Computed(device)
-            step = -(-len(source) // num_pushes)
-            for first in range(0, len(source), step):
-                transfer.push(source[first : first + step], first, computed.ready)
+            transfer.push(source, 0, computed.ready)
             result = await transfer.commit()
             time_s = monotonic() - began_s
             there_s = float(await self._process.stdout.readline())

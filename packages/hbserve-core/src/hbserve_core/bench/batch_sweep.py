@@ -46,6 +46,8 @@ _NUM_PROMPT_LAUNCHES = 40
 """Steps of one prompt, and as many of two: of the first 16 of each it is learned how long they take."""
 _NUM_WARM = 4
 """Steps of each batch that are not timed."""
+_ROUNDS = 3
+"""How often a prompt is timed."""
 _MOST_OF_THE_POOL = 0.98
 """The engine keeps a hundredth of it for growth."""
 _NOISE = 1.03
@@ -222,12 +224,12 @@ class BatchSweep:
         # A request's n-th token is sampled after its prompt and n tokens.
         return times, context + statistics.mean(generated[_NUM_WARM + 1 :])
 
-    def prompt_s(self, num_tokens: int, rounds: int = 3) -> tuple[float, float]:
+    def prompt_s(self, num_tokens: int) -> tuple[float, float]:
         """From a prompt that is alone to its token; and from one prompt's token to the next one's, where each is
-        launched while the one before it is computed, if the runner does that. Medians of some rounds, after one that
-        warms up."""
+        launched while the one before it is computed, if the runner does that. Medians of _ROUNDS, after one that warms
+        up."""
         alone: list[float] = []
-        for _ in range(rounds + 1):
+        for _ in range(_ROUNDS + 1):
             began_s = self._clock()
             self._add(1, num_tokens, 1)
             alone += [end_s - began_s for end_s in self._ends_of_tokens()]
@@ -235,7 +237,7 @@ class BatchSweep:
         if not self._runner.overlaps:
             return alone_s, alone_s
         ends: list[float] = []
-        for _ in range(rounds + 2):
+        for _ in range(_ROUNDS + 2):
             self._add(1, num_tokens, 1)
             ends += self._tokens_of_a_step()
         ends += self._ends_of_tokens()

@@ -126,7 +126,7 @@ def expert_of(ends, tile, X: tl.constexpr, PADDED_X: tl.constexpr):
 @triton.jit
 def _expert_gate_up(
     rows, weight, pairs, ends, out, num_inputs, num_outputs, X: tl.constexpr, PADDED_X: tl.constexpr, K: tl.constexpr,
-    ROWS: tl.constexpr, OUTPUTS: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr, GELU: tl.constexpr,
+    ROWS: tl.constexpr, OUTPUTS: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     begin()
     expert = expert_of(ends, tl.program_id(1), X, PADDED_X)
@@ -146,7 +146,7 @@ def _expert_gate_up(
         given = tl.trans(tl.load(rows + columns, mask=used[:, None] & inside, other=0.0))
         gate = tl.dot(tl.load(gates + columns, mask=inside, other=0.0), given, gate, input_precision="ieee")
         up = tl.dot(tl.load(ups + columns, mask=inside, other=0.0), given, up, input_precision="ieee")
-    result = (activated(gate, GELU) * up).to(out.dtype.element_ty)
+    result = (activated(gate, False) * up).to(out.dtype.element_ty)
     place = pair.to(tl.int64)[None, :] * num_outputs + outputs[:, None]
     tl.store(out + place, result, mask=used[None, :] & (outputs < num_outputs)[:, None])
 
@@ -254,7 +254,7 @@ class OwnExperts(Protocol):
     def form_of_rows(self, rows: torch.Tensor, per_row: int) -> Any:
         """The form, see eight_bit_rows.py, of rows (T, E) with so many experts each; None: they stay as they are."""
 
-    def gate_up(self, rows: torch.Tensor, formed: Any, out: torch.Tensor, tiles: ExpertTiles, gelu: bool) -> None:
+    def gate_up(self, rows: torch.Tensor, formed: Any, out: torch.Tensor, tiles: ExpertTiles) -> None:
         """Write what `down` reads to `out` (P, F), of rows (T, E). formed: the same, if they are there."""
 
     def down(self, rows: torch.Tensor, out: torch.Tensor, tiles: ExpertTiles) -> None:
@@ -329,7 +329,6 @@ def expert_parts(
     routing: Routing,
     *,
     formed: Any = None,
-    gelu: bool = False,
 ) -> ExpertParts:
     """What the sum for each of rows (T, E) is of.
 
@@ -344,13 +343,13 @@ def expert_parts(
         triton.next_power_of_2(k), routing.renormalises, num_warps=1, **LAUNCH,
     )  # fmt: skip
     tiles = _assigned(experts, shares, routing.first, len(gate_up))
-    parts = _products(rows, formed, gate_up, down, tiles, gelu)
+    parts = _products(rows, formed, gate_up, down, tiles)
     return ExpertParts(parts, experts, routing.first, len(gate_up))
 
 
 def _products(
     rows: torch.Tensor, formed: Any, gate_up: torch.Tensor | OwnExperts,
-    down: torch.Tensor | OwnExperts, tiles: ExpertTiles, gelu: bool,
+    down: torch.Tensor | OwnExperts, tiles: ExpertTiles,
 ) -> torch.Tensor:  # fmt: skip
     """(P, E), each times its share, float32 where they are few; of pairs that are in no tile, nothing that has been
     written."""
@@ -374,11 +373,11 @@ def _products(
         is_long = tiles.rows == _SMALL_TILE and for_gates == 64
         steps = {"STEP": 2 * tiling["STEP"], "STAGES": 3} if is_long else {}
         _expert_gate_up[(triton.cdiv(inner, for_gates), tiles.count)](
-            rows, gate_up, tiles.pairs, tiles.ends, inside, size, inner, K=tiles.per_row, OUTPUTS=for_gates, GELU=gelu,
+            rows, gate_up, tiles.pairs, tiles.ends, inside, size, inner, K=tiles.per_row, OUTPUTS=for_gates,
             **(tiling | steps), **LAUNCH,
         )  # fmt: skip
     else:
-        gate_up.gate_up(rows, formed, inside, tiles, gelu)
+        gate_up.gate_up(rows, formed, inside, tiles)
     if isinstance(down, torch.Tensor):
         _expert_down[(triton.cdiv(size, for_sums), tiles.count)](
             inside, down, tiles.pairs, tiles.ends, tiles.shares, parts, inner, size, OUTPUTS=for_sums, **tiling,

@@ -47,7 +47,7 @@ def _sum_of_blocks(
 def _narrow_experts(
     rows, x_scales, num_scales, words, scales, pairs, ends, shares, out, num_inputs, num_outputs, group_size,
     X: tl.constexpr, PADDED_X: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr,
-    STEP: tl.constexpr, STAGES: tl.constexpr, GATED: tl.constexpr, GELU: tl.constexpr, BITS: tl.constexpr,
+    STEP: tl.constexpr, STAGES: tl.constexpr, GATED: tl.constexpr, BITS: tl.constexpr,
     ONE_GROUP: tl.constexpr, BY_BLOCK: tl.constexpr,
 ):  # fmt: skip
     # Each pair's row is row pair // K of `rows`. With gates there are no shares.
@@ -76,7 +76,7 @@ def _narrow_experts(
     COUNT: tl.constexpr = OUTPUTS // 2 if GATED else OUTPUTS
     if GATED:
         gate, up = tl.split(tl.permute(tl.reshape(result, (2, COUNT, ROWS)), (1, 2, 0)))
-        result = activated(gate, GELU) * up
+        result = activated(gate, False) * up
     else:
         result *= tl.load(shares + pair, mask=used, other=0.0)[None, :]
     outputs = tl.program_id(0) * COUNT + tl.arange(0, COUNT)
@@ -110,15 +110,13 @@ class NarrowExperts:
             return EightBitForm(self.matrix.group, self.matrix.run)
         return None
 
-    def gate_up(
-        self, rows: torch.Tensor, formed: EightBitRows | None, out: torch.Tensor, tiles: ExpertTiles, gelu: bool
-    ) -> None:
+    def gate_up(self, rows: torch.Tensor, formed: EightBitRows | None, out: torch.Tensor, tiles: ExpertTiles) -> None:
         """Write to `out` (P, F), of rows (T, E). formed: the same, if they are there."""
-        self._launch(rows, formed, out, tiles, tiles.per_row, {"GATED": True, "GELU": gelu})
+        self._launch(rows, formed, out, tiles, tiles.per_row, {"GATED": True})
 
     def down(self, rows: torch.Tensor, out: torch.Tensor, tiles: ExpertTiles) -> None:
         """Write to `out` (P, E), each times its share, of rows (P, F)."""
-        self._launch(rows, None, out, tiles, 1, {"GATED": False, "GELU": False})
+        self._launch(rows, None, out, tiles, 1, {"GATED": False})
 
     def suits_few(self, rows: torch.Tensor, down: "NarrowExperts", per_row: int) -> bool:
         return suits_few_experts(rows, self.matrix, down.matrix, per_row)

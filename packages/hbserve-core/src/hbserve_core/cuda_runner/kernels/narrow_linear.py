@@ -244,7 +244,7 @@ def tiled_linear(
         tile_rows = min(tile_rows, _FEWEST_TILE_ROWS)
     stages = 2 if is_wide else weight.tiling(tile_rows, tiles)[1]
     tiling = {"ROWS": tile_rows, "OUTPUTS": TILE_OUTPUTS, "STEP": weight.run, "STAGES": stages}
-    _launch_tiles(weight.arranged(x), x, weight, bias, out, {"ADDS": adds, "GATED": False, "GELU": False} | tiling, 4)
+    _launch_tiles(weight.arranged(x), x, weight, bias, out, {"ADDS": adds, "GATED": False, "GELU": False} | tiling)
 
 
 def eight_bit_linear(
@@ -255,12 +255,12 @@ def eight_bit_linear(
     rows = rows or eight_bit_rows(x, weight.group, weight.run)
     tiling = {"ROWS": _MOST_TILE_ROWS, "OUTPUTS": TILE_OUTPUTS, "STEP": weight.run, "STAGES": 4}
     options = {"ADDS": adds, "GATED": False, "GELU": False}
-    _launch_tiles(rows, x, weight, bias, out, options | tiling, 4)
+    _launch_tiles(rows, x, weight, bias, out, options | tiling)
 
 
 def _launch_tiles(
     rows: torch.Tensor | EightBitRows, x: torch.Tensor, weight: NarrowMatrix, bias: torch.Tensor | None,
-    out: torch.Tensor, options: dict[str, Any], num_warps: int,
+    out: torch.Tensor, options: dict[str, Any],
 ) -> None:  # fmt: skip
     """x: any tensor, to point at where there is nothing."""
     (count, outputs), inputs, step = out.shape, weight.shape[1], options["STEP"]
@@ -270,7 +270,7 @@ def _launch_tiles(
     options |= {
         "SPLITS": 1, "HAS_BIAS": bias is not None, "SCALES": False, "TILES": 0, "PADDED_TILES": 1,
     }  # fmt: skip
-    weight.launch((tiles, 1), rows, others, options, triton.cdiv(count, options["ROWS"]), num_warps)
+    weight.launch((tiles, 1), rows, others, options, triton.cdiv(count, options["ROWS"]))
 
 
 @triton.jit
