@@ -98,7 +98,7 @@ async def test_what_was_moved_before_the_choices_parted_counts_once():
     assert (entry.kv_bytes, entry.kv_transfer_time_s) == (200, 2.0)
 
 
-async def test_an_instance_without_a_counterpart_is_avoided_too(make_scheduler, make_instance):
+async def test_an_instance_without_a_counterpart_is_avoided_too(make_scheduler, make_instance, ask):
     hybrids = [await make_instance("hybrid", f"h{i}") for i in range(2)]
     fleet = (await make_scheduler(*hybrids)).fleet
     decodes = [await make_instance("decode", f"d{i}") for i in range(2)]
@@ -108,7 +108,7 @@ async def test_an_instance_without_a_counterpart_is_avoided_too(make_scheduler, 
     local = (await make_scheduler(prefill, *decodes, local_prefill_tokens=30)).fleet
     for which, first, second in ((fleet, "h0", "h1"), (local, "d0", "d1")):
         for avoided, chosen in ((first, second), (second, first)):
-            places = [which.place(5, {avoided}) for _ in range(3)]
+            places = [which.place_request(ScheduledRequest(ask(), failed_on={avoided})) for _ in range(3)]
             assert {place.decode.instance_id for place in places} == {chosen}
             assert {place.prefill for place in places} == {None}
             for place in places:

@@ -155,11 +155,11 @@ async def test_a_failure_after_the_last_token_is_not_tried_again(make_scheduler,
     assert (stats.retries, stats.completed_requests) == (0, 1)
 
 
-async def test_an_instance_that_failed_is_avoided_where_there_is_another(make_scheduler, four):
+async def test_an_instance_that_failed_is_avoided_where_there_is_another(make_scheduler, four, ask):
     fleet = (await make_scheduler(*four)).fleet
 
     def chosen(avoid: set[str]) -> set[tuple[str, str]]:
-        places = [fleet.place(5, avoid) for _ in range(4)]
+        places = [fleet.place_request(ScheduledRequest(ask(), failed_on=avoid)) for _ in range(4)]
         for place in places:
             place.end()
         return {(place.prefill.instance_id, place.decode.instance_id) for place in places}
@@ -228,7 +228,7 @@ async def test_a_hybrid_instance_whose_model_gives_no_numbers_is_asked_once(
 async def test_where_both_legs_have_failed_the_prefill_side_says_why(make_scheduler, pair, ask):
     """Its end ends the transfer too, and that may be heard of in the same moment."""
     end = asyncio.Event()
-    placement = (await make_scheduler(*pair)).fleet.place(4)
+    placement = (await make_scheduler(*pair)).fleet.place_request(ScheduledRequest(ask()))
     assert placement is not None
 
     async def leg(error: Exception) -> None:

@@ -3,12 +3,14 @@
 import asyncio
 from typing import Any
 
+import msgspec
 import pytest
 
 from hbserve_rpc import SamplingParams, Unavailable
 from hbserve_rpc.messages import DecodeRequest, GenerateRequest, PrefillRequest
 from hbserve_rpc.prompt_shape import shape_of
 from hbserve_scheduler import CpuScheduler
+from hbserve_scheduler.request import ScheduledRequest
 
 BLOCK = 16
 """Of the instances here."""
@@ -65,8 +67,8 @@ async def test_a_prompt_that_is_nearly_all_cached_is_computed_where_it_is(make_s
 async def test_a_request_that_failed_where_its_prompt_is_cached_is_not_computed_there_again(make_scheduler, three):
     fleet = (scheduler := await make_scheduler(*three, local_prefill_tokens=10)).fleet
     say_cached(scheduler, "d0", 32)
-    prompt = shape_of(PROMPT, BLOCK)
-    there, elsewhere = [fleet.place(len(PROMPT), avoid, prompt=prompt) for avoid in ((), ("d0",))]
+    asked = msgspec.structs.replace(request("r"), shape=shape_of(PROMPT, BLOCK))
+    there, elsewhere = [fleet.place_request(ScheduledRequest(asked, failed_on=avoid)) for avoid in (set(), {"d0"})]
     assert (there.prefill, there.decode.instance_id) == (None, "d0")
     assert (elsewhere.prefill.instance_id, elsewhere.decode.instance_id) == ("p0", "d1")
     for each in (there, elsewhere):

@@ -209,7 +209,7 @@ async def test_a_place_is_found_without_a_look_at_every_instance(monkeypatch):
         assert fleet.has_room()
         assert fleet.may_serve()
         assert len(fleet.limiting_infos()) == 2
-        places.append(present(fleet.place(5)))
+        places.append(present(fleet.place_request(entry(4))))
     assert len(looked) < 100 * 15, "those to which a prefill instance is connected, and those that were chosen"
     for chosen in zip(*[(place.prefill, place.decode) for place in places], strict=True):
         assert len({each.instance_id for each in chosen}) == 100, "nobody has two while another has none"
@@ -241,7 +241,7 @@ async def test_busy_decode_instances_that_are_connected_give_way_to_one_that_is_
         if handle.role == "prefill" and handle is not prefill:
             handle.num_inflight = 1000
             handle.changed()
-    chosen = present(fleet.place(5)).decode
+    chosen = present(fleet.place_request(entry(4))).decode
     assert chosen not in linked
     assert chosen.role == "decode"
 
@@ -253,4 +253,4 @@ async def test_links_that_are_lost_or_lead_to_nobody_are_none(links):
         if handle.role == "prefill":
             handle.links.clear()
             handle.links.update(links)
-    assert present(fleet.place(5)).decode.instance_id == "d3"
+    assert present(fleet.place_request(entry(4))).decode.instance_id == "d3"

@@ -182,43 +182,31 @@ class Fleet:
             return True
         return bool(there["decode"].members and (there["prefill"].members or self._has_no_prefill()))
 
-    def place(
-        self,
-        num_tokens: int,
-        avoid: Collection[str] = (),
-        computed_on: str = "",
-        num_choices: int = 1,
-        prompt: PromptShape | None = None,
-    ) -> Placement | None:
-        """Choose instances for a prompt and take places there; None if there is no room.
+    def place_request(self, entry: ScheduledRequest) -> Placement | None:
+        """Choose instances for a request and take places there; None if there is no room.
 
-        Instances to `avoid` are chosen only if there are no others. `computed_on`: a prefill instance that has the
-        prompt in its prefix cache, and is chosen if it has room. `prompt`: for policies that look at more than its
-        length.
+        Instances on which it has failed are chosen only if there are no others. A prefill instance that has its prompt
+        in the prefix cache since an earlier attempt is chosen if it has room.
         """
         there = self._available
         prefill: InstanceHandle | None = None
-        shape = prompt or PromptShape(num_tokens)
-        local = self._choose_local(num_tokens, avoid, shape)
+        num_tokens, avoid = entry.num_tokens, entry.failed_on
+        prompt = entry.request.shape or PromptShape(num_tokens)
+        local = self._choose_local(num_tokens, avoid, prompt)
         if local is not None:
             decode = local
         elif there["prefill"].members and there["decode"].members:
-            prefill = self._choose_prefill(num_tokens, avoid, computed_on, shape)
-            decode = self._choose_decode(prefill, avoid, shape)
+            prefill = self._choose_prefill(num_tokens, avoid, entry.computed_on, prompt)
+            decode = self._choose_decode(prefill, avoid, prompt)
         elif there["hybrid"].members:
-            decode = there["hybrid"].choose(shape, _others(there["hybrid"], avoid) if avoid else None)
+            decode = there["hybrid"].choose(prompt, _others(there["hybrid"], avoid) if avoid else None)
         else:
             return None
-        placement = Placement(prefill, decode, num_tokens, num_choices)
+        placement = Placement(prefill, decode, num_tokens, entry.request.params.n)
         for handle in filter(None, (prefill, decode)):
             handle.turn = next(self._turns)
             self._available[handle.role].update(handle)
         return placement
-
-    def place_request(self, entry: ScheduledRequest) -> Placement | None:
-        """The same for a request, avoiding the instances on which it has failed."""
-        asked = entry.request
-        return self.place(entry.num_tokens, entry.failed_on, entry.computed_on, asked.params.n, asked.shape)
 
     def _has_no_prefill(self) -> bool:
         """Whether none is ready, and decode instances are to compute prompts in that case. A restarted one may take
