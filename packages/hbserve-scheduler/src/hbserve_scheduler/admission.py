@@ -171,7 +171,7 @@ class BeginningRate:
         return max(0.0, self._tokens - self._last / 2) / self._seconds
 
     def update(self, now_s: float, *, some_wait: bool) -> None:
-        """To be called when no more requests can be started now. `some_wait`: some are waiting for room."""
+        """Take note that no more requests can be started now. `some_wait`: some are waiting for room."""
         if self._waiting_since_s is not None and now_s > self._waiting_since_s:
             passed_s = now_s - self._waiting_since_s
             kept = math.exp(-passed_s / MEMORY_S)
@@ -196,8 +196,7 @@ class Admission:
         self._changed = asyncio.Event()
 
     def update(self, now_s: float, *, is_served: bool) -> None:
-        """To be called when no more requests can be started now. `is_served`: there are instances that serve
-        requests."""
+        """Take note that no more requests can be started now. `is_served`: there are instances that serve requests."""
         if is_served:
             self._rate.update(now_s, some_wait=bool(self._waiting))
         else:  # what is started without instances says nothing of the rate with those that may come

@@ -65,7 +65,7 @@ class Attempt:
         """The instances that compute for it, each with its epoch at the start of the attempt."""
         self._request_id = f"{entry.request.request_id}.{self._transfer_id[:8]}"
         self._decode_epoch = ""
-        """Of D, where P computes for it."""
+        """Epoch of D, where P computes for it."""
         self._first_token = asyncio.Event()
         self._decided = self._loop.create_future()
         """Set when the last token has come, or a leg has failed."""

@@ -152,7 +152,8 @@ class SchedulerConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=
     """Requests that may be with one hybrid instance."""
 
     def shared_among(self, count: int) -> "SchedulerConfig":
-        """For each of so many schedulers of the same instances: all bounds together are about those of one."""
+        """The configuration of each of so many schedulers of the same instances: together their bounds are about those
+        of one."""
         bounds = ("max_queue_size", "max_pending_reservations", "max_inflight_prefills", "max_inflight_requests")
         return msgspec.structs.replace(self, **{name: -(-getattr(self, name) // count) for name in bounds})
 
@@ -241,7 +242,7 @@ class DeploymentConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields
 
     @property
     def named_instances(self) -> list[InstanceSection]:
-        """Those that the file has one by one."""
+        """The instances that the file has one by one, and not by `discover`."""
         return [each for each in self.gpu_instances if each.discover is None]
 
     def engine_settings(self) -> EngineSettings:

@@ -67,7 +67,8 @@ def _require_plain(content: Any) -> None:
 
 
 def _check_plain(path: str, value: Any) -> None:
-    """It goes to other processes as JSON: nothing in it may be refused there, or become something else."""
+    """Raises InvalidRequest: something would be refused, or become another value, on its way to other processes as
+    JSON."""
     if isinstance(value, msgspec.Struct):
         value = msgspec.structs.asdict(value)
     if isinstance(value, dict):
@@ -155,7 +156,7 @@ def check_instance_id(path: str, name: str) -> None:
 
 
 def _check_discovered(path: str, instance: InstanceSection) -> None:
-    """Whoever is found says itself what it is."""
+    """Check an entry with `discover`: each instance that is found says itself what it is."""
     try:
         DnsName.of(instance.discover or "")
     except ConfigError as error:

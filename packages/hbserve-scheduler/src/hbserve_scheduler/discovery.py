@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 INTERVAL_S = 5.0
 TIMEOUT_S = 5.0
-"""Of one look-up."""
+"""How long one look-up may take."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class DnsName:
         return cls(match[1], int(match[2]))
 
     async def addresses(self) -> set[str]:
-        """As `host:port`. Raises OSError. Asks in a thread of the event loop's."""
+        """Look the name up, in a thread of the event loop's: every address, as `host:port`. Raises OSError."""
         loop = asyncio.get_running_loop()
         found = await loop.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
         return {format_address(str(place[0]), self.port) for *_, place in found}
@@ -62,7 +62,7 @@ class Discovery:
         self.name = name
         self._members = members
         self._ids: dict[str, str] = {}
-        """Of those that have joined, by their addresses; an instance may have several."""
+        """Ids of the instances that have joined, by address; an instance may have several."""
         self._failing = Reminder(0.0)
         self._refused: dict[str, str] = {}
         """Why those that were found could not join; each reason is said once."""
@@ -114,7 +114,8 @@ class Discovery:
         await asyncio.gather(*map(self._join, sorted(new)))
 
     async def _join(self, address: str) -> None:
-        """Also one that is known and not reached: another one may have its address by now."""
+        """Have whoever is at the address join, also if it is known and not reached: another one may have its address by
+        now."""
         before = self._ids.get(address)
         try:
             info = await self._members.join(address, self.role)

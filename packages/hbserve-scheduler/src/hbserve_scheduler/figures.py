@@ -49,7 +49,7 @@ class Figures:
     def __init__(self) -> None:
         self.num_submitted = self.num_rejected = self.num_retries = self.num_refusals = self.num_local_prefills = 0
         self.prompt_tokens = 0
-        """Of requests that have a first token."""
+        """Prompt tokens of requests that have a first token."""
         self.output_tokens = 0
         self.ended = Counter[str]()
         """Requests by finish reason, or "error"."""

@@ -129,8 +129,7 @@ class Fleet:
         return next((info.block_size for info in self.limiting_infos()), 0) if self._roles_asked else 0
 
     def limiting_infos(self) -> list[InstanceInfo]:
-        """Of the ready instances, those with the shortest limits for prompts and tokens: what they accept, all
-        accept."""
+        """The ready instances with the lowest limits for prompts and for token ids: what these accept, all accept."""
         if self._limiting is None:
             ready = [handle.info for handle in self.handles.values() if handle.status in SERVING and handle.info]
             bounds = (attrgetter("max_prompt_len"), attrgetter("vocab_size"))

@@ -54,7 +54,7 @@ class InstanceHandle:
         """Work that it has: prompt tokens on a prefill instance, elsewhere requests, each choice counted. Includes that
         of other schedulers, as of the last report; `load_of_others` is their share."""
         self.is_full = False
-        """It has just refused a request."""
+        """Whether it has just refused a request, and is left alone for REFUSED_S."""
         self.turn = 0
         """Set anew by the fleet whenever it gets a request: the lower, the longer ago."""
         self.num_inflight = self.num_pending = 0
@@ -233,7 +233,7 @@ class InstanceHandle:
         self.changed()
 
     def changed(self) -> None:
-        """To be called when there may be more room than before."""
+        """Pass on that there may be more room than before."""
         self._on_change(self)
 
     def _complain(self) -> None:

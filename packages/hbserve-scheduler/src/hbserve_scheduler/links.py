@@ -31,7 +31,7 @@ class Links:
         self._handles = handles
         self._most = most
         self._keeping: dict[tuple[str, str], asyncio.Task[None]] = {}
-        """By the epochs of both instances."""
+        """A task for each link that is kept, by the epochs of both instances."""
         self._is_update_due = False
 
     def update(self) -> None:
@@ -74,7 +74,7 @@ class Links:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _keep(self, prefill: InstanceHandle, decode: InstanceHandle) -> None:
-        """For as long as both are in the life in which they were found."""
+        """Keep one link, until the task is cancelled because one of the two has gone, or is another life."""
         assert decode.info is not None, "it is ready"
         epoch, request = decode.epoch, ConnectRequest(decode.info.kv_endpoint)
         loop = asyncio.get_running_loop()

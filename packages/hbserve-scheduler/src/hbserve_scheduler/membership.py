@@ -22,7 +22,7 @@ LOOK_S = 0.2
 """Pause between two looks at whether an instance that leaves has nothing left."""
 MOST_SENT_AWAY = 1024
 FORGOTTEN_S = 60.0
-"""Who has joined by itself, is lost and does not join again for so long is a member no more."""
+"""How long an instance that has joined by itself, and is lost, stays a member if it does not join again."""
 
 
 class Membership:
@@ -32,7 +32,7 @@ class Membership:
         self._fleet = fleet
         self._leaving: dict[str, asyncio.Task[None]] = {}
         self._sent_away: dict[str, None] = {}
-        """Lives that were told to leave: they do not come back by themselves. The last ones."""
+        """Epochs of the last MOST_SENT_AWAY lives that were told to leave: they do not come back by themselves."""
         self._setting = asyncio.Lock()
         self._forgetting: dict[str, asyncio.TimerHandle] = {}
 
@@ -55,7 +55,7 @@ class Membership:
             await self._fleet.add(member.instance_id, member.role, member.address)
 
     async def remove(self, instance_id: str) -> None:
-        """At once: its requests get another attempt elsewhere. One that is not there is passed over."""
+        """Stop using it at once: its requests get another attempt elsewhere. One that is not there is passed over."""
         if instance_id in self._fleet.handles:
             await self._fleet.remove(instance_id)
 
@@ -98,7 +98,7 @@ class Membership:
         return info
 
     def _watch(self, instance_id: str) -> None:
-        """It has joined by itself, now: whoever does not any more, and is lost, has gone for good."""
+        """Begin anew to wait for FORGOTTEN_S: it has just joined by itself."""
         if (before := self._forgetting.pop(instance_id, None)) is not None:
             before.cancel()
         loop = asyncio.get_running_loop()
@@ -229,8 +229,8 @@ class Membership:
             logger.info("%s has left", instance_id)
 
     async def _until_empty(self, handle: InstanceHandle) -> int:
-        """0: it has nothing, and a moment later neither, when a sibling's that had not heard of this has come. Else how
-        many requests it has left."""
+        """Wait for a moment, or two, and return how many requests it has left. 0: it had none twice in a row, so that
+        one of a sibling that had not heard of this has not come either."""
         for _ in range(2):
             if num_left := await self._num_left(handle):
                 await asyncio.sleep(LOOK_S)

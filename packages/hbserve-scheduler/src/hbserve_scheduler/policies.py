@@ -28,7 +28,8 @@ SPARE_REQUESTS = 4
 """How many more requests an instance with a link may have than one without before the latter is preferred. Less work is
 worth more than a link, which is made only once."""
 MOST_COMPARED = 32
-"""Of the instances that hold the same prefix. Where there are more, nearly all hold it, and no choice is bad."""
+"""How many of the instances that hold the same prefix are compared. Where there are more, nearly all hold it, and no
+choice is bad."""
 SortKey = tuple[int, ...]
 """The lowest comes first. No two instances have the same, because the last number is the instance's turn."""
 SPARE_ENTRIES = 64
@@ -174,7 +175,7 @@ class InstanceHeap:
         keys are equal, so that instances are never compared."""
 
     def update(self, handle: InstanceHandle) -> None:
-        """To be called when the instance is added, or its key may have changed."""
+        """Take note of an instance that is new, or whose key may have changed."""
         key = self._key(handle)
         if self._keys.get(handle) != key:
             self._keys[handle] = key
@@ -213,12 +214,12 @@ class Available(Sequence[InstanceHandle]):
         self._by_load = InstanceHeap(least_loaded)
         self._by_policy = self._by_load
         self._shared: set[InstanceHandle] = set()
-        """Those to which other schedulers have given work, whether they have room or not."""
+        """Instances to which other schedulers have given work, whether they have room or not."""
         if isinstance(policy, LowestKey) and policy.key is not least_loaded:
             self._by_policy = InstanceHeap(policy.key)
 
     def update(self, handle: InstanceHandle) -> None:
-        """To be called when the instance is added, removed, or has another load."""
+        """Take note of an instance that is new, has gone, or has another load."""
         if handle.load_of_others or self._shared:
             self._note_others(handle, handle.load_of_others)
         if handle.health.state != "ready" or handle.is_full or not self._has_room(handle):
@@ -232,7 +233,7 @@ class Available(Sequence[InstanceHandle]):
             self._by_policy.update(handle)
 
     def forget(self, handle: InstanceHandle) -> None:
-        """To be called when it was removed, or has another role."""
+        """Drop an instance that was removed, or has another role."""
         self._note_others(handle, 0)
         self._leave(handle)
 

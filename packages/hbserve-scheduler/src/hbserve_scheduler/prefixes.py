@@ -12,8 +12,8 @@ from hbserve_scheduler.instances import InstanceHandle
 
 ASK_TIMEOUT_S = 5.0
 AT_ONCE = 256
-"""So many digests of a report are taken in at a time. All 8192 of a busy instance would take 5 ms and more, in which no
-token gets through."""
+"""How many digests of a report are taken in at a time. All 8192 of a busy instance would take 5 ms and more, in which
+no token gets through."""
 
 
 class Prefixes:
@@ -89,7 +89,8 @@ class Prefixes:
 
 
 def _first_false(count: int, is_true: Callable[[int], bool]) -> int:
-    """Of 0 to `count`, by halving: who holds a block of a prompt holds those before it too."""
+    """The first number from 0 to `count` for which it is false, by halving: who holds a block of a prompt holds those
+    before it too."""
     low, high = 0, count
     while low < high:
         middle = (low + high) // 2

@@ -31,7 +31,7 @@ class ScheduledRequest:
     request: GenerateRequest
     num_prompt_tokens: int = field(init=False)
     figures: Figures = field(default_factory=Figures)
-    """Of all requests."""
+    """Figures of all requests."""
     submitted_s: float = field(default_factory=lambda: asyncio.get_running_loop().time())
     arrivals: "array[float]" = field(default_factory=lambda: array("d"))
     """When messages with new tokens came."""
@@ -60,7 +60,7 @@ class ScheduledRequest:
     reader: "asyncio.Future[None] | None" = None
     """Set while someone waits for an event. An asyncio.Event would take twice as long for each token."""
     on_event: Callable[[], None] | None = None
-    """In place of a reader: called for each event, when all else is up to date."""
+    """Called for each event, when all else is up to date; in place of `reader`."""
     task: asyncio.Task[None] | None = None
     attempts: list[AttemptRecord] = field(default_factory=list)
     num_cached_tokens: int = 0
@@ -79,7 +79,7 @@ class ScheduledRequest:
     time_limit: str = ""
     """The setting that gave the deadline, and its value."""
     traceparent: str = field(default_factory=TRACEPARENT.get)
-    """Of whoever submitted it."""
+    """Trace context of whoever submitted it."""
     _timer: asyncio.TimerHandle | None = None
     _num_counted: int = 0
     _output_counted: int = 0

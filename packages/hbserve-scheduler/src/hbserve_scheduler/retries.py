@@ -14,11 +14,12 @@ from hbserve_scheduler.request import ScheduledRequest
 logger = logging.getLogger(__name__)
 
 MOST_DEATHS = 2
-"""Of instances that a request was on: one may have been killed, two tell of the request. See `Retries` for those that
-were there by chance."""
+"""Deaths of instances that a request may have been on: one of them may have been killed, two tell of the request. See
+`Retries` for requests that were there by chance."""
 MOST_SUSPECTS = 8
-"""At a time. If one of them is what an instance died of, the next instance dies too, and only so many are on it that
-were on the first: the scheduler gives these up. All others are tried as soon as those have got a token more."""
+"""Suspects that are tried at a time. If one of them is what an instance died of, the next instance dies too, and only
+so many are on it that were on the first: the scheduler gives these up. All others are tried as soon as those have got a
+token more."""
 
 
 class Retries:
@@ -32,7 +33,7 @@ class Retries:
         self._fleet = fleet
         self._on_change = on_change
         self.waiting: deque[tuple[ScheduledRequest, asyncio.Future[Placement]]] = deque()
-        """In which order they came, each with what it waits for."""
+        """Requests in the order in which they came, each with the place that it waits for."""
         self._on_trial: list[ScheduledRequest] = []
 
     def place(self) -> None:

@@ -17,7 +17,7 @@ REFUSED_FROM = (0, 2)
 
 
 def deployment_keys(config: DeploymentConfig, party: Party) -> Keys | None:
-    """Those of one party; None where the deployment has none.
+    """The keys of one party; None where the deployment has none.
 
     Raises:
         KeysError: (a ValueError) its file cannot be used.

@@ -67,7 +67,7 @@ class SchedulerServer:
         self.declared: DeclaredInstances | None = None
         """From its file, if whoever starts it has one; to be set before `start`."""
         self.scale: Callable[[Mapping[Role, int]], AsyncGenerator[str, None]] | None = None
-        """Of whoever starts instances beside it: has so many of these roles, and yields lines of what it does."""
+        """Have so many instances of these roles, and yield lines of what is done. Set by whoever starts instances."""
         self.siblings = Siblings(self.members.members, keys)
         scheduler.fleet.on_members = self.siblings.tell_members
         self._server = RpcServer(scheduler.config.host, scheduler.config.port, drops_closed=True, keys=keys)
@@ -133,7 +133,7 @@ class SchedulerServer:
         return self.scheduler.info()
 
     async def fetch_stats(self) -> SchedulerStats:
-        """Of the scheduler and its siblings, as of the instances' last heartbeats."""
+        """Figures of the scheduler and its siblings, as of the instances' last reports."""
         own = msgspec.structs.replace(self.scheduler.stats(), rpc=self._server.faults)
         return await self.siblings.total(own)
 

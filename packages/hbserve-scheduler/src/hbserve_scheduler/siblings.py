@@ -30,7 +30,7 @@ class Siblings:
         self._members = members
         self._keys = keys
         self._remotes: dict[str, RemoteScheduler] = {}
-        """By name."""
+        """Their clients, by name."""
         self._last: dict[str, SchedulerStats] = {}
         """The last figures of each, by name."""
         self._gone = SchedulerStats()
@@ -70,7 +70,7 @@ class Siblings:
             self._last[name] = found
 
     async def records(self, last_s: float, request_id: str) -> list[RequestRecord]:
-        """As `CpuScheduler.records`, of all; of one that gives no answer there are none."""
+        """As `CpuScheduler.records`, of all siblings that answer."""
         asking = [_in_time(remote.fetch_records(last_s, request_id)) for remote in self._remotes.values()]
         return [each for found in await asyncio.gather(*asking) for each in found or []]
 

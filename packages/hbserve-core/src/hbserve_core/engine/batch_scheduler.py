@@ -29,7 +29,8 @@ STEP_TOKENS = [1.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 
 
 
 def _place(queue: "deque[Sequence]", priority: int, is_first: bool) -> int:
-    """Where a new one belongs in a queue: first, or last, among those of its priority. Usually an end of the queue."""
+    """The place in a queue for a sequence of this priority: before its equals or behind them. Usually an end of the
+    queue."""
     place = 0 if is_first else len(queue)
     while is_first and place < len(queue) and queue[place].params.priority < priority:
         place += 1

@@ -128,7 +128,7 @@ class Sequence:
     matcher: Matcher | None = None
     """Of a request with a grammar: decides what its next token may be. Only rank 0 has matchers."""
     is_special: bool = field(init=False)
-    """It asks for more than temperature, top-k and top-p for its next token: see hbserve_core/logits."""
+    """Whether it asks for more than temperature, top-k and top-p for its next token: see hbserve_core/logits."""
     choices: "list[Sequence]" = field(init=False, default_factory=list)
     """The choices, if `params.n` is more than one: they have its tokens until each is forked with one more."""
     choice: int = 0

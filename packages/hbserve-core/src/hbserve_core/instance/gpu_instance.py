@@ -371,7 +371,7 @@ class GpuInstance:
         return await self._thread.call(lambda engine: CachedPrefixes(*engine.blocks.cached_digests(request.known)))
 
     async def _connect(self, request: ConnectRequest) -> Empty:
-        """It must be ready, which does not depend on its peers: a link concerns only the two that it connects."""
+        """Connect to a receiver. Readiness does not depend on peers: a link concerns only the two that it connects."""
         self._require_ready()
         try:
             await self._require_transfers().open_link(request.kv_endpoint)

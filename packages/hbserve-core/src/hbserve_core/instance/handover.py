@@ -156,7 +156,7 @@ class PrefillSend:
         self._error = RemoteError(f"KV transfer {request.transfer_id} failed: it was given up")
         self._opening: asyncio.Task[None] | None = None
         self.is_granted = False
-        """It is known what is to be moved, which may be nothing."""
+        """Whether it is known what is to be moved, which may be nothing."""
         if not request.grant_follows:
             self._take(request.grant)
 

@@ -10,7 +10,7 @@ from hbserve_rpc.members import SCHEDULER_JOIN, JoinRequest
 logger = logging.getLogger(__name__)
 
 INTERVAL_S = 5.0
-"""Also how long a scheduler that was started again knows nothing of it."""
+"""Pause between two registrations: for so long a scheduler that was started again may know nothing of the instance."""
 TIMEOUT_S = 10.0
 
 

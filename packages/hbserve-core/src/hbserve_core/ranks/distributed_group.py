@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 RENDEZVOUS_TIMEOUT_S = 30.0
-"""For all ranks to find each other; every one of them is known to be running by then."""
+"""How long all ranks may take to find each other; every one of them is known to be running by then."""
 COLLECTIVE_TIMEOUT_S = 600.0
 """The last resort: a rank that is lost is noticed in seconds by other means (see workers.py). It must be longer than
 one rank may load its weights after another."""
@@ -245,7 +245,7 @@ class DistributedRankGroup(RankGroup):
 
 
 def _keep(process_group: Any, work: Any) -> None:
-    """Until the operation has ended: Gloo's last resort is COLLECTIVE_TIMEOUT_S."""
+    """Keep the group until the operation has ended: Gloo's last resort is COLLECTIVE_TIMEOUT_S."""
     with contextlib.suppress(RuntimeError):
         work.wait()
 

@@ -44,7 +44,7 @@ class _Again(msgspec.Struct, frozen=True):
     """The step before once more: each of its sequences, which sampled a token that nobody has read, computes that."""
 
     new_blocks: dict[int, bytes]
-    """Of those whose tables have grown, by their place."""
+    """The new blocks, int32, of those whose tables have grown, by their place."""
 
 
 class StepWriter:
@@ -56,7 +56,7 @@ class StepWriter:
         self._last: dict[Sequence, bytes] = {}
         """Their block tables, in the order of that batch."""
         self._places: list[int] = []
-        """Of the next token of each, if it is sampled."""
+        """The position of the next token of each, if it is sampled."""
         self._encoder = msgspec.msgpack.Encoder()
 
     def write(self, batch: Ids[ScheduledChunk]) -> bytes:

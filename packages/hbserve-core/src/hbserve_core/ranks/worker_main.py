@@ -73,7 +73,7 @@ class Steps:
         self.end()
 
     def end(self) -> None:
-        """No more come: rank 0 has closed them, or is gone. Whatever happens, the process has soon ended."""
+        """Note that no more come: rank 0 has closed them, or is gone. Whatever happens, the process has soon ended."""
         self._messages.put(None)
         time.sleep(END_TIMEOUT_S)
         # Whoever still waits, for a device or for another rank, cannot be woken.

@@ -17,7 +17,7 @@ from hbserve_core.errors import RankFailed
 from hbserve_core.ranks.worker_protocol import END_TIMEOUT_S, RankReport, RankSettings, RankState
 
 START_TIMEOUT_S = 120.0
-"""Until its first report: it imports torch before."""
+"""How long its first report may take: it imports torch before."""
 LOADING_SILENCE_S = 60.0
 """While it loads, a library may keep the interpreter to itself for a while."""
 SILENCE_S = 2.0
@@ -35,7 +35,7 @@ class ExitCause:
 
     cause: str
     is_consequence: bool = False
-    """It ended because another one had."""
+    """Whether it ended because another one had."""
 
 
 class WorkerProcess:
@@ -102,7 +102,7 @@ class WorkerProcess:
                 raise RankFailed(f"{self._name} is not {state} after {timeout_s:.0f} s")
 
     def kill(self) -> None:
-        """At once, frozen or not. `on_end` is called."""
+        """End it at once, frozen or not. `on_end` is called."""
         self._popen.kill()
 
     def begin_close(self) -> None:

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 READY_TIMEOUT_S = 600.0
 """How long others may load after rank 0 has."""
 SETTLE_S = 0.3
-"""Between the first bad news and the verdict: whose end is the cause may be heard last."""
+"""Pause between the first bad news and the verdict: whose end is the cause may be heard last."""
 
 VERDICT_TIMEOUT_S = SILENCE_S + GRACE_S + 2.0
 """How long a failed operation waits to hear which rank is the cause: longer than it takes to see that one is frozen."""
@@ -49,7 +49,7 @@ class Workers:
         self._device = choose_device(config)
         threads = max(1, (config.num_threads or torch.get_num_threads()) // size)
         self.config = msgspec.structs.replace(config, num_threads=threads)
-        """As each rank has it, this one too."""
+        """The configuration as each rank has it, this one too."""
         self._on_failure = on_failure
         self._lock = threading.Lock()
         self._exit_causes: list[ExitCause] = []
@@ -71,12 +71,12 @@ class Workers:
 
     @property
     def pids(self) -> list[int]:
-        """Of ranks 1, 2, …"""
+        """Process ids of ranks 1, 2, …"""
         return [process.pid for process in self._processes]
 
     @property
     def transfer_addresses(self) -> list[str]:
-        """Of ranks 1, 2, … once they are ready, if the instance's role has transfers."""
+        """Addresses of ranks 1, 2, … once they are ready, if the instance's role has transfers."""
         return [process.transfer_address for process in self._processes if process.transfer_address]
 
     def join(self) -> RankGroup:
@@ -123,7 +123,7 @@ class Workers:
             raise RankFailed(self._verdict)
 
     def _ended(self, exit_cause: ExitCause) -> None:
-        """In the thread that listens to that rank."""
+        """Find out which rank is the cause. Called in the thread that listens to the one that has ended."""
         with self._lock:
             self._exit_causes.append(exit_cause)
         time.sleep(SETTLE_S)

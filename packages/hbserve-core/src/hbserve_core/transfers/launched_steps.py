@@ -38,7 +38,7 @@ class LaunchedSteps:
             call()
 
     def event(self, number: int) -> Any:
-        """Of a launched step; None: it has been computed."""
+        """The event of a launched step; None: it has been computed."""
         with self._lock:
             age = self._number - number
             return self._events[-1 - age] if 0 <= age < len(self._events) else None

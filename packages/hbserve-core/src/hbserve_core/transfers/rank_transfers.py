@@ -46,21 +46,22 @@ Q = TypeVar("Q", bound=msgspec.Struct)
 R = TypeVar("R")
 
 POOL_AXES = "blocks layers kv tokens heads dim"
-"""Of a runner's pool, as `LoadedModel.allocate_pool` makes it."""
+"""Dimensions of a runner's pool, as `LoadedModel.allocate_pool` makes it."""
 RANK_STRIDE = 1 << 16
-"""Between the numbers by which hbserve_kv knows the ranks of one instance: `kv_rank + rank * RANK_STRIDE`."""
+"""Distance of the numbers by which hbserve_kv knows the ranks of one instance: `kv_rank + rank * RANK_STRIDE`."""
 SILENCE_S = 5.0
 """A rank that is silent for longer is lost. Its reports say so earlier, see ranks/worker_process.py."""
 EXIT_STATUS_S = 1.0
-"""Until the end of a rank's process must be known here. Of several reasons the first one is told."""
+"""How long the end of a rank's process may take to be known here otherwise, with its exit status. Of several reasons
+the first one is told."""
 TIMEOUT_S = 10.0
-"""For what a rank does at once."""
+"""Deadline of what a rank does at once."""
 LINK_TIMEOUT_S = 300.0
-"""For what has deadlines of its own there; a rank that is lost is noticed earlier."""
+"""Deadline of what has deadlines of its own there; a rank that is lost is noticed earlier."""
 
 
 def make_manager(config: InstanceConfig, runner: Runner, shard: Shard, epoch: str | None = None) -> KVTransferManager:
-    """Of this process's rank. Raises BackendUnavailable."""
+    """The manager of this process's rank, over its pool. Raises BackendUnavailable."""
     settings = msgspec.structs.replace(config.kv_transfer, keys=config.keys)
     if shard.rank:  # the next ports are those of other instances
         settings = msgspec.structs.replace(settings, port=0)
@@ -85,7 +86,7 @@ class RankServer:
         self._transfers: dict[str, PostedReceive | SendTransfer] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._told: deque[Push | Commit] = deque()
-        """In order. The first is a push of a step that is not launched here yet."""
+        """What rank 0 has told, in order. The first is a push of a step that is not launched here yet."""
 
     async def start(self) -> str:
         """The address. Raises what `KVTransferManager.start` and `transfer_to_itself` raise."""
@@ -117,7 +118,7 @@ class RankServer:
     async def _follow(
         self, transfer_id: str, opening: Awaitable[tuple[PostedReceive | SendTransfer, Begun]]
     ) -> AsyncGenerator[Begun | Ended]:
-        """One transfer from its beginning until it is drained, or nobody wants to hear of it."""
+        """Report one transfer from its beginning until it is drained, or nobody wants to hear of it."""
         transfer = None
         try:
             transfer, begun = await opening
@@ -252,7 +253,7 @@ class RemoteRank:
             raise
 
     def lost(self, error: Exception) -> None:
-        """It does not answer."""
+        """Report that it does not answer."""
         failed = RankFailed(f"{self.name} does not answer: {error}")
         if isinstance(error, PeerDied):  # whoever has started its process hears of its end too, and how it ended
             asyncio.get_running_loop().call_later(EXIT_STATUS_S, self._on_lost, failed)
@@ -260,7 +261,7 @@ class RemoteRank:
             self._on_lost(failed)
 
     async def stats(self) -> TransferStats:
-        """Of a rank that is lost, those that were last heard."""
+        """Its figures; those that were last heard if it is lost."""
         try:
             self._stats = (await self.client.call(protocol.STATS, Empty(), timeout_s=TIMEOUT_S)).stats
         except HBServeRpcError as error:

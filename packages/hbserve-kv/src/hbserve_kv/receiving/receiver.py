@@ -148,7 +148,7 @@ class Receiver:
             self._lose(made, "the sender was lost")
 
     def end_links(self, keys: set[str], why: str) -> None:
-        """Nothing arrives over these links any more: senders that are still there are told, and make new ones."""
+        """End links over which nothing arrives any more: senders that are still there are told, and make new ones."""
         for key in keys & self.links.keys():
             link = self.links[key]
             self._lose(link, why)

@@ -126,7 +126,7 @@ class Offer:
     # ---- of its receivers ----------------------------------------------------------------------------------------
 
     def keep(self, receiver: bytes, num_receivers: int) -> bool:
-        """False: it is kept for others."""
+        """Note a receiver that wants it. False: it is kept for others."""
         if self.grants and (len(self.grants) >= self._num_receivers or num_receivers != self._num_receivers):
             return False
         if not num_receivers:
@@ -139,11 +139,11 @@ class Offer:
         return True
 
     def leave(self) -> None:
-        """A receiver wants it no more, or is gone."""
+        """End it: a receiver wants it no more, or is gone."""
         self.withdraw("its receiver has left")
 
     def fetch(self, receiver: bytes, grant: bytes, first: int) -> bool:
-        """One of those that keep it has room. False: it is being fetched already, or they disagree."""
+        """Note where the blocks go for one of those that keep it. False: it is fetched already, or they disagree."""
         is_first = not any(self.grants.values())
         if self.grants[receiver] is not None or not (is_first or first == self._first):
             return False
@@ -179,7 +179,7 @@ class Offer:
             self._end(TransferResult(Outcome.FAILED_DRAINED, error=self._withdrawn))
 
     def _forward(self, place: int, block_ids: list[int], ready: Any) -> None:
-        """Those of the blocks that the receiver wants."""
+        """Push those of the blocks that the receiver wants."""
         assert self._transfer is not None
         end = self._first + self._transfer.num_blocks
         wanted = block_ids[max(0, self._first - place) : max(0, end - place)]
@@ -189,7 +189,7 @@ class Offer:
     # ---- its end -------------------------------------------------------------------------------------------------
 
     def _set_deadline(self) -> None:
-        """Of an offer whose blocks are there and that nobody fetches."""
+        """Set, or cancel, the deadline of an offer whose blocks are there and that nobody fetches."""
         if self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None
@@ -220,7 +220,7 @@ class Offers:
         self._open = open_send
         self._expiry_s = expiry_s
         self.offers: dict[str, Offer] = {}
-        """Until they have a result."""
+        """Offers by transfer id, until they have a result."""
         self.dropped_messages = 0
         self._ended: OrderedDict[str, str] = OrderedDict()
         """Why, by transfer id."""
