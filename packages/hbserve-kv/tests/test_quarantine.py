@@ -22,7 +22,8 @@ def fail_a_transfer(address: str, quarantine: Quarantine, *, is_connected: bool)
     sender = IncomingLink(hello, link, LoopbackNetwork().transport(), HeadRange(), Peer(b"it", None, "127.0.0.1"))
     transfer = IncomingTransfer("t", "pool", [4, 5, 6], [0], quarantine.watch)
     assert transfer.begin(sender)
-    sender.is_connected = is_connected
+    if not is_connected:
+        sender.ended.set()
     transfer.fail("no longer wanted")
     return transfer
 

@@ -48,11 +48,10 @@ class IncomingLink:
     peer: Peer
     """The other end of the RPC connection by which the link was made."""
     rendezvous: HeldRendezvous = field(default_factory=HeldRendezvous)
-    is_connected: bool = True
-    """The sender's heartbeats arrive."""
     notices: asyncio.Queue[Cancelled | None] = field(default_factory=asyncio.Queue)
     """To be sent to the sender; None closes the link."""
     ended: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when the sender has ended the link, or its heartbeats no longer arrive."""
     transfers: "set[IncomingTransfer]" = field(default_factory=set)
     """Transfers that the sender has begun, until they are drained."""
     announced: "deque[tuple[IncomingTransfer, AnnouncedPart]]" = field(default_factory=deque)
@@ -63,6 +62,10 @@ class IncomingLink:
     """The task that takes the announced parts."""
     broken: str = ""
     """Why nothing more is taken, even if the sender does not know yet; "" while parts are taken."""
+
+    @property
+    def is_connected(self) -> bool:
+        return not self.ended.is_set()
 
     def connect(self, timeout_s: float) -> None:
         """Two-sided transports only: connect, from both ends at once, and take what is announced from now on. A part
@@ -149,7 +152,6 @@ class IncomingLink:
     def lose(self, why: str) -> asyncio.Task[None]:
         """The link has ended, and nothing arrives over it any more. Returns a task that ends when nothing of it is
         left."""
-        self.is_connected = False
         self.ended.set()
         self.rendezvous.end()
         for transfer in list(self.transfers):
