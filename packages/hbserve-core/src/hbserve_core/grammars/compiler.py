@@ -94,11 +94,10 @@ class GrammarCompiler:
                 made.cancel()
             raise Overloaded(_OTHERS) from None
 
-    async def matcher_in_loop(self, params: SamplingParams, output: Ids[int] = ()) -> Matcher | None:
-        """The same for an event loop, which is not blocked."""
+    async def matcher_in_loop(self, params: SamplingParams, output: Ids[int]) -> Matcher:
+        """The same, of a request that has a grammar, for an event loop, which is not blocked."""
         wanted = params.structured_outputs
-        if wanted is None:
-            return None
+        assert wanted is not None
         try:
             async with asyncio.timeout(COMPILE_TIMEOUT_S):
                 _require_none(await asyncio.shield(asyncio.wrap_future(self._trial(wanted))))
