@@ -40,6 +40,16 @@ def test_a_custom_backend_is_found_in_the_current_folder_and_nothing_else_there_
     assert (done.returncode, done.stderr) == (0, b"")
 
 
+def test_an_entry_point_whose_module_is_missing_is_named(tmp_path, monkeypatch):
+    about = tmp_path / "users_own-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: users-own\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text("[hbserve_kv.backends]\nusers-own = nowhere_at_all:Mine\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(BackendUnavailable, match=r"kv_transfer\.backend='users-own': No module named 'nowhere_at_all'"):
+        find_custom("users-own")
+
+
 def test_a_class_that_is_no_backend_is_refused():
     with pytest.raises(BackendUnavailable, match="expected a subclass of KVTransferBase"):
         find_custom("json:JSONDecoder")
