@@ -184,8 +184,8 @@ def test_an_answer_follows_its_schema_and_what_cannot_be_followed_is_a_400(serve
     question = {"messages": QUESTION} if "chat" in path else {"prompt": "hi"}
     body = question | {"response_format": {"type": "json_schema", "json_schema": asked}}
     error = httpx.post(server.url + path, json=body, timeout=60)
-    assert (error.status_code, error.json()["error"]["param"]) == (400, "structured_outputs")
-    assert 'Unimplemented keys: ["not"]' in error.json()["error"]["message"]
+    assert (error.status_code, error.json()["error"]["param"]) == (400, "response_format")
+    assert 'response_format.json_schema.schema: Unimplemented keys: ["not"]' in error.json()["error"]["message"]
 
 
 def test_clients_that_go_away_while_their_answers_come_leave_nothing(server):

@@ -191,6 +191,57 @@ async def test_what_an_instance_refuses_is_a_400_too(server):
         assert (response.status_code, response.json()["error"]["param"]) == (400, "structured_outputs")
 
 
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize(
+    ("path", "body", "path_of_schema", "param"),
+    [
+        ("/v1/chat/completions", {"response_format": {"type": "json_schema", "json_schema": {"schema": SCHEMA}}},
+         "response_format.json_schema.schema", "response_format"),
+        ("/v1/completions", {"response_format": {"type": "json_schema", "json_schema": {"schema": SCHEMA}}},
+         "response_format.json_schema.schema", "response_format"),
+        ("/v1/chat/completions", {"structured_outputs": {"json": SCHEMA}},
+         "structured_outputs.json", "structured_outputs"),
+        ("/v1/responses", {"text": {"format": {"type": "json_schema", "name": "it", "schema": SCHEMA}}},
+         "text.format.schema", "text.format"),
+        ("/v1/messages", {"output_config": {"format": {"type": "json_schema", "schema": SCHEMA}}},
+         "output_config.format.schema", None),
+    ],
+)  # fmt: skip
+async def test_what_an_instance_finds_in_a_schema_is_named_as_its_client_sent_it(
+    server, path, body, path_of_schema, param, late
+):
+    """Before the first token, and as an event of a stream that has begun."""
+    refused = InvalidRequest('decode-0: structured_outputs.json: Unimplemented keys: ["response_format"]')
+    server.answers("a")
+    server.scheduler.steps = [*server.scheduler.steps, refused] if late else [refused]
+    asked = {"prompt": "hi", "input": "hi", "messages": [{"role": "user", "content": "hi"}]}
+    own = {"/v1/completions": "prompt", "/v1/responses": "input"}.get(path, "messages")
+    more = {"max_tokens": 9} if path == "/v1/messages" else {}
+    response = await server.post(path, **{own: asked[own], "stream": late, **more, **body})
+    assert response.status_code == (200 if late else 400)
+    error = response.text.replace('\\"', '"')
+    assert f'"message":"decode-0: {path_of_schema}: Unimplemented keys: ["response_format"]"' in error
+    if param is not None and not (late and path == "/v1/responses"):  # whose event has no place for it
+        assert f'"param":"{param}"' in error
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "message"),
+    [
+        ("/v1/chat/completions", {"response_format": {"type": "json_object"}, "stop": "a"},
+         "stop=['a']: not with response_format, whose"),
+        ("/v1/messages", {"output_config": {"format": {"type": "json_schema", "schema": {}}}, "stop_sequences": ["a"],
+                          "max_tokens": 9}, "stop_sequences=['a']: not with output_config.format, whose"),
+    ],
+)  # fmt: skip
+async def test_an_end_that_a_grammar_does_not_leave_free_is_refused_in_the_words_of_its_client(
+    server, path, body, message
+):
+    response = await server.post(path, messages=[{"role": "user", "content": "hi"}], **body)
+    assert response.status_code == 400
+    assert response.json()["error"]["message"].startswith(message)
+
+
 TOOLS = [
     {"type": "function", "function": {"name": "look", "parameters": {**SCHEMA, "required": ["a"],
                                                                      "additionalProperties": False, "not": {}}}},
@@ -222,6 +273,15 @@ async def test_a_call_that_must_be_made_follows_the_tools_schema(small_model, ch
     for text in does_not_fit:
         with pytest.raises(InvalidRequest, match="do not follow"):
             grammars.matcher(params, tokenizer.encode(text))
+
+
+async def test_what_an_instance_finds_in_the_schema_of_a_tool_is_named_as_that(small_model):
+    server = FakeServer(load_tokenizer(small_model("qwen3")), chat_template=TOOL_TEMPLATE)
+    server.scheduler.steps = [InvalidRequest("prefill-0: structured_outputs.grammar: schema too large")]
+    response = await server.chat(tools=TOOLS, tool_choice="required", response_format={"type": "text"})
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert (error["message"], error["param"]) == ("prefill-0: tools: schema too large", "tools")
 
 
 async def test_a_call_that_may_be_made_or_has_another_end_is_not_held_to_a_schema(small_model):

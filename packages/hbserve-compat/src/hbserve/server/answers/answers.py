@@ -1,13 +1,13 @@
 """All answers to one HTTP request: their tokens as they come, from whichever comes first."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Self
 
 from hbserve.results import GenerationDelta
-from hbserve.server.http.api_error import try_again
+from hbserve.server.http.api_error import in_names_of_client, renamed, try_again
 from hbserve.server.http.request_log import HTTP_REQUEST, HttpRequest
 from hbserve.server.service import ServedModel
 from hbserve.server.spans import Asked
@@ -34,9 +34,12 @@ class Answers:
         *,
         skip_special_tokens: bool = True,
         only_prompt: bool = False,
+        names: Mapping[str, str] | None = None,
     ) -> None:
-        """only_prompt: only information about the prompts is wanted, and no token of an answer."""
+        """only_prompt: only information about the prompts is wanted, and no token of an answer. names: what the client
+        calls some of the fields that errors name."""
         self._only_prompt = only_prompt
+        self._names = names or {}
         self._model = model
         self._wanted = list(zip(prompts, params, strict=True))
         self._make = partial(
@@ -59,7 +62,7 @@ class Answers:
             first, http = 0, HTTP_REQUEST.get()
             for number, (prompt, params) in enumerate(self._wanted):
                 shape = await self._model.encoder.shape(prompt, self._model.scheduler.digest_block_size)
-                with naming(number, len(self._wanted)):
+                with renamed(self._names), naming(number, len(self._wanted)):
                     request = self._begin(http, number, prompt, params, shape)
                 self._requests.append(request)
                 self._pumps.append(asyncio.create_task(self._pump(first, request)))
@@ -110,7 +113,7 @@ class Answers:
                 if self._news:
                     await self._taken.wait()
         except Exception as error:  # from the engines; whoever waits for news is to get it
-            self._error = self._error or error
+            self._error = self._error or in_names_of_client(error, self._names)
         finally:
             self._num_running -= 1
             self._on_change()

@@ -31,7 +31,7 @@ from hbserve_rpc.plain_values import plain_text
 NAMES = {
     "stop": "stop_sequences",
     "response_format": "output_config.format",
-    "structured_outputs": "output_config.format",
+    "response_format.json_schema": "output_config.format",
     "reasoning_effort": "output_config.effort",
 }
 TEXT = {"text": "text"}

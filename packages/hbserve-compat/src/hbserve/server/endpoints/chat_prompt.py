@@ -11,7 +11,7 @@ from hbserve.server.chat.reasoning import END, ReasoningSplit, thinking_has_begu
 from hbserve.server.chat.tool_calls import format_of
 from hbserve.server.fields.request_fields import ChatBody
 from hbserve.server.fields.sampling import sampling_params
-from hbserve.server.fields.structured_outputs import structured_outputs
+from hbserve.server.fields.structured_outputs import grammar_names, structured_outputs
 from hbserve.server.http.api_error import ApiError, renamed
 from hbserve.server.service import ServedModel, Service
 from hbserve_rpc import SamplingParams
@@ -26,6 +26,8 @@ class ChatPrompt:
     params: SamplingParams
     make_parts: Callable[[], MessageParts]
     """A new reader, for one answer."""
+    names: dict[str, str]
+    """Fields of which errors speak, and what a chat's client calls them."""
 
 
 def _template_settings(service: Service, model: ServedModel, body: ChatBody) -> dict[str, Any]:
@@ -67,7 +69,11 @@ async def chat_prompt(
     beginning = tools.beginning or (f"\n{END}\n\n" if is_structured and has_begun else "")
     if beginning:
         prompt = prompt + await model.encoder.text(beginning, add_special_tokens=False)
-    with renamed({} if body.max_completion_tokens is None else {"max_tokens": "max_completion_tokens"}):
+    of_tools = {"structured_outputs.grammar": "tools", "structured_outputs": "tools"}
+    names = of_tools if tools.grammar else grammar_names(body)
+    if body.max_completion_tokens is not None:
+        names["max_tokens"] = "max_completion_tokens"
+    with renamed(names):
         params = sampling_params(body, model.room_for(prompt), grammar or tools.grammar, model.defaults)
 
     def make_parts() -> MessageParts:
@@ -75,4 +81,4 @@ async def chat_prompt(
             return tools.reader()
         return ReasoningSplit(tools.reader(), has_begun=has_begun, is_shown=body.include_reasoning is not False)
 
-    return ChatPrompt(prompt, params, make_parts)
+    return ChatPrompt(prompt, params, make_parts, names)

@@ -23,8 +23,8 @@ from hbserve.server.fields.request_fields import (
     require_served,
 )
 from hbserve.server.fields.sampling import COMPLETION_MAX_TOKENS, is_only_prompt, num_choices, sampling_params
-from hbserve.server.fields.structured_outputs import structured_outputs
-from hbserve.server.http.api_error import ApiError
+from hbserve.server.fields.structured_outputs import grammar_names, structured_outputs
+from hbserve.server.http.api_error import ApiError, renamed
 from hbserve.server.http.direct_body import direct_body
 from hbserve.server.http.request_body import converted, ignored_fields, ignored_header, read_object
 from hbserve.server.service import ServedModel, Service
@@ -70,14 +70,16 @@ async def _complete(
 ) -> None:
     prompts, echoed = await _read_prompts(model, body)
     n = num_choices(body, len(prompts))
-    params = [sampling_params(body, COMPLETION_MAX_TOKENS, structured_outputs(body), model.defaults)] * len(prompts)
+    names = grammar_names(body)
+    with renamed(names):
+        params = [sampling_params(body, COMPLETION_MAX_TOKENS, structured_outputs(body), model.defaults)] * len(prompts)
     choices = CompletionChoices(
         _names(model, body),
         body,
         [each for each in prompts for _ in range(n)],
         [each for each in echoed for _ in range(n)],
     )
-    await _answer(reply, service, model, body, head, choices, prompts, params, n)
+    await _answer(reply, model, body, head, choices, prompts, params, names)
 
 
 async def _read_prompts(model: ServedModel, body: CompletionBody) -> tuple[list[tuple[int, ...]], list[str]]:
@@ -112,25 +114,28 @@ async def _chat(reply: Reply, service: Service, model: ServedModel, body: ChatBo
         with_token_ids=bool(body.return_token_ids),
         num_top_logprobs=body.top_logprobs or 0,
     )
-    await _answer(reply, service, model, body, head, choices, [prompt.token_ids], [prompt.params], n)
+    await _answer(reply, model, body, head, choices, [prompt.token_ids], [prompt.params], prompt.names)
 
 
 async def _answer(
     reply: Reply,
-    service: Service,
     model: ServedModel,
     body: SamplingFields,
     head: dict[str, Any],
     choices: Choices,
     prompts: list[tuple[int, ...]],
     params: list[SamplingParams],
-    n: int,
+    names: dict[str, str],
 ) -> None:
-    """Answer each prompt `n` times, in chunks or whole."""
+    """Answer each prompt as often as its `params` say, in chunks or whole; errors call fields by these names."""
     if body.stream_options is not None and not body.stream:
         raise ApiError(400, "stream_options: only with stream=true", param="stream_options")
-    rendering = Rendering(choices, body, head, [prompt for prompt in prompts for _ in range(n)])
+    rendering = Rendering(
+        choices, body, head, [prompt for prompt, each in zip(prompts, params, strict=True) for _ in range(each.n)]
+    )
     skip = body.skip_special_tokens is not False
     only_prompt = isinstance(body, CompletionBody) and is_only_prompt(body)
-    async with Answers(model, prompts, params, skip_special_tokens=skip, only_prompt=only_prompt) as answers:
+    async with Answers(
+        model, prompts, params, skip_special_tokens=skip, only_prompt=only_prompt, names=names
+    ) as answers:
         await reply.answer(answers, rendering, streamed=bool(body.stream))

@@ -28,7 +28,7 @@ NAMES = {
     "messages": "input",
     "max_tokens": "max_output_tokens",
     "response_format": "text.format",
-    "structured_outputs": "text.format",
+    "response_format.json_schema": "text.format",
     "reasoning_effort": "reasoning.effort",
 }
 TEXT = {"input_text": "text", "output_text": "text", "text": "text", "refusal": "refusal"}

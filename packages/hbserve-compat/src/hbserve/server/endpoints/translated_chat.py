@@ -40,9 +40,15 @@ class TranslatedChat:
         """Send the answer, in a format that is made of the prompt and a reader. Raises as `prompt`, or what ends it."""
         prompt = await self.prompt(service, model)
         answer_format = make_format(prompt.token_ids, prompt.make_parts())
-        with renamed(self.names):
-            async with Answers(model, [prompt.token_ids], [prompt.params]) as answers:
-                await reply.answer(answers, answer_format, streamed=bool(self.body.stream))
+        names = {name: _translated(other, self.names) for name, other in prompt.names.items()}
+        async with Answers(model, [prompt.token_ids], [prompt.params], names={**self.names, **names}) as answers:
+            await reply.answer(answers, answer_format, streamed=bool(self.body.stream))
+
+
+def _translated(path: str, names: Mapping[str, str]) -> str:
+    """What a client calls a field of a chat, or a part of one."""
+    known = next((each for each in sorted(names, reverse=True) if f"{path}.".startswith(f"{each}.")), None)
+    return path if known is None else names[known] + path.removeprefix(known)
 
 
 class ChatHistory:

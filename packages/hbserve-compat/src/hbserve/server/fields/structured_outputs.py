@@ -3,7 +3,7 @@
 from typing import Any
 
 from hbserve.server.fields.request_fields import SamplingFields
-from hbserve.server.http.api_error import ApiError
+from hbserve.server.http.api_error import ApiError, renamed
 from hbserve_rpc import StructuredOutputsParams
 from hbserve_rpc.plain_values import shown
 from hbserve_rpc.structured_outputs import plain_structured_outputs
@@ -22,7 +22,19 @@ def structured_outputs(body: SamplingFields) -> StructuredOutputsParams | None:
     if body.structured_outputs is not None:
         problem = "response_format: there are structured_outputs too; expected one of them"
         raise ApiError(400, problem, param="response_format")
-    return StructuredOutputsParams(**given)
+    with renamed(grammar_names(body)):
+        return StructuredOutputsParams(**given)
+
+
+def grammar_names(body: SamplingFields) -> dict[str, str]:
+    """What a client that sent `response_format` calls the parts of `structured_outputs`, as which instances know it."""
+    if body.structured_outputs is not None or body.response_format is None:
+        return {}
+    return {
+        "structured_outputs.json": "response_format.json_schema.schema",
+        "structured_outputs.json_object": "response_format",
+        "structured_outputs": "response_format",
+    }
 
 
 def _of_response_format(wanted: Any) -> dict[str, Any] | None:

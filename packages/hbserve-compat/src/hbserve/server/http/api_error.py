@@ -81,21 +81,30 @@ def path_of(scope: Scope) -> str:
 
 @contextmanager
 def renamed(names: Mapping[str, str]) -> Iterator[None]:
-    """Errors of a request that was translated name the fields that the client has sent.
-
-    Raises:
-        ApiError: in place of an error that names one of `names`.
-    """
+    """Errors name the fields as the client has sent them: raises what `in_names_of_client` makes of each."""
     try:
         yield
     except Exception as error:
-        known = as_api_error(error)
-        if known is None or known.param is None or known.param not in names:
+        told = in_names_of_client(error, names)
+        if told is error:
             raise
-        name, message = names[known.param], known.message
-        if message.startswith(known.param):
-            message = name + message.removeprefix(known.param)
-        raise ApiError(known.status, message, param=name, code=known.code, headers=known.headers) from error
+        raise told from error
+
+
+def in_names_of_client(error: Exception, names: Mapping[str, str]) -> Exception:
+    """The same error in the words of a client that has other `names` for some fields, or for parts of them, such as
+    `field.part`; the error itself if it has none of them."""
+    known = as_api_error(error)
+    if known is None or not names:
+        return error
+    words = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
+    # What a client has sent is shown in quotes. Later than at its beginning, a message has prose: fields look different.
+    found = re.compile(rf"(?<![\w.\"'])({words})(?![\w\[])")
+    message = found.sub(lambda at: names[at[1]] if at.start() == 0 or "_" in at[1] else at[1], known.message)
+    param = known.param and found.sub(lambda at: names[at[1]] if at.start() == 0 else at[1], known.param)
+    if (message, param) == (known.message, known.param):
+        return error
+    return ApiError(known.status, message, param=param, code=known.code, headers=known.headers)
 
 
 def try_again(message: str, after_s: float = RETRY_AFTER_S, *, code: str = "overloaded") -> ApiError:
