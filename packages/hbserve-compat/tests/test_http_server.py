@@ -104,6 +104,24 @@ async def test_what_is_written_is_sent_at_once(serve, api_servers):
         assert its_socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_client_of_http_1_0_gets_no_chunks_and_its_answer_ends_with_the_connection(serve, stream):
+    content = json.dumps({"prompt": "hi", "stream": stream}).encode()
+    async with serve() as http:
+        reader, writer = await asyncio.open_connection("127.0.0.1", http.bound_socket.getsockname()[1])
+        writer.write(b"POST /v1/completions HTTP/1.0\r\ncontent-length: %d\r\n\r\n%b" % (len(content), content))
+        head, _, body = (await asyncio.wait_for(reader.read(), 60)).partition(b"\r\n\r\n")
+        writer.close()
+    assert b"transfer-encoding" not in head
+    assert b"connection: close" in head
+    assert (b"content-length" in head) != stream
+    if stream:
+        assert body.startswith(b"data: {")
+        assert body.endswith(b"\n\ndata: [DONE]\n\n")
+    else:
+        assert json.loads(body)["choices"][0]["text"] == "a"
+
+
 async def test_a_request_that_has_come_as_the_server_stops_is_not_left_without_an_end(serve):
     async with serve() as http:
         reader, writer = await asyncio.open_connection("127.0.0.1", http.bound_socket.getsockname()[1])

@@ -85,7 +85,10 @@ class Connection(HttpToolsProtocol):
         self._cycles = [each for each in self._cycles if not each.response_complete]
         if self.cycle is not None and self.cycle.scope is self.scope:  # its task has not begun
             self._cycles.append(self.cycle)
-            self.scope["extensions"] = {EXTENSION: {"body": DirectBody(self.cycle)}}
+            if self.scope["http_version"] == "1.0":
+                _send_without_chunks(self.cycle)
+            else:
+                self.scope["extensions"] = {EXTENSION: {"body": DirectBody(self.cycle)}}
 
     def on_body(self, body: bytes) -> None:
         self.num_unbounded = 0
@@ -95,6 +98,22 @@ class Connection(HttpToolsProtocol):
         self.is_whole = True
         self.num_unbounded = 0
         super().on_message_complete()
+
+
+def _send_without_chunks(cycle: RequestResponseCycle) -> None:
+    """Send to a client of HTTP/1.0, which knows no chunks: a body whose length is not told ends with the connection."""
+    send, has_length = cycle.send, True
+
+    async def send_as_it_is(message: Any) -> None:
+        nonlocal has_length
+        if message["type"] == "http.response.start":
+            has_length = any(name.lower() == b"content-length" for name, _ in message["headers"])
+            cycle.chunked_encoding = None if has_length else False
+        elif not has_length:
+            cycle.expected_content_length = len(message.get("body", b""))
+        await send(message)
+
+    cycle.send = send_as_it_is  # type: ignore[method-assign]
 
 
 class _LeavingTransport:
