@@ -38,6 +38,7 @@ async def test_a_message_has_thinking_text_and_tool_use_as_blocks(server):
         "usage": {
             "input_tokens": num_prompt - 7, "cache_read_input_tokens": 7, "cache_creation_input_tokens": 0,
             "output_tokens": num_output,
+            "output_tokens_details": {"thinking_tokens": len("<think>\nhm, f</think>\n\nSo")},
         },
     }  # fmt: skip
 
@@ -133,6 +134,17 @@ async def test_parameters_arrive_and_fields_without_effect_are_named(server):
     (call,) = answer["content"]
     assert call["input"] == {"arguments": "odd"}, "what is no JSON object is not lost"
     assert (await ask(server, tools=[TOOL], tool_choice={"type": "none"})).json()["content"][0]["type"] == "text"
+
+
+async def test_the_template_is_told_what_a_request_says_and_thinking_goes_before_it(server):
+    for more, said in (
+        ({"chat_template_kwargs": {"enable_thinking": "maybe"}}, "maybe"),
+        ({"chat_template_kwargs": {"enable_thinking": "maybe"}, "thinking": {"type": "disabled"}}, "False"),
+        ({"output_config": {"effort": "high"}}, "True"),
+        ({"output_config": {"effort": "high"}, "thinking": {"type": "disabled"}}, "False"),
+    ):
+        assert (await ask(server, **more)).status_code == 200
+        assert server.prompt.endswith(said)
 
 
 def error_of(response, status):

@@ -133,7 +133,7 @@ async def test_a_conversation_is_items_of_which_several_are_one_message(server):
     assert response.status_code == 200, response.text
     assert server.prompt == (
         "low<system>[be brief]<user>[hi]<assistant>hm[wait]f(1)g(2)<tool>[3]<tool>[4]<assistant>so[]f()"
-        "<assistant>[good]<user>[bye]"
+        "<assistant>[good]<user>[bye]True"
     )
 
 
@@ -147,8 +147,43 @@ async def test_parameters_arrive_and_fields_without_effect_are_named(server):
     assert server.prompt.endswith('<tool_call>\n{"name": "f", "arguments": ')
 
 
+async def test_the_tokens_of_an_input_are_counted_as_its_answer_counts_them(server):
+    body = {"input": "hi", "instructions": "be brief", "tools": [TOOL]}
+    counted = await server.post("/v1/responses/input_tokens", **body, odd=1)
+    usage = (await server.post("/v1/responses", **body)).json()["usage"]
+    assert counted.json() == {"object": "response.input_tokens", "input_tokens": usage["input_tokens"]}
+    assert counted.headers["x-hbserve-ignored"] == "odd"
+    for wrong, param in (({"conversation": "x"}, "conversation"), ({"messages": []}, "messages")):
+        refused = await server.post(
+            "/v1/responses/input_tokens", input="hi" if "messages" not in wrong else None, **wrong
+        )
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, param)
+
+
+async def test_extensions_are_those_of_a_chat(server):
+    sampling = {
+        "top_k": 3, "min_p": 0.25, "seed": 4, "stop": ["x"], "include_stop_str_in_output": True, "ignore_eos": True,
+        "presence_penalty": 0.5, "frequency_penalty": 0.75, "repetition_penalty": 1.25,
+    }  # fmt: skip
+    response = await ask(server, **sampling, logit_bias={"5": 1}, chat_template_kwargs={"enable_thinking": "maybe"})
+    assert response.status_code == 200, response.text
+    assert "x-hbserve-ignored" not in response.headers
+    params = server.scheduler.asked[0][1]
+    assert {name: getattr(params, name) for name in sampling} == sampling
+    assert params.logit_bias == {5: 1.0}
+    assert server.prompt.endswith("maybe")
+    await ask(server, structured_outputs={"regex": "a+"})
+    assert server.scheduler.asked[-1][1].structured_outputs.regex == "a+"
+    both = await ask(server, structured_outputs={"regex": "a+"}, text={"format": {"type": "json_object"}})
+    assert (both.status_code, both.json()["error"]["param"]) == (400, "text.format")
+    server.answers("a</s>b")
+    for skip, text in ((True, "ab"), (False, "a</s>b")):
+        answer = (await ask(server, skip_special_tokens=skip)).json()
+        assert answer["output"][-1]["content"][0]["text"] == text
+
+
 NEUTRAL = {name: [None, *values] for name, values in NOT_SERVED.items()}
-WRONG = {"store": True, "background": True, "truncation": "auto", "max_tool_calls": 1}
+WRONG = {"store": True, "background": True, "truncation": "auto", "max_tool_calls": 1, "enable_response_messages": True}
 
 
 @pytest.mark.parametrize("name", NOT_SERVED)

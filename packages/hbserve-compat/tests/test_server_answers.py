@@ -273,6 +273,19 @@ async def test_prompt_logprobs_are_of_each_token_of_the_prompt(server):
     assert [choice["logprobs"] for choice in answer["choices"]] == [None, None]
 
 
+@pytest.mark.parametrize("n", [1, 2])
+async def test_prompt_logprobs_of_a_chat_are_told_once_beside_its_choices(server, n):
+    name = str(server.tokenizer.encode("i")[0])
+    answer = (await server.chat(prompt_logprobs=0, n=n)).json()
+    first, *others = answer["prompt_logprobs"]
+    assert (first, len(others)) == (None, len("user>hi"))
+    assert others[-1] == {name: {"logprob": -1.0 - len("user>hi"), "decoded_token": "i"}}
+    chunks = chunks_of(await server.chat(prompt_logprobs=0, n=n, stream=True))
+    assert [chunk["prompt_logprobs"] for chunk in chunks if "prompt_logprobs" in chunk] == [[None, *others]]
+    assert text_of(chunks) == "Hello wörld"
+    assert "prompt_logprobs" not in (await server.chat(n=n)).json()
+
+
 async def test_echo_repeats_the_prompt_as_text(server):
     answer = (await server.complete(prompt=["hi ", server.tokenizer.encode("ho ")], echo=True)).json()
     assert [choice["text"] for choice in answer["choices"]] == ["hi Hello wörld", "ho Hello wörld"]

@@ -144,6 +144,7 @@ OTHER_NAMES = [
     ("/v1/responses", {}, "messages", "input"),
     ("/v1/messages", {"messages": MESSAGES, "max_tokens": 4}, "stop", "stop_sequences"),
     ("/v1/messages", {"messages": MESSAGES}, "max_completion_tokens", "max_tokens"),
+    ("/v1/messages", {"messages": MESSAGES, "max_tokens": 4}, "output_format", "output_config.format"),
 ]
 
 

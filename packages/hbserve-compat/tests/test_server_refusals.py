@@ -120,6 +120,11 @@ CHATS = {
         "messages[0].content[0].text",
         "messages[0].content[0].text=None: expected a string",
     ),
+    "a call by its older name": (
+        [{"role": "assistant", "function_call": {"name": "f", "arguments": "{}"}}],
+        "messages[0].function_call",
+        "messages[0].function_call={'name': 'f', 'arguments': '{}'}: is called tool_calls here",
+    ),
     "half a character": ([{"role": "user", "content": "\ud83d"}], None, ""),
 }
 

@@ -152,9 +152,7 @@ class SamplingParams(msgspec.Struct):
         self.structured_outputs = plain_structured_outputs(self.structured_outputs)
         for name in ("stop", "stop_token_ids"):
             if self.structured_outputs is not None and (given := getattr(self, name)):
-                raise InvalidRequest(
-                    f"{name}={shown(given)}: not with structured_outputs, whose grammar says where it ends"
-                )
+                raise InvalidRequest(f"{name}={shown(given)}: not with structured_outputs, whose grammar ends it")
         self.n = plain_int("n", self.n, 1, MAX_CHOICES)
         self.priority = plain_int("priority", self.priority, -MOST_PRIORITY, MOST_PRIORITY)
         if self.timeout_s is not None:

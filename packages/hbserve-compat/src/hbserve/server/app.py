@@ -10,14 +10,14 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 
-from hbserve.server.endpoints.anthropic_messages import count_tokens, messages
+from hbserve.server.endpoints.anthropic_messages import count_message_tokens, messages
 from hbserve.server.endpoints.debugging import show_trace, show_view
 from hbserve.server.endpoints.generating import chat_completions, completions
 from hbserve.server.endpoints.metrics import show_metrics
 from hbserve.server.endpoints.models import list_models, retrieve_model
 from hbserve.server.endpoints.openapi import show_openapi
 from hbserve.server.endpoints.probes import health, ping, show_version
-from hbserve.server.endpoints.responses import responses
+from hbserve.server.endpoints.responses import count_input_tokens, responses
 from hbserve.server.endpoints.tokenizing import detokenize, tokenize, tokenizer_info
 from hbserve.server.http.api_error import ApiError, as_api_error, path_of
 from hbserve.server.http.api_keys import ApiKeys, RequireApiKey, are_asked_for
@@ -34,8 +34,9 @@ ROUTES = [
     Route("/v1/completions", completions, methods=["POST"]),
     Route("/v1/chat/completions", chat_completions, methods=["POST"]),
     Route("/v1/responses", responses, methods=["POST"]),
+    Route("/v1/responses/input_tokens", count_input_tokens, methods=["POST"]),
     Route("/v1/messages", messages, methods=["POST"]),
-    Route("/v1/messages/count_tokens", count_tokens, methods=["POST"]),
+    Route("/v1/messages/count_tokens", count_message_tokens, methods=["POST"]),
     Route("/tokenize", tokenize, methods=["POST"]),
     Route("/detokenize", detokenize, methods=["POST"]),
     Route("/tokenizer_info", tokenizer_info),

@@ -4,8 +4,9 @@ from collections.abc import Callable
 from typing import Any
 
 from hbserve.results import GenerationDelta
-from hbserve.server.answers.logprobs import TokenNames, of_chat
+from hbserve.server.answers.logprobs import TokenNames, of_chat, of_prompt
 from hbserve.server.chat.message_parts import MessageParts, PlainText, merged
+from hbserve.server.chat.reasoning import ReasoningSplit
 
 
 class ChatChoices:
@@ -34,6 +35,7 @@ class ChatChoices:
         self._token_ids: list[list[int]] = [[] for _ in range(num_choices)]
         self._reasons: list[str | None] = [None] * num_choices
         self._stop_reasons: list[str | int | None] = [None] * num_choices
+        self._num_reasoning = [0] * num_choices
 
     def opening(self, index: int) -> list[dict[str, Any]]:
         more = {"prompt_token_ids": self._prompt, "token_ids": []} if self._with_token_ids else {}
@@ -54,7 +56,9 @@ class ChatChoices:
             new = of_chat(self._names, delta["token_ids"], delta["logprobs"], self._num_top_logprobs)
             self._logprobs[index] += new
             more["logprobs"] = {"content": new}
-        if not found and (reason or more):
+        if isinstance(parts, ReasoningSplit):
+            self._num_reasoning[index] += parts.num_reasoning(delta["token_ids"])
+        if not found and (reason or more or delta["prompt_logprobs"] is not None):
             found = [{}]
         last = len(found) - 1
         return [
@@ -62,9 +66,17 @@ class ChatChoices:
             for place, each in enumerate(found)
         ]
 
+    def beside(self, index: int, delta: GenerationDelta) -> dict[str, Any]:
+        found = delta["prompt_logprobs"] if index == 0 else None
+        return {} if found is None else {"prompt_logprobs": of_prompt(self._names, found)}
+
+    def num_reasoning(self) -> int | None:
+        return sum(self._num_reasoning) if isinstance(self._parts[0], ReasoningSplit) else None
+
     def is_bare(self, index: int, delta: GenerationDelta) -> bool:
         is_plain = isinstance(self._parts[index], PlainText) and not self._with_token_ids
-        return is_plain and not delta["finish_reason"] and not delta["logprobs"]
+        has_more = delta["finish_reason"] or delta["logprobs"] or delta["prompt_logprobs"] is not None
+        return is_plain and not has_more
 
     def bare(self, index: int, text: str) -> dict[str, Any]:
         return self._chunk(index, {"content": text}, None, {})

@@ -62,6 +62,12 @@ class CompletionChoices:
             more["logprobs"] = self._logprobs[index].add([token for token, _ in scored], [found for _, found in scored])
         return [self._choice(index, text, reason, more)] if text or reason or more else []
 
+    def beside(self, index: int, delta: GenerationDelta) -> dict[str, Any]:
+        return {}  # as in vLLM, each choice has what is known of its prompt
+
+    def num_reasoning(self) -> int | None:
+        return None
+
     def is_bare(self, index: int, delta: GenerationDelta) -> bool:
         has_more = delta["finish_reason"] or delta["logprobs"] or delta["prompt_logprobs"] is not None
         return not has_more and not self._with_token_ids

@@ -30,6 +30,12 @@ class Choices(Protocol):
     def chunk(self, index: int, delta: GenerationDelta) -> list[dict[str, Any]]:
         """A choice's next chunks."""
 
+    def beside(self, index: int, delta: GenerationDelta) -> dict[str, Any]:
+        """Fields of the answer, beside its choices, that are known with this chunk of one."""
+
+    def num_reasoning(self) -> int | None:
+        """Tokens of reasoning so far; None: there is no such thing."""
+
     def is_bare(self, index: int, delta: GenerationDelta) -> bool:
         """Whether a choice's next chunk has only text: then its chunk need not be built."""
 
@@ -56,6 +62,7 @@ class Rendering:
         self._firsts = [i for i, each in enumerate(prompts) if i == 0 or each is not prompts[i - 1]]
         """The first choice of each prompt."""
         self._num_output = 0
+        self._beside: dict[str, Any] = {}
         self._timings: dict[int, Timings] = {}
         start = msgspec.json.encode({**head, "object": choices.chunk_name})[:-1]
         self._start = b"data: " + start + b',"choices":['
@@ -84,8 +91,9 @@ class Rendering:
         if self._around_text and self._choices.is_bare(index, delta):
             before, behind = self._around_text[index]
             return before + msgspec.json.encode(delta["text"]) + behind if delta["text"] else b""
-        more = self.metrics() if delta["timings"] is not None else {}
-        return b"".join([self._event(each, more) for each in self._choices.chunk(index, delta)])
+        more = self._choices.beside(index, delta) | (self.metrics() if delta["timings"] is not None else {})
+        found = self._choices.chunk(index, delta)
+        return b"".join([self._event(each, more if each is found[-1] else None) for each in found])
 
     def _event(self, choice: dict[str, Any], more: dict[str, Any] | None = None) -> bytes:
         if self._has_usage:
@@ -115,12 +123,13 @@ class Rendering:
         """Like `chunks`, for a client that wants the whole answer at the end."""
         for index, delta in news:
             self._count(index, delta)
+            self._beside |= self._choices.beside(index, delta)
             self._choices.chunk(index, delta)
 
     def whole(self) -> dict[str, Any]:
         choices = [self._choices.whole(index) for index in range(len(self._prompts))]
         head = {**self._head, "object": self._choices.object_name}
-        return {**head, "choices": choices, "usage": self.usage(), **self.metrics()}
+        return {**head, "choices": choices, "usage": self.usage(), **self._beside, **self.metrics()}
 
     # ---- figures -------------------------------------------------------------------------------------------------
 
@@ -133,11 +142,13 @@ class Rendering:
         """Tokens so far. The number of cached ones is known for prompts whose answers have ended."""
         num_prompt = sum(len(self._prompts[index]) for index in self._firsts)
         cached = sum(self._timings[index]["num_cached_tokens"] for index in self._firsts if index in self._timings)
+        reasoning = self._choices.num_reasoning()
         return {
             "prompt_tokens": num_prompt,
             "completion_tokens": self._num_output,
             "total_tokens": num_prompt + self._num_output,
             "prompt_tokens_details": {"cached_tokens": cached},
+            **({} if reasoning is None else {"completion_tokens_details": {"reasoning_tokens": reasoning}}),
         }
 
     def metrics(self) -> dict[str, Any]:

@@ -40,6 +40,9 @@ def _plain(path: str, message: dict[str, Any]) -> dict[str, Any]:
         names = ", ".join(sorted(name for name, value in message.items() if value is not None)[:16])
         raise ApiError(400, f"{path}: has no content, but {shown(names)}; expected a text", param=f"{path}.content")
     plain = {name: value for name, value in message.items() if value is not None}
+    if "function_call" in plain:  # no template knows it
+        given = shown(plain["function_call"])
+        raise ApiError(400, f"{path}.function_call={given}: is called tool_calls here", param=f"{path}.function_call")
     plain["role"] = "system" if role == "developer" else role
     plain["content"] = _text(f"{path}.content", message.get("content"))
     for name, other in (("reasoning", "reasoning_content"), ("reasoning_content", "reasoning")):

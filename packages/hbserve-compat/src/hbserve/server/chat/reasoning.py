@@ -10,9 +10,16 @@ BEGIN, END = "<think>", "</think>"
 class ReasoningSplit:
     """An answer of which the reasoning is told apart; its other text is read by `rest`."""
 
-    def __init__(self, rest: MessageParts, *, has_begun: bool, is_shown: bool = True) -> None:
-        """`has_begun`: the prompt ends with <think>, as some templates have it; the model does not repeat that."""
+    def __init__(
+        self, rest: MessageParts, *, has_begun: bool, is_shown: bool = True, end_id: int | None = None
+    ) -> None:
+        """`has_begun`: the prompt ends with <think>, as some templates have it; the model does not repeat that.
+        `end_id`: the token that is </think>, if one is."""
         self._rest = rest
+        self._end_id = end_id
+        self._num_undecided = 0
+        """Tokens that are reasoning if what has come so far is its beginning."""
+        self._is_counted = False
         self._is_shown = is_shown
         self._search = TagSearch()
         self._state = "reasoning" if has_begun else "before"
@@ -38,6 +45,20 @@ class ReasoningSplit:
             deltas += self._rest.feed(text, final=final)
         return deltas
 
+    def num_reasoning(self, token_ids: list[int]) -> int:
+        """How many more tokens are known to be reasoning, of these, whose text `feed` has just had, and earlier ones.
+        Its tags are part of it."""
+        if self._state == "before":
+            self._num_undecided += len(token_ids)
+        if self._state in ("before", "plain") or self._is_counted:
+            return 0
+        self._is_counted = self._state == "after"
+        num_new = len(token_ids)
+        if self._is_counted and self._end_id in token_ids:  # others may have come with it
+            num_new = token_ids.index(self._end_id) + 1
+        undecided, self._num_undecided = self._num_undecided, 0
+        return undecided + num_new
+
     def _begin(self, text: str, final: bool) -> str:
         """Decide whether the answer begins with reasoning; returns the text that follows the decision."""
         self._space += text
@@ -62,6 +83,12 @@ class ReasoningSplit:
 
     def reason(self, reason: str | None) -> str | None:
         return self._rest.reason(reason)
+
+
+def end_token(tokenizer: Any) -> int | None:
+    """The token that ends reasoning; None: it is ended by several."""
+    ids = tokenizer.encode(END, add_special_tokens=False)
+    return ids[0] if len(ids) == 1 else None
 
 
 def thinking_has_begun(chat_template: str | None, tokenizer: Any, prompt: tuple[int, ...]) -> bool | None:

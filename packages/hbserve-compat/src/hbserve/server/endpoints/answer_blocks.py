@@ -10,6 +10,7 @@ from hbserve.results import GenerationDelta
 from hbserve.server.answers.answers import News
 from hbserve.server.answers.text_logprobs import TextLogprobs
 from hbserve.server.chat.message_parts import MessageParts
+from hbserve.server.chat.reasoning import ReasoningSplit
 
 
 @dataclass
@@ -100,8 +101,8 @@ class BlockFormat:
 
     def _count(self, delta: GenerationDelta) -> None:
         self._num_output += len(delta["token_ids"])
-        if [block.kind for block in self._blocks] == ["reasoning"]:
-            self._num_reasoning = self._num_output
+        if isinstance(self._parts, ReasoningSplit):
+            self._num_reasoning += self._parts.num_reasoning(delta["token_ids"])
         if delta["timings"] is not None:
             self._num_cached = delta["timings"]["num_cached_tokens"]
 

@@ -61,6 +61,7 @@ class MessageFormat(BlockFormat):
             "cache_read_input_tokens": self._num_cached,
             "cache_creation_input_tokens": 0,
             "output_tokens": self._num_output,
+            "output_tokens_details": {"thinking_tokens": self._num_reasoning},
         }
 
     def _events(self, change: Change) -> list[dict[str, Any]]:

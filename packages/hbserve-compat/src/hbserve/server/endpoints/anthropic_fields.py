@@ -11,6 +11,10 @@ NOT_SERVED: dict[str, tuple[Any, ...]] = {
     "container": (),
     "mcp_servers": ([],),
     "speed": ("standard",),
+    "compaction": (),
+    "thread": (),
+    "cache_salt": (),
+    "kv_transfer_params": (),
 }
 """Field: the values that it may have, beside null."""
 IGNORED = {
@@ -22,6 +26,9 @@ IGNORED = {
     "diagnostics": "there are none",
     "user_profile_id": "nothing is kept of a user",
     "workspace_id": "there is one",
+    "fallbacks": "no model declines",
+    "fallback_credit_token": "there is no bill",
+    "billing_policy": "there is no bill",
 }
 """Fields that clients are known to send, and that have no effect here; so has any other that is in no list."""
 
@@ -60,6 +67,8 @@ class CountTokensBody(RequestBody, frozen=True, kw_only=True):
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    """As of a chat: an extension of vLLM's."""
 
 
 class MessagesBody(CountTokensBody, frozen=True, kw_only=True):
@@ -73,6 +82,7 @@ class MessagesBody(CountTokensBody, frozen=True, kw_only=True):
         "max_new_tokens": "max_tokens",
         "stop": "stop_sequences",
         "response_format": "output_config.format",
+        "output_format": "output_config.format",
         "reasoning_effort": "output_config.effort",
         "instructions": "system",
         "input": "messages",
@@ -91,3 +101,7 @@ class MessagesBody(CountTokensBody, frozen=True, kw_only=True):
     container: Any = None
     mcp_servers: Any = None
     speed: str | None = None
+    compaction: Any = None
+    thread: Any = None
+    cache_salt: str | None = None
+    kv_transfer_params: Any = None

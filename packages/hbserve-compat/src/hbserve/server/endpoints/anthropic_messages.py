@@ -3,7 +3,6 @@
 from functools import partial
 from typing import Any
 
-import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -14,6 +13,7 @@ from hbserve.server.endpoints.generating import endpoint
 from hbserve.server.endpoints.translated_chat import (
     ChatHistory,
     TranslatedChat,
+    count_tokens,
     named_function,
     new_tool_call,
     offered_function,
@@ -24,7 +24,6 @@ from hbserve.server.endpoints.translated_chat import (
 )
 from hbserve.server.fields.request_fields import ChatBody
 from hbserve.server.http.api_error import ApiError
-from hbserve.server.http.request_body import converted, ignored_fields, ignored_header, read_object
 from hbserve.server.service import ServedModel, Service
 from hbserve_rpc.plain_values import plain_text
 
@@ -44,15 +43,8 @@ async def messages(request: Request) -> Watched:
     return await endpoint(request, MessagesBody, _answer)
 
 
-async def count_tokens(request: Request) -> Response:
-    service: Service = request.app.state.service
-    content = await read_object(request, service.max_body_bytes)
-    model, body = service.require_model(), converted(content, CountTokensBody)
-    model.name_for(body.model)
-    prompt = await _as_chat(body).prompt(service, model)
-    counted = msgspec.json.encode({"input_tokens": len(prompt.token_ids)})
-    headers = ignored_header(ignored_fields(content, MessagesBody))
-    return Response(counted, headers=headers, media_type="application/json")
+async def count_message_tokens(request: Request) -> Response:
+    return await count_tokens(request, CountTokensBody, _as_chat, {}, known=MessagesBody)
 
 
 async def _answer(reply: Reply, service: Service, model: ServedModel, body: MessagesBody, head: dict[str, Any]) -> None:
@@ -95,12 +87,17 @@ def _as_chat(body: CountTokensBody, **more: Any) -> TranslatedChat:
         response_format=_response_format(output.format) if output and output.format else None,
         reasoning_effort=output.effort if output else None,
         include_reasoning=not (thinking and thinking.display == "omitted"),
-        chat_template_kwargs=None
-        if thinking is None or thinking.type == "adaptive"
-        else {"enable_thinking": thinking.type == "enabled"},
+        chat_template_kwargs=_template_settings(body),
         **more,
     )
     return TranslatedChat(chat, history.paths, NAMES)
+
+
+def _template_settings(body: CountTokensBody) -> dict[str, Any]:
+    settings = dict(body.chat_template_kwargs or {})
+    if body.thinking is not None and body.thinking.type != "adaptive":
+        settings["enable_thinking"] = body.thinking.type == "enabled"
+    return settings
 
 
 def _choice(given: ToolChoice | None) -> str | dict[str, Any] | None:

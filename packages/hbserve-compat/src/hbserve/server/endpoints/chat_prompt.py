@@ -7,7 +7,7 @@ from typing import Any
 from hbserve.server.chat.chat_messages import plain_messages
 from hbserve.server.chat.chat_tools import chat_tools
 from hbserve.server.chat.message_parts import MessageParts
-from hbserve.server.chat.reasoning import END, ReasoningSplit, thinking_has_begun
+from hbserve.server.chat.reasoning import END, ReasoningSplit, end_token, thinking_has_begun
 from hbserve.server.chat.tool_calls import format_of
 from hbserve.server.fields.request_fields import ChatBody
 from hbserve.server.fields.sampling import sampling_params
@@ -45,6 +45,8 @@ def _template_settings(service: Service, model: ServedModel, body: ChatBody) -> 
         settings["documents"] = body.documents
     if body.reasoning_effort is not None:
         settings["reasoning_effort"] = body.reasoning_effort
+        if "enable_thinking" not in (body.chat_template_kwargs or {}):  # as templates of Qwen's kind call it
+            settings["enable_thinking"] = body.reasoning_effort != "none"
     return settings
 
 
@@ -79,6 +81,7 @@ async def chat_prompt(
     def make_parts() -> MessageParts:
         if has_begun is None or tools.beginning or is_structured:
             return tools.reader()
-        return ReasoningSplit(tools.reader(), has_begun=has_begun, is_shown=body.include_reasoning is not False)
+        is_shown, end_id = body.include_reasoning is not False, end_token(model.encoder.tokenizer)
+        return ReasoningSplit(tools.reader(), has_begun=has_begun, is_shown=is_shown, end_id=end_id)
 
     return ChatPrompt(prompt, params, make_parts, names)

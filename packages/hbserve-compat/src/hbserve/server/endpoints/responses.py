@@ -4,15 +4,17 @@ from functools import partial
 from typing import Any
 
 from starlette.requests import Request
+from starlette.responses import Response
 
 from hbserve.server.answers.answering import Reply, Watched
 from hbserve.server.answers.logprobs import TokenNames
 from hbserve.server.endpoints.generating import endpoint
 from hbserve.server.endpoints.response_events import ResponseFormat
-from hbserve.server.endpoints.responses_fields import INCLUDED, LOGPROBS, ResponsesBody, TextConfig
+from hbserve.server.endpoints.responses_fields import AS_IN_A_CHAT, INCLUDED, LOGPROBS, ResponsesBody, TextConfig
 from hbserve.server.endpoints.translated_chat import (
     ChatHistory,
     TranslatedChat,
+    count_tokens,
     named_function,
     new_tool_call,
     offered_function,
@@ -37,6 +39,10 @@ ROLES = ("user", "assistant", "system", "developer")
 
 async def responses(request: Request) -> Watched:
     return await endpoint(request, ResponsesBody, _respond)
+
+
+async def count_input_tokens(request: Request) -> Response:
+    return await count_tokens(request, ResponsesBody, _as_chat, {"object": "response.input_tokens"})
 
 
 async def _respond(
@@ -66,19 +72,13 @@ def _as_chat(body: ResponsesBody) -> TranslatedChat:
     ]
     chat = ChatBody(
         messages=history.messages,
-        stream=body.stream,
         max_tokens=body.max_output_tokens,
-        temperature=body.temperature,
-        top_p=body.top_p,
         logprobs=LOGPROBS in (body.include or []) or bool(body.top_logprobs),
-        top_logprobs=body.top_logprobs,
-        priority=body.priority,
-        timeout_s=body.timeout_s,
         tools=tools or None,
         tool_choice=choice,
-        parallel_tool_calls=body.parallel_tool_calls,
         response_format=_response_format(body.text),
         reasoning_effort=body.reasoning.effort if body.reasoning is not None else None,
+        **{name: getattr(body, name) for name in AS_IN_A_CHAT},
     )
     return TranslatedChat(chat, history.paths, NAMES)
 

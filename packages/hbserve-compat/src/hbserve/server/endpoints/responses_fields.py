@@ -18,6 +18,12 @@ NOT_SERVED: dict[str, tuple[Any, ...]] = {
     "moderation": (),
     "context_management": ([],),
     "image": (),
+    "access_programs": (),
+    "background_options": (),
+    "cache_salt": (),
+    "previous_response": (),
+    "previous_input_messages": (),
+    "enable_response_messages": (False,),
 }
 """Field: the values that it may have, beside null. Nothing is stored, so nothing can be referred to later."""
 IGNORED = {
@@ -31,6 +37,29 @@ IGNORED = {
     "prompt_cache_retention": "prefixes stay as long as there is room",
 }
 """Fields that clients are known to send, and that have no effect here; so has any other that is in no list."""
+AS_IN_A_CHAT = [
+    "stream",
+    "temperature",
+    "top_p",
+    "top_logprobs",
+    "parallel_tool_calls",
+    "priority",
+    "timeout_s",
+    "top_k",
+    "min_p",
+    "seed",
+    "stop",
+    "include_stop_str_in_output",
+    "ignore_eos",
+    "skip_special_tokens",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "logit_bias",
+    "structured_outputs",
+    "chat_template_kwargs",
+]
+"""Fields that are handed on under their own names."""
 LOGPROBS = "message.output_text.logprobs"
 INCLUDED = ["reasoning.encrypted_content", LOGPROBS]
 """What `include` may name. Clients that store nothing always name the first one; reasoning is there as text."""
@@ -84,6 +113,20 @@ class ResponsesBody(RequestBody, frozen=True, kw_only=True):
     priority: int | None = None
     timeout_s: float | None = None
     """Both as of a chat: an extension of ours."""
+    top_k: int | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[int, float] | None = None
+    structured_outputs: Any = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    """These, too, as of a chat: most of them as vLLM's extensions."""
     store: bool | None = None
     previous_response_id: Any = None
     conversation: Any = None
@@ -94,3 +137,9 @@ class ResponsesBody(RequestBody, frozen=True, kw_only=True):
     moderation: Any = None
     context_management: Any = None
     image: Any = None
+    access_programs: Any = None
+    background_options: Any = None
+    cache_salt: str | None = None
+    previous_response: Any = None
+    previous_input_messages: Any = None
+    enable_response_messages: bool | None = None

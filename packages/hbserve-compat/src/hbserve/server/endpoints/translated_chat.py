@@ -2,16 +2,23 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
 
 from hbserve.server.answers.answering import AnswerFormat, Reply
 from hbserve.server.answers.answers import Answers
 from hbserve.server.chat.message_parts import MessageParts
 from hbserve.server.endpoints.chat_prompt import ChatPrompt, chat_prompt
-from hbserve.server.fields.request_fields import ChatBody, require_served
+from hbserve.server.fields.request_fields import ChatBody, RequestBody, require_own_names, require_served
 from hbserve.server.http.api_error import ApiError, renamed
+from hbserve.server.http.request_body import converted, ignored_fields, ignored_header, read_object
 from hbserve.server.service import ServedModel, Service
 from hbserve_rpc.plain_values import plain_text, shown
+
+B = TypeVar("B", bound=RequestBody)
 
 
 @dataclass(frozen=True)
@@ -41,8 +48,32 @@ class TranslatedChat:
         prompt = await self.prompt(service, model)
         answer_format = make_format(prompt.token_ids, prompt.make_parts())
         names = {name: _translated(other, self.names) for name, other in prompt.names.items()}
-        async with Answers(model, [prompt.token_ids], [prompt.params], names={**self.names, **names}) as answers:
+        skip, names = self.body.skip_special_tokens is not False, {**self.names, **names}
+        async with Answers(
+            model, [prompt.token_ids], [prompt.params], skip_special_tokens=skip, names=names
+        ) as answers:
             await reply.answer(answers, answer_format, streamed=bool(self.body.stream))
+
+
+async def count_tokens(
+    request: Request,
+    kind: type[B],
+    as_chat: Callable[[B], TranslatedChat],
+    head: dict[str, Any],
+    known: type[RequestBody] | None = None,
+) -> Response:
+    """How many tokens the prompt of a body has. `known`: a kind whose fields may be there too, without effect."""
+    service: Service = request.app.state.service
+    content = await read_object(request, service.max_body_bytes)
+    model = service.require_model()
+    require_own_names(content, kind)
+    body = converted(content, kind)
+    require_served(body)
+    model.name_for(body.model)
+    prompt = await as_chat(body).prompt(service, model)
+    headers = ignored_header(ignored_fields(content, known or kind))
+    counted = msgspec.json.encode({**head, "input_tokens": len(prompt.token_ids)})
+    return Response(counted, headers=headers, media_type="application/json")
 
 
 def _translated(path: str, names: Mapping[str, str]) -> str:

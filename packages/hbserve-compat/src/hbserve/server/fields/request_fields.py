@@ -15,7 +15,6 @@ from hbserve_rpc import SamplingParams
 from hbserve_rpc.plain_values import shown
 
 NOT_SERVED: dict[str, tuple[Any, ...]] = {
-    "prompt_logprobs": (),
     "suffix": ("",),
     "use_beam_search": (False,),
     "length_penalty": (1.0,),
@@ -37,6 +36,12 @@ NOT_SERVED: dict[str, tuple[Any, ...]] = {
     "logprob_token_ids": (),
     "repetition_detection": (),
     "thinking_token_budget": (-1,),
+    "moderation": (),
+    "watermarking": (False,),
+    "return_prompt_text": (False,),
+    "ec_transfer_params": (),
+    "structural_tag": (),
+    "extra_body": ({},),
 }
 """Field: the values that it may have, beside null."""
 IGNORED = {
@@ -48,6 +53,16 @@ IGNORED = {
     "prompt_cache_key": "prefixes are found by their tokens",
     "verbosity": "templates know nothing of it",
     "request_id": "the header X-Request-Id is for that",
+    "session_id": "prefixes are found by their tokens",
+    "prompt_cache_options": "prefixes are found by their tokens",
+    "prompt_cache_retention": "prefixes stay as long as there is room",
+    "stream_interval": "tokens are sent as they come",
+    "spaces_between_special_tokens": "tokens have the spaces that are theirs",
+    "truncation_side": "nothing is truncated",
+    "mm_processor_kwargs": "prompts are text",
+    "media_io_kwargs": "prompts are text",
+    "guided_decoding_backend": "there is one",
+    "vllm_xargs": "they are for extensions of vLLM",
 }
 """Fields that clients are known to send, and that have no effect here; so has any other that is in no list."""
 
@@ -66,7 +81,7 @@ class RequestBody(msgspec.Struct, frozen=True, kw_only=True):
 
     id_prefix: ClassVar[str]
     """Of the ids of answers."""
-    not_served: ClassVar[Mapping[str, tuple[Any, ...]]]
+    not_served: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
     """As NOT_SERVED has it."""
     elsewhere: ClassVar[Mapping[str, str]] = {}
     """Names that other APIs have for one of these fields, which is what a request with one of them means."""
@@ -130,6 +145,11 @@ class SamplingFields(RequestBody, frozen=True, kw_only=True):
     logprob_token_ids: list[int] | None = None
     repetition_detection: Any = None
     thinking_token_budget: int | None = None
+    watermarking: bool | None = None
+    ec_transfer_params: Any = None
+    structural_tag: Any = None
+    extra_body: Any = None
+    """An argument of OpenAI's client for Python, whose content goes into the body itself."""
 
 
 class CompletionBody(SamplingFields, frozen=True, kw_only=True):
@@ -137,9 +157,7 @@ class CompletionBody(SamplingFields, frozen=True, kw_only=True):
 
     id_prefix: ClassVar[str] = "cmpl-"
     not_served: ClassVar[Mapping[str, tuple[Any, ...]]] = {
-        name: values
-        for name, values in NOT_SERVED.items()
-        if name not in ("echo", "prompt_logprobs", "add_special_tokens")
+        name: values for name, values in NOT_SERVED.items() if name not in ("echo", "add_special_tokens")
     }
     elsewhere: ClassVar[Mapping[str, str]] = {
         **SamplingFields.elsewhere,
@@ -182,6 +200,8 @@ class ChatBody(SamplingFields, frozen=True, kw_only=True):
     audio: Any = None
     prediction: Any = None
     web_search_options: Any = None
+    moderation: Any = None
+    return_prompt_text: bool | None = None
     chat_template: str | None = None
     documents: list[dict[str, Any]] | None = None
     """Handed to the chat template."""

@@ -98,7 +98,7 @@ def in_names_of_client(error: Exception, names: Mapping[str, str]) -> Exception:
     if known is None or not names:
         return error
     words = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
-    # What a client has sent is shown in quotes. Later than at its beginning, a message has prose: fields look different.
+    # What a client has sent is shown in quotes. Behind its beginning, a message has words that are no fields.
     found = re.compile(rf"(?<![\w.\"'])({words})(?![\w\[])")
     message = found.sub(lambda at: names[at[1]] if at.start() == 0 or "_" in at[1] else at[1], known.message)
     param = known.param and found.sub(lambda at: names[at[1]] if at.start() == 0 else at[1], known.param)
