@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from hbserve.server.chat.message_parts import MessageParts, PlainText, merged
 from hbserve.server.chat.reasoning import ReasoningSplit
-from hbserve.server.chat.tool_calls import HermesCalls, LlamaCalls, format_of
+from hbserve.server.chat.tool_calls import HermesCalls, LlamaCalls, XmlCalls, format_of
 from hbserve.text.tokenizer import load_tokenizer
 
 WEATHER = '{"name": "weather", "arguments": {"city": "Paris {\\"x\\"}", "days": [1, 2]}}'
@@ -37,6 +37,24 @@ def read(make: Callable[[], MessageParts], text: str, places: list[int] | None =
 
 def hermes(*calls: str) -> str:
     return "\n".join(f"<tool_call>\n{call}\n</tool_call>" for call in calls)
+
+
+CODER_TOOLS = [
+    {"type": "function", "function": {"name": "edit", "parameters": {"type": "object", "properties": {
+        "path": {"type": "string"}, "line": {"type": "integer"}, "all": {"type": "boolean"},
+        "to": {"type": ["string", "null"]}, "more": {"anyOf": [{"type": "array"}]}}}}},
+    {"type": "function", "function": {"name": "time"}},
+]  # fmt: skip
+
+
+def coder(name: str, **parameters: str) -> str:
+    """A call as Qwen3-Coder writes it."""
+    given = "".join(f"<parameter={name}>\n{value}\n</parameter>\n" for name, value in parameters.items())
+    return f"<tool_call>\n<function={name}>\n{given}</function>\n</tool_call>"
+
+
+def coder_calls(**more: Any) -> MessageParts:
+    return XmlCalls(tools=CODER_TOOLS, **more)
 
 
 CASES: dict[str, tuple[Callable[[], MessageParts], str, dict[str, Any]]] = {
@@ -65,6 +83,23 @@ CASES: dict[str, tuple[Callable[[], MessageParts], str, dict[str, Any]]] = {
     ),
     "Llama's text": (LlamaCalls, 'It is {"name": 5}.', {"content": 'It is {"name": 5}.'}),
     "Llama's JSON": (LlamaCalls, '{"answer": 5}', {"content": '{"answer": 5}'}),
+    "Qwen3-Coder's calls": (
+        coder_calls, "Now.\n" + coder("edit", path="a <b>\n", line="5", all="True") + "\n" + coder("time"),
+        {"content": "Now.",
+         "calls": [("edit", r'{"path": "a <b>\n", "line": 5, "all": true}'), ("time", "{}")]},
+    ),
+    "Qwen3-Coder's values, as their schemas say": (
+        coder_calls, coder("edit", path="5", line="five", to="None", more='["x"]', odd="7", obj='{"a": 1}'),
+        {"content": None, "calls": [("edit", '{"path": "5", "line": "five", "to": null, "more": ["x"], "odd": "7", '
+                                             '"obj": {"a":1}}')]},
+    ),
+    "Qwen3-Coder's call that is cut": (
+        coder_calls, coder("edit", line="5", path="abc")[:-50], {"content": None, "calls": [("edit", '{"line": 5')]},
+    ),
+    "Qwen3-Coder's one call of several": (
+        lambda: coder_calls(most_calls=1), coder("time") + coder("edit"), {"content": None, "calls": [("time", "{}")]},
+    ),
+    "no call of Qwen3-Coder": (coder_calls, hermes("nonsense"), {"content": "\nnonsense\n"}),
     "reasoning": (
         lambda: ReasoningSplit(PlainText(), has_begun=False),
         "\n<think>\nI think <b>.\n</think>\n\nYes </think>.",
@@ -105,10 +140,13 @@ def test_a_message_is_the_same_in_whatever_pieces_its_text_comes(case, places):
 HEAD = '{"name": "f", "arguments": '
 
 
-@given(st.lists(st.sampled_from(["<tool_call>", "</tool_call>", HEAD, "{", "}", '"', "a", "\\"])))
+XML = ["<function=time>", "<parameter=a>", "</parameter>", "</function>"]
+
+
+@given(st.lists(st.sampled_from(["<tool_call>", "</tool_call>", HEAD, "{", "}", '"', "a", "\\", *XML])))
 @example([HEAD, HEAD, "}", "<tool_call>", HEAD])  # what looks like a call after what is none
 def test_whatever_a_model_writes_becomes_a_message(pieces):
-    for make in (HermesCalls, LlamaCalls, lambda: ReasoningSplit(HermesCalls(), has_begun=True)):
+    for make in (HermesCalls, LlamaCalls, coder_calls, lambda: ReasoningSplit(HermesCalls(), has_begun=True)):
         whole, _ = read(make, "".join(pieces))
         cut, _ = read(make, "".join(pieces), list(range(len("".join(pieces)))))
         assert whole == cut
@@ -144,6 +182,19 @@ async def test_calls_are_streamed_with_their_arguments_as_these_come(small_model
     assert call["function"] == {"name": "weather", "arguments": '{"a": 5}'}
     prompts = [server.tokenizer.decode(prompt) for prompt, _ in server.scheduler.asked]
     assert prompts == ["weather time hi"] * 2
+
+
+async def test_a_template_of_qwen3_coder_has_its_calls_read_streamed_and_begun(small_model):
+    server = new_server(small_model, coder("edit", line="5"), template=HERMES + "{# <function=name> #}")
+    message = (await server.chat(tools=CODER_TOOLS)).json()["choices"][0]["message"]
+    assert message["tool_calls"][0]["function"] == {"name": "edit", "arguments": '{"line": 5}'}
+    server.answers("<parameter=line>\n5", "\n</parameter>\n", "</function>\n</tool_call>")
+    chosen = {"type": "function", "function": {"name": "edit"}}
+    chunks = chunks_of(await server.chat(tools=CODER_TOOLS, tool_choice=chosen, stream=True))
+    assert server.prompt.endswith("<tool_call>\n<function=edit>\n")
+    functions = [call["function"] for chunk in chunks for call in chunk["choices"][0]["delta"].get("tool_calls", [])]
+    assert functions == [{"name": "edit", "arguments": ""}, {"arguments": '{"line": 5'}, {"arguments": "}"}]
+    assert chunks[-1]["choices"][0]["finish_reason"] == "tool_calls"
 
 
 async def test_of_tools_that_must_not_be_called_nothing_is_said(small_model):
@@ -208,3 +259,49 @@ async def test_reasoning_is_a_field_of_its_own_by_both_of_its_names(small_model)
     assert json.dumps(deltas).count('"yes"') == 1
     hidden = await server.chat(include_reasoning=False, **begun)
     assert hidden.json()["choices"][0]["message"] == {"role": "assistant", "content": "yes"}
+
+
+@pytest.mark.parametrize("body", [{}, {"stream": True, "stream_options": {"include_usage": True}}])
+@pytest.mark.parametrize(
+    ("steps", "num_reasoning"),
+    [
+        (["<thi", "nk>h", "m</think>", "yes"], len("<think>hm</think>")),
+        (["<think>hm"], len("<think>hm")),
+        (["<think>hm</think>", "yes </think>"], len("<think>hm</think>")),
+        (["<", "b>hm"], 0),
+        (["<thi"], 0),
+    ],
+)
+async def test_usage_says_how_many_tokens_were_reasoning_shown_or_not(small_model, steps, num_reasoning, body):
+    server = new_server(small_model, *steps, template=MESSAGES + "{# </think> #}")
+    for more in ({}, {"include_reasoning": False}, {"n": 2}):
+        response = await server.chat(**body, **more)
+        usage = (chunks_of(response)[-1] if body else response.json())["usage"]
+        expected = num_reasoning * more.get("n", 1)
+        assert usage["completion_tokens_details"] == {"reasoning_tokens": expected}
+
+
+def test_of_tokens_that_come_together_those_up_to_the_end_of_reasoning_are_counted():
+    split = ReasoningSplit(PlainText(), has_begun=True, end_id=9)
+    split.feed("hm</think>yes", final=False)
+    assert split.num_reasoning([5, 6, 9, 7, 9]) == 3
+    split.feed(" no", final=True)
+    assert split.num_reasoning([8]) == 0
+
+
+async def test_an_effort_switches_thinking_on_or_off_unless_the_template_is_told_so_itself(small_model):
+    template = MESSAGES + "[{{ enable_thinking }}]"
+    by_default = {"enable_thinking": True}
+    server = FakeServer(
+        load_tokenizer(small_model("qwen3")), chat_template=template, default_chat_template_kwargs=by_default
+    )
+    server.answers("a")
+    asked = [
+        ({"reasoning_effort": "none"}, "False"),
+        ({"reasoning_effort": "low"}, "True"),
+        ({}, "True"),
+        ({"reasoning_effort": "none", "chat_template_kwargs": {"enable_thinking": True}}, "True"),
+    ]
+    for body, said in asked:
+        assert (await server.chat(**body)).status_code == 200
+        assert server.prompt.endswith(f"[{said}]")

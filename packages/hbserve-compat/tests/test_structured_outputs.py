@@ -275,6 +275,22 @@ async def test_a_call_that_must_be_made_follows_the_tools_schema(small_model, ch
             grammars.matcher(params, tokenizer.encode(text))
 
 
+async def test_a_call_in_qwen3_coders_format_that_must_be_made_is_of_a_tool_that_there_is(small_model):
+    folder = small_model("qwen3")
+    tokenizer = load_tokenizer(folder)
+    server = FakeServer(tokenizer, chat_template=TOOL_TEMPLATE + "{# <function=name> #}")
+    server.answers("look>\n</function>")
+    for choice in ("required", {"type": "function", "function": {"name": "look"}}):
+        assert (await server.chat(tools=TOOLS, tool_choice=choice)).status_code == 200
+    (_, required), (_, named) = server.scheduler.asked
+    assert named.structured_outputs is None
+    grammars = GrammarCompiler(str(folder), 320, [2])
+    for text in ("look>\n</function>", 'q"é>\n<parameter=a>\n5\n</parameter>\n</function>\n</tool_call>'):
+        assert present(grammars.matcher(required, tokenizer.encode(text)))._matcher.is_accepting()
+    with pytest.raises(InvalidRequest, match="do not follow"):
+        grammars.matcher(required, tokenizer.encode("see>"))
+
+
 async def test_what_an_instance_finds_in_the_schema_of_a_tool_is_named_as_that(small_model):
     server = FakeServer(load_tokenizer(small_model("qwen3")), chat_template=TOOL_TEMPLATE)
     server.scheduler.steps = [InvalidRequest("prefill-0: structured_outputs.grammar: schema too large")]

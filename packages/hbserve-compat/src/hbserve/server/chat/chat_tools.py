@@ -14,6 +14,7 @@ from hbserve_rpc import StructuredOutputsParams
 from hbserve_rpc.plain_values import plain_text, shown
 
 MOST_TOOLS = 256
+_ANY_CALL = r"""start: (%s) /(.|\n)*/"""
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class ChatTools:
         """A reader of one answer, which has read its beginning."""
         if self.format is None:
             return PlainText()
-        reader = READERS[self.format](most_calls=self.most_calls)
+        reader = READERS[self.format](most_calls=self.most_calls, tools=self.offered or ())
         if self.beginning:
             reader.feed(self.beginning, final=False)
         return reader
@@ -54,7 +55,9 @@ def chat_tools(body: ChatBody, known: Format | None, *, is_structured: bool) -> 
     if choice == "none":
         return ChatTools()
     if known is None:
-        problem = "tools: the model's chat template knows none; give one with --chat-template"
+        problem = (
+            "tools: the model's chat template knows none in a format that is read here; give one with --chat-template"
+        )
         raise ApiError(400, problem, param="tools")
     most_calls = 1 if body.parallel_tool_calls is False else None
     if choice in (None, "auto"):
@@ -73,6 +76,9 @@ def _grammar(body: ChatBody, known: Format, names: list[str]) -> StructuredOutpu
     """The rest of a call of one of these tools; of a single one, from its arguments on. None: it has another end."""
     if body.stop or body.stop_token_ids:
         return None
+    if known == "qwen3_coder":  # what is between its tags no schema describes
+        heads = " | ".join(json.dumps(name + ARGUMENTS[known], ensure_ascii=False) for name in names)
+        return None if isinstance(body.tool_choice, dict) else StructuredOutputsParams(grammar=_ANY_CALL % heads)
     schemas = {tool["function"]["name"]: tool["function"].get("parameters") for tool in body.tools or []}
     calls, rules = [], []
     for place, name in enumerate(names):

@@ -1,12 +1,13 @@
 """Tool calls in the text that a model writes: found, and streamed with their arguments as these come.
 
-Two formats: Hermes' (Qwen's too), `<tool_call>{"name": …, "arguments": {…}}</tool_call>` among other text, and Llama
-3's, an answer that is nothing but `{"name": …, "parameters": {…}}`, or several with `;` between.
+Three formats: Hermes' (Qwen's too), `<tool_call>{"name": …, "arguments": {…}}</tool_call>` among other text; that of
+Qwen3-Coder, with `<function=name><parameter=a>1</parameter></function>` between the same tags; and Llama 3's, an
+answer that is nothing but `{"name": …, "parameters": {…}}`, or several with `;` between.
 """
 
 import re
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import msgspec
@@ -14,21 +15,24 @@ import msgspec
 from hbserve.server.chat.message_parts import MessageParts, TagSearch
 
 BEGIN, END = "<tool_call>", "</tool_call>"
-Format = Literal["hermes", "llama3_json"]
+Format = Literal["hermes", "llama3_json", "qwen3_coder"]
 _HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)')
 """A call up to its arguments, as nearly all models write it."""
+_FUNCTION = re.compile(r"\s*<function=([^>\n]+)>\s*(?=<)")
+"""The same as Qwen3-Coder writes it."""
+_PARAMETER = re.compile(r"\s*<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>", re.S)
+_WORDS = {"True": True, "False": False, "None": None}
+"""What Python calls them, and so Qwen3-Coder."""
 
 
 class _Call:
-    """One call as its JSON comes."""
+    """One call as it comes. A subclass reads its format."""
 
     def __init__(self, index: int) -> None:
         self._index = index
         self._text = ""
         self._sent = 0
         """Place in the text up to which its arguments were given out; 0: not even its name was."""
-        self._depth = 0
-        self._is_quoted = self._is_escaped = False
         self.is_known = False
         """Its name was given out."""
         self._is_complete = False
@@ -36,6 +40,78 @@ class _Call:
 
     def feed(self, text: str) -> tuple[list[dict[str, Any]], str | None]:
         """What is sure now; and once the arguments are complete, the text after them."""
+        raise NotImplementedError
+
+    def end(self) -> tuple[list[dict[str, Any]], str]:
+        """No more text comes: what it is if it was written in another way, or the text that it is not."""
+        return [], "" if self.is_known else self._text
+
+    def _delta(self, name: str | None, arguments: str) -> dict[str, Any]:
+        if name is None:
+            return {"tool_calls": [{"index": self._index, "function": {"arguments": arguments}}]}
+        self.is_known = True
+        call = {"index": self._index, "id": f"call_{uuid.uuid4().hex[:24]}", "type": "function"}
+        return {"tool_calls": [{**call, "function": {"name": name, "arguments": arguments}}]}
+
+
+class _XmlCall(_Call):
+    """One call whose parameters are texts between tags. Its arguments come one by one."""
+
+    def __init__(self, index: int, tools: Sequence[dict[str, Any]]) -> None:
+        super().__init__(index)
+        self._schemas = {tool["function"]["name"]: tool["function"].get("parameters") for tool in tools}
+        self._properties: dict[str, Any] = {}
+        self._num_arguments = 0
+
+    def feed(self, text: str) -> tuple[list[dict[str, Any]], str | None]:
+        if self._is_complete:
+            return [], text
+        self._text += text
+        deltas = []
+        if not self.is_known:
+            head = _FUNCTION.match(self._text)
+            if head is None:
+                return [], None
+            deltas.append(self._delta(head[1], ""))
+            schema = self._schemas.get(head[1])
+            found = schema.get("properties") if isinstance(schema, dict) else None
+            self._properties = found if isinstance(found, dict) else {}
+            self._sent = head.end()
+        while parameter := _PARAMETER.match(self._text, self._sent):
+            value = msgspec.json.encode(_value(parameter[2], self._properties.get(parameter[1]))).decode()
+            name = msgspec.json.encode(parameter[1]).decode()
+            deltas.append(self._delta(None, f"{', ' if self._num_arguments else '{'}{name}: {value}"))
+            self._num_arguments += 1
+            self._sent = parameter.end()
+        rest = self._text[self._sent :].lstrip()
+        self._is_complete = rest.startswith("</function>")
+        if not self._is_complete:
+            return deltas, None
+        return [*deltas, self._delta(None, "}" if self._num_arguments else "{}")], rest.removeprefix("</function>")
+
+
+def _value(text: str, schema: Any) -> Any:
+    """A parameter's value: a text, unless its schema asks for something else, and it is that."""
+    kinds = schema.get("type") if isinstance(schema, dict) else None
+    kinds = {kinds} if isinstance(kinds, str) else {str(each) for each in kinds} if isinstance(kinds, list) else set()
+    if "string" in kinds and not (text in ("null", "None") and "null" in kinds):
+        return text
+    try:
+        value = _WORDS[text] if text in _WORDS else msgspec.json.decode(text)
+    except (msgspec.DecodeError, UnicodeError, RecursionError):
+        return text
+    return value if kinds or isinstance(value, dict | list) else text
+
+
+class _JsonCall(_Call):
+    """One call as its JSON comes."""
+
+    def __init__(self, index: int) -> None:
+        super().__init__(index)
+        self._depth = 0
+        self._is_quoted = self._is_escaped = False
+
+    def feed(self, text: str) -> tuple[list[dict[str, Any]], str | None]:
         if self._is_complete:
             return [], text
         self._text += text
@@ -65,7 +141,6 @@ class _Call:
         return self._depth == 0
 
     def end(self) -> tuple[list[dict[str, Any]], str]:
-        """No more text comes: what it is if it was written in another way, or the text that it is not."""
         if self.is_known:
             return [], ""
         try:
@@ -78,13 +153,6 @@ class _Call:
         plain = arguments if isinstance(arguments, str) else msgspec.json.encode(arguments).decode()
         return [self._delta(name, plain)], ""
 
-    def _delta(self, name: str | None, arguments: str) -> dict[str, Any]:
-        if name is None:
-            return {"tool_calls": [{"index": self._index, "function": {"arguments": arguments}}]}
-        self.is_known = True
-        call = {"index": self._index, "id": f"call_{uuid.uuid4().hex[:24]}", "type": "function"}
-        return {"tool_calls": [{**call, "function": {"name": name, "arguments": arguments}}]}
-
 
 def _name(quoted: str) -> str:
     try:
@@ -94,16 +162,17 @@ def _name(quoted: str) -> str:
 
 
 class _Calls:
-    """What both formats have in common: the calls so far, and how an answer with some ends."""
+    """What all formats have in common: the calls so far, and how an answer with some ends."""
 
-    def __init__(self, *, most_calls: int | None = None) -> None:
+    def __init__(self, *, most_calls: int | None = None, tools: Sequence[dict[str, Any]] = ()) -> None:
+        self._tools = tools
         self._most_calls = most_calls
         """Calls after that are left out."""
         self._num_calls = 0
         self._call: _Call | None = None
 
     def _begin(self) -> None:
-        self._call = _Call(self._num_calls)
+        self._call = _JsonCall(self._num_calls)
 
     def _keep(self, deltas: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return deltas if self._most_calls is None or self._num_calls < self._most_calls else []
@@ -124,8 +193,8 @@ class _Calls:
 class HermesCalls(_Calls):
     """Reads calls in Hermes' format, and the text around them."""
 
-    def __init__(self, *, most_calls: int | None = None) -> None:
-        super().__init__(most_calls=most_calls)
+    def __init__(self, *, most_calls: int | None = None, tools: Sequence[dict[str, Any]] = ()) -> None:
+        super().__init__(most_calls=most_calls, tools=tools)
         self._search = TagSearch()
         self._space = ""
         """White space of the text, which is left out where a call follows."""
@@ -154,11 +223,18 @@ class HermesCalls(_Calls):
         return [{"content": sure}] if sure else []
 
 
+class XmlCalls(HermesCalls):
+    """Reads calls in Qwen3-Coder's format, and the text around them."""
+
+    def _begin(self) -> None:
+        self._call = _XmlCall(self._num_calls, self._tools)
+
+
 class LlamaCalls(_Calls):
     """Reads an answer in Llama 3's format, which is calls from its first character on, or text."""
 
-    def __init__(self, *, most_calls: int | None = None) -> None:
-        super().__init__(most_calls=most_calls)
+    def __init__(self, *, most_calls: int | None = None, tools: Sequence[dict[str, Any]] = ()) -> None:
+        super().__init__(most_calls=most_calls, tools=tools)
         self._is_text = False
         self._is_over = False
         """After its calls it went on with something else, and all that follows is left out."""
@@ -187,10 +263,22 @@ class LlamaCalls(_Calls):
         return deltas + (self._end() if final else [])
 
 
-READERS: dict[Format, Callable[..., MessageParts]] = {"hermes": HermesCalls, "llama3_json": LlamaCalls}
-BEGINNINGS: dict[Format, str] = {"hermes": BEGIN + '\n{"name": "', "llama3_json": '{"name": "'}
+READERS: dict[Format, Callable[..., MessageParts]] = {
+    "hermes": HermesCalls,
+    "llama3_json": LlamaCalls,
+    "qwen3_coder": XmlCalls,
+}
+BEGINNINGS: dict[Format, str] = {
+    "hermes": BEGIN + '\n{"name": "',
+    "llama3_json": '{"name": "',
+    "qwen3_coder": BEGIN + "\n<function=",
+}
 """How a model begins a call."""
-ARGUMENTS: dict[Format, str] = {"hermes": '", "arguments": ', "llama3_json": '", "parameters": '}
+ARGUMENTS: dict[Format, str] = {
+    "hermes": '", "arguments": ',
+    "llama3_json": '", "parameters": ',
+    "qwen3_coder": ">\n",
+}
 """What is between a call's name and its arguments."""
 
 
@@ -199,5 +287,5 @@ def format_of(chat_template: str | None) -> Format | None:
     if chat_template is None or "tools" not in chat_template:
         return None
     if BEGIN in chat_template:
-        return "hermes"
+        return "qwen3_coder" if "<function=" in chat_template else "hermes"
     return "llama3_json" if '"parameters"' in chat_template else None
