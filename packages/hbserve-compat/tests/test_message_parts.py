@@ -274,7 +274,8 @@ async def test_reasoning_is_a_field_of_its_own_by_both_of_its_names(small_model)
 )
 async def test_usage_says_how_many_tokens_were_reasoning_shown_or_not(small_model, steps, num_reasoning, body):
     server = new_server(small_model, *steps, template=MESSAGES + "{# </think> #}")
-    for more in ({}, {"include_reasoning": False}, {"n": 2}):
+    bodies: list[dict[str, Any]] = [{}, {"include_reasoning": False}, {"n": 2}]
+    for more in bodies:
         response = await server.chat(**body, **more)
         usage = (chunks_of(response)[-1] if body else response.json())["usage"]
         expected = num_reasoning * more.get("n", 1)

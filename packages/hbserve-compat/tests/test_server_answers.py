@@ -349,6 +349,12 @@ async def test_texts_and_messages_become_tokens_and_tokens_text(server):
     assert (info["eos_token"], info["bos_token"], info["pad_token"]) == ("</s>", "<s>", None)
 
 
+async def test_tokens_by_another_chat_template_are_refused_and_not_those_of_the_models(server):
+    body = {"messages": [{"role": "user", "content": "hi"}], "chat_template": "{{ messages }}"}
+    response = await server.post("/tokenize", **body)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "chat_template")
+
+
 async def test_probes_answer_and_health_says_what_is_missing(server):
     for path in ("/health", "/ping", "/version", "/openapi.json", "/"):
         assert (await server.client.get(path)).status_code == 200, path

@@ -29,6 +29,8 @@ class TokenizeBody(msgspec.Struct, frozen=True, kw_only=True):
     return_token_strs: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     tools: list[dict[str, Any]] | None = None
+    chat_template: None = None
+    """Not served, as in chats: the tokens would be others than those that are asked for."""
 
 
 class DetokenizeBody(msgspec.Struct, frozen=True, kw_only=True):
