@@ -297,7 +297,7 @@ async def test_an_effort_switches_thinking_on_or_off_unless_the_template_is_told
         load_tokenizer(small_model("qwen3")), chat_template=template, default_chat_template_kwargs=by_default
     )
     server.answers("a")
-    asked = [
+    asked: list[tuple[dict[str, Any], str]] = [
         ({"reasoning_effort": "none"}, "False"),
         ({"reasoning_effort": "low"}, "True"),
         ({}, "True"),
