@@ -78,6 +78,10 @@ def test_openai_raises_the_errors_that_it_has_for_what_is_refused(client):
     with pytest.raises(openai.BadRequestError) as refused:
         client.chat.completions.create(model=NAME, messages=QUESTION, extra_body={"guided_regex": "a"})
     assert refused.value.param == "guided_regex"
+    schema: Any = {"type": "json_schema", "json_schema": {"name": "it", "schema": {"not": {}}}}
+    with pytest.raises(openai.BadRequestError, match=r"response_format\.json_schema\.schema: Unimpl") as refused:
+        client.chat.completions.create(model=NAME, messages=QUESTION, response_format=schema)
+    assert refused.value.param == "response_format"
 
 
 def test_openai_makes_responses_whole_and_streamed(client):
@@ -89,6 +93,8 @@ def test_openai_makes_responses_whole_and_streamed(client):
         streamed = stream.get_final_response()
     assert streamed.output_text == ANSWER
     assert streamed.usage.input_tokens_details.cached_tokens > 0, "the same prompt was answered before"
+    counted = client.responses.input_tokens.count(model=NAME, input=settings["input"])
+    assert counted.input_tokens == answer.usage.input_tokens
     with pytest.raises(openai.BadRequestError, match="previous_response_id") as refused:
         client.responses.create(**settings, previous_response_id=answer.id)
     assert refused.value.param == "previous_response_id"
@@ -119,6 +125,10 @@ BODIES = {
     "a chat with logprobs": (
         "/v1/chat/completions",
         {"messages": QUESTION, "logprobs": True, "top_logprobs": 3, **GREEDY},
+    ),
+    "a chat with what is known of its prompt": (
+        "/v1/chat/completions",
+        {"messages": QUESTION, "prompt_logprobs": 1, **GREEDY},
     ),
     "a completion with logprobs": ("/v1/completions", {"prompt": "Once", "logprobs": 2, **GREEDY}),
     "a completion": ("/v1/completions", {"prompt": ["a", "b"], "n": 2, "echo": True, **GREEDY}),
