@@ -65,6 +65,14 @@ async def test_what_cannot_join_is_told_to_whoever_asks(serve, make_instance, pa
         await remote.drain("p9", leaves=True)
 
 
+async def test_one_that_is_removed_as_soon_as_it_was_told_to_leave_has_left(serve, pair):
+    server, _ = await serve(*pair)
+    server.members.leave("d0")
+    await server.members.remove("d0")
+    async with asyncio.timeout(30):
+        assert await server.members.until_left("d0")
+
+
 async def test_one_that_comes_back_at_another_address_takes_the_place_of_the_one_that_was_lost(
     serve, make_instance, pair, ask, collect, until
 ):

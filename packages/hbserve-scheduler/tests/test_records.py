@@ -10,7 +10,7 @@ from hbserve_rpc.messages import TokenEvent
 from hbserve_rpc.records import AttemptRecord, RequestRecord
 from hbserve_rpc.trace_context import in_trace
 from hbserve_scheduler import RequestFailed
-from hbserve_scheduler.figures import MOST_RECORDS, Figures
+from hbserve_scheduler.figures import FEW_LINKS, MOST_RECORDS, Figures
 from hbserve_scheduler.request import ScheduledRequest
 
 
@@ -151,6 +151,34 @@ def test_snapshots_do_not_change_and_records_are_bounded():
     assert not any(sum(each.counts) for each in before["histograms"].values())
     assert sum(figures.snapshot()["histograms"]["e2e_request_latency_seconds"].counts) == MOST_RECORDS + 1
     assert all(each.bounds == sorted(set(each.bounds)) for each in figures.histograms.values())
+
+
+def test_links_of_instances_that_have_left_are_forgotten_once_nothing_moves_over_them():
+    there: set[str] = set()
+    figures = Figures(there)
+    for number in range(3 * FEW_LINKS):  # nobody asks for the figures meanwhile
+        pair = f"p{number}", f"d{number}"
+        there.clear()
+        there.update(pair)
+        moving = figures.link(*pair)
+        moving.active += 1
+        moving.end("completed")
+        assert len(figures.links) <= FEW_LINKS
+    moving.active += 1
+    assert list(figures.snapshot()["links"].values()) == [moving], "others are not shown any more"
+    there.clear()
+    assert list(figures.snapshot()["links"].values()) == [moving]
+    moving.end("failed")
+    assert figures.snapshot()["links"] == figures.links == {}
+
+
+def test_as_many_links_are_kept_as_there_are():
+    figures = Figures({f"{role}{number}" for role in "pd" for number in range(FEW_LINKS)})
+    for number in range(FEW_LINKS):
+        figures.link(f"p{number}", "d0").active += 1
+        figures.link(f"p{number}", f"d{number}").num_bytes += 1
+    assert len(figures.snapshot()["links"]) == 2 * FEW_LINKS - 1
+    assert sum(each.num_bytes for each in figures.links.values()) == FEW_LINKS
 
 
 async def test_transfers_are_counted_by_the_pair_and_by_how_they_ended(make_scheduler, pair, ask, collect, until):

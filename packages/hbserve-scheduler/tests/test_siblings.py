@@ -113,6 +113,19 @@ async def test_what_one_has_counted_stays_counted_when_it_has_ended_and_comes_ag
     assert (await remote.fetch_stats()).completed_requests == 2
 
 
+async def test_links_of_one_that_has_ended_are_shown_until_an_instance_of_them_has_left(family, ask, collect):
+    parent, child, remote = family
+    await collect(child.scheduler.submit(ask()))
+    await remote.fetch_stats()
+    await child.stop()
+    await parent.siblings.remove("child")
+    (link,) = (await remote.fetch_stats()).links.values()
+    assert link.outcomes == {"completed": 1}
+    await parent.members.remove("d0")
+    stats = await remote.fetch_stats()
+    assert (stats.links, stats.completed_requests) == ({}, 1)
+
+
 async def test_one_that_does_not_answer_has_the_figures_of_before_and_holds_nobody_up(
     family, ask, collect, monkeypatch
 ):

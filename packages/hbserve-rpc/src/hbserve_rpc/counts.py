@@ -2,7 +2,7 @@
 of HTTP requests, and what an RPC server could not use."""
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from typing import Self
 
 import msgspec
@@ -77,6 +77,10 @@ class LinkCounts(msgspec.Struct, tag=True):
         """One that was active has ended."""
         self.active -= 1
         self.outcomes[outcome] = self.outcomes.get(outcome, 0) + 1
+
+    def is_between(self, instance_ids: Container[str]) -> bool:
+        """Whether both of its instances are among these."""
+        return self.prefill in instance_ids and self.decode in instance_ids
 
     def copy(self) -> "LinkCounts":
         return msgspec.structs.replace(self, outcomes=dict(self.outcomes))

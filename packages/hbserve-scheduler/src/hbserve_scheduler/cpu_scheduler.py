@@ -63,7 +63,7 @@ class CpuScheduler:
         self._missing_since_s: float | None = None
         self._stopped = False
         self._turn_end = TurnEnd()
-        self.figures = Figures()
+        self.figures = Figures(self.fleet.handles)
 
     # ---- instances -----------------------------------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 import logging
 import math
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Container, Sequence
 from typing import Any, get_args
 
 from hbserve_rpc.counts import Histogram, HttpCounts, LinkCounts
@@ -17,6 +17,8 @@ MOST_RECORDS = 4096
 """How many ended requests are remembered."""
 RECENT_REQUESTS = 1024
 """How many latencies a LatencySummary covers."""
+FEW_LINKS = 64
+"""So many are kept without a look at whose they are; later twice as many as there were at the last look."""
 SHORT_S = "0.001 0.0025 0.005 0.01 0.025 0.05 0.075 0.1 0.15 0.2 0.3 0.4 0.5 0.75 1 2.5 5 7.5 10 20 40 80"
 FIRST_S = "0.001 0.0025 0.005 0.01 0.02 0.04 0.06 0.08 0.1 0.25 0.5 0.75 1 2.5 5 7.5 10 20 40 80 160 640 2560"
 LONG_S = "0.005 0.05 0.1 0.3 0.5 0.8 1 1.5 2 2.5 5 10 15 20 30 40 50 60 120 240 480 960 1920 7680"
@@ -46,7 +48,9 @@ BOUNDS = {
 class Figures:
     """Figures of one scheduler, which grow by what happens to requests. Read by `CpuScheduler.stats`."""
 
-    def __init__(self) -> None:
+    def __init__(self, members: Container[str] | None = None) -> None:
+        """members: the instances that there are, by their ids; links of others are forgotten. None: no link is."""
+        self._members = members
         self.num_submitted = self.num_rejected = self.num_retries = self.num_refusals = self.num_local_prefills = 0
         self.prompt_tokens = 0
         """Prompt tokens of requests that have a first token."""
@@ -62,6 +66,7 @@ class Figures:
         self.loop_lag = LoopLag()
         self.histograms["event_loop_lag_seconds"] = self.loop_lag.histogram
         self.links: dict[str, LinkCounts] = {}
+        self._most_links = FEW_LINKS
         self.http: dict[str, HttpCounts] = {}
         """Counted by whoever serves this scheduler over HTTP."""
         self.records: deque[RequestRecord] = deque(maxlen=MOST_RECORDS)
@@ -92,14 +97,24 @@ class Figures:
                 self.histograms[name].observe(value)
 
     def link(self, prefill: str, decode: str) -> LinkCounts:
-        """Counts of the link between these two instances, over all of their lives."""
+        """Counts of the link between these two instances, over all of their lives until one of them has left."""
         key = f"{prefill} > {decode}"
         if key not in self.links:
+            if len(self.links) >= self._most_links:
+                self._forget_links()
+                self._most_links = max(FEW_LINKS, 2 * len(self.links))
             self.links[key] = LinkCounts(prefill, decode)
         return self.links[key]
 
+    def _forget_links(self) -> None:
+        """Those of instances that have left: where instances come under new names, they would be ever more."""
+        if (there := self._members) is not None:
+            found = self.links.items()
+            self.links = {key: each for key, each in found if each.active or each.is_between(there)}
+
     def snapshot(self) -> dict[str, Any]:
         """Fields of SchedulerStats, as copies that do not change afterwards."""
+        self._forget_links()
         completed, failed = self.ended["stop"] + self.ended["length"], self.ended["error"]
         return {
             "total_requests": self.num_submitted,

@@ -162,7 +162,7 @@ class Membership:
                 del self._sent_away[next(iter(self._sent_away))]
         if (before := self._leaving.get(instance_id)) is not None:
             before.cancel()
-        self._leaving[instance_id] = asyncio.create_task(self._see_off(instance_id, within_s))
+        self._leaving[instance_id] = asyncio.create_task(self._see_off(handle, within_s))
 
     async def flip(self, request: FlipRequest) -> AsyncGenerator[str, None]:
         """Drain an instance, and have it serve as the other role from then on, in what is another life of it. Yields
@@ -213,8 +213,8 @@ class Membership:
             await asyncio.wait([leaving])
         return instance_id not in self._fleet.handles
 
-    async def _see_off(self, instance_id: str, within_s: float | None) -> None:
-        handle, why = self._fleet.handles[instance_id], "it was removed"
+    async def _see_off(self, handle: InstanceHandle, within_s: float | None) -> None:
+        instance_id, why = handle.instance_id, "it was removed"
         try:
             async with asyncio.timeout(within_s):
                 while await self._until_empty(handle):

@@ -23,7 +23,8 @@ NO_SUMS = {"success_rate", "handoff", "instances"}
 
 
 class Siblings:
-    """The other schedulers, which come and go. What one has counted stays counted, so that sums never fall."""
+    """The other schedulers, which come and go. What one has counted stays counted, so that sums never fall; but as in
+    each of them, links of instances that have left are forgotten."""
 
     def __init__(self, members: Callable[[], list[Member]], keys: Keys | None = None) -> None:
         """members: the instances that all are to use."""
@@ -62,6 +63,9 @@ class Siblings:
     async def total(self, own: SchedulerStats) -> SchedulerStats:
         """Figures of all schedulers, `own` included. All have the same instances: those of `own` are the latest."""
         await asyncio.gather(*(self._ask(name, remote) for name, remote in self._remotes.items()))
+        there = {each.instance_id for each in self._members()}
+        links = {key: each for key, each in self._gone.links.items() if each.is_between(there)}
+        self._gone = msgspec.structs.replace(self._gone, links=links)
         return total([own, self._gone, *self._last.values()])
 
     async def _ask(self, name: str, remote: RemoteScheduler) -> None:
