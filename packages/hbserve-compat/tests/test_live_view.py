@@ -11,7 +11,7 @@ from textual.widgets import Static
 
 from hbserve.monitoring import top
 from hbserve.monitoring.live_text import instance_table, link_matrix, sparkline, text_of, waterfall
-from hbserve.monitoring.live_view import LiveView, Segment, View, request_view, segments
+from hbserve.monitoring.live_view import APART_S, WINDOW_S, LiveView, Segment, View, request_view, segments
 from hbserve.monitoring.top import TopArgs, show_top
 from hbserve.monitoring.top_app import TopApp
 from hbserve.monitoring.trace import render_trace
@@ -118,6 +118,13 @@ def test_a_window_has_an_end_requests_come_once_and_another_life_counts_anew():
     assert look(2.0, "2", computed=4).instances[0].tokens_per_s == 2.0
     assert look(20.0).latencies["ttft"].p50_s is None, "it was long ago"
     assert len(look(21.0).requests) == 1
+
+
+def test_however_often_people_look_few_looks_are_remembered():
+    live = LiveView()
+    views = [live.look(number / 100, 0.0, SchedulerStats(output_tokens=number), []) for number in range(3000)]
+    assert all(view.tokens_per_s == pytest.approx(100.0) for view in views[1:])
+    assert len(live._looks) <= WINDOW_S / APART_S + 2
 
 
 def test_texts_say_what_is_and_obey_nobody():

@@ -17,6 +17,8 @@ from hbserve_rpc.messages import InstanceStats, Role, SchedulerStats
 from hbserve_rpc.records import AttemptRecord, RequestRecord
 
 WINDOW_S = 10.0
+APART_S = 0.1
+"""Looks that are remembered are at least so far apart: however many people look, few are."""
 FIRST_LOOK_S, OVERLAP_S = 60.0, 1.0
 NUM_REQUESTS = 10
 """Requests whose waterfall is shown."""
@@ -146,7 +148,8 @@ class LiveView:
         """records: those that have ended lately, each once or more; `now_s` is of a clock that never goes back."""
         while len(self._looks) > 1 and self._looks[0][0] < now_s - WINDOW_S:
             self._looks.popleft()
-        self._looks.append((now_s, stats))
+        if not self._looks or now_s - self._looks[-1][0] >= APART_S:
+            self._looks.append((now_s, stats))
         began_s, before = self._looks[0]
         took_s = max(now_s - began_s, 1e-9)
         for record in records:
