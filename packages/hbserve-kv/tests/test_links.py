@@ -4,10 +4,12 @@ import asyncio
 import threading
 
 import pytest
+import torch
 from hbserve_kv_layouts import whole_blocks
 
-from hbserve_kv import Link
+from hbserve_kv import KVTransferConfig, KVTransferManager, Link, TransferFailed, shared_empty
 from hbserve_kv.transports.base import Deadline
+from hbserve_kv.transports.ipc import IpcTransport
 
 
 async def test_who_is_cancelled_waits_until_what_runs_in_the_thread_has_ended():
@@ -47,3 +49,32 @@ async def test_a_deadline_is_of_the_first_that_is_under_way_and_begins_when_thos
     deadline.end(d)
     await asyncio.sleep(2 * timeout_s)
     assert late.empty()
+
+
+async def test_memory_that_was_mapped_for_a_link_which_was_given_up_meanwhile_is_given_back(monkeypatch):
+    find, has_begun, may_end, has_ended = IpcTransport._find_on_host, *(threading.Event() for _ in range(3))
+
+    def slow(peer, extents, target):
+        target.mapped.callback(has_ended.set)  # as where the memory is a GPU's
+        has_begun.set()
+        may_end.wait(20)
+        return find(peer, extents, target)
+
+    monkeypatch.setattr(IpcTransport, "_find_on_host", staticmethod(slow))
+    config = KVTransferConfig(backend="ipc", buffer_size=0)
+    sender, receiver = (
+        KVTransferManager(rank=rank, pool=shared_empty((4, 64), dtype=torch.int64), fingerprint={}, config=config)
+        for rank in range(2)
+    )
+    await sender.start()
+    await receiver.start()
+    connecting = asyncio.create_task(sender.open_link(receiver.endpoint))
+    await asyncio.to_thread(has_begun.wait, 20)
+    closing = asyncio.create_task(sender.close())
+    await asyncio.sleep(0)
+    may_end.set()
+    with pytest.raises(TransferFailed, match="the sender was closed"):
+        await connecting
+    await closing
+    await receiver.close()
+    assert has_ended.is_set()

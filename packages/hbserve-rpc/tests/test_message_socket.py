@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import os
 from collections.abc import AsyncIterator
 
 import pytest
@@ -100,3 +101,23 @@ async def test_it_is_closed_if_it_cannot_be_bound(pair):
         other.open(lambda socket: socket.bind(taken))
     assert not other.is_open
     other.close()
+
+
+async def test_nothing_is_remembered_of_connections_that_have_come_and_gone():
+    """Each had a file, whose number ZeroMQ tells when it ends."""
+    context, events, held = SharedContext(), list[int](), list[int]()
+    num_known = len(zmq.Event._value2member_map_)
+    for number in range(1, 9):
+        server = MessageSocket(zmq.ROUTER, {}, lambda frames: None, SharedContext())
+        server.open(lambda socket: socket.bind("tcp://127.0.0.1:*"))
+        address = of_type(bytes, server._socket.getsockopt(zmq.LAST_ENDPOINT)).decode()
+        client = MessageSocket(zmq.DEALER, {}, lambda frames: None, context)
+        client.open(lambda socket, address=address: socket.connect(address), on_event=events.append)
+        await until(lambda number=number: events.count(zmq.EVENT_HANDSHAKE_SUCCEEDED) == number)
+        server.close()
+        await until(lambda number=number: events.count(zmq.EVENT_DISCONNECTED) == number)
+        client.close()
+        held += [os.open(os.devnull, os.O_RDONLY) for _ in range(16)]  # the next one's file has another number
+    for each in held:
+        os.close(each)
+    assert len(zmq.Event._value2member_map_) == num_known

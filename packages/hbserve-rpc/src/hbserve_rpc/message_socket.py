@@ -10,6 +10,7 @@ import itertools
 import logging
 import math
 import os
+import sys
 import threading
 import time
 import weakref
@@ -17,7 +18,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import zmq
-from zmq.utils.monitor import parse_monitor_message
 
 from hbserve_rpc import wire
 
@@ -151,7 +151,9 @@ class MessageSocket:
 
     def _read_events(self, on_event: Callable[[int], None]) -> None:
         while self._is_reading and self._monitor is not None and _has_message(self._monitor):
-            on_event(int(parse_monitor_message(self._monitor.recv_multipart(zmq.NOBLOCK))["event"]))
+            # Not by pyzmq's `parse_monitor_message`: it makes a member of an enumeration, which is never forgotten, of
+            # each value, and a connection's is the number of its file.
+            on_event(int.from_bytes(self._monitor.recv_multipart(zmq.NOBLOCK)[0][:2], sys.byteorder))
 
     def connect_again(self, address: str, options: Mapping[int, int | bytes]) -> None:
         """Connect with other options, instead of a connection that cannot be made with these. What was sent by that is

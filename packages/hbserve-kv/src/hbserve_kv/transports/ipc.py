@@ -123,19 +123,12 @@ class IpcTransport(Transport):
         return ""
 
     async def connect(self, link: Link) -> None:
-        self._targets[link.key] = await link.run(self._map, link)
+        # Known before anything is mapped: if this is cancelled, `disconnect` gives back what the link's thread has.
+        target = self._targets[link.key] = _Target()
+        await link.run(self._map, link, target)
         link.detail = f"memory of {_decode(link.peer_description).gpu or 'this host'}"
 
-    def _map(self, link: Link) -> _Target:
-        target = _Target()
-        try:
-            self._map_all(link, target)
-        except BaseException:
-            target.close()
-            raise
-        return target
-
-    def _map_all(self, link: Link, target: _Target) -> None:
+    def _map(self, link: Link, target: _Target) -> None:
         peer = _decode(link.peer_description)
         regions: dict[str, list[Any]] = {**peer.host_regions, **peer.device_regions}
         expected = link.peer.layout.extents
