@@ -199,6 +199,25 @@ async def test_a_write_that_timed_out_ends_its_engine_and_the_others_of_it_go_on
     await sender.disconnect(healthy)
 
 
+async def test_an_engine_that_many_links_have_left_ends_with_its_connections_to_their_peers(sender, receiver, peer):
+    # Known elsewhere: SGLang #34450, #31922, Mooncake #2044.
+    healthy = await link_with(receiver[0])
+    await sender.connect(healthy)
+    before = sender._engines.of(healthy)
+    _, description = peer()
+    for count in range(1, mooncake_engines.MOST_LEFT + 1):
+        left = link_to(description)
+        await sender.connect(left)
+        assert sender._engines.of(left) is before
+        await sender.disconnect(left)
+        assert bool(before.retired) == (count == mooncake_engines.MOST_LEFT)
+    async with asyncio.timeout(20):
+        await before.ended.wait()
+        await sender.push(healthy, part(0))
+    assert int(receiver[1].pool.sum()) == BLOCK_BYTES
+    await sender.disconnect(healthy)
+
+
 async def test_a_session_that_failed_is_tried_again_with_an_engine_that_does_not_know_it(sender, receiver):
     """An engine remembers what it was told of a session, and another process may be behind it now."""
     # Known elsewhere: SGLang #25287, #35823, #37022.

@@ -31,6 +31,9 @@ logger = logging.getLogger(__name__)
 MOST_ENGINES = 4
 MOST_RECEIVING_ON_TCP = 64
 """On TCP an engine is cheap, so that each sender may have its own."""
+MOST_LEFT = 16
+"""An engine that writes ends after so many links have left it: it keeps its connections to peers that have gone, some
+for each, as it has no call to close them."""
 LONGEST_FIRST_CONTACT_S = 2.0
 LOOK_INTERVAL_S, LAST_LOOK_INTERVAL_S = 0.05, 0.005
 
@@ -49,6 +52,8 @@ class Engine:
     """Sessions in which something has failed."""
     retired: str = ""
     """Why nothing new is begun with it; "" if it is in use."""
+    num_left: int = 0
+    """Links that have used it and do so no more."""
     num_calls: int = 0
     is_open: asyncio.Event = field(default_factory=asyncio.Event)
     """Set unless it is meeting a peer; also set when it is retired."""
@@ -65,9 +70,11 @@ class Engine:
 class MooncakeEngines:
     """Engines by the links that use them."""
 
-    def __init__(self, make: Callable[[], Engine]) -> None:
-        """`make` may take long and is called in a link's thread."""
+    def __init__(self, make: Callable[[], Engine], *, most_left: int | None = None) -> None:
+        """`make` may take long and is called in a link's thread. most_left: how many links may leave an engine before
+        it ends; None: any number."""
         self._make = make
+        self._most_left = most_left
         self.most = MOST_ENGINES
         self.keeps_unused = True
         """Whether engines without links are kept for the next ones. One always is."""
@@ -115,6 +122,11 @@ class MooncakeEngines:
 
     def leave(self, link: Link) -> None:
         left = self._of.pop(link.key, None)
+        if left is None:
+            return
+        left.num_left += 1
+        if self._most_left is not None and left.num_left >= self._most_left:
+            self.retire(left, "many peers have left it")
         if left in self._engines and len(self._engines) > 1 and not (self.keeps_unused or self.links_of(left)):
             self.retire(left, "nobody uses it")
 

@@ -31,7 +31,7 @@ from hbserve_kv.memory.memory import REGIONS, Memory, Region
 from hbserve_kv.memory.pool_layout import extents_of
 from hbserve_kv.memory.shared_memory import shared_buffer
 from hbserve_kv.transports.base import DrainUnknown, Link, Part, Transport
-from hbserve_kv.transports.mooncake.engines import MOST_RECEIVING_ON_TCP, Engine, MooncakeEngines, end
+from hbserve_kv.transports.mooncake.engines import MOST_LEFT, MOST_RECEIVING_ON_TCP, Engine, MooncakeEngines, end
 from hbserve_kv.transports.mooncake.setup import (
     CONFIG_VARIABLE,
     choose_ip_version,
@@ -81,7 +81,7 @@ class MooncakeTransport(Transport):
         self._ip_version = choose_ip_version(self._host)
         self._engine_class = import_engine()
         self._timeout_s = max(timeout_s, SHORTEST_TIMEOUT_S)
-        self._engines = MooncakeEngines(self._make_engine)
+        self._engines = MooncakeEngines(self._make_engine, most_left=MOST_LEFT)
         """Engines with which this side writes."""
         self._receiving = MooncakeEngines(self._make_engine)
         """Engines through which senders write."""
