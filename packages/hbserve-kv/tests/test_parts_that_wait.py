@@ -482,10 +482,9 @@ def without_cuda(monkeypatch):
         group.on_gpu, group.stream = True, Stream()
         return group
 
-    def map_gpu_memory(transport, link):
-        target = map_memory(transport, link)
+    def map_gpu_memory(transport, link, target):
+        map_memory(transport, link, target)
         target.copy_pieces = transport._compiled_copy(link, target)
-        return target
 
     monkeypatch.setattr(nccl.NcclTransport, "_make_group", make_gpu_group)
     monkeypatch.setattr(ipc.IpcTransport, "_map", map_gpu_memory)

@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import os
 from collections.abc import AsyncIterator
+from operator import methodcaller
 
 import pytest
 import zmq
@@ -112,7 +113,7 @@ async def test_nothing_is_remembered_of_connections_that_have_come_and_gone():
         server.open(lambda socket: socket.bind("tcp://127.0.0.1:*"))
         address = of_type(bytes, server._socket.getsockopt(zmq.LAST_ENDPOINT)).decode()
         client = MessageSocket(zmq.DEALER, {}, lambda frames: None, context)
-        client.open(lambda socket, address=address: socket.connect(address), on_event=events.append)
+        client.open(methodcaller("connect", address), on_event=events.append)
         await until(lambda number=number: events.count(zmq.EVENT_HANDSHAKE_SUCCEEDED) == number)
         server.close()
         await until(lambda number=number: events.count(zmq.EVENT_DISCONNECTED) == number)

@@ -6,6 +6,7 @@ from typing import Any
 import msgspec
 import pytest
 import zmq
+import zmq.asyncio
 
 from hbserve_rpc import PeerLost, ProtocolMismatch, RemoteError, RpcServer, RpcTimeout, StreamMethod, wire
 from hbserve_rpc.messages import TokenEvent
