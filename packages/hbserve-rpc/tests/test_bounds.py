@@ -1,5 +1,6 @@
 """What anybody can send has bounds: numbers, frames, lists, clients, and the lines that it makes in a log."""
 
+import asyncio
 import logging
 import struct
 from collections.abc import Iterator
@@ -7,8 +8,9 @@ from collections.abc import Iterator
 import pytest
 import zmq
 
-from hbserve_rpc import InvalidRequest, RpcServer, message_socket, wire
+from hbserve_rpc import InvalidRequest, ProtocolMismatch, RpcServer, message_socket, wire
 from hbserve_rpc import server as server_module
+from hbserve_rpc.counts import RpcFaults
 from hbserve_rpc.message_socket import Complaints
 from hbserve_rpc.messages import GENERATE, GenerateRequest
 from hbserve_rpc.sampling_params import SamplingParams
@@ -133,6 +135,76 @@ async def test_messages_that_are_none_make_few_lines_and_all_are_counted(serving
     assert [record.getMessage() for record in caplog.records] == [
         "dropped a message of 3 frames that is not of this protocol"
     ]
+
+
+DEEP = b"\x91" * 100_000 + b"\x00"
+"""A list of a list of a list …, which no stack holds."""
+UNREADABLE = {
+    "no UTF-8": b"\x81" + wire.encode("type") + b"\xa3\xff\xfe\xfd",
+    "deep, in a field that nobody reads": b"\x82" + wire.encode("x") + DEEP + wire.encode("type") + wire.encode("Ask"),
+}
+unreadable = pytest.mark.parametrize("body", UNREADABLE.values(), ids=UNREADABLE)
+
+
+@unreadable
+async def test_what_cannot_be_read_is_refused_in_a_line_wherever_it_stands(
+    rpc, serving, stranger, stranger_to, body, caplog
+):
+    async def stream(ask):
+        yield ask
+
+    serving.serve_stream(rpc.STREAM, stream)
+    serving.serve_notification(rpc.TELL, lambda told: None)
+    for envelope in (wire.Call(1, rpc.CALL.name), wire.Open(1, rpc.STREAM.name)):
+        answer = await stranger_to(serving, envelope, body)
+        assert (answer.code, answer.message.partition(":")[0]) == (InvalidRequest.code, envelope.method)
+    stranger.send_multipart([HELLO, b""])
+    stranger.send_multipart([body, b""])
+    stranger.send_multipart([wire.encode(wire.Notify(1, rpc.TELL.name)), body])
+    await until(lambda: serving.faults == RpcFaults(dropped_frames=1, failed_notifications=1))
+    assert "Traceback" not in caplog.text
+
+
+@unreadable
+async def test_an_answer_that_cannot_be_read_ends_its_own_call_with_an_error(rpc, serving, connect, body):
+    answered = asyncio.Event()
+
+    async def wait(ask):
+        await answered.wait()
+        return ask
+
+    serving.serve(rpc.CALL, wait)
+    client = await connect(serving.address)
+    call = asyncio.create_task(client.call(rpc.CALL, rpc.Ask(3), timeout_s=20))
+    await until(lambda: client._epoch is not None and client._waiting)
+    (id_,) = client._waiting
+    client._receive([body, b""])
+    assert client.dropped_frames == 1
+    client._receive([wire.encode(wire.Reply(serving.epoch, id_)), body])
+    with pytest.raises(ProtocolMismatch, match=r"answered test.call with"):
+        await call
+    answered.set()
+    assert (await client.call(rpc.CALL, rpc.Ask(4), timeout_s=20)).value == 4
+
+
+async def test_an_id_that_is_used_twice_leaves_the_first_one_under_way_and_known(rpc, serving, stranger):
+    ended = asyncio.Event()
+
+    async def forever(ask):
+        try:
+            yield ask
+            await asyncio.Event().wait()
+        finally:
+            ended.set()
+
+    serving.serve_stream(rpc.STREAM, forever)
+    stranger.send_multipart([HELLO, b""])
+    for envelope in (wire.Open(1, rpc.STREAM.name), wire.Call(1, rpc.CALL.name), wire.Open(1, rpc.STREAM.name)):
+        stranger.send_multipart([wire.encode(envelope), wire.encode(rpc.Ask(1))])
+    await until(lambda: serving.dropped_frames == 2)
+    stranger.send_multipart([wire.encode(wire.Goodbye(id=2)), b""])
+    async with asyncio.timeout(20):
+        await ended.wait()
 
 
 def test_a_line_that_comes_after_others_that_were_not_written_has_their_number(monkeypatch, caplog):

@@ -219,7 +219,7 @@ class RpcClient:
         try:
             head, body = frames
             envelope = wire.decode_from_server(head)
-        except (ValueError, msgspec.DecodeError):
+        except (ValueError, *wire.UNREADABLE):
             self.dropped_frames += 1
             self._complaints.add("dropped a message from %s that is not of this protocol", self.address)
             return

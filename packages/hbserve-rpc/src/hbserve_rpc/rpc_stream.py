@@ -94,7 +94,7 @@ class RpcStream(AsyncIterator[R], Generic[R]):
             return False
         try:
             decoded = self._decode(item)
-        except msgspec.DecodeError as error:
+        except wire.UNREADABLE as error:
             self.fail(ProtocolMismatch(f"{self._client.address} answered {self.method} with {error}"))
             return False
         self._num_received += 1

@@ -199,7 +199,7 @@ class RpcServer:
         try:
             identity, head, body = frames
             envelope = wire.decode_from_client(head)
-        except (ValueError, msgspec.DecodeError):
+        except (ValueError, *wire.UNREADABLE):
             self.dropped_frames += 1
             self._complaints.add("dropped a message of %d frames that is not of this protocol", len(frames))
             return
@@ -254,6 +254,11 @@ class RpcServer:
         self._send(identity, wire.Welcome(wire.PROTOCOL_VERSION, self.epoch))
 
     def _begin(self, client: ConnectedClient, id_: int, job: Any, credit: asyncio.Semaphore | None = None) -> None:
+        if id_ in client.work:  # no client of ours asks so: an answer would be taken for that of the first one
+            job.close()
+            self.dropped_frames += 1
+            self._complaints.add("dropped a message of a client that has used its id already")
+            return
         if len(client.work) >= MOST_WORK:
             job.close()
             self._fail(client, id_, "", Overloaded(f"{len(client.work)} calls and streams of one client"))
@@ -266,7 +271,7 @@ class RpcServer:
         decoder, handler = table[method]
         try:
             return handler, decoder.decode(body)
-        except msgspec.DecodeError as error:
+        except wire.UNREADABLE as error:
             raise InvalidRequest(f"{method}: {error}") from error
 
     async def _run_call(self, client: ConnectedClient, call: wire.Call, body: bytes) -> None:

@@ -162,6 +162,10 @@ encode = msgspec.msgpack.Encoder().encode
 decode_from_client: Any = msgspec.msgpack.Decoder(FromClient).decode
 decode_from_server: Any = msgspec.msgpack.Decoder(FromServer).decode
 
+UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+"""What decoding raises for bytes that are not what was expected: among others for text that is no UTF-8, and for what
+is nested thousands deep, even in a field that nobody reads."""
+
 _CROSS_UNCHANGED: dict[str, type[HBServeRpcError]] = {
     error.code: error for error in (EngineFailed, InvalidRequest, LogitsNotFinite, RequestTimeout, Unavailable)
 }
