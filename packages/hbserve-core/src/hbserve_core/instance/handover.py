@@ -23,6 +23,7 @@ from hbserve_rpc.messages import (
     TokenLogprobs,
     TransferDone,
 )
+from hbserve_rpc.wire import UNREADABLE
 
 GRANT_PATIENCE_S = 1.0
 """How long a computed prompt keeps its blocks while it has no grant. Others that do have a grant may be waiting for
@@ -324,7 +325,7 @@ async def wait_for_kv(
         raise RemoteError(f"KV transfer failed: {result.error}")
     try:
         handover = msgspec.msgpack.decode(result.payload, type=Handover)
-    except msgspec.DecodeError as error:
+    except UNREADABLE as error:
         raise RemoteError(f"KV transfer failed: what was committed is not a handover: {error}") from error
     if problem := _problem(handover, request, vocab_size, is_partial=result.is_partial):
         raise RemoteError(f"KV transfer failed: {problem}")

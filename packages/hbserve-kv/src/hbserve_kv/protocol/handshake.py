@@ -1,13 +1,13 @@
 """The first exchange between the two ends of a link, and what follows from it: that their KV means the same, and which
 transport carries it."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from hbserve_kv.errors import FingerprintMismatch
 from hbserve_kv.memory.layout import HeadRange, Layout
 from hbserve_kv.protocol import messages
-from hbserve_kv.protocol.messages import Handshake
+from hbserve_kv.protocol.messages import Handshake, LinkReply
 from hbserve_kv.transports.base import Transport
 from hbserve_rpc import InvalidAddress, InvalidRequest, parse_address
 
@@ -45,14 +45,30 @@ def common_heads(hello: Handshake, me: Identity) -> HeadRange:
     for name in sorted(mine.keys() | theirs.keys()):
         if mine.get(name) != theirs.get(name):
             raise _mismatch(name, theirs.get(name), hello.rank, mine.get(name), me.rank)
-    if hello.layout.num_heads != hello.heads.count:
-        raise _mismatch("heads of its pool", hello.layout.num_heads, hello.rank, hello.heads.count, hello.rank)
-    if found := me.layout.mismatch(hello.layout):
+    return _common_heads(hello, me)
+
+
+def check_reply(reply: object, me: Identity, offers: Collection[str]) -> None:
+    """Raises InvalidRequest: it is no answer to a handshake with these offers; or what was to be compared by whoever
+    sent it does not fit after all."""
+    if not isinstance(reply, LinkReply):
+        raise InvalidRequest(f"it answers a handshake with {type(reply).__name__}")
+    if reply.transport not in offers:
+        raise InvalidRequest(f"it has chosen transport={reply.transport!r}, of {_names(offers)}")
+    if reply.heads.total != me.heads.total:
+        raise _mismatch("num_kv_heads", reply.heads.total, reply.rank, me.heads.total, me.rank)
+    _common_heads(reply, me)
+
+
+def _common_heads(peer: Handshake | LinkReply, me: Identity) -> HeadRange:
+    if peer.layout.num_heads != peer.heads.count:
+        raise _mismatch("heads of its pool", peer.layout.num_heads, peer.rank, peer.heads.count, peer.rank)
+    if found := me.layout.mismatch(peer.layout):
         name, their_value, my_value = found
-        raise _mismatch(name, their_value, hello.rank, my_value, me.rank)
-    common = me.heads.common(hello.heads)
+        raise _mismatch(name, their_value, peer.rank, my_value, me.rank)
+    common = me.heads.common(peer.heads)
     if common is None:
-        raise _mismatch("heads", list(hello.heads.heads()), hello.rank, list(me.heads.heads()), me.rank)
+        raise _mismatch("heads", list(peer.heads.heads()), peer.rank, list(me.heads.heads()), me.rank)
     return common
 
 
@@ -74,7 +90,7 @@ def choose_transport(
     for name, description in hello.offers.items():
         if name not in transports:
             passed_over[name] = f"rank {rank} does not have it"
-        elif reason := transports[name].unreachable(description):
+        elif reason := _unreachable(transports[name], description):
             passed_over[name] = reason
         else:
             return transports[name], passed_over
@@ -84,5 +100,12 @@ def choose_transport(
     raise InvalidRequest(f"no transport connects rank {hello.rank} and rank {rank}: {reasons}")
 
 
-def _names(transports: Mapping[str, object]) -> str:
+def _unreachable(transport: Transport, description: bytes) -> str:
+    try:
+        return transport.unreachable(description)
+    except Exception as error:  # whatever a backend makes of what a peer says
+        return f"cannot be read: {error}"
+
+
+def _names(transports: Collection[str]) -> str:
     return ", ".join(transports)

@@ -34,15 +34,21 @@ from typing import Annotated, Any
 import msgspec
 
 from hbserve_kv.errors import TransferFailed
-from hbserve_kv.memory.layout import HeadRange, Layout
+from hbserve_kv.memory.layout import HeadRange, Layout, Side
 from hbserve_kv.memory.memory import Region
 from hbserve_rpc import Method, Notification, StreamMethod
+from hbserve_rpc.wire import UNREADABLE
 
 PROTOCOL_VERSION = 10
 
 NotNegative = Annotated[int, msgspec.Meta(ge=0)]
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
 """NaN and infinity are refused."""
+Name = Annotated[str, msgspec.Meta(max_length=1 << 10)]
+MOST_RANKS = 1 << 10
+"""Of one receiver: a sender connects to each of them."""
+MOST_UNITS = 1 << 22
+"""Of one transfer, each of at least one token."""
 
 
 class Grant(msgspec.Struct, frozen=True, tag=True):
@@ -73,8 +79,8 @@ def read_grants(grant: bytes) -> list[Grant]:
     if not isinstance(grant, bytes | bytearray | memoryview):
         raise TypeError(f"grant: expected bytes, or a list of such, got {type(grant).__name__}")
     try:
-        found = msgspec.msgpack.decode(grant, type=Grant | list[Grant])
-    except msgspec.DecodeError as error:
+        found = msgspec.msgpack.decode(grant, type=Grant | Annotated[list[Grant], msgspec.Meta(max_length=MOST_RANKS)])
+    except UNREADABLE as error:
         raise TransferFailed(f"not a grant: {error}") from error
     return found if isinstance(found, list) else [found]
 
@@ -136,7 +142,7 @@ class Told(msgspec.Struct, frozen=True, tag=True):
     """Sets a value of the link's rendezvous: see `hbserve_kv.transports.base.Rendezvous`."""
 
     link: str
-    name: str
+    name: Name
     value: bytes
 
 
@@ -144,7 +150,7 @@ class Asked(msgspec.Struct, frozen=True, tag=True):
     """Waits for a value of the link's rendezvous; answered by a Told as soon as either end has set it."""
 
     link: str
-    name: str
+    name: Name
 
 
 class Cancelled(msgspec.Struct, frozen=True, tag=True):
@@ -169,6 +175,20 @@ class Accepted(msgspec.Struct, frozen=True, tag=True):
     block_ids: list[int]
     checksum: bool
     """The receiver wants a checksum of each block in the commit."""
+
+
+def misfit(accepted: Accepted, begin: Begin, mine: Side, peer: Side) -> str:
+    """Why no receiver can have granted these blocks to `begin`; "" if it can. `mine`, `peer`: of the link."""
+    block_ids, region = accepted.block_ids, "pool" if begin.num_bytes is None else "arena"
+    if accepted.region != region:
+        return f"region={accepted.region!r}, and not {region!r}"
+    if block_ids and min(block_ids) < 0:
+        return f"block_ids has {min(block_ids)}"
+    if begin.num_bytes is not None and len(block_ids) != -(-begin.num_bytes // mine.unit_bytes):
+        return f"{len(block_ids)} block_ids for {begin.num_bytes} bytes, in blocks of {mine.unit_bytes}"
+    if len(block_ids) * peer.ratio > MOST_UNITS:
+        return f"{len(block_ids)} block_ids of {peer.ratio} units each; at most {MOST_UNITS} units"
+    return ""
 
 
 class UnknownLink(msgspec.Struct, frozen=True, tag=True):

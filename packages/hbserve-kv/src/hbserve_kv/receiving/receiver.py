@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import NoReturn
 
 from hbserve_kv.config import GOODBYE_TIMEOUT_S, KVTransferConfig
+from hbserve_kv.errors import BufferTooSmall, TransferTimeout
 from hbserve_kv.memory.layout import sides
 from hbserve_kv.memory.memory import Memory, Region
 from hbserve_kv.protocol import messages
@@ -243,7 +244,10 @@ class Receiver:
             self._drop_message(f"transfer {begin.transfer_id} is not expected: it was given up, or never granted")
         if not link.link.mine.is_whole or not link.link.peer.is_whole:
             raise InvalidRequest("whole tensors need blocks of the same size and heads on both sides")
-        block_ids = await self._buffer.place(begin.transfer_id, begin.num_bytes)
+        try:
+            block_ids = await self._buffer.place(begin.transfer_id, begin.num_bytes)
+        except (BufferTooSmall, TransferTimeout) as error:
+            raise InvalidRequest(str(error)) from error
         if begin.transfer_id in self.transfers or begin.transfer_id in self._buffer:
             await self._buffer.free(block_ids)
             self._drop_message(f"transfer {begin.transfer_id} has begun already, or waits to be received")
@@ -260,8 +264,8 @@ class Receiver:
     async def _commit(self, message: Commit) -> Nothing:
         what = f"commit of transfer {message.transfer_id}"
         link, transfer = self._link_of(message.link, what), self.transfers.get(message.transfer_id)
-        if transfer is None:
-            self._drop_message(f"{what} is late or was sent twice")
+        if transfer is None or message.link not in transfer.links:
+            self._drop_message(f"{what} is late, was sent twice, or has not begun by this link")
         await transfer.until_taken(message.link)
         if transfer.cause:
             await asyncio.sleep(0)  # lets the link's stream say why, before this answer does
@@ -283,7 +287,7 @@ class Receiver:
         expected, link = self.transfers.get(message.transfer_id), self._find_link(message.link)
         begun = expected is not None and message.link in expected.links
         transfer = expected if begun else self.quarantine.find(message.transfer_id, message.link)
-        if transfer is None and expected is not None and link is not None:
+        if transfer is None and expected is not None and link is not None and expected.may_begin(link):
             self._require_sender(expected, link)
             expected.fail(message.reason)  # this sender could not even begin, because another receiver had refused
             return Nothing()

@@ -222,7 +222,11 @@ class IncomingTransfer:
 
     def awaits(self, link: IncomingLink) -> bool:
         """Whether it was granted to the sender of this link by name, and that one has not begun it."""
-        return self.sender == link.hello.name != "" and not self.missing_heads.isdisjoint(link.common_heads.heads())
+        return self.sender == link.hello.name != "" and self.may_begin(link)
+
+    def may_begin(self, link: IncomingLink) -> bool:
+        """Whether heads of it are missing that come over this link."""
+        return not self.missing_heads.isdisjoint(link.common_heads.heads())
 
     @property
     def undrained(self) -> list[IncomingLink]:

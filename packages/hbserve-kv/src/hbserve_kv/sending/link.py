@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from hbserve_kv.errors import TransferFailed
-from hbserve_kv.memory.memory import Memory, Region
+from hbserve_kv.memory.memory import Memory
 from hbserve_kv.protocol import messages
 from hbserve_kv.protocol.checksum import link_checksums
 from hbserve_kv.protocol.messages import (
@@ -128,11 +128,10 @@ class Leg:
         target = await outgoing.client.call(messages.BEGIN, self.begin, timeout_s=timeout_s)
         if isinstance(target, UnknownLink):
             raise LinkUnknown(f"{outgoing.client.address} does not know the link any more")
-        region: Region = "pool" if self.begin.num_bytes is None else "arena"
-        if target.region != region or not all(block_id >= 0 for block_id in target.block_ids):
-            raise TransferFailed(f"{outgoing.client.address} accepts it into blocks it cannot have granted: {target}")
+        if problem := messages.misfit(target, self.begin, self.side, outgoing.link.peer):
+            raise TransferFailed(f"{outgoing.client.address} accepts it into blocks it cannot have granted: {problem}")
         self.target = target
-        self.target_units = outgoing.link.peer.units(target.block_ids) if region == "pool" else target.block_ids
+        self.target_units = outgoing.link.peer.units(target.block_ids) if target.region == "pool" else target.block_ids
         self.state.accept(self.number, one_sided=outgoing.transport.one_sided)
 
     async def _commit(self) -> None:

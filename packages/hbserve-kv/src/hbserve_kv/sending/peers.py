@@ -12,7 +12,7 @@ from hbserve_kv.config import GOODBYE_TIMEOUT_S
 from hbserve_kv.errors import FingerprintMismatch, TransferFailed
 from hbserve_kv.memory.layout import sides
 from hbserve_kv.protocol import messages
-from hbserve_kv.protocol.handshake import Identity
+from hbserve_kv.protocol.handshake import Identity, check_reply
 from hbserve_kv.protocol.messages import Handshake, LinkReply
 from hbserve_kv.sending.link import OutgoingLink
 from hbserve_kv.transports.base import Link, Transport, disconnect
@@ -236,13 +236,14 @@ class Peers:
         try:
             async with asyncio.timeout(timeout_s):
                 reply: LinkReply = await anext(stream)
+            check_reply(reply, me, offers)
         except TimeoutError:
             raise TransferFailed(f"no connection to {client.address}: no answer within {timeout_s} s") from None
         except (HBServeRpcError, StopAsyncIteration) as error:
             if FingerprintMismatch.__name__ in str(error):
                 raise FingerprintMismatch(f"{client.address} refuses: {error}") from error
             raise TransferFailed(f"no connection to {client.address}: {error or 'the link was closed'}") from error
-        mine, peer = sides(me.layout, me.heads, reply.layout, reply.heads)  # the receiver has checked that they fit
+        mine, peer = sides(me.layout, me.heads, reply.layout, reply.heads)
         link = Link(
             hello.link,
             is_sender=True,

@@ -40,7 +40,7 @@ from hbserve_kv.transports.base import (
     Transport,
     abandonable,
 )
-from hbserve_kv.transports.own_sockets import let_nobody_in
+from hbserve_kv.transports.own_sockets import checked_address, let_nobody_in
 from hbserve_rpc.address import look_up
 
 if TYPE_CHECKING:
@@ -95,6 +95,9 @@ def link_store(rendezvous: Rendezvous, timeout_s: float) -> Any:
             Store.__init__(self)
             LinkValues.__init__(self, rendezvous, timeout_s)
 
+        def get(self, name: str) -> bytes:
+            return checked_address(LinkValues.get(self, name), self.published)
+
     return LinkStore()
 
 
@@ -129,8 +132,7 @@ class NcclTransport(Transport):
 
     def unreachable(self, description: bytes) -> str:
         theirs, mine = _decode(description).ip_version, self._mine.ip_version
-        differs = f"one address is IPv{theirs}, the other IPv{mine}; Gloo needs the same"
-        return differs if theirs != mine else ""
+        return "" if theirs == mine else f"one address is IPv{theirs}, the other IPv{mine}; Gloo needs the same"
 
     async def connect(self, link: Link) -> None:
         # With a pool that is not torch's, under `auto`, only here: importing takes seconds, in which the loop goes on.
@@ -184,15 +186,15 @@ class NcclTransport(Transport):
         return made
 
     async def push(self, link: Link, part: Part) -> Moving:
-        group = self._group(link)
-        return await self._move(group, link, part, self._push_from_host, self._push_staged, self._push_from_gpu)
+        return await self._move(link, part, self._push_from_host, self._push_staged, self._push_from_gpu)
 
     async def accept(self, link: Link, part: Part) -> Moving:
-        group = self._group(link)
-        return await self._move(group, link, part, self._accept_on_host, self._accept_staged, self._accept_on_gpu)
+        return await self._move(link, part, self._accept_on_host, self._accept_staged, self._accept_on_gpu)
 
-    async def _move(self, group: _Group, link: Link, part: Part, on_host: _Way, staged: _Way, on_gpu: _Way) -> Moving:
+    async def _move(self, link: Link, part: Part, on_host: _Way, staged: _Way, on_gpu: _Way) -> Moving:
         """Run in the link's thread. On a GPU that only queues the part, so the next one follows without the host."""
+        if (group := self._groups.get(link)) is None:
+            raise ConnectionError("the link is closed")
         rows = link.rows(self._memory, part.region, part.layers)
         if group.stream is None or not group.on_gpu:
             await link.run(on_host if group.stream is None else staged, group, rows, part)
@@ -283,11 +285,6 @@ class NcclTransport(Transport):
         packed = [each for each in moving if not each[3]]
         works = [work for work, *_ in (*packed, *(each for each in reversed(moving) if each[3]))]
         _wait(group, works, lambda i: rows.scatter(*packed[i][1:3]) if i < len(packed) else None)
-
-    def _group(self, link: Link) -> _Group:
-        if link not in self._groups:
-            raise ConnectionError("the link is closed")
-        return self._groups[link]
 
     async def disconnect(self, link: Link) -> None:
         group = self._groups.pop(link, None)

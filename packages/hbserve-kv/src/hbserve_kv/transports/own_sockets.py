@@ -10,6 +10,7 @@ import ipaddress
 import os
 import socket
 import struct
+import sys
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -25,6 +26,7 @@ NETWORK_HEADER = 0x1_0000_0000 - 0x10_0000
 """From Linux (linux/filter.h, SKF_NET_OFF); Python has no names for these."""
 WHOLE, NOTHING = 0xFFFF_FFFF, 0
 """What a filter returns: how many bytes to keep."""
+LONGEST_NAME = 1 << 10
 _Instruction = tuple[int, int, int, int]
 """Operation, how many instructions to skip if it is true and if it is false, operand."""
 
@@ -93,6 +95,26 @@ def let_nobody_in(published: Iterable[bytes]) -> None:
                 _filter(found, [(BPF_RETURN, 0, 0, NOTHING)])
             except PermissionError:
                 found.setsockopt(*FEWEST_HOPS_LEFT[found.family], MOST_HOPS)
+
+
+def checked_address(value: bytes, published: Sequence[bytes]) -> bytes:
+    """What a peer publishes for Gloo, which reads beyond its end if the lengths in it are wrong: each of the two,
+    of the host's name and of the address, comes before what it counts.
+
+    Raises ConnectionError: it is not like what this side has published. If that has another form, nothing is compared.
+    """
+    mine = [_lengths(each) for each in published]
+    if mine and mine[0] is not None and _lengths(value) != mine[0]:
+        raise ConnectionError(f"the peer has published {len(value)} bytes that are no address of Gloo")
+    return value
+
+
+def _lengths(published: bytes) -> tuple[int, int] | None:
+    """Of the address, and of what follows the host's name; None if it has another form."""
+    name_length = int.from_bytes(published[:8], sys.byteorder)
+    rest = published[8 + name_length :] if name_length < LONGEST_NAME else b""
+    address_length = int.from_bytes(rest[:8], sys.byteorder)
+    return (address_length, len(rest)) if 0 < address_length <= len(rest) - 8 else None
 
 
 def listening_everywhere() -> set[str]:

@@ -1,0 +1,193 @@
+"""Peers that say what cannot be, found by a fuzzer: they are refused in a line that names it, and hit nobody else."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Any
+
+import msgspec
+import pytest
+from hbserve_kv_layouts import layout_of, whole_blocks
+
+from hbserve_kv import FingerprintMismatch, HeadRange, Outcome, TransferFailed
+from hbserve_kv.protocol import messages
+from hbserve_kv.protocol.messages import (
+    MOST_RANKS,
+    MOST_UNITS,
+    Abandon,
+    Accepted,
+    Asked,
+    Begin,
+    Cancelled,
+    Commit,
+    Grant,
+    Handshake,
+    LinkReply,
+    PartsAnnounced,
+    Told,
+    read_grants,
+)
+from hbserve_kv.transports.own_sockets import checked_address
+from hbserve_rpc import InvalidRequest, RpcClient, RpcServer
+
+NO_TEXT = b"\x81" + msgspec.msgpack.encode("transfer_id") + b"\xa3\xff\xfe\xfd"
+DEEP = b"\x81" + msgspec.msgpack.encode("x") + b"\x91" * 100_000 + b"\x00"
+
+
+@contextlib.asynccontextmanager
+async def linked(receiver, **lies: Any) -> AsyncIterator[tuple[RpcClient, str]]:
+    """A sender that says what it likes, whose link the receiver has."""
+    hello = Handshake(
+        messages.PROTOCOL_VERSION, 7, "evil", "127.0.0.1:9", receiver.fingerprint, receiver.heads,
+        receiver._memory.layout, {name: each.describe() for name, each in receiver._transports.items()}, "evil",
+    )  # fmt: skip
+    hello = msgspec.structs.replace(hello, **lies)
+    async with (
+        RpcClient(receiver.address, heartbeat_timeout_s=60) as client,
+        asyncio.timeout(30),
+        client.stream(messages.LINK, hello) as stream,
+    ):
+        await anext(stream)
+        yield client, hello.link
+
+
+@pytest.mark.parametrize("backend", ["ipc", "nccl", "mooncake"])
+async def test_a_transport_that_is_described_by_nonsense_is_passed_over(managers, backend, caplog):
+    if backend == "mooncake":
+        pytest.importorskip("mooncake.engine", reason="Mooncake is missing", exc_type=ImportError)
+    receiver = await managers(0, backend)
+    for nonsense in (b"", b"\xc1", NO_TEXT, DEEP):
+        with pytest.raises(InvalidRequest, match=f"no transport connects rank 7 and rank 0: {backend}: cannot be read"):
+            async with linked(receiver, offers={backend: nonsense}):
+                pass
+    assert "Traceback" not in caplog.text
+
+
+async def test_a_tensor_for_which_there_is_no_room_is_refused_without_a_traceback(managers, caplog):
+    receiver = await managers(0, "ipc", timeout_s=0.5)
+    async with linked(receiver) as (client, link):
+        with pytest.raises(InvalidRequest, match=r"raise kv_transfer\.buffer_size"):
+            await client.call(messages.BEGIN, Begin("huge", link, 1 << 62), timeout_s=30)
+        all_of_it = await receiver._buffer.place("all", 3 << 18)
+        with pytest.raises(InvalidRequest, match=r"late: no room for \d+ bytes"):
+            await client.call(messages.BEGIN, Begin("late", link, 1 << 19), timeout_s=30)
+        await receiver._buffer.free(all_of_it)
+    assert "Traceback" not in caplog.text
+
+
+@pytest.mark.parametrize("backend", ["ipc", "nccl"])
+async def test_who_has_not_begun_a_transfer_cannot_end_it(managers, backend):
+    """Nor ask, by checksums that are compared, what lies in its blocks."""
+    sender, receiver = await managers(1, backend), await managers(0, backend, checksum=True)
+    posted = receiver.post_receive("t", [1, 2])
+    transfer = await sender.open_send("t", posted.grant)
+    transfer.push([1], 0)
+    async with linked(receiver) as (client, link):
+        with pytest.raises(InvalidRequest, match=r"commit of transfer t .* has not begun by this link"):
+            await client.call(messages.COMMIT, Commit("t", link, 0, 0, 0.0, b"", {0: 1}), timeout_s=30)
+        with pytest.raises(InvalidRequest, match="abandon of transfer t is late, or not of its sender"):
+            await client.call(messages.ABANDON, Abandon("t", link, "forged", drained=True), timeout_s=30)
+    transfer.push([2], 1)
+    assert (await transfer.commit()).outcome is Outcome.COMPLETED
+    assert (await posted.wait()).outcome is Outcome.COMPLETED
+
+
+# ---- a receiver that lies ----------------------------------------------------------------------------------------
+
+
+def reply_of(manager, **lies: Any) -> LinkReply:
+    layout, (transport,) = manager._memory.layout, manager._transports.values()
+    reply = LinkReply(0, "evil", manager.heads, layout, transport.name, transport.describe(), {})
+    return msgspec.structs.replace(reply, **lies)
+
+
+LIES: dict[str, tuple[Any, type[Exception], str]] = {
+    "no answer": (lambda sender: Cancelled("t", "why"), TransferFailed, "answers a handshake with Cancelled"),
+    "transport": (lambda sender: reply_of(sender, transport="x"), TransferFailed, "transport='x', of ipc"),
+    "layout": (lambda sender: reply_of(sender, layout=layout_of()), FingerprintMismatch, "rank 0 and .* on rank 1"),
+    "heads": (
+        lambda sender: reply_of(sender, heads=HeadRange(0, 2, 2)), FingerprintMismatch, "num_kv_heads is 2 on rank 0",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("answer", "error", "says"), LIES.values(), ids=LIES)
+async def test_a_receiver_that_answers_a_handshake_with_a_lie_is_named_with_it(managers, answer, error, says):
+    sender = await managers(1, "ipc")
+
+    async def serve(hello):
+        yield answer(sender)
+        await asyncio.Event().wait()
+
+    server = RpcServer()
+    server.serve_stream(messages.LINK, serve)
+    await server.start()
+    try:
+        grant = msgspec.msgpack.encode(Grant("t", server.address, "", sender.heads))
+        async with asyncio.timeout(30):
+            with pytest.raises(error, match=f"{server.address}.*{says}"):
+                await sender.open_send("t", grant)
+    finally:
+        await server.stop()
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "region", "block_ids", "says"),
+    [
+        (None, "arena", [1], "region='arena', and not 'pool'"),
+        (None, "pool", [1, -1], "block_ids has -1"),
+        (None, "pool", [0] * (MOST_UNITS + 1), "4194305 block_ids of 1 units each"),
+        (9, "arena", [1, 2, 3], "3 block_ids for 9 bytes"),
+        (9, "arena", [], "0 block_ids for 9 bytes"),
+        (None, "pool", [], ""),
+    ],
+)
+def test_blocks_that_a_receiver_cannot_have_granted_are_told(num_bytes, region, block_ids, says):
+    both = whole_blocks()
+    accepted, begin = Accepted(region, block_ids, checksum=False), Begin("t", "l", num_bytes)
+    problem = messages.misfit(accepted, begin, both["mine"], both["peer"])
+    assert problem.startswith(says)
+    assert bool(problem) == bool(says)
+
+
+def test_what_is_no_grant_is_told_as_that():
+    one = Grant("t", "127.0.0.1:9", "e", HeadRange())
+    for nonsense in (b"", b"\xc1", NO_TEXT, DEEP, msgspec.msgpack.encode([one] * (MOST_RANKS + 1))):
+        with pytest.raises(TransferFailed, match="not a grant"):
+            read_grants(nonsense)
+
+
+# ---- what Gloo is told, which believes it ------------------------------------------------------------------------
+
+
+async def test_a_peer_that_tells_gloo_nonsense_ends_its_own_link_and_not_the_process(managers):
+    sender, receiver = await managers(1, "nccl"), await managers(0, "nccl", timeout_s=3)
+    for number, nonsense in enumerate([b"", bytes(7), (1 << 24).to_bytes(8, "little"), b"\xff" * 200]):
+        async with linked(receiver, link=f"{number}", address=f"127.0.0.{number + 2}:9") as (client, link):
+            theirs = (await client.call(messages.ASK, Asked(link, "0/1"), timeout_s=30)).value
+            assert checked_address(theirs, [theirs]) == theirs
+            await client.call(messages.TELL, Told(link, "0/0", nonsense), timeout_s=30)
+            posted = receiver.post_receive(link, [1])
+            await client.call(messages.BEGIN, Begin(link, link), timeout_s=30)
+            client.notify(messages.PARTS, PartsAnnounced(link, link, [messages.AnnouncedPart(0, 0, 1)]))
+            async with asyncio.timeout(30):
+                assert (await posted.wait()).outcome is Outcome.FAILED_DRAINED
+    posted = receiver.post_receive("t", [1])
+    transfer = await sender.open_send("t", posted.grant)
+    transfer.push([1], 0)
+    assert (await transfer.commit()).outcome is Outcome.COMPLETED
+
+
+def published(host: bytes, address: bytes, rest: bytes = bytes(16)) -> bytes:
+    return b"".join([len(host).to_bytes(8, "little"), host, len(address).to_bytes(8, "little"), address, rest])
+
+
+def test_lengths_in_what_a_peer_publishes_are_compared_with_ones_own():
+    mine = published(b"host-1", bytes(136))
+    good = published(b"h", bytes(136))
+    assert checked_address(good, [mine]) == good
+    for wrong in (good[:-1], good + b"x", good[:20], b"", published(b"", bytes(135)), b"\x02" + good[1:]):
+        with pytest.raises(ConnectionError, match=f"{len(wrong)} bytes that are no address of Gloo"):
+            checked_address(wrong, [mine])
+    for other_form in ([], [b"\xff" * 128], [b""]):
+        assert checked_address(b"", other_form) == b""
