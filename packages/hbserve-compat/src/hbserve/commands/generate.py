@@ -15,7 +15,7 @@ from hbserve.processes.start_notice import telling_at_terminal
 from hbserve.progress import progress_bar
 from hbserve.remote import remote_scheduler
 from hbserve.results import GenerationResult, Timings
-from hbserve.text.prompts import read_prompts, some_tokens
+from hbserve.text.prompts import naming, read_prompts, some_tokens
 from hbserve.text.text_request import Scheduler, TextRequest, answer_all, check_all
 from hbserve.text.tokenizer import encode_message, load_tokenizer, require_tokenizer_of
 from hbserve_rpc import SamplingParams
@@ -23,6 +23,8 @@ from hbserve_rpc.messages import FinishReason
 from hbserve_scheduler import ConfigError, load_config
 
 End = tuple[Timings, FinishReason]
+Begun = tuple[Scheduler, Any, list[list[int]]]
+"""Whom to ask, the model's tokenizer, and the prompts by it."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,8 @@ async def generate_answers(args: GenerateArgs) -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
     params = SamplingParams(**args.sampling)
     texts = [str(each) for each in read_prompts(args.prompts)]
-    async with _connected(args) if args.connect is not None else _started(args) as (scheduler, tokenizer):
-        prompts = [encode_message(tokenizer, text, args.system) for text in texts]
+    begun = _connected(args, texts) if args.connect is not None else _started(args, texts)
+    async with begun as (scheduler, tokenizer, prompts):
         if len(prompts) == 1:
             request = TextRequest(scheduler, tokenizer, prompts[0], params)
             ends, lengths = [await _stream(request)], [len(request.choices[0].detokenizer.token_ids)]
@@ -119,8 +121,23 @@ def summary(timings: list[Timings], num_tokens: int) -> str:
     )
 
 
+def _encoded(folder: Path, texts: list[str], system: str | None) -> tuple[Any, list[list[int]]]:
+    """The model's tokenizer, and the prompts by it. Takes seconds: transformers is imported.
+
+    Raises:
+        FileNotFoundError, BrokenTokenizer: there is no tokenizer, or it cannot be read.
+        InvalidRequest: a prompt has no token, or the chat template refuses it, or cannot be read. Names the prompt.
+    """
+    require_tokenizer_of(folder)
+    tokenizer, prompts = load_tokenizer(folder), []
+    for place, text in enumerate(texts):
+        with naming(place, len(texts)):
+            prompts.append(some_tokens(encode_message(tokenizer, text, system)))
+    return tokenizer, prompts
+
+
 @asynccontextmanager
-async def _started(args: GenerateArgs) -> AsyncIterator[tuple[Scheduler, Any]]:
+async def _started(args: GenerateArgs, texts: list[str]) -> AsyncIterator[Begun]:
     from hbserve.pd_disagg import DisaggregatedLLM, PdDisaggConfig
 
     config = PdDisaggConfig.from_deployment(load_config(args.config)) if args.config else PdDisaggConfig()
@@ -129,18 +146,16 @@ async def _started(args: GenerateArgs) -> AsyncIterator[tuple[Scheduler, Any]]:
     if args.kv_transfer_backend is not None:
         config.kv_transfer_backend = args.kv_transfer_backend
     config.model_path = await find_model_folder(config.model_path)
-    require_tokenizer_of(config.model_path)
-    if "" in args.prompts and args.system is None:  # whether it is a prompt, its tokenizer knows, and its chat template
-        some_tokens(encode_message(await asyncio.to_thread(load_tokenizer, config.model_path), ""))
+    tokenizer, prompts = await asyncio.to_thread(_encoded, config.model_path, texts, args.system)
     llm = DisaggregatedLLM(config, log_level=args.log_level)
     async with AsyncExitStack() as stack:
         async with telling_at_terminal(llm.waiting_for):
             await stack.enter_async_context(llm)
-        yield llm.scheduler, llm.tokenizer
+        yield llm.scheduler, tokenizer, prompts
 
 
 @asynccontextmanager
-async def _connected(args: GenerateArgs) -> AsyncIterator[tuple[Scheduler, Any]]:
+async def _connected(args: GenerateArgs, texts: list[str]) -> AsyncIterator[Begun]:
     for name in ("config", "kv_transfer_backend"):
         if getattr(args, name) is not None:
             raise ConfigError(
@@ -154,9 +169,7 @@ async def _connected(args: GenerateArgs) -> AsyncIterator[tuple[Scheduler, Any]]
                 "the scheduler names no model; the demo model's tokenizer is taken, --model takes another\n"
             )
         folder = await folder_here(args.model, info.model_path)
-        require_tokenizer_of(folder)
-        # Importing transformers can take longer than the scheduler waits for a heartbeat.
-        yield scheduler, await asyncio.to_thread(load_tokenizer, folder)
+        yield scheduler, *await asyncio.to_thread(_encoded, folder, texts, args.system)
 
 
 async def folder_here(given: Path | None, told: str) -> Path:
