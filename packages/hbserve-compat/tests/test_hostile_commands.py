@@ -29,6 +29,7 @@ from hbserve.commands.command import LogLevel, explaining
 from hbserve.output_file import writing
 from hbserve.pd_disagg import DisaggregatedLLM
 from hbserve.plotting import figure_of
+from hbserve_core import BrokenTokenizer
 from hbserve_scheduler import InstanceFailed, SchedulerServer
 from hbserve_testing.narrowing import present
 from hbserve_testing.processes import no_file_longer_than
@@ -277,11 +278,19 @@ def test_an_output_that_is_full_is_one_line(address, prompts):
     assert b"Traceback" not in done.stderr
 
 
-def test_too_few_files_are_told_with_their_cure(capsys):
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (OSError(errno.EMFILE, os.strerror(errno.EMFILE)), "Too many open files"),
+        (OSError(errno.EMFILE, os.strerror(errno.EMFILE), "of/model"), "of/model: Too many open files"),
+        (BrokenTokenizer("m: OSError: [Errno 24] Too many open files"), "m: OSError: [Errno 24] Too many open files"),
+    ],
+)
+def test_too_few_files_are_told_with_their_cure(capsys, error, told):
     with pytest.raises(typer.Exit), explaining(LogLevel.WARNING):
-        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        raise error
     most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    assert capsys.readouterr().err == f"error: Too many open files: this process may open {most}; raise `ulimit -n`\n"
+    assert capsys.readouterr().err == f"error: {told}: this process may open {most}; raise `ulimit -n`\n"
 
 
 @pytest.mark.parametrize(

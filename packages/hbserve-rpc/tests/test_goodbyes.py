@@ -87,7 +87,8 @@ async def test_a_server_that_ends_in_order_says_so_and_who_asks_later_waits_for_
         assert (await later).value == 8
 
 
-async def test_a_client_that_ends_in_order_ends_its_work_at_once(rpc, start, patient):
+async def test_a_client_that_ends_in_order_ends_its_work_at_once_and_that_is_no_news(rpc, start, patient, caplog):
+    caplog.set_level("INFO")
     serving = Serving(rpc)
     await start(serving.server)
     client, _ = await patient(serving.server.address)
@@ -98,6 +99,7 @@ async def test_a_client_that_ends_in_order_ends_its_work_at_once(rpc, start, pat
     assert not serving.server._clients
     with pytest.raises(PeerLost, match="this client was closed"):
         await call
+    assert "its work ends" not in caplog.text
 
 
 async def test_a_server_that_was_killed_is_lost_although_nobody_says_so_and_nothing_waits_for_it(rpc, serve, patient):

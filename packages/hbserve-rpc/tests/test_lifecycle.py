@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -39,7 +40,8 @@ async def test_a_restarted_server_fails_what_waited_and_serves_what_comes(rpc, s
     assert (await client.call(rpc.CALL, rpc.Ask(), timeout_s=20)).value == second.pid
 
 
-async def test_a_silent_client_ends_its_work_on_the_server(rpc, start, connect):
+async def test_a_silent_client_ends_its_work_on_the_server_which_says_whose(rpc, start, connect, caplog):
+    caplog.set_level("INFO")
     closed = asyncio.Event()
 
     async def forever(ask):
@@ -57,6 +59,7 @@ async def test_a_silent_client_ends_its_work_on_the_server(rpc, start, connect):
     client._heart.cancel()  # as if the process were frozen
     async with asyncio.timeout(30):
         await closed.wait()
+    assert re.search(r"a client at 127\.0\.0\.1 was silent for \d+\.\d s; its work ends", caplog.text)
 
 
 async def test_a_client_that_left_in_order_is_forgotten_and_not_reported_as_silent(rpc, start, connect, caplog):

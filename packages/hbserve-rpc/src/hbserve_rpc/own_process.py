@@ -13,6 +13,7 @@ import gc
 import io
 import logging
 import os
+import re
 import resource
 import signal
 import socket
@@ -204,6 +205,14 @@ def _lose_what_stderr_does_not_take() -> None:
     if isinstance(before, io.TextIOWrapper) and before is sys.__stderr__:  # else whoever runs this has put it there
         binary = io.BufferedWriter(_LosingFile(before.fileno(), "w", closefd=False))
         sys.stderr = io.TextIOWrapper(binary, before.encoding, before.errors, line_buffering=True, write_through=True)
+
+
+def with_file_limit(text: str) -> str:
+    """What somebody says, a library too, and the limit with its cure if that was met."""
+    if re.search(r"Too many open files(?! in system)", text) is None or "`ulimit -n`" in text:
+        return text
+    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return f"{text}: this process may open {most}; raise `ulimit -n`"
 
 
 def _allow_many_files() -> None:

@@ -231,7 +231,7 @@ class RpcServer:
             case wire.Credits(counts=counts):
                 client.give_credit(counts)
             case wire.Goodbye():
-                self._give_up(identity, "has ended")
+                self._give_up(identity, "has ended", logging.DEBUG)  # in order, and so did its work
             case wire.Close(id=id_):
                 if work := client.work.get(id_):
                     work.task.cancel()
@@ -362,10 +362,10 @@ class RpcServer:
                 if now_s - since_s[identity] >= CLOSED_S:
                     self._give_up(identity, "has gone")
 
-    def _give_up(self, identity: bytes, why: str) -> None:
+    def _give_up(self, identity: bytes, why: str, level: int = logging.INFO) -> None:
         client = self._clients.pop(identity)
-        if client.work:  # one that left in order has none
-            logger.info("a client %s; its work ends", why)
+        if client.work:
+            logger.log(level, "a client at %s %s; its work ends", client.peer.address or "an unknown address", why)
         client.give_up()
 
 

@@ -4,6 +4,7 @@ reachable."""
 import asyncio
 import errno
 import socket
+import struct
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
@@ -61,20 +62,20 @@ def require_places(config: DeploymentConfig, *, but: Collection[str]) -> None:
     which are running already or are not started. May ask a name server.
 
     Raises:
-        ConfigError: this machine does not have an address of the file.
+        ConfigError: this machine does not have an address of the file, or does not reach it.
         AddressInUse: another process listens at one of its ports.
     """
     of_all = [each for each in places(config) if each.subject not in but]
     if config.kv_transfer.ip is not None:
         of_all.append(Place("KV", "kv_transfer.ip", config.kv_transfer.ip, "kv_transfer.port", 0))
     for place in of_all:
-        error = _why_not_bound(place)
+        error = _why_not_served(place)
         if error is not None and error.errno == errno.EADDRINUSE:
             key = " or ".join([place.port_key, *OPTIONS.get(place.port_key, ())])
             cure = f"give another {key}, or 0 to let the system choose"
             raise AddressInUse(f"{place.subject}: {place.where} is in use: {cure}")
         if error is not None:
-            raise ConfigError(f"{place.host_key}={place.host!r}: {place.where} cannot be bound: {error.strerror}")
+            raise ConfigError(f"{place.host_key}={place.host!r}: {place.where} {error.strerror}")
 
 
 async def check_network(config: DeploymentConfig) -> list[Finding]:
@@ -102,18 +103,18 @@ async def _check(place: Place) -> Finding:
 
 
 def _bind(place: Place) -> Finding:
-    error = _why_not_bound(place)
+    error = _why_not_served(place)
     if error is None:
         return Finding("ok", place.subject, f"{place.where} belongs to this host and is free")
     if error.errno == errno.EADDRINUSE:
         text = f"{place.where} of this host is in use: by this deployment, if it is running; otherwise choose another"
         return Finding("FAIL", place.subject, f"{text} {place.port_key}")
-    return Finding("FAIL", place.subject, f"{place.where} cannot be listened at: {error.strerror}")
+    return Finding("FAIL", place.subject, f"{place.where} {error.strerror}")
 
 
-def _why_not_bound(place: Place) -> OSError | None:
-    """Why a server cannot listen there; None if it can. Sets SO_REUSEADDR, as a server does so that it can be restarted
-    at once."""
+def _why_not_served(place: Place) -> OSError | None:
+    """Why nobody could serve there, in words that go on after the address; None if somebody can. Sets SO_REUSEADDR, as
+    a server does so that it can be restarted at once."""
     version = socket.AF_INET6 if ":" in place.host else socket.AF_INET
     try:
         found = socket.getaddrinfo(place.host, place.port, version, socket.SOCK_STREAM)[0]
@@ -121,8 +122,21 @@ def _why_not_bound(place: Place) -> OSError | None:
             trying.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             trying.bind(found[4])
             trying.listen()  # binding alone does not collide with a listener that also allows reuse
+            return None if is_wildcard(place.host) else _why_not_reached(trying)
     except OSError as error:
-        return error
+        return OSError(error.errno, f"cannot be bound: {error.strerror}")
+
+
+def _why_not_reached(listening: socket.socket) -> OSError | None:
+    """Why this host does not reach what listens on it; None if it does. Whatever the address, the way is `lo`."""
+    with socket.socket(listening.family) as asking:
+        asking.settimeout(REACH_TIMEOUT_S)
+        asking.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # it leaves nothing behind
+        try:
+            asking.connect(listening.getsockname())
+        except OSError as error:
+            cure = "is its interface `lo` up (`ip link set lo up`)?"
+            return OSError(error.errno, f"is not reached from this host itself: {error.strerror or error}; {cure}")
     return None
 
 

@@ -95,7 +95,7 @@ def explaining(log_level: LogLevel, *, is_service: bool = False) -> Iterator[Non
             raise
         if not _is_explained(error):
             logging.getLogger(__name__).exception("unexpected error; please report it")
-        typer.echo(f"error: {one_line(_in_words(error))}", err=True)
+        typer.echo(f"error: {one_line(own_process.with_file_limit(_in_words(error)))}", err=True)
         raise typer.Exit(2 if isinstance(error, ValueError) else 1) from None
     finally:
         forget_what_nobody_takes()
@@ -118,9 +118,6 @@ def one_line(text: str) -> str:
 
 def _in_words(error: Exception) -> str:
     """The system's own errors begin with a number, and end with the file."""
-    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
-        most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        return f"{error.strerror}: this process may open {most}; raise `ulimit -n`"
     if isinstance(error, OSError) and error.errno == errno.EFBIG:
         most, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
         if most != resource.RLIM_INFINITY:  # else it is the file system's limit

@@ -55,6 +55,7 @@ from hbserve_rpc.messages import (
     TransferDone,
 )
 from hbserve_rpc.metrics_text import Family
+from hbserve_rpc.own_process import with_file_limit
 from hbserve_rpc.reports import REPORTS
 from hbserve_rpc.trace_context import TRACEPARENT
 
@@ -204,7 +205,7 @@ class GpuInstance:
     def _fail(self, error: Exception) -> None:
         if self.status == "draining":
             return
-        self.status, self.error = "failed", f"{type(error).__name__}: {error}"
+        self.status, self.error = "failed", with_file_limit(f"{type(error).__name__}: {error}")
         logger.error("%s: %s", self.config.instance_id, self.error)
         for inbox in self._inboxes.values():
             inbox.put_nowait(EngineFailed(f"{self.config.instance_id} failed: {self.error}"))

@@ -6,7 +6,8 @@ gone, and the instance ends too. SIGTERM, SIGINT and SIGHUP end it in an orderly
 
 Exit status 0: ended as asked. 1: could not serve. 2: the configuration cannot be. Any but 0 comes with one line on
 stderr that says why. An instance that fails after it was bound, because its model does not load or its engine fails,
-answers DESCRIBE with the reason for FAILED_LINGER_S more, so that whoever polls it can read that; then it ends.
+answers DESCRIBE with the reason for a while more, so that whoever polls it can read that; then it ends. A launcher hears
+of the end itself, however it is with the network, and should not wait for it.
 """
 
 import asyncio
@@ -35,6 +36,9 @@ from hbserve_rpc.stderr_log import log_to_stderr
 logger = logging.getLogger(__name__)
 
 FAILED_LINGER_S = 15.0
+"""How long one that has failed still says why."""
+LAUNCHED_LINGER_S = 1.0
+"""The same with a launcher, which starts it again, or gives the whole deployment up."""
 SWITCH_INTERVAL_S = 0.00005
 """How long a thread may keep the interpreter while another wants it. Python's 5 ms are as long as a step: the engine's
 thread, woken to launch the next one in time, would find the event loop at work, and the device would wait. And what
@@ -67,7 +71,7 @@ async def run_instance(config: InstanceConfig, *, announce: bool = False, stop: 
                 sys.stdout.write(json.dumps({"address": instance.address, "pid": os.getpid()}) + "\n")
                 sys.stdout.flush()
             async with _registered(instance):
-                await _serve(instance, stop)
+                await _serve(instance, stop, LAUNCHED_LINGER_S if announce else FAILED_LINGER_S)
         finally:  # a second Ctrl-C while it ends changes nothing
             try:
                 async with asyncio.timeout(STOP_TIMEOUT_S):
@@ -88,12 +92,12 @@ async def _registered(instance: GpuInstance) -> AsyncIterator[None]:
         await asyncio.gather(registering, return_exceptions=True)
 
 
-async def _serve(instance: GpuInstance, stop: asyncio.Event) -> None:
+async def _serve(instance: GpuInstance, stop: asyncio.Event, linger_s: float) -> None:
     stopping, failing = asyncio.create_task(stop.wait()), asyncio.create_task(instance.wait_failed())
     try:
         await asyncio.wait([stopping, failing], return_when=asyncio.FIRST_COMPLETED)
         if failing.done():
-            await asyncio.wait([stopping], timeout=FAILED_LINGER_S)
+            await asyncio.wait([stopping], timeout=linger_s)
             raise InstanceFailed(failing.result())
     finally:
         for task in (stopping, failing):

@@ -17,6 +17,7 @@ from hbserve_kv.protocol.messages import Handshake, LinkReply
 from hbserve_kv.sending.link import OutgoingLink
 from hbserve_kv.transports.base import Link, Transport, disconnect
 from hbserve_rpc import HBServeRpcError, InvalidAddress, Keys, RpcClient, RpcStream
+from hbserve_rpc.own_process import with_file_limit
 
 logger = logging.getLogger(__name__)
 
@@ -202,7 +203,8 @@ class Peers:
             await stream.aclose()
             await client.close()
             if not offers:
-                raise TransferFailed(f"no connection to {address} by {transport.name}: {error}") from error
+                problem = with_file_limit(str(error))  # Gloo says what failed, and not at which limit
+                raise TransferFailed(f"no connection to {address} by {transport.name}: {problem}") from error
             logger.warning(
                 "no connection to %s by %s, next is %s: %s", address, transport.name, next(iter(offers)), error
             )
