@@ -1,12 +1,16 @@
 """`hbserve check`: what it says of addresses, of this host, and of a file that will not work."""
 
 import asyncio
+import json
+import re
 import resource
 import socket
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 from typer.testing import CliRunner
 
 from hbserve.__main__ import app
@@ -186,3 +190,21 @@ def test_a_deployment_that_will_work_is_status_0_and_one_that_will_not_names_wha
     status, lines, error = check(config(modle={}))
     assert (status, lines) == (2, [])
     assert "modle: unknown key" in error
+
+
+@pytest.mark.netns
+def test_a_host_whose_loopback_is_down_is_told_in_place_of_a_start(make_network, tmp_path):
+    """Addresses can be bound there, and nobody reaches them: each instance would wait for half a minute for itself."""
+    network = make_network({"alone": "10.9.9.1"})
+    namespace = network.namespace("alone")
+    subprocess.run(["ip", "-n", namespace, "link", "set", "lo", "down"], check=True, timeout=30)
+    for host in ("127.0.0.1", "10.9.9.1"):
+        path = tmp_path / "config.yaml"
+        path.write_text(json.dumps({"gpu_instances": [{"instance_id": "h", "instance_type": "hybrid", "host": host}],
+                                    "security": {"allow_insecure": True}, "scheduler": {"host": host}}))  # fmt: skip
+        for command, status in (("serve", 2), ("check", 1)):
+            whole = ["ip", "netns", "exec", namespace, sys.executable, "-m", "hbserve", command, "--config", str(path)]
+            done = subprocess.run(whole, capture_output=True, text=True, timeout=120)
+            assert done.returncode == status, done.stderr
+            why = "(Network is unreachable|timed out); is its interface `lo` up"
+            assert re.search(f"{host}:5550 is not reached from this host itself: {why}", done.stdout + done.stderr)

@@ -94,6 +94,15 @@ def test_greedy_text_is_that_of_an_llm_whole_and_streamed_once_and_four_times(se
     server.until_empty()
 
 
+def test_it_says_that_it_serves_when_all_instances_are_ready(server):
+    assert server.url
+    log = server.log.read_text()
+    (served,) = re.findall(r"^.*INFO hbserve\.commands\.serve: serving .* on [\d.]+:\d+$", log, re.MULTILINE)
+    before, _, after = log.partition(served)
+    assert len(re.findall(r"INFO hbserve_scheduler\.instances: \S+ at \S+ is ready", before)) == 2
+    assert "OpenAI's API at" in after
+
+
 def test_logprobs_over_http_are_those_of_an_llm(server, expected):
     body = {"messages": QUESTION, "temperature": 0, "max_tokens": NUM_TOKENS, "logprobs": True, "top_logprobs": 2}
     answer = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60).json()

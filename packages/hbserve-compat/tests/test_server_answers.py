@@ -408,11 +408,25 @@ async def test_what_a_request_does_not_say_is_the_models_own_unless_that_is_swit
     assert (params.temperature, params.max_tokens) == (0, 9)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"temperature": "hot"}', '{"top_p": 7}'])
-def test_defaults_that_cannot_be_are_not_used_and_said(tmp_path, content, caplog):
+@pytest.mark.parametrize("content", ["{", "[]"])
+def test_a_file_of_defaults_that_cannot_be_read_is_said(tmp_path, content, caplog):
     (tmp_path / "generation_config.json").write_text(content)
     assert model_defaults(tmp_path) == {}
     assert "its sampling defaults are not used" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("temperature", "hot"), ("top_p", 7), ("top_k", 2.5), ("min_p", -1), ("max_new_tokens", 0), ("top_p", [0.5])],
+)
+def test_of_the_models_defaults_one_that_cannot_be_is_named_and_the_others_are_used(tmp_path, name, value, caplog):
+    (tmp_path / "generation_config.json").write_text(json.dumps(GENERATION | {"top_p": 0.9} | {name: value}))
+    expected = {"temperature": 0.6, "top_k": 20, "top_p": 0.9, "max_tokens": 7}
+    expected.pop("max_tokens" if name == "max_new_tokens" else name, None)
+    assert model_defaults(tmp_path) == expected
+    (line,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert f"generation_config.json: its {name} is not used as a default: " in line
+    assert "expected" in line
 
 
 class FullAtFirst(FakeScheduler):

@@ -239,13 +239,13 @@ class _Deployment:
         await self._instances.start()
         for process in self._instances.processes:
             await self._scheduler.add_instance(process.instance_id, process.role, process.address)
-        logger.info("serving %s on %s", self._folder, self._server.address)
         beginning = [self._scheduler.wait_ready(READY_TIMEOUT_S)]
         if self._front_end is not None:
             beginning.append(self._front_end.begin(self._name, self._folder, self._server))
         await together(*beginning)
         own_process.freeze_heap()
         self._is_ready = True
+        logger.info("serving %s on %s", self._folder, self._server.address)
         self._instances.restart_the_dead(self._ending.by_death, self._dial_again)
         self._server.scale = self._scaling.scale
         if self._front_end is not None:

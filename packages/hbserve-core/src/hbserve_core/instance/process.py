@@ -6,8 +6,8 @@ gone, and the instance ends too. SIGTERM, SIGINT and SIGHUP end it in an orderly
 
 Exit status 0: ended as asked. 1: could not serve. 2: the configuration cannot be. Any but 0 comes with one line on
 stderr that says why. An instance that fails after it was bound, because its model does not load or its engine fails,
-answers DESCRIBE with the reason for a while more, so that whoever polls it can read that; then it ends. A launcher hears
-of the end itself, however it is with the network, and should not wait for it.
+answers DESCRIBE with the reason for a while more, so that whoever polls it can read that; then it ends. A launcher
+hears of that end itself, however it is with the network, and waits for it.
 """
 
 import asyncio
@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 FAILED_LINGER_S = 15.0
 """How long one that has failed still says why."""
-LAUNCHED_LINGER_S = 1.0
+LAUNCHED_LINGER_S = 5.0
 """The same with a launcher, which starts it again, or gives the whole deployment up."""
 SWITCH_INTERVAL_S = 0.00005
 """How long a thread may keep the interpreter while another wants it. Python's 5 ms are as long as a step: the engine's

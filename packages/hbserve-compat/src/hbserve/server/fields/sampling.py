@@ -47,16 +47,24 @@ def num_choices(body: SamplingFields, num_prompts: int) -> int:
 
 
 def model_defaults(folder: Path) -> dict[str, Any]:
-    """Parameters that the model's generation_config.json has, for requests that do not say; none if it is unusable."""
+    """Parameters that the model's generation_config.json has, for requests that do not say. One that cannot be is left
+    out, and so is all if the file cannot be read; that is logged."""
+    path = folder / "generation_config.json"
     try:
-        content = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
-        found = {name: content[given] for given, name in FROM_THE_MODEL.items() if content.get(given) is not None}
-        SamplingParams(**found)
+        content = json.loads(path.read_text(encoding="utf-8"))
+        given = {name: content[name] for name in FROM_THE_MODEL if content.get(name) is not None}
     except FileNotFoundError:
         return {}
-    except (ValueError, AttributeError, TypeError, InvalidRequest) as error:
-        logger.warning("%s/generation_config.json: its sampling defaults are not used: %s", folder, error)
+    except (ValueError, AttributeError) as error:
+        logger.warning("%s: its sampling defaults are not used: %s", path, error)
         return {}
+    found = {}
+    for name, value in given.items():
+        ours = FROM_THE_MODEL[name]
+        try:
+            found[ours] = getattr(SamplingParams(**{ours: value}), ours)
+        except InvalidRequest as error:
+            logger.warning("%s: its %s is not used as a default: %s", path, name, error)
     if found:
         said = ", ".join(f"{name}={value}" for name, value in found.items())
         logger.info("defaults of requests are the model's own: %s; server.generation_config: none turns that off", said)
