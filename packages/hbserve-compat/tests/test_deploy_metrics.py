@@ -18,6 +18,11 @@ DEPLOY = Path(__file__).resolve().parents[3] / "deploy"
 DASHBOARD = json.loads((DEPLOY / "grafana/hbserve.json").read_text())
 RULES = yaml.safe_load((DEPLOY / "prometheus/rules.yml").read_text())
 OF_A_METRIC = r"(?:hbserve:|vllm:|http_)[a-z0-9_]+"
+OF_LABELS = {
+    *("cause", "prefill", "decode", "error", "instance_id", "role", "local_prefill_tokens"),
+    *("lost", "starting", "ready", "suspect", "draining", "failed"),
+}
+"""What the page has in code beside the metrics: labels, some of their values, and a setting."""
 LABELS_OF_PROMETHEUS = {"job", "instance"}
 
 
@@ -44,6 +49,16 @@ async def labels(small_model: Callable[[str], Path]) -> dict[str, set[str]]:
         for sample in family.samples:
             found[sample.name] = set(sample.labels)
     return found
+
+
+@pytest.mark.parametrize("page", ["monitoring.md", "monitoring.zh-CN.md"])
+async def test_the_page_names_every_metric_and_no_others(labels, page):
+    text = (DEPLOY.parent / "docs" / page).read_text()
+    _, section = text.split("\n## `/metrics`\n")
+    section = section.partition("\n## ")[0]
+    there = {re.sub("_(bucket|sum|count|created)$", "", name) for name in labels if name.startswith("hbserve:")}
+    named = set(re.findall(r"`([a-z0-9]+(?:_[a-z0-9]+)*)(?:\{\w+\})?`", section)) - OF_LABELS
+    assert {f"hbserve:{name}" for name in named} == there
 
 
 async def test_every_metric_that_is_asked_for_is_there_with_its_labels(labels):
