@@ -1,4 +1,4 @@
-"""Requests at a scheduler, several at a time, until stdin ends: `python hbserve_load.py HOST:PORT`.
+"""Requests at a scheduler, several at a time, until stdin ends: `python hbserve_load.py HOST:PORT AT_ONCE`.
 
 Prints one line of JSON for each that has ended, and at the end one with what the deployment still holds.
 """
@@ -13,7 +13,6 @@ from hbserve_rpc import HBServeRpcError, SamplingParams
 from hbserve_rpc.messages import GenerateRequest, RequestFinished
 from hbserve_scheduler import RemoteScheduler
 
-AT_ONCE = 4
 PARAMS = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
 EMPTY_S = 30.0
 
@@ -51,7 +50,7 @@ async def leftovers(scheduler: RemoteScheduler) -> dict[str, int]:
     return {name: value for name, value in found.items() if value}
 
 
-async def main(address: str) -> None:
+async def main(address: str, at_once: int) -> None:
     scheduler = RemoteScheduler(address)
     await scheduler.start()
     await scheduler.find(timeout_s=60)
@@ -67,7 +66,7 @@ async def main(address: str) -> None:
             await asyncio.sleep(0.5)  # leaves the processor to the others
 
     async with asyncio.TaskGroup() as group:
-        for number in range(AT_ONCE):
+        for number in range(at_once):
             group.create_task(lane(number))
     deadline_s = asyncio.get_running_loop().time() + EMPTY_S
     while (left := await leftovers(scheduler)) and asyncio.get_running_loop().time() < deadline_s:
@@ -76,4 +75,4 @@ async def main(address: str) -> None:
     await scheduler.stop()
 
 
-asyncio.run(main(sys.argv[1]))
+asyncio.run(main(sys.argv[1], int(sys.argv[2])))
