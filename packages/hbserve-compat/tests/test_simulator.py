@@ -26,6 +26,7 @@ from hbserve.simulator.instance import Fabric, ModelledInstance, Shape
 from hbserve.simulator.plan import Layout, Plan, Question, Trial, make_plan, try_layout
 from hbserve.simulator.prefix_cache import PrefixCache
 from hbserve.simulator.profile import Line, Profile, StepLaw, load_profile, own_profiles
+from hbserve.simulator.sessions import Decoding, Prefilling
 from hbserve.simulator.simulation import Deployment, Fault, cell_of, roles_of, simulate
 from hbserve.simulator.stream import Stream
 from hbserve.simulator.workload import SimulatedRequest, conversations, poisson, trace
@@ -39,9 +40,11 @@ from hbserve_rpc.messages import (
     GRANT,
     PREFILL,
     ConnectRequest,
+    DecodeRequest,
     Empty,
     GenerateRequest,
     GrantRequest,
+    PrefillRequest,
 )
 from hbserve_rpc.reports import REPORTS
 from hbserve_rpc.settings import EngineSettings
@@ -449,6 +452,99 @@ def test_work_that_is_aborted_leaves_nothing_in_the_engine():
 
     with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
         runner.run(run())
+
+
+@pytest.mark.parametrize(
+    ("aborted_s", "ends_s"),
+    [(0.015, 0.03), (0.095, 0.11)],  # in its second step, and in its last
+)
+def test_a_prompt_that_is_aborted_is_in_no_step_after_the_current_one(aborted_s: float, ends_s: float):
+    """A step has one chunk, of 10 ms: ten of the first prompt, and one of who has come second."""
+    ended: dict[str, float] = {}
+
+    async def run() -> None:
+        loop = asyncio.get_running_loop()
+        engine = ModelledEngine(StepLaw(profile()), EngineLimits(chunk_size=10, max_chunk_prefill_tokens=10))
+
+        def prompt(name: str, num_tokens: int) -> PromptWork:
+            return PromptWork(num_tokens, 0, None, lambda: ended.update({name: loop.time()}))
+
+        gone = prompt("gone", 100)
+        engine.add(gone)
+        loop.call_at(0.005, engine.add, prompt("next", 10))
+        loop.call_at(aborted_s, engine.remove, gone)
+        await asyncio.sleep(10)
+        assert engine.is_idle
+
+    with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
+        runner.run(run())
+    assert ended == {"next": pytest.approx(ends_s)}
+
+
+@pytest.mark.parametrize(("aborted_s", "num_steps"), [(0.01, 1), (0.05, 3)])
+def test_a_sequence_that_is_aborted_is_in_no_step_after_the_current_one(aborted_s: float, num_steps: int):
+    """Both have begun together; steps of two take 20 ms, and those of one 10 ms."""
+    ends_s: list[float] = []
+
+    async def run() -> None:
+        loop = asyncio.get_running_loop()
+        engine = ModelledEngine(StepLaw(profile(decode=[(1, 10, 0.01), (2, 10, 0.02)])), WHOLE)
+        gone = DecodeWork(100, 20, lambda _: None, lambda: ends_s.append(0))
+        engine.add(gone)
+        engine.add(DecodeWork(100, 10, lambda _: None, lambda: ends_s.append(loop.time())))
+        loop.call_at(aborted_s, engine.remove, gone)
+        await asyncio.sleep(10)
+        assert (engine.batch, engine.keys) == (0, 0)
+
+    with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
+        runner.run(run())
+    assert ends_s == [pytest.approx(num_steps * 0.02 + (10 - num_steps) * 0.01)]
+
+
+def test_an_engine_that_has_died_calls_nobody_whatever_comes_afterwards():
+    called: list[str] = []
+
+    async def run() -> None:
+        engine = ModelledEngine(StepLaw(profile()), EngineLimits(chunk_size=10))
+        engine.add(DecodeWork(100, 50, lambda _: called.append("first"), lambda: called.append("done")))
+        await asyncio.sleep(0.105)
+        engine.stop()
+        engine.add(DecodeWork(100, 50, lambda _: called.append("late first"), lambda: called.append("late done")))
+        engine.add(PromptWork(100, 0, None, lambda: called.append("late prompt")))
+        await asyncio.sleep(10)
+
+    with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
+        runner.run(run())
+    assert called == ["first"]
+
+
+@pytest.mark.parametrize("who_leaves", ["decode", "prefill"])
+def test_a_session_that_is_closed_while_it_waits_does_nothing_more(who_leaves: str):
+    """The decode side leaves while the KV is moved to it, and the prefill side between the grant's sending and its
+    arrival."""
+    mishaps: list[dict[str, Any]] = []
+
+    async def run() -> None:
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda _, context: mishaps.append(context))
+        fabric, law, params = Fabric(), StepLaw(profile(handoff_s=1.0, message_s=1.0)), SamplingParams(0, 8)
+        prefill = ModelledInstance("prefill-0", "prefill", law, WHOLE, fabric)
+        decode = ModelledInstance("decode-0", "decode", law, WHOLE, fabric)
+        answers: list[list[Any]] = [[], []]
+        left, right = (Stream[Any](loop, lambda _: None) for _ in answers)
+        decoding = Decoding(decode, DecodeRequest("r", "t", (7,) * 10, params), left)
+        computing = Prefilling(prefill, PrefillRequest("r", "t", (7,) * 10, params, b"", [], True), right)
+        await asyncio.sleep(0.1)
+        prefill.grant(GrantRequest("r", b"t"), loop.time() + 1.0)
+        await asyncio.sleep(0.5 if who_leaves == "prefill" else 1.5)
+        (computing if who_leaves == "prefill" else decoding).close()
+        await asyncio.sleep(10)
+        assert decode.engine.figures.output_tokens == 0
+        assert prefill.move(0, 0.0) == (0.0, 0.0) or who_leaves == "decode", "nothing was moved"
+
+    with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
+        runner.run(run())
+    assert mishaps == []
 
 
 def test_a_step_with_a_target_has_so_much_of_a_prompt_as_keeps_it():

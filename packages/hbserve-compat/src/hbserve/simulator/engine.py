@@ -181,7 +181,7 @@ class ModelledEngine:
         elif work in self._joining:
             self._joining.remove(work)
         elif not work.is_gone and work.end_step >= 0:
-            self._pass_first()
+            self._cut_short()
             work.is_gone = True
             self.batch -= 1
             self.keys -= work.context + max(0, work.remaining - (work.end_step - self._step))
