@@ -39,6 +39,13 @@ def byte_level():
     return made
 
 
+def byte_level_and_more():
+    """About whose decoder nothing is known."""
+    made = byte_level()
+    made.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Fuse()])
+    return made
+
+
 def sentencepiece(strip=True):
     words = ["▁", "▁▁", *LETTERS, *(f"▁{letter}" for letter in LETTERS), "▁人"]
     made = Tokenizer(models.BPE(numbered([*SPECIAL, *BYTES, *words]), [], unk_token="<unk>", byte_fallback=True))
@@ -74,6 +81,7 @@ def word_ends():
 
 KINDS = {
     "byte level": byte_level,
+    "byte level and more": byte_level_and_more,
     "SentencePiece with bytes": sentencepiece,
     "SentencePiece with bytes, first space kept": lambda: sentencepiece(strip=False),
     "Metaspace": metaspace,
@@ -185,10 +193,20 @@ def test_the_space_of_a_word_after_a_skipped_token_stays():
     assert in_pieces(Detokenizer(tokenizer_of(kind)), ids, [1]) == ["h", "e", "", " s", "o", ""]
 
 
-def test_characters_come_whole_and_as_soon_as_they_are():
-    kind = "byte level"
+@pytest.mark.parametrize("kind", ["byte level", "byte level and more"])
+def test_characters_come_whole_and_as_soon_as_they_are(kind):
     ids = token_ids(kind, [SYMBOLS[byte] for byte in "é人b".encode()])
     assert in_pieces(Detokenizer(tokenizer_of(kind)), ids, [1]) == ["", "é", "", "", "人", "b", ""]
+
+
+@pytest.mark.parametrize(
+    ("kind", "tokens"),
+    [("Metaspace, cleaned up", ["▁a", "▁.", "▁b"]), ("WordLevel, cleaned up", ["a", ".", "b"])],
+)
+def test_spaces_before_marks_are_removed_where_the_tokenizer_says_so(kind, tokens):
+    ids = token_ids(kind, tokens)
+    assert in_pieces(Detokenizer(tokenizer_of(kind)), ids, [1]) == ["", "", "", "a. b"]
+    assert tokenizer_of(kind).decode(ids) == "a. b"
 
 
 def test_a_character_that_never_gets_whole_is_shown_as_broken_at_the_end():
