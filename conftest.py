@@ -5,6 +5,7 @@ import asyncio
 import contextlib
 import gc
 import json
+import logging
 import os
 import random
 import shutil
@@ -42,6 +43,28 @@ hypothesis.settings.register_profile(
     "busy", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow], derandomize=True, database=None
 )
 hypothesis.settings.load_profile("busy")
+
+
+class Mishaps(logging.Handler):
+    """What asyncio says of exceptions that callbacks of an event loop have raised."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.told: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.getMessage().startswith("Exception in callback"):
+            self.told.append(self.format(record))
+
+
+@pytest.fixture(autouse=True)
+def no_exception_in_a_callback() -> Iterator[None]:
+    """asyncio only logs it: a message that is lost by one would often be missed by no test."""
+    mishaps, logger = Mishaps(), logging.getLogger("asyncio")
+    logger.addHandler(mishaps)
+    yield
+    logger.removeHandler(mishaps)
+    assert not mishaps.told, "\n".join(mishaps.told)
 
 
 @pytest.fixture(scope="session")

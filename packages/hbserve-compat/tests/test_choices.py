@@ -89,6 +89,7 @@ async def test_over_instances_the_answers_are_the_same_and_their_kv_is_moved_onc
     config = PdDisaggConfig(small_model("qwen3"), kv_transfer_backend=backend, prefix_caching=False, **SIZES)
     async with DisaggregatedLLM(config) as llm:
         (one,) = await llm.generate(PROMPTS[2], SamplingParams(0, 2, ignore_eos=True))
+        assert "outputs" not in one
         before = await moved(llm)
         for name, params in ASKED.items():
             results = await llm.generate(PROMPTS, params)

@@ -215,18 +215,33 @@ PROMPTS = {
 }
 
 
+OF_SEVERAL = (
+    "list of arrays", "array of objects", "list of lists of np.int64", "batch of one in a list", "generator of prompts",
+    "list of dicts", "text of numpy",
+)  # fmt: skip
+"""Forms of lists of prompts, of which these have one, where one prompt is expected."""
+
+
 @pytest.mark.parametrize("kind", ["one engine"])
 @pytest.mark.parametrize("form", PROMPTS)
 def test_a_prompt_may_have_the_form_in_which_people_have_it(llm, form):
     # Known elsewhere: verl #772.
     want = llm.generate([[5, 6, 7]], GREEDY, use_tqdm=False)
     assert llm.generate(PROMPTS[form](llm), GREEDY, use_tqdm=False) == want
-    if form != "generator of prompts" and not isinstance(PROMPTS[form](llm), list):
-        with contextlib.suppress(InvalidRequest):  # a batch, where one prompt is expected
+    if form in OF_SEVERAL:
+        with pytest.raises(InvalidRequest, match="a token id"):
             llm.add_request(PROMPTS[form](llm), GREEDY)
-            while not llm.is_finished():
-                finished = llm.step()[0]
-            assert [token_ids for _, token_ids in finished] == [want[0]["token_ids"]]
+        return
+    llm.add_request(PROMPTS[form](llm), GREEDY)
+    while not llm.is_finished():
+        finished = llm.step()[0]
+    assert [token_ids for _, token_ids in finished] == [want[0]["token_ids"]]
+
+
+@pytest.mark.parametrize("kind", ["one engine"])
+def test_a_batch_of_a_tokenizer_is_no_prompt_unless_it_has_one(llm):
+    with pytest.raises(InvalidRequest, match="prompt: expected one prompt, got a batch of 2"):
+        llm.add_request({"input_ids": [[5], [6]]}, GREEDY)
 
 
 @BOTH

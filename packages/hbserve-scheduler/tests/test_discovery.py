@@ -158,7 +158,7 @@ async def test_two_addresses_of_one_life_are_one_instance(serve, names, make_ins
     again = f"localhost:{pod.server.port}"
     names["h", 7] = [again, pod.address]
     server = await serve(HYBRID | {"discover": "dns:h:7"})
-    await until(lambda: len(server.declared._discoveries[0]._ids) == 2)
+    await until(lambda: len(server.declared._discoveries[0]._ids) == 2 and statuses(server) == {"pod-0": "ready"})
     names["h", 7] = [again]
     await until(lambda: len(server.declared._discoveries[0]._ids) == 1)
     assert statuses(server) == {"pod-0": "ready"}

@@ -96,7 +96,7 @@ class VirtualTimeLoop(asyncio.BaseEventLoop):
             except (SystemExit, KeyboardInterrupt):
                 raise
             except BaseException as error:
-                self.call_exception_handler({"message": f"{callback!r} failed", "exception": error})
+                self.call_exception_handler({"message": f"Exception in callback {callback!r}", "exception": error})
 
 
 class _Callback(msgspec.Struct, eq=False):
