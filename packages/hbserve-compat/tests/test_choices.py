@@ -96,6 +96,7 @@ async def test_over_instances_the_answers_are_the_same_and_their_kv_is_moved_onc
             for result, expected in zip(results, in_one_process[0][name], strict=True):
                 assert ids(result["outputs"]) == ids(expected["outputs"]), name
                 assert result["token_ids"] == expected["token_ids"]
+                assert result["text"] == llm.tokenizer.decode(result["token_ids"], skip_special_tokens=True)
                 assert ranked(result["outputs"]) == ranked(expected["outputs"])
                 assert (result["prompt_logprobs"] is None) == (params.prompt_logprobs is None)
             if name == "drawn":

@@ -14,6 +14,7 @@ from hbserve_core.errors import ModelFilesMissing, UnsupportedModel
 from hbserve_core.model import config_values
 from hbserve_core.model.model_config import load_model_config
 from hbserve_core.model.rope import inverse_frequencies
+from hbserve_core.model.rope_config import read_rope_config
 
 BASE = {
     "architectures": ["LlamaForCausalLM"],
@@ -218,6 +219,11 @@ def test_other_rope_types_are_refused_by_name(write, rope_type, key):
         ({"type": "linear", "factor": 1e300}, r"factor=1e\+300"),
         ({"type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 4}, r"low_freq_factor=4\.0"),
         ({"type": "longrope", "long_factor": [1], "short_factor": [1], "original_max_position_embeddings": 1}, "zero"),
+        (
+            {"type": "longrope", "long_factor": [1, 2], "short_factor": [1], "factor": 2},
+            "2 long and 1 short factors: expected equally many",
+        ),
+        ({"type": "longrope", "long_factor": [1, 2], "short_factor": [1, -1], "factor": 2}, "above 0"),
         ({"type": "yarn", "factor": 0}, r"factor=0\.0"),
         ({"type": "linear", "factor": float("nan")}, "factor=nan"),
         ({"type": "yarn", "factor": 2, "rope_theta": 0.5}, r"rope_theta=0\.5"),
@@ -228,6 +234,14 @@ def test_other_rope_types_are_refused_by_name(write, rope_type, key):
 def test_a_scaling_that_cannot_be_is_refused_with_its_values(write, scaling, message):
     with pytest.raises(UnsupportedModel, match=message):
         load_model_config(write(rope_scaling=scaling))
+
+
+def test_longrope_is_the_short_one_up_to_its_original_length_and_no_further():
+    scaling = {"type": "longrope", "factor": 2, "original_max_position_embeddings": 64}
+    rope = read_rope_config(
+        Path("m"), {"rope_scaling": {**scaling, "long_factor": [3.0], "short_factor": [1.5]}, "rope_theta": 1e4}
+    )
+    assert [rope.within(length).factors for length in (63, 64, 65)] == [(1.5,), (1.5,), (3.0,)]
 
 
 SCALINGS = (

@@ -114,6 +114,12 @@ def test_the_draw_depends_on_seed_and_output_index_only():
     )
 
 
+def test_a_seed_has_the_same_numbers_in_every_release():
+    """Those of SplitMix64, twice: of the seed, and of what that gives plus the index."""
+    numbers = [seeded_uniform(0, 0), seeded_uniform(0, 1), seeded_uniform(7, 3), seeded_uniform(2**63 - 1, 100)]
+    assert numbers == [0.6524484863740322, 0.1663964394676608, 0.9579187413704255, 0.8094664486381236]
+
+
 def test_uniform_numbers_of_neighbouring_seeds_and_indices_are_spread():
     for numbers in ([seeded_uniform(s, 0) for s in range(2000)], [seeded_uniform(0, i) for i in range(2000)]):
         tenths = Counter(int(10 * value) for value in numbers)

@@ -27,6 +27,7 @@ from hbserve_core.ranks.tensor_parallel_runner import TensorParallelRunner
 from hbserve_core.ranks.worker_main import follow
 from hbserve_core.transfers.launched_steps import LaunchedSteps
 from hbserve_rpc import SamplingParams
+from hbserve_testing.narrowing import present
 
 BLOCK = 8
 LENGTHS = (1, 8, 30, 47, 9, 3, 90)
@@ -70,6 +71,15 @@ def test_ranks_that_have_whole_experts_give_the_tokens_of_transformers(
     prompts = {str(i): prompt(length, salt=i) for i, length in enumerate(LENGTHS[:4])}
     found = generate(Engine(given, ranks.runner), prompts, 8)
     assert found == {key: greedy_tokens("qwen3-moe", ids, 8) for key, ids in prompts.items()}
+
+
+@pytest.mark.parametrize("are_whole", [False, True])
+def test_a_rank_has_its_part_of_each_expert_or_some_of_them_whole(model_folder, are_whole):
+    folder = model_folder("qwen3-moe")
+    whole = configured_model(folder, config(folder, expert_parallel=are_whole))
+    experts = present(Shard(1, 2).config(whole).switches.experts)
+    own = present(whole.switches.experts).intermediate_size
+    assert experts.intermediate_size == (own if are_whole else own // 2)
 
 
 def test_experts_that_cannot_be_split_are_named(model_folder):

@@ -95,6 +95,17 @@ async def test_a_head_without_end_and_a_client_that_says_nothing_are_dropped(pro
     assert (await process.ask("/health"))[0] == 200
 
 
+async def test_who_is_still_connected_when_it_stops_leaves_nothing_behind(process):
+    host, port = process.port.address.split(":")
+    _, writer = await asyncio.open_connection(host, int(port))
+    async with asyncio.timeout(30):
+        while not process.port._answering:
+            await asyncio.sleep(0.01)
+    await process.port.stop()
+    assert process.port._answering == set()
+    writer.close()
+
+
 async def test_a_port_that_is_taken_is_named(process):
     other = process.make(int(process.port.address.split(":")[1]))
     with pytest.raises(AddressInUse, match="health_port"):

@@ -115,6 +115,10 @@ async def test_a_server_that_thaws_ends_what_its_client_has_given_up(rpc, serve,
     assert (await client.call(rpc.CALL, rpc.Ask(), timeout_s=20)).value == process.pid
 
 
+def test_a_process_that_is_a_little_late_has_not_stood_still():
+    assert [wire.own_pause(10.0, now_s, 1.0) for now_s in (10.9, 11.0, 11.9, 13.5)] == [0.0, 0.0, 0.0, 2.5]
+
+
 async def test_a_process_that_stood_still_itself_gives_up_nobody(rpc, start, connect):
     async def wait(ask):
         await asyncio.sleep(0.5)
