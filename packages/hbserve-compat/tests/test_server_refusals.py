@@ -284,6 +284,22 @@ async def test_an_error_after_the_first_token_is_an_event_of_the_stream(server):
     assert error_of(await server.chat(), 500)["message"] == "d0 was lost"
 
 
+@pytest.mark.parametrize(
+    ("failure", "message", "is_logged"),
+    [
+        (RequestFailed("d0 was lost"), "d0 was lost", False),
+        (ZeroDivisionError("of ours"), "internal error; the server's log has it", True),
+    ],
+)
+async def test_of_what_ends_a_stream_only_faults_of_ours_are_to_be_reported(
+    server, failure, message, is_logged, caplog
+):
+    server.scheduler.steps.append(failure)
+    assert chunks_of(await server.chat(stream=True))[-1]["error"]["message"] == message
+    assert ("an answer failed; please report it" in caplog.text) == is_logged
+    assert ("of ours" in caplog.text) == is_logged
+
+
 async def test_a_stream_without_a_token_for_long_begins_with_its_role(tokenizer):
     server = FakeServer(tokenizer, first_byte_timeout_s=0.05)
     go_on = asyncio.Event()

@@ -127,6 +127,15 @@ def test_relatives_that_are_built_otherwise_are_refused_by_what_they_need(write,
         load_model_config(write(**changes))
 
 
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("content", ["[]", "5", "null"])
+def test_a_file_that_has_no_object_is_named(write, name, content):
+    folder = write()
+    (folder / name).write_text(content)
+    with pytest.raises(UnsupportedModel, match=rf"{name}: expected a JSON object"):
+        load_model_config(folder)
+
+
 @pytest.mark.parametrize("content", ["{", "\xff", "[" * 100_000], ids=["cut off", "another encoding", "too deep"])
 def test_a_config_that_is_not_json_is_named(tmp_path, content):
     (tmp_path / "config.json").write_bytes(content.encode("latin-1"))

@@ -9,6 +9,7 @@ WINDOWED = {"sliding_window": 128, "layer_types": ["full_attention", "sliding_at
 EIGHT_BITS = {"config_groups": {"g": {"weights": {"num_bits": 8, "type": "float"}}}}
 ROTATED = {"quant_method": "compressed-tensors", "transform_config": {"config_groups": {"v": {}}}, **EIGHT_BITS}
 LONGROPE = {"rope_type": "longrope", "long_factor": [1.0] * 4, "short_factor": [1.0] * 4, "factor": 2.0}
+LONGROPE_IN_WINDOWS = {"full_attention": {"rope_type": "default"}, "sliding_attention": LONGROPE}
 
 
 @pytest.mark.parametrize("name", ["Llama", "Mistral", "Starcoder2"])
@@ -62,6 +63,11 @@ def test_either_name_for_the_number_of_experts_counts(load_small, name):
         ("Llama", {"head_dim": 1}, "head_dim=1, of which .* rotates 1"),
         ("Phi3", {"head_dim": 6, "partial_rotary_factor": 0.5}, "head_dim=6, of which .*=0.5 rotates 3: expected an"),
         ("StableLm", {"head_dim": 4, "partial_rotary_factor": 0.1}, "head_dim=4, of which .* rotates 0"),
+        (
+            "Gemma3",
+            {"head_dim": 16, "rope_parameters": LONGROPE_IN_WINDOWS},
+            "4 long and short factors of longrope: expected 8, one for each pair",
+        ),
         ("Phi3", {"rope_scaling": LONGROPE}, "4 long and short factors of longrope: expected 8, one for each pair"),
         ("Qwen2", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 of Qwen2For.* it rotates whole heads"),
         ("Llama", {"quantization_config": ROTATED}, r"\(compressed-tensors\) has transform_config; it needs rotations"),
