@@ -46,14 +46,14 @@ hypothesis.settings.load_profile("busy")
 
 
 class Mishaps(logging.Handler):
-    """What asyncio says of exceptions that callbacks of an event loop have raised."""
+    """What asyncio says of exceptions that callbacks of an event loop, or a protocol, have raised."""
 
     def __init__(self) -> None:
         super().__init__(logging.ERROR)
         self.told: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        if record.getMessage().startswith("Exception in callback"):
+        if record.getMessage().startswith(("Exception in callback", "Fatal")):
             self.told.append(self.format(record))
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import json
 import os
 import resource
@@ -18,6 +19,7 @@ from typing import Any
 import httpx
 import pytest
 from hbserve_fake_scheduler import FakeServer
+from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 import hbserve.server.http.connection as connection_module
 from hbserve.server.http.http_server import FILES_LEFT, HttpServer, shared_with_others
@@ -295,6 +297,19 @@ async def test_a_client_that_ends_its_side_gets_what_costs_nothing_and_is_told_w
         assert b"shut down for writing" in refused
         assert await half_closed(http, get[:-4]) == b"", "no request"
         assert not http.num_answering
+
+
+async def test_a_connection_keeps_nothing_of_the_requests_that_it_has_answered(serve):
+    def num_kept() -> int:
+        return sum(type(each) is RequestResponseCycle for each in gc.get_objects())
+
+    async with serve() as http, httpx.AsyncClient() as client:
+        before = num_kept()
+        for _ in range(20):
+            url = f"http://127.0.0.1:{http.bound_socket.getsockname()[1]}/health"
+            assert (await client.get(url)).status_code == 200
+        gc.collect()
+        assert num_kept() - before <= 2, "the last one, and one that is about to end"
 
 
 @pytest.mark.parametrize("streams", [False, True])

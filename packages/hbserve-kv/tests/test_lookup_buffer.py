@@ -17,6 +17,7 @@ from hbserve_kv import (
 )
 from hbserve_kv.memory.memory import Memory
 from hbserve_kv.receiving.lookup_buffer import LookupBuffer
+from hbserve_kv.receiving.transfer import IncomingTransfer
 
 
 @pytest.fixture
@@ -137,6 +138,20 @@ async def test_all_who_wait_for_room_get_it_when_one_gives_it_back():
     async with asyncio.timeout(10):
         given = await asyncio.gather(*waiting)
     assert sorted(block_id for block_ids in given for block_id in block_ids) == sorted(everything)
+
+
+async def test_who_waits_for_a_tensor_hears_at_once_that_its_sender_has_failed_and_its_room_is_free():
+    buffer = LookupBuffer(Memory(torch.zeros(1, 64, dtype=torch.uint8), 64), timeout_s=20, expiry_s=20)
+    transfer = IncomingTransfer("r", "arena", await buffer.place("r", 64), [0], lambda _: None)
+    buffer.keep(transfer)
+    waiting = asyncio.create_task(buffer.take("r"))
+    await asyncio.sleep(0)
+    transfer.fail("its sender has gone")
+    async with asyncio.timeout(10):
+        with pytest.raises(TransferFailed, match=r"^r: its sender has gone$"):
+            await waiting
+        await buffer.free(await buffer.place("another", 64))
+    await buffer.close()
 
 
 async def test_a_manager_that_is_closed_has_given_the_buffers_memory_back(pair):
