@@ -1,5 +1,6 @@
 """PdDisaggConfig: documented fields and defaults; wrong values are named, at construction and at start."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,12 @@ def test_an_instance_that_is_found_by_a_name_serves_at_the_port_of_that(tmp_path
         deployment, own = args.deployment()
         assert (own.instance_id, own.host, own.port) == ("pod-7", "10.0.0.7", port)
         assert instance_settings(deployment, own, Path("/m"), log_level="INFO")["num_local_instances"] == 1
+
+
+@pytest.mark.parametrize("several", ["p0", b"p0", 5, {"p0": "prefill"}, None])
+def test_instances_that_are_no_list_are_refused_as_a_whole(several):
+    with pytest.raises(ConfigError, match=rf"^gpu_instances={re.escape(repr(several))}: expected a list, got"):
+        PdDisaggConfig("/m", gpu_instances=several)
 
 
 def test_what_starts_all_of_its_instances_looks_none_up():

@@ -40,6 +40,22 @@ async def test_a_response_has_reasoning_text_and_calls_as_items(server):
     }  # fmt: skip
 
 
+async def test_a_response_says_again_what_was_asked_or_what_holds_where_nothing_was(server):
+    asked = {
+        "parallel_tool_calls": False, "temperature": 0.5, "top_p": 0.25, "max_output_tokens": 7, "instructions": "be",
+        "text": {"format": {"type": "json_object"}}, "tool_choice": "none", "tools": [TOOL], "top_logprobs": 0,
+    }  # fmt: skip
+    answer = (await ask(server, **asked, reasoning={"effort": "low"})).json()
+    assert {key: answer[key] for key in asked} == asked
+    assert answer["reasoning"] == {"effort": "low", "summary": None}
+    answer = (await ask(server)).json()
+    assert {key: answer[key] for key in [*asked, "reasoning"]} == {
+        "parallel_tool_calls": True, "temperature": 1.0, "top_p": 1.0, "max_output_tokens": None, "instructions": None,
+        "text": {"format": {"type": "text"}}, "tool_choice": "auto", "tools": [], "top_logprobs": 0,
+        "reasoning": {"effort": None, "summary": None},
+    }  # fmt: skip
+
+
 async def test_events_come_in_their_order_and_make_the_same_response(server):
     events = named_events_of(await ask(server, tools=[TOOL], stream=True))
     assert [each["sequence_number"] for each in events] == list(range(len(events)))
