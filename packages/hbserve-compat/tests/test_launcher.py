@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -134,8 +135,10 @@ async def test_what_an_instance_logs_is_read_although_there_is_no_stderr_to_show
 # ---- deaths ------------------------------------------------------------------------------------------------------
 
 CHILD = """
-import json, sys
+import json, signal, sys
 settings = json.loads(sys.stdin.readline())
+if settings["log_level"] == "DEBUG":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 if settings["log_level"] == "CRITICAL" and settings["port"]:
     sys.exit("it cannot be started again")
 print(json.dumps({"address": f"127.0.0.1:{settings['port'] or 4711}"}), flush=True)
@@ -227,6 +230,44 @@ async def test_a_death_before_all_were_ready_is_told_and_no_more(local):
     here.kill()
     await here.deaths.get()
     assert not here.instances._restarting
+
+
+async def test_one_that_does_not_hear_sigterm_ends_with_its_stdin(local, caplog):
+    here = await local(log_level="DEBUG")
+    await here.instances.stop()
+    assert "killed" not in caplog.text
+
+
+class Dying:
+    """Dies by itself when it is told to end."""
+
+    name, address, waits_for, pid = "d0", "", "", None
+
+    def __init__(self, died: Callable[[str, str], None]) -> None:
+        self.restarts = child_process.Restarts()
+        self._died = died
+
+    async def start(self) -> None:
+        pass
+
+    async def stop(self) -> None:
+        self._died(self.name, "by itself")
+
+    drain = stop
+
+    def kill(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("how", ["stop", "drain"])
+async def test_one_that_dies_while_all_are_told_to_end_is_not_started_again(how):
+    deaths: list[str] = []
+    processes = child_process.ChildProcesses([Dying], lambda name, _: deaths.append(name))
+    await processes.start()
+    processes.restart_the_dead(lambda *_: None)
+    await getattr(processes, how)()
+    assert deaths == ["d0"]
+    assert not processes._restarting
 
 
 async def test_an_end_in_the_pause_before_a_restart_starts_nothing(local, monkeypatch):
