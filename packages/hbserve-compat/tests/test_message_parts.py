@@ -114,6 +114,10 @@ CASES: dict[str, tuple[Callable[[], MessageParts], str, dict[str, Any]]] = {
         {"reasoning_content": "I th", "reasoning": "I th", "content": ""},
     ),
     "no reasoning": (lambda: ReasoningSplit(PlainText(), has_begun=False), " <thin air", {"content": " <thin air"}),
+    "what might have become reasoning": (
+        lambda: ReasoningSplit(PlainText(), has_begun=False), " <thi", {"content": " <thi"},
+    ),
+    "nothing but white space": (lambda: ReasoningSplit(PlainText(), has_begun=False), " \n", {"content": " \n"}),
     "empty reasoning": (
         lambda: ReasoningSplit(PlainText(), has_begun=False), "<think>\n\n</think>\n\na", {"content": "a"},
     ),

@@ -8,11 +8,11 @@ import pytest
 from hbserve_kv_layouts import layout_of, whole_blocks
 
 from hbserve_kv import HeadRange, Link, Outcome, PostedReceive, TransferFailed
-from hbserve_kv.protocol.messages import Handshake
+from hbserve_kv.protocol.messages import ALIVE, Alive, Handshake, Nothing
 from hbserve_kv.receiving.quarantine import Quarantine
 from hbserve_kv.receiving.transfer import IncomingLink, IncomingTransfer
 from hbserve_kv.testing import LoopbackNetwork
-from hbserve_rpc import Peer
+from hbserve_rpc import Peer, RpcServer
 
 
 def fail_a_transfer(address: str, quarantine: Quarantine, *, is_connected: bool) -> IncomingTransfer:
@@ -77,6 +77,26 @@ async def test_a_receiver_that_is_closed_ends_what_is_not_drained_and_says_that_
         with pytest.raises(TransferFailed, match="the receiver was closed before its sender was known to have ended"):
             await draining
     assert len(quarantine) == 0
+
+
+@pytest.mark.parametrize(
+    ("epoch", "writing", "has_ended"),
+    [("epoch", ["link"], False), ("epoch", ["another"], True), ("next", [], True), ("next", ["link"], True)],
+)
+async def test_a_sender_writes_no_more_if_it_is_another_life_or_has_ended_the_link(epoch, writing, has_ended):
+    async def alive(_: Nothing) -> Alive:
+        return Alive(epoch, writing)
+
+    server = RpcServer()
+    server.serve(ALIVE, alive)
+    await server.start()
+    quarantine = Quarantine(longest_s=60.0, on_revoked=lambda *_: None)
+    transfer = fail_a_transfer(server.address, quarantine, is_connected=False)
+    async with asyncio.timeout(30):
+        outcome = (await transfer.result).outcome
+        await quarantine.close()
+    assert outcome is (Outcome.FAILED_DRAINED if has_ended else Outcome.UNKNOWN)
+    await server.stop()
 
 
 @pytest.mark.parametrize("processes_backend", ["mooncake"], indirect=True)
