@@ -156,6 +156,9 @@ async def test_https_is_served_with_a_certificate_and_one_that_cannot_be_used_is
         context = ssl.create_default_context(cafile=certificate)
         async with httpx.AsyncClient(verify=context) as client:
             assert (await client.get(f"{http.url}/health")).status_code == 200
+    nowhere = str(Path(key).parent / "nowhere")
+    with pytest.raises(ConfigError, match=r"^server\.ssl_keyfile='.*/nowhere': No such file or directory$"):
+        HttpServer(ServerSection(port=0, ssl_keyfile=nowhere, ssl_certfile=certificate), not_called)
     with pytest.raises(ConfigError, match=r"^server\.ssl_certfile="):
         HttpServer(ServerSection(port=0, ssl_keyfile=certificate, ssl_certfile=certificate), not_called)
 
