@@ -170,6 +170,24 @@ def new_server(small_model: Callable[[str], Path], *texts: str, template: str = 
     return server
 
 
+@pytest.mark.parametrize(
+    ("tools", "param", "problem"),
+    [
+        ([{"type": "function"}], "tools[0]", "expected a function with a name"),
+        ([TOOLS[0], {"type": "function", "function": "f"}], "tools[1]", "expected a function with a name"),
+        ([{"type": "function", "function": {"name": ""}}], "tools[0]", "expected a function with a name"),
+        ([TOOLS[0] | {"type": "custom"}], "tools[0]", "expected a function with a name"),
+        (TOOLS * 129, "tools", "tools: 258 of them; expected at most 256"),
+    ],
+)
+async def test_tools_that_are_none_and_too_many_are_refused(small_model, tools, param, problem):
+    server = new_server(small_model, "yes", template="<tool_call>" + MESSAGES)
+    response = await server.chat(tools=tools)
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (400, param)
+    assert problem in error["message"]
+
+
 async def test_calls_are_streamed_with_their_arguments_as_these_come(small_model):
     server = new_server(
         small_model, "<tool_call>", '{"name": "weather", "arg', 'uments": {"a"', ": 5}}", "</tool_call>"
