@@ -71,6 +71,8 @@ class Trace:
     calls: Counter[tuple[str, str]] = field(default_factory=Counter)
     """By file, such as hbserve_kv/manager.py, and qualified name; in the order of their first call."""
     tasks: Counter[str] = field(default_factory=Counter)
+    connecting: set[asyncio.Task[Any]] = field(default_factory=set)
+    """Receiving ends of links that are not connected yet."""
     _paths: dict[str, str] = field(default_factory=dict)
     """By a code object's file; "" for files of others."""
 
@@ -82,7 +84,12 @@ class Trace:
         """A task factory for the event loop."""
         if self.is_on and self._path(job.cr_code.co_filename):
             self.tasks[job.__qualname__] += 1
-        return asyncio.Task(job, loop=loop, **keywords)
+        task = asyncio.Task(job, loop=loop, **keywords)
+        # As the loop ends, it closes generators, whose jobs have no names.
+        if getattr(job, "__qualname__", "").endswith("Transport.connect"):
+            self.connecting.add(task)
+            task.add_done_callback(self.connecting.discard)
+        return task
 
     def _profile(self, frame: FrameType, event: str, _: Any) -> None:
         if self.is_on and event == "call" and (path := self._path(frame.f_code.co_filename)):
@@ -169,7 +176,8 @@ async def run(trace: Trace, folder: str, backend: str, which: str | None) -> Non
             await scheduler.start()
             await scheduler.wait_ready(DEADLINE_S)
             prefill = scheduler.fleet.handles["prefill-0"]
-            while which == "connected" and not prefill.links:  # noqa: ASYNC110  a link tells nobody
+            # The scheduler hears of a link from its sender. Its other end may still be at work then.
+            while which == "connected" and (not prefill.links or trace.connecting):  # noqa: ASYNC110  it tells nobody
                 await asyncio.sleep(0.01)
             if which is None:
                 await answer(scheduler, instances, request("before", 1))
