@@ -22,7 +22,7 @@ type:  ## mypy, package by package: strict; for tests and benchmarks what tests/
 	for tests in $(wildcard packages/*/tests) tests; do \
 		MYPYPATH=$$tests uv run mypy --config-file tests/mypy.ini $$tests || exit 1; \
 	done
-	MYPYPATH=packages/hbserve-compat/tests:packages/hbserve-kv/tests uv run mypy --config-file tests/mypy.ini benchmarks
+	MYPYPATH=packages/hbserve-compat/tests:packages/hbserve-core/tests:packages/hbserve-kv/tests uv run mypy --config-file tests/mypy.ini benchmarks
 
 test:  ## every test that this machine can run
 	uv run pytest

@@ -126,7 +126,10 @@ class ModelRunner:
 
     def _score(self, hidden: torch.Tensor, step: StepInput) -> dict[int, list[TokenLogprobs]]:
         most_rows = self._special_rows.most_rows
-        return score(step.scored, lambda rows: self._decoder.logits(hidden[rows]), most_rows, self.device).read()
+        scored = score(step.scored, lambda rows: self._decoder.logits(hidden[rows]), most_rows, self.device)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return scored.read()
 
     def _logits(self, hidden: torch.Tensor, step: StepInput) -> torch.Tensor:
         """(R, vocab_size)"""
