@@ -115,7 +115,7 @@ async def test_a_client_of_http_1_0_gets_no_chunks_and_its_answer_ends_with_the_
         head, _, body = (await asyncio.wait_for(reader.read(), 60)).partition(b"\r\n\r\n")
         writer.close()
     assert b"transfer-encoding" not in head
-    assert b"connection: close" in head
+    assert b"connection: keep-alive" not in head  # and was read to its end; older versions of uvicorn do not say so
     assert (b"content-length" in head) != stream
     if stream:
         assert body.startswith(b"data: {")
