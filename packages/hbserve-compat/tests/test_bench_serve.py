@@ -19,7 +19,7 @@ from hbserve.__main__ import app
 from hbserve.load import prompts
 from hbserve.load.args import Backend, BenchServeArgs, CompareArgs, Dataset
 from hbserve.load.arrivals import arrival_times
-from hbserve.load.asking import Answering, Outcome
+from hbserve.load.asking import AnswerReader, Outcome
 from hbserve.load.bench_serve import bench_serve
 from hbserve.load.compare import Measured, Server, compare
 from hbserve.load.compare import lines as compared
@@ -312,7 +312,7 @@ def test_an_answer_that_comes_in_pieces_of_any_size_is_the_same():
     whole = b"".join(ANSWER).replace(b"\n\n", b"\r\n\r\n")
     for size in (1, 7, len(whole)):
         outcome = Outcome(0)
-        answering = Answering(outcome)
+        answering = AnswerReader(outcome)
         for begin in range(0, len(whole), size):
             answering.feed(whole[begin : begin + size])
         answering.end()

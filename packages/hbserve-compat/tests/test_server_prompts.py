@@ -10,7 +10,7 @@ import pytest
 from hbserve_fake_scheduler import TOOL_TEMPLATE, FakeServer, chunks_of
 from transformers import PreTrainedTokenizerBase
 
-from hbserve.server.service import OF_TEMPLATES
+from hbserve.server.service import RESERVED_TEMPLATE_KWARGS
 from hbserve.text.tokenizer import load_tokenizer
 
 BEGUN = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "The answer"}]
@@ -80,7 +80,7 @@ async def test_documents_are_given_to_a_template_that_knows_them_and_are_not_los
 
 
 async def test_nothing_but_variables_of_the_template_is_set_by_its_arguments(server):
-    ours = set(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) & OF_TEMPLATES
+    ours = set(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) & RESERVED_TEMPLATE_KWARGS
     assert {"truncation", "max_length", "padding", "continue_final_message", "add_generation_prompt"} <= ours
     for name in ours:
         error = error_of(await server.chat(chat_template_kwargs={name: True}))

@@ -89,7 +89,7 @@ class _Event(msgspec.Struct):
 _DECODER = msgspec.json.Decoder(_Event)
 
 
-class Answering:
+class AnswerReader:
     """Reads the events of one answer into its `outcome`."""
 
     def __init__(self, outcome: Outcome) -> None:
@@ -139,14 +139,14 @@ class Answering:
 
 async def ask(client: HttpClient, path: str, body: dict[str, Any], outcome: Outcome, request_id: str = "") -> None:
     """Send one request and read the answer. Errors are recorded in the outcome, and not raised."""
-    answering = Answering(outcome)
+    reader = AnswerReader(outcome)
     encoded = msgspec.json.encode(body)
     outcome.start_s = time.perf_counter()
     try:
-        status, text = await client.request("POST", path, encoded, answering.feed, request_id)
+        status, text = await client.request("POST", path, encoded, reader.feed, request_id)
     except (HBServeRpcError, OSError, msgspec.DecodeError) as error:
         outcome.error = f"{type(error).__name__}: {error}"
     else:
         if status != 200:
             outcome.error = f"HTTP {status}: {text[:300].decode(errors='replace')}"
-    answering.end()
+    reader.end()

@@ -20,7 +20,7 @@ from hbserve_scheduler import ConfigError, parse_size
 from hbserve_scheduler.config import ServerSection
 from hbserve_scheduler.figures import Figures
 
-OF_TEMPLATES = {
+RESERVED_TEMPLATE_KWARGS = {
     "messages",
     "conversation",
     "chat_template",
@@ -38,7 +38,8 @@ OF_TEMPLATES = {
     "return_assistant_tokens_mask",
     "tokenizer_kwargs",
 }
-"""Arguments of transformers' that are ours, or fields of their own. All others are for the template."""
+"""Arguments of `apply_chat_template` that a request cannot set by chat_template_kwargs: they are the server's, or have
+fields of their own. All others go to the template."""
 
 
 class ServingScheduler(Scheduler, Protocol):
@@ -57,20 +58,20 @@ class ServingScheduler(Scheduler, Protocol):
 
 @dataclass(frozen=True)
 class ServedModel:
-    """What answers requests."""
+    """A model that answers requests, under its names."""
 
     names: list[str]
     folder: str
     scheduler: ServingScheduler
     encoder: Encoder
     whole: Deployment
-    """Of all schedulers of the deployment, of which `scheduler` may be one."""
+    """Figures and records of all schedulers of the deployment, of which `scheduler` may be one."""
     watched: Watched
-    """The same, for those who look at the dashboard."""
+    """`whole`, for those who look at the dashboard."""
     created: int
-    """Seconds since the epoch."""
+    """When it began to be served: Unix time in seconds."""
     defaults: dict[str, Any]
-    """Of SamplingParams, where a request does not say."""
+    """Values of SamplingParams that a request does not give."""
     spans: Spans | None = None
 
     def name_for(self, wanted: str | None) -> str:
@@ -106,17 +107,17 @@ class Service:
     draining: bool = False
     http: HttpFigures = field(default_factory=HttpFigures)
     spans: Spans | None = None
-    """Of each request, for OpenTelemetry."""
+    """Spans of each request, for OpenTelemetry; None: nobody collects them."""
     max_body_bytes: int = field(init=False)
     chat_template: str | None = field(init=False)
-    """Instead of the model's."""
+    """A template that replaces the model's; None: there is none."""
 
     def __post_init__(self) -> None:
         self.max_body_bytes = parse_size("server.max_body_size", self.settings.max_body_size)
         self.chat_template = _template(self.settings.chat_template)
 
     def require_model(self) -> ServedModel:
-        """Raises ApiError: 503, it is not there yet, or the server is ending."""
+        """The model. Raises ApiError: 503, it is not there yet, or the server is ending."""
         if self.model is None or self.draining:
             raise try_again("the server is ending" if self.draining else self.problem, code="not_ready")
         return self.model
@@ -131,7 +132,7 @@ class Service:
             ApiError: 400, names what a request may not set.
         """
         given = given or {}
-        if reserved := sorted(OF_TEMPLATES & given.keys()):
+        if reserved := sorted(RESERVED_TEMPLATE_KWARGS & given.keys()):
             path = f"chat_template_kwargs.{reserved[0]}"
             raise ApiError(400, f"{path}={shown(given[reserved[0]])}: cannot be set there", param=path)
         if goes_on and begins_message:
@@ -156,8 +157,17 @@ class Service:
         if self.spans is not None:
             scheduler.figures.on_record = self.spans.ended
         defaults = model_defaults(folder) if self.settings.generation_config == "auto" else {}
-        others = Watched(whole), int(time.time()), defaults, self.spans
-        self.model = ServedModel(names, str(folder), scheduler, encoder, whole, *others)
+        self.model = ServedModel(
+            names=names,
+            folder=str(folder),
+            scheduler=scheduler,
+            encoder=encoder,
+            whole=whole,
+            watched=Watched(whole),
+            created=int(time.time()),
+            defaults=defaults,
+            spans=self.spans,
+        )
 
     def close(self) -> None:
         if self.spans is not None:

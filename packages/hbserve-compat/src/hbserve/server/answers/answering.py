@@ -20,7 +20,7 @@ JSON = (b"content-type", b"application/json")
 NO_BUFFERS = [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
 
 
-class Watched:
+class CancellableResponse:
     """ASGI response that runs a job, and cancels it when its client goes: nobody would read the result."""
 
     def __init__(self, job: Callable[[Send], Awaitable[None]]) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from hbserve.server.answers.answering import Reply, Watched
+from hbserve.server.answers.answering import CancellableResponse, Reply
 from hbserve.server.endpoints.anthropic_events import MessageFormat
 from hbserve.server.endpoints.anthropic_fields import CountTokensBody, MessagesBody, ToolChoice
 from hbserve.server.endpoints.generating import endpoint
@@ -39,7 +39,7 @@ CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 """Of `tool_choice`, by their names in a chat."""
 
 
-async def messages(request: Request) -> Watched:
+async def messages(request: Request) -> CancellableResponse:
     return await endpoint(request, MessagesBody, _answer)
 
 

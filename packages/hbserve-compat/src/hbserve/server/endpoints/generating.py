@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 from starlette.requests import Request
 from starlette.types import Send
 
-from hbserve.server.answers.answering import Reply, Watched
+from hbserve.server.answers.answering import CancellableResponse, Reply
 from hbserve.server.answers.answers import Answers
 from hbserve.server.answers.chat_choices import ChatChoices
 from hbserve.server.answers.completion_choices import CompletionChoices
@@ -36,15 +36,15 @@ Answer = Callable[[Reply, Service, ServedModel, B, dict[str, Any]], Awaitable[No
 """Sends the answer to a body; the last argument has its id, time and model."""
 
 
-async def completions(request: Request) -> Watched:
+async def completions(request: Request) -> CancellableResponse:
     return await endpoint(request, CompletionBody, _complete)
 
 
-async def chat_completions(request: Request) -> Watched:
+async def chat_completions(request: Request) -> CancellableResponse:
     return await endpoint(request, ChatBody, _chat)
 
 
-async def endpoint(request: Request, kind: type[B], answer: Answer[B]) -> Watched:
+async def endpoint(request: Request, kind: type[B], answer: Answer[B]) -> CancellableResponse:
     """Refuse what is wrong with the request itself, and leave the rest to a response that can be cancelled."""
     service: Service = request.app.state.service
     content = await read_object(request, service.max_body_bytes)
@@ -62,7 +62,7 @@ async def endpoint(request: Request, kind: type[B], answer: Answer[B]) -> Watche
         reply = Reply(send, headers, service.settings.first_byte_timeout_s, direct_body(request.scope))
         await answer(reply, service, model, body, head)
 
-    return Watched(job)
+    return CancellableResponse(job)
 
 
 async def _complete(

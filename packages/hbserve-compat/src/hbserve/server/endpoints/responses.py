@@ -6,7 +6,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from hbserve.server.answers.answering import Reply, Watched
+from hbserve.server.answers.answering import CancellableResponse, Reply
 from hbserve.server.answers.logprobs import TokenNames
 from hbserve.server.endpoints.generating import endpoint
 from hbserve.server.endpoints.response_events import ResponseFormat
@@ -37,7 +37,7 @@ TEXT = {"input_text": "text", "output_text": "text", "text": "text", "refusal": 
 ROLES = ("user", "assistant", "system", "developer")
 
 
-async def responses(request: Request) -> Watched:
+async def responses(request: Request) -> CancellableResponse:
     return await endpoint(request, ResponsesBody, _respond)
 
 
