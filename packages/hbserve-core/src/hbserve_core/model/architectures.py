@@ -14,7 +14,7 @@ class LayerNorms:
 
     before_attention: str | None = "input_layernorm"
     after_attention: str | None = None
-    """Of attention's result, before it is added to what it was computed from."""
+    """The norm of attention's result, before it is added to attention's input."""
     before_mlp: str | None = "post_attention_layernorm"
     after_mlp: str | None = None
 
@@ -30,15 +30,15 @@ class Experts:
     count: int
     per_token: int
     intermediate_size: int
-    """Of one expert; of one rank's part of it, if ranks have parts of all experts."""
+    """Inner width of one expert; of one rank's part of it, if ranks have parts of all experts."""
     renormalises: bool
-    """Weights of a token's experts are made to add up to 1."""
+    """Whether weights of a token's experts are made to add up to 1."""
     layers: tuple[int, ...]
     block: str = "mlp"
-    """Name of the whole in a checkpoint."""
+    """Name of the router and its experts in a checkpoint."""
     projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     whole_on_ranks: bool = False
-    """Each rank has some of the experts whole, and not a part of each."""
+    """Whether each rank has some of the experts whole (expert parallelism), and not a part of each."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,32 +51,32 @@ class Switches:
     qk_norm: Literal["", "head", "projection"] = ""
     """Whether queries and keys are normed: each head by itself, or all query heads, and all key heads, together."""
     is_fused: bool = False
-    """In the checkpoint, q, k and v are one tensor, and so are gate and up."""
+    """Whether q, k and v are one tensor in the checkpoint, and so are gate and up."""
     norms: LayerNorms = field(default_factory=LayerNorms)
     embedding_multiplier: float = 1.0
     residual_multiplier: float = 1.0
-    """Of what attention and MLP add."""
+    """Multiplies what attention and MLP add to the residual stream."""
     logits_divisor: float = 1.0
     attention_multiplier: float | None = None
-    """Of the scores; None: 1 / sqrt(head_dim)."""
+    """Multiplies attention's scores; None: 1 / sqrt(head_dim)."""
     plain_layers: tuple[int, ...] = ()
     """Layers that rotate nothing (NoPE)."""
     windowed_layers: tuple[int, ...] = ()
     """Layers that see the last `sliding_window` positions only, if there is such a window."""
     activation: Literal["silu", "gelu", "relu"] = "silu"
-    """Of gates, or of all there is; "gelu" by its approximation with a tanh."""
+    """The MLP's activation, of its gates if `is_gated`; "gelu" is its approximation with a tanh."""
     is_gated: bool = True
-    """What is activated multiplies another projection, and is not alone (`up_proj` then)."""
+    """Whether the MLP is act(gate) * up (SwiGLU, GeGLU); else it is act(up), and has no gate_proj."""
     layer_norms: bool = False
-    """Norms take the mean away and have biases. See `weights.py` for how they become RMS norms."""
+    """Whether norms take the mean away and have biases. See `weights.py` for how they become RMS norms."""
     learned_positions: int = 0
     """Rows of a table that has something to add to the embedding of each position, from its third row on; 0: none."""
     renamed: tuple[tuple[str, str], ...] = ()
     """Parts of names in a checkpoint, and what stands there in ours, in the order of replacing."""
     norms_from_one: bool = False
-    """Norms have 1 more than the weights that the checkpoint has for them."""
+    """Whether norms multiply by 1 + weight, as Gemma's do."""
     attention_cap: float = 0.0
-    """Scores s become cap * tanh(s / cap); 0: they stay."""
+    """Soft cap: scores s become cap * tanh(s / cap); 0: they stay."""
     logits_cap: float = 0.0
     experts: Experts | None = None
 
@@ -251,21 +251,21 @@ def _biases(raw: Mapping[str, Any], of_mlp: bool = True) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """By its name in `architectures` of a config.json."""
+    """What is known of one architecture: how its config.json is read, and which switches it has."""
 
     model_type: str
-    """What names it where `architectures` does not."""
+    """Names it in a config.json without `architectures`."""
     switches: Callable[[Mapping[str, Any]], Switches]
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    """Of what a config.json leaves out. What is in `_OF_SOME` is read where it has a default only."""
+    """Values of what a config.json leaves out. Keys in `_OF_SOME` are read only if they have a default here."""
     renamed: Mapping[str, str] = field(default_factory=dict)
     """Its own names in a config.json, and those of the others for the same, which mean nothing in its own."""
     only: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
     """Keys that may have one value, and what another one would need."""
     by_layer: bool = False
-    """Its layer_types count; in others all layers have a window, or none."""
+    """Whether its layer_types count; in others all layers have a window, or none."""
     part_of_head: bool = False
-    """Its partial_rotary_factor counts."""
+    """Whether its partial_rotary_factor counts."""
     unread: Set[str] = frozenset()
     """Keys that almost all others read."""
 

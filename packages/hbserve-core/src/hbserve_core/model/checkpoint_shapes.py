@@ -5,7 +5,7 @@ from hbserve_core.model.model_config import ModelConfig
 
 POSITIONS = "model.embed_positions.weight"
 NO_POSITIONS = 2
-"""Rows in front, of padding."""
+"""Rows in front of the table of learned positions that belong to no position."""
 
 
 def checkpoint_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -19,7 +19,9 @@ T = TypeVar("T", bound=msgspec.Struct)
 def end_token_ids(
     folder: Path, raw: Mapping[str, Any], generation: Mapping[str, Any], vocab_size: int
 ) -> tuple[int, ...]:
-    """`raw` is the content of config.json, `generation` of generation_config.json, {} if there is none.
+    """Ids of all tokens that end a sequence.
+
+    `raw` is the content of config.json, `generation` of generation_config.json, {} if there is none.
 
     Ids that the model has no logit for are left out: older files have -1, and tokenizers may have more tokens.
 
@@ -49,7 +51,7 @@ class _Token(msgspec.Struct):
 
 
 class _TokenizerConfig(msgspec.Struct):
-    """Of tokenizer_config.json, and of special_tokens_map.json."""
+    """What is read of tokenizer_config.json, and of special_tokens_map.json."""
 
     eos_token: str | _Token | msgspec.UnsetType | None = msgspec.UNSET
     added_tokens_decoder: dict[int, _Token] | None = None
@@ -61,7 +63,7 @@ class _Model(msgspec.Struct):
 
 
 class _Tokenizer(msgspec.Struct):
-    """Of tokenizer.json."""
+    """What is read of tokenizer.json."""
 
     added_tokens: list[_Token] = []
     model: _Model = msgspec.field(default_factory=_Model)

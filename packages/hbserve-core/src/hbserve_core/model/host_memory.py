@@ -14,7 +14,7 @@ _UNLIMITED = 1 << 60
 
 
 def require_room(model: ModelConfig, dtype: str, num_copies: int) -> None:
-    """For as many copies of the weights: of instances that compute on this host's processors. dtype: of the settings.
+    """Check that the host has memory for so many copies of the weights, one for each instance that computes on its CPU.
 
     Raises:
         NotEnoughMemory: says what they need, and what there is.
@@ -30,7 +30,7 @@ def require_room(model: ModelConfig, dtype: str, num_copies: int) -> None:
 
 
 def weight_bytes(model: ModelConfig, dtype: str) -> int:
-    """On the CPU, where quantised ones are widened. dtype: of the settings."""
+    """Bytes of the weights on the CPU, where quantised ones are widened. dtype: as the settings have it."""
     name = model.dtype_name if dtype == "auto" else dtype
     return (4 if name == "float32" else 2) * sum(map(prod, checkpoint_shapes(model).values()))
 

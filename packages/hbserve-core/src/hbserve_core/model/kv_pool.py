@@ -21,7 +21,7 @@ _CPU_MOST_BYTES = 4 << 30
 # What a process takes of a GPU before its first tensor, with some room for libraries' workspaces.
 _CUDA_CONTEXT_BYTES = 1 << 30
 _CUDA_WITH_FP8 = (8, 9)
-"""Compute capability."""
+"""The least compute capability with 8-bit floats."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +44,12 @@ class BlockShape:
 
 
 def has_8_bit_floats(device: torch.device) -> bool:
-    """Of a CUDA device."""
+    """Whether a CUDA device has them in hardware."""
     return torch.cuda.get_device_capability(device) >= _CUDA_WITH_FP8
 
 
 def kv_dtype(config: InstanceConfig, dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """Of keys and values in the pool, where the model's is `dtype`.
+    """The dtype of keys and values in the pool; `dtype` is the model's.
 
     Raises:
         InvalidInstanceConfig: the device does not have it.

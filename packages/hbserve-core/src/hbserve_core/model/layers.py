@@ -105,7 +105,7 @@ def make_linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linea
 
 
 def fewest_rows(device: torch.device) -> int:
-    """To how many rows a step should be padded.
+    """The number of rows to which smaller steps should be padded.
 
     With AVX-512, oneDNN multiplies 4 rows faster than 1, 2 or 3. With AVX2, each row costs the same.
     """
@@ -183,7 +183,7 @@ class LayerWeights:
     qkv: Linear
     """Outputs: query heads, then key heads, then value heads; each rank has some of each kind."""
     qk_norm: RmsNorm | ProjectionNorm | None
-    """Of query and key heads together: its weight has one row per head."""
+    """Norm of query and key heads together: its weight has one row per head."""
     output: Linear
     """Its results, and those of `down`, are to be summed over the ranks. Only rank 0 has their biases."""
     mlp_norm: RmsNorm | None
@@ -204,7 +204,7 @@ class ExpertWeights:
     summed over the ranks."""
 
     router: Linear
-    """To the experts of all ranks."""
+    """Outputs: a logit for each expert of all ranks."""
     gate_up: Any
     """(X, 2 F, E): gates, then ups. A tensor, like `down`, or for narrow weights what their kernels read."""
     down: Any
@@ -226,7 +226,7 @@ class DecoderWeights:
     positions: torch.Tensor | None
     """(P, hidden_size): added to the embedding by position, if the model has learned positions."""
     head: Linear
-    """To the tokens of the embedding's rows; from the embedding's own weights if they are tied."""
+    """Outputs: logits of the tokens that `embedding` has rows of, whose weights it shares if they are tied."""
     digest: str
     """Equal for equal weights, on every rank."""
 

@@ -48,7 +48,7 @@ class ModelConfig:
     path: Path
     architecture: str
     dtype_name: str
-    """Of the checkpoint, one of DTYPES."""
+    """The checkpoint's dtype, one of DTYPES."""
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -58,46 +58,46 @@ class ModelConfig:
     head_dim: int
     rms_norm_eps: float
     rope: RopeConfig
-    """Of the layers that rotate; see `layer_ropes`."""
+    """Rotation of the layers that have one; see `layer_ropes`."""
     local_rope: RopeConfig | None
-    """Of the sliding layers, if theirs is another one."""
+    """Rotation of the sliding layers, if theirs is another one."""
     sliding_layers: tuple[int, ...]
     """Layers that were trained with a window of the context only."""
     windows: tuple[int, ...]
-    """Of each layer: the last positions that a token sees, its own included; 0: all that a sequence can have."""
+    """How many last positions a token sees in each layer, its own included; 0: all that a sequence can have."""
     max_model_len: int
     """Most tokens of a sequence."""
     tied_embeddings: bool
-    """The output projection is the embedding table."""
+    """Whether the output projection is the embedding table."""
     switches: Switches
     attention_scale: float
     """Multiplies the scores."""
     scale_block: tuple[int, int] | None
-    """Of 8-bit weights; None: they are not quantised. See `quantization.scale_block`."""
+    """Rows and columns of 8-bit weights that share a scale; None: there are none. See `quantization.scale_block`."""
     eos_token_ids: tuple[int, ...]
-    """Each of them ends a sequence. Of the vocabulary."""
+    """Tokens of the vocabulary each of which ends a sequence."""
     packing: Packing | None = None
-    """Of 4-bit weights."""
+    """How 4-bit weights are stored; None: there are none."""
     keeps_inputs: bool = False
-    """8-bit weights are for inputs in the model's own dtype only."""
+    """Whether 8-bit weights are for inputs in the model's own dtype only (W8A16)."""
 
     @property
     def reach(self) -> int:
-        """The last positions that any layer sees, a token's own included; 0: all."""
+        """How many last positions the layer with the largest window sees, a token's own included; 0: all."""
         return max(self.windows) if all(self.windows) else 0
 
     @property
     def dtype(self) -> "torch.dtype":
-        """Of the checkpoint."""
+        """The checkpoint's dtype."""
         return torch_dtype(self.dtype_name)
 
     def within(self, max_model_len: int) -> "ModelConfig":
-        """For an engine whose sequences are no longer than this."""
+        """The same model for an engine whose sequences are no longer than this."""
         local = None if self.local_rope is None else self.local_rope.within(max_model_len)
         return replace(self, max_model_len=max_model_len, rope=self.rope.within(max_model_len), local_rope=local)
 
     def layer_ropes(self) -> list[RopeConfig]:
-        """One for each layer."""
+        """The rotation of each layer."""
         ropes = [self.rope] * self.num_layers
         if self.local_rope is not None:
             for layer in self.sliding_layers:
@@ -154,7 +154,7 @@ def _find_architecture(folder: Path, raw: Mapping[str, Any]) -> str:
 
 
 def _own_name(architecture: str, general: str) -> str:
-    """What such a config.json calls it."""
+    """What a config.json of this architecture calls a key that others call `general`."""
     return {ours: own for own, ours in ARCHITECTURES[architecture].renamed.items()}.get(general, general)
 
 

@@ -31,13 +31,13 @@ class NarrowWeight:
     values: torch.Tensor
     scales: torch.Tensor
     zeros: torch.Tensor | None
-    """None: 8-bit floats."""
+    """Zero points of 4-bit numbers; None: the numbers are 8-bit floats."""
     group: int
     """Inputs that share a scale."""
     input_order: torch.Tensor | None = None
     """(I,) int64: which input comes at which place (GPTQ's act-order); None: as they are."""
     keeps_inputs: bool = False
-    """What is multiplied with 8-bit floats is not to be made such, however many rows there are."""
+    """Whether inputs keep their dtype, and are not made 8-bit floats, however many rows there are."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -47,7 +47,7 @@ class NarrowWeight:
 
     @property
     def bits(self) -> int:
-        """Of each number."""
+        """Bits of each number: 8 or 4."""
         return 8 if self.zeros is None else 4
 
     @property
@@ -56,17 +56,17 @@ class NarrowWeight:
 
     @property
     def run(self) -> int:
-        """Inputs, of which words have the parts."""
+        """Number of inputs in a run, as the top of this file has it."""
         return step_of(self.group)
 
     def with_rows(self, order: torch.Tensor) -> "NarrowWeight":
-        """The same outputs in another order."""
+        """The weight with its outputs in another order."""
         zeros = None if self.zeros is None else self.zeros[:, order].contiguous()
         scales = self.scales[:, order].contiguous()
         return replace(self, values=self.values[order], scales=scales, zeros=zeros)
 
     def widened(self) -> torch.Tensor:
-        """(O, I) float32, its inputs as they are."""
+        """(O, I) float32, its inputs in the order in which they come."""
         if self.zeros is None:
             numbers = in_order(self.values, self.run).float()
         else:

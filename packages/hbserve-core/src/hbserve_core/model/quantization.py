@@ -9,7 +9,7 @@ from hbserve_core.errors import UnsupportedModel
 
 BLOCK = (128, 128)
 _FORMAT = {"awq": ("version", ("gemm",)), "gptq": ("checkpoint_format", ("gptq", "gptq_v2"))}
-"""By method, the key that says how numbers are packed, which newer files call `format`, and what can be read."""
+"""For each method, the key that says how numbers are packed (newer files call it `format`), and what can be read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,13 +20,13 @@ class Packing:
     group_size: int
     """Inputs that share a scale; -1: all of them."""
     zero_offset: int
-    """To be added to zeros as they are stored."""
+    """What is to be added to zeros as they are stored."""
     is_ordered: bool = True
-    """Inputs that share a scale are neighbours; else each weight says which do."""
+    """Whether inputs that share a scale are neighbours; else each weight says which do."""
 
 
 def packing(folder: Path, raw: Mapping[str, Any]) -> Packing | None:
-    """Of weights of 4 bits; None: there are none.
+    """How 4-bit weights are stored; None: there are none.
 
     Raises:
         UnsupportedModel: another kind of AWQ or GPTQ than is read here; names what it is.

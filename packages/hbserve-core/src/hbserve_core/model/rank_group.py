@@ -29,7 +29,7 @@ class RankGroup:
         return partial
 
     def partial(self, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor | None:
-        """Where to write the next `partial` (T, E) of `add_sum`; None: anywhere."""
+        """Memory for the next `partial` (T, E) of `add_sum`; None: it may be anywhere."""
         return None
 
     def rows_at_once(self, shape: tuple[int, int], dtype: torch.dtype) -> int:
@@ -70,7 +70,7 @@ class RankGroup:
         return number
 
     def check(self) -> None:
-        """To be called when a step has ended: raises if its sums did not include all ranks."""
+        """Raise RankFailed if sums of the step that has ended did not include all ranks."""
 
     def close(self) -> None:
         """Free what the group holds; whoever waits in it fails. May be called from any thread, and more than once."""

@@ -16,7 +16,7 @@ _OWN_LENGTH = ("llama3", "yarn", "longrope")
 
 
 _OTHER_NAMES = {"su": "longrope"}
-"""Of older files."""
+"""Names of types in older files, and the names that these have now."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,19 +37,19 @@ class RopeConfig:
     high_freq_factor: float = 4.0
     """Of "llama3"."""
     original_max_position_embeddings: int = 0
-    """Of "llama3", "yarn" and "longrope"."""
+    """Length before it was extended, for "llama3", "yarn" and "longrope"."""
     beta_fast: float = 32.0
-    """Of "yarn": pairs that turn more often than this within the original length keep their frequencies."""
+    """For "yarn": pairs that turn more often than this within the original length keep their frequencies."""
     beta_slow: float = 1.0
-    """Of "yarn": pairs that turn less often are slowed down by the whole factor."""
+    """For "yarn": pairs that turn less often are slowed down by the whole factor."""
     truncate: bool = True
-    """Of "yarn": the bounds between these pairs are rounded to whole ones."""
+    """For "yarn": whether the bounds between these pairs are rounded to whole ones."""
     magnitude: float = 1.0
     """Multiplies what is rotated of queries and keys; only "yarn" and "longrope" have another than 1."""
     factors: tuple[float, ...] = ()
-    """Of "longrope": what each pair is slowed down by."""
+    """For "longrope": what each pair's frequency is divided by."""
     short_factors: tuple[float, ...] = ()
-    """Of "longrope": the same where no sequence is longer than the original length."""
+    """For "longrope": `factors` where no sequence is longer than the original length."""
     partial: float = 1.0
     """Share of a head's dimensions that are rotated: the first ones. See `head_order`."""
 
@@ -75,7 +75,7 @@ class RopeConfig:
             )
 
     def within(self, max_model_len: int) -> "RopeConfig":
-        """For an engine whose sequences are no longer than this."""
+        """The same for an engine whose sequences are no longer than this."""
         is_short = self.rope_type == "longrope" and max_model_len <= self.original_max_position_embeddings
         return replace(self, factors=self.short_factors) if is_short else self
 
@@ -106,7 +106,7 @@ def read_rope_configs(folder: Path, raw: Mapping[str, Any]) -> tuple[RopeConfig,
 
 
 def read_rope_config(folder: Path, raw: Mapping[str, Any]) -> RopeConfig:
-    """From a config.json, with the keys of transformers 4 (rope_theta, rope_scaling) or 5 (rope_parameters).
+    """Read a config.json with the keys of transformers 4 (rope_theta, rope_scaling) or 5 (rope_parameters).
 
     As in transformers, rope_scaling counts where both are given: model cards say what to put there. The base is then
     the one that the file has, if rope_scaling has none.

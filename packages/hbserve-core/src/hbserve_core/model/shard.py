@@ -49,7 +49,7 @@ class Shard:
         return slice(head * head_dim, (head + 1) * head_dim)
 
     def kv_heads(self, num_kv_heads: int) -> "HeadRange":
-        """The same as numbers of heads."""
+        """This rank's key or value heads, by their numbers."""
         from hbserve_kv import HeadRange  # with it comes torch, which `check_divisible` does without
 
         if num_kv_heads >= self.size:
@@ -57,7 +57,7 @@ class Shard:
         return HeadRange(self.rank * num_kv_heads // self.size, 1, num_kv_heads)
 
     def is_first_with_kv_heads(self, num_kv_heads: int) -> bool:
-        """Of several ranks with the same head one sends it."""
+        """Whether this is the rank that sends its heads: of several with the same head, the first."""
         return num_kv_heads >= self.size or self.rank % (self.size // num_kv_heads) == 0
 
     def num_tokens(self, vocab_size: int) -> int:

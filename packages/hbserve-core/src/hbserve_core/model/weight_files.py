@@ -12,7 +12,7 @@ _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 ADAPTER = "adapter_config.json"
 _DTYPES = {"F64": "float32", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-"""What a model of such tensors is computed in."""
+"""The dtype in which a model of such tensors is computed."""
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -57,7 +57,7 @@ def stored_dtype(folder: Path) -> str | None:
 
 
 def require_whole(path: Path) -> None:
-    """Reads its header, and none of its tensors.
+    """Check a file's header; none of its tensors is read.
 
     Raises:
         WeightsMismatch: the file is cut off, no safetensors file, or cannot be read.
@@ -66,7 +66,7 @@ def require_whole(path: Path) -> None:
 
 
 def _kinds(path: Path) -> list[str]:
-    """Of a file's tensors, by the names that the format has for them. Raises what `require_whole` raises."""
+    """Dtypes of a file's tensors, by the names that the format has for them. Raises what `require_whole` raises."""
     try:
         with safe_open(path, framework="np") as file:  # of what it is asked for it imports; torch is not needed here
             return [file.get_slice(name).get_dtype() for name in file.keys()]  # noqa: SIM118

@@ -50,7 +50,7 @@ from hbserve_core.model.shard import Shard
 logger = logging.getLogger(__name__)
 
 MakeNarrow = Callable[[NarrowWeight, torch.Tensor | None], Linear]
-"""Of a weight and a bias."""
+"""Makes the layer that multiplies with a narrow weight and adds a bias (O,), if there is one."""
 
 
 def load_weights(
@@ -130,7 +130,7 @@ class _Loader:
         self._embedding_multiplier = config.switches.embedding_multiplier / config.switches.residual_multiplier
         self._stream_eps = config.rms_norm_eps / config.switches.residual_multiplier**2
         self.num_bytes = 0
-        """Of what has been loaded."""
+        """Bytes of the weights loaded so far."""
 
     def decoder(self) -> DecoderWeights:
         embedding = self._vocabulary("model.embed_tokens.weight")
@@ -236,7 +236,7 @@ class _Loader:
     def _linear(
         self, parts: Sequence[TensorPart], bias: torch.Tensor | None, order: torch.Tensor | None = None
     ) -> Linear:
-        """Of weights one below the other, as narrow as they are stored if they can stay so."""
+        """A layer of weights one below the other, as narrow as they are stored if they can stay so."""
         narrow = self._narrow(parts)
         if narrow is not None:
             return self._kept(narrow if order is None else narrow.with_rows(order), bias)

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 _PREFIX = "model."
 _EMBEDDING, _HEAD = f"{_PREFIX}embed_tokens.weight", "lm_head.weight"
 _PIECE_BYTES = 16 << 20
-"""Of a tensor, when two of them are compared."""
+"""How much of a tensor is read at once where it is compared, or widened."""
 
 
 class Checkpoint:
@@ -206,7 +206,7 @@ def _stored_tensors(config: ModelConfig) -> Iterator[dict[str, StoredTensor]]:
 
 
 def _our_name(name: str, config: ModelConfig) -> str:
-    """Of a tensor of a checkpoint."""
+    """Our name for a tensor of a checkpoint."""
     for theirs, ours in config.switches.renamed:
         name = name.replace(theirs, ours)
     return name
@@ -220,7 +220,7 @@ def _are_equal(one: StoredTensor, other: StoredTensor) -> bool:
 
 
 def _rows(stored: StoredTensor, piece: slice) -> torch.Tensor:
-    """In the widest kind: the two may be stored in different ones."""
+    """Some rows as float64: two tensors that are compared may be stored in different dtypes."""
     rows = torch.empty((piece.stop - piece.start, stored.shape[1]), dtype=DTYPES[stored.dtype], device="cpu")
     stored.read(range(piece.start, piece.stop), range(stored.shape[1]), rows.view(-1).view(torch.uint8).numpy().data)
     return rows.double()

@@ -37,7 +37,7 @@ _SCALE_OF_4_BITS, _ZERO_OF_4_BITS = 2.0**-7, 8
 
 
 class DummyCheckpoint:
-    """Of weights with these names and shapes: norms are 1, biases 0, all else is about normal, of deviation 0.02.
+    """Source of invented weights: norms are 1, biases 0, all else is about normal, of standard deviation 0.02.
 
     "About": each is a sum of four uniform numbers, so there are 1021 different ones, none beyond 3.5 deviations. In
     tensors of more than 2^32 elements they repeat. Of a quantised model, projections of layers are rounded to what it
@@ -122,7 +122,7 @@ class DummyCheckpoint:
         return ".layers." in name and len(self._shapes[name]) == 2 and not name.endswith(".gate.weight")
 
     def _group(self, num_inputs: int) -> int:
-        """Of a narrow matrix with so many inputs, how many of them share a scale."""
+        """How many inputs share a scale, in a narrow matrix with so many of them."""
         if self._packing is None:
             assert self._scale_block is not None
             return self._scale_block[1]

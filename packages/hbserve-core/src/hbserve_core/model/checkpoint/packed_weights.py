@@ -21,7 +21,7 @@ from hbserve_core.model.quantization import Packing
 
 _IN_ORDER = (0, 1, 2, 3, 4, 5, 6, 7)
 _AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
-"""Of each of eight neighbours, its place in their int32."""
+"""Places of eight neighbours in their int32, as AWQ packs them."""
 _PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
 
@@ -41,7 +41,7 @@ class PackedWeight(NamedTuple):
         return ((numbers[inputs, outputs] - zeros[own][:, outputs]) * scales.float()[own][:, outputs]).t()
 
     def narrow(self, name: str, rows: range, columns: range, device: torch.device) -> NarrowWeight | None:
-        """The same as it is stored; None: by groups that kernels cannot read. It is read as a whole for that.
+        """That part of the weight in 4 bits; None: its groups are such as kernels cannot read. It is read as a whole.
 
         Raises:
             SplitGroups: the columns are not of whole groups, or not in order.

@@ -19,15 +19,15 @@ from hbserve_core.model.weight_files import require_whole
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """What weights may be stored as, by the names that the format has for it."""
 STORED_DTYPES = DTYPES | {"F8_E4M3": torch.float8_e4m3fn, "I32": torch.int32}
-"""The same, and what they may be stored as if they have scales."""
+"""DTYPES, and what weights with scales may be stored as."""
 
 
 class StoredTensor(NamedTuple):
-    """Its numbers are row after row in the file, without gaps."""
+    """One tensor of a file, where its numbers are row after row, without gaps."""
 
     file: "SafetensorsFile"
     offset: int
-    """In bytes, from the file's start."""
+    """Where it begins: bytes from the file's start."""
     dtype: str
     shape: tuple[int, ...]
 

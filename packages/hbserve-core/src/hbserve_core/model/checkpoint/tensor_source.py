@@ -32,7 +32,7 @@ class TensorPart(NamedTuple):
         return range(num_rows)[self.rows], range(num_columns)[self.columns]
 
     def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Of this part of a tensor of that shape."""
+        """The shape that this part of a tensor of that shape has."""
         return tuple(map(len, self.ranges(shape)))[: len(shape)]
 
 
@@ -82,7 +82,7 @@ class TensorSource(Protocol):
         """The numbers at `sampled_places` of the whole tensor, float32, on the CPU: the same on every rank."""
 
     def kv_scale(self, attention: str, kind: Literal["k", "v"]) -> float:
-        """Of a layer's keys or values, where they are kept in 8-bit floats. attention: name of its attention."""
+        """The scale of a layer's keys or values in a pool of 8-bit floats. attention: name of the layer's attention."""
 
     def close(self) -> None:
         """Nothing can be read afterwards."""

@@ -10,15 +10,15 @@ from hbserve_core.model.checkpoint.safetensors_file import DTYPES, StoredTensor
 
 FP8 = "F8_E4M3"
 _SUFFIXES = ("_scale_inv", "_scale")
-"""Of a weight's name, to that of its scales. They multiply, whatever the first one says."""
+"""What a weight's name is followed by in that of its scales. They multiply, whatever the first one says."""
 KV_SCALES = (".k_scale", ".v_scale")
-"""Of keys and values in a pool of 8-bit floats; with other pools they say nothing."""
+"""Ends of the names of scales for keys and values in a pool of 8-bit floats; other pools need none."""
 _OTHERS = (".input_scale", ".output_scale", ".q_scale")
 """Scales of what is not stored: here it stays in 16 bits."""
 
 
 class WeightScales(NamedTuple):
-    """Of one weight matrix."""
+    """Scales of one weight matrix, which multiply its 8-bit floats."""
 
     values: torch.Tensor
     """(block rows, block columns), float32, on the CPU."""
