@@ -81,7 +81,7 @@ class SweepRow:
     context: int
     batch: int
     step_s: float
-    """Median."""
+    """Median of the timed steps."""
     longest_step_s: float
     limit: DecodeLimit
 
@@ -114,7 +114,7 @@ class Cliff:
 
 
 def find_cliffs(rows: Sequence[SweepRow]) -> list[Cliff]:
-    """Of rows in any order; see the top of this file."""
+    """Find the cliffs among rows in any order; the top of this file says what they are."""
     found = []
     for row in sorted(rows, key=lambda row: (row.context, row.batch)):
         others = [other for other in rows if other.context == row.context]
@@ -193,7 +193,7 @@ class BatchSweep:
         return None
 
     def measure(self, batch: int, context: int) -> SweepRow:
-        """Of a batch without obstacle. Raises LogitsNotFinite."""
+        """Measure a batch that has no `obstacle`. Raises LogitsNotFinite."""
         times, mean_context = self._step_times(batch, context)
         model, dtype, in_pool = self._runner.model_config, self._runner.dtype, self._runner.pool.dtype
         weights = stored_bytes(self._config, model, dtype, self._runner.device)
@@ -201,7 +201,7 @@ class BatchSweep:
         return SweepRow(context, batch, statistics.median(times), max(times), limit)
 
     def step_s(self, batch: int, context: int) -> float:
-        """Median of a batch without obstacle. Raises LogitsNotFinite."""
+        """Median step time of a batch that has no `obstacle`. Raises LogitsNotFinite."""
         return statistics.median(self._step_times(batch, context)[0])
 
     def _step_times(self, batch: int, context: int) -> tuple[list[float], float]:
@@ -225,7 +225,7 @@ class BatchSweep:
         return times, context + statistics.mean(generated[_NUM_WARM + 1 :])
 
     def prompt_s(self, num_tokens: int) -> tuple[float, float]:
-        """From a prompt that is alone to its token; and from one prompt's token to the next one's, where each is
+        """Seconds from a prompt that is alone to its token; and from one prompt's token to the next one's, each
         launched while the one before it is computed, if the runner does that. Medians of _ROUNDS, after one that warms
         up."""
         alone: list[float] = []
@@ -244,14 +244,14 @@ class BatchSweep:
         return alone_s, statistics.median([end - begin for begin, end in pairwise(ends)][1:])
 
     def _ends_of_tokens(self) -> list[float]:
-        """When each of the tokens came that are still to come."""
+        """Run until no work is left. Returns when each token came."""
         ends: list[float] = []
         while self._engine.has_work():
             ends += self._tokens_of_a_step()
         return ends
 
     def _tokens_of_a_step(self) -> list[float]:
-        """When each of its tokens came. Raises LogitsNotFinite."""
+        """Run a step. Returns when each of its tokens came. Raises LogitsNotFinite."""
         outputs = self._engine.step()
         for output in outputs:
             output.raise_error()
@@ -287,7 +287,7 @@ class BatchSweep:
         return self._engine.launch_times.slack_s
 
     def _step_in_time(self) -> None:
-        """As an instance does, which waits for requests until the step must be launched."""
+        """Run a step as an instance does, which waits for requests until the step must be launched."""
         while wait_s := self._engine.wait_s():
             self._sleep(wait_s)
         self._tokens_of_a_step()
@@ -300,13 +300,13 @@ class BatchSweep:
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """Of all ranks together."""
+        """Bytes of a token's keys and values, of all ranks together."""
         block, ranks = self._runner.pool[0], self._config.tensor_parallel_size
         return block.numel() * block.element_size() // self._engine.blocks.block_size * ranks
 
     @property
     def kv_tokens(self) -> int:
-        """That the pool has room for."""
+        """Tokens that the pool has room for."""
         return self._engine.blocks.num_blocks * self._engine.blocks.block_size
 
     def _add(self, batch: int, context: int, num_tokens: int) -> list[str]:
@@ -327,7 +327,7 @@ class BatchSweep:
 
 
 def _are_enough(ends: Sequence[float]) -> bool:
-    """Of timed steps, by when each ended; the first is the end of the one before them."""
+    """Whether these timed steps will do. `ends`: when each ended, behind the end of the one before them."""
     return len(ends) > _FEWEST_STEPS and ends[-1] - ends[0] >= _ENOUGH_S
 
 

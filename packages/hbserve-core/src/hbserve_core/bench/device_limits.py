@@ -16,14 +16,14 @@ _MATRIX_SIZE = {"cuda": 8192, "cpu": 1024}
 
 @dataclass(frozen=True)
 class DeviceLimits:
-    """Of all devices that a model is split among, together."""
+    """Rates of all devices that a model is split among, together."""
 
     read_bytes_per_s: float
-    """Of a reduction: it reads, and writes next to nothing."""
+    """Rate of a reduction: it reads, and writes next to nothing."""
     copy_bytes_per_s: float
-    """Of a copy, bytes read and bytes written together."""
+    """Rate of a copy, bytes read and bytes written together."""
     flops_per_s: float
-    """Of a large product of matrices of the model's dtype."""
+    """Rate of a large product of matrices of the model's dtype."""
 
     def __str__(self) -> str:
         return (

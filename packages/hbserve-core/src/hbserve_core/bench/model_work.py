@@ -55,7 +55,7 @@ def decode_limit(
     kv_dtype: torch.dtype | None = None,
     weight_bytes: float | None = None,
 ) -> DecodeLimit:
-    """Of one step that gives `batch` sequences a token each, after `context` tokens on average.
+    """The limit of one step that gives `batch` sequences a token each, after `context` tokens on average.
 
     kv_dtype: of keys and values in the pool; None: the model's. weight_bytes: of each number in the layers'
     projections, see `stored_bytes`; None: the model's.
@@ -69,7 +69,7 @@ def decode_limit(
 
 
 def stored_bytes(config: InstanceConfig, model: ModelConfig, dtype: torch.dtype, device: torch.device) -> float:
-    """Of each number in the projections of an instance's layers: as few as the checkpoint has, with the scales of its
+    """Bytes of each number in the projections of an instance's layers: those of the checkpoint, with the scales of its
     4-bit numbers, where they stay narrow. Scales of 8-bit floats are next to nothing."""
     if device.type != "cuda" or config.widen_weights or not can_stay_narrow(model, device):
         return dtype.itemsize
@@ -142,6 +142,6 @@ def num_layer_weights(model: ModelConfig) -> int:
 
 
 def prefill_flops(model: ModelConfig, lengths: list[int]) -> float:
-    """Of projections and causal attention; the output projection of the last tokens is left out."""
+    """Operations of projections and causal attention; the output projection of the last tokens is left out."""
     attention = 2 * model.num_layers * model.num_heads * model.head_dim * sum(length**2 for length in lengths)
     return 2.0 * num_layer_weights(model) * sum(lengths) + attention

@@ -65,7 +65,7 @@ class SimulatedDevice:
         self._time_s, self._host_time_s = time_s, host_time_s
 
     def clock(self) -> float:
-        """What the engine takes for the time."""
+        """The device's time in seconds, which the engine takes for its own."""
         return self.now
 
     def launch(self, batch: Sequence[ScheduledChunk]) -> PendingStep:

@@ -37,7 +37,7 @@ class Sizes:
     decode_len: int = 256
 
     def scaled(self, factor: float) -> "Sizes":
-        """For slower devices: every number times `factor`, but at least 2."""
+        """Sizes for slower devices: every number times `factor`, but at least 2."""
         return Sizes(*(max(2, round(getattr(self, name) * factor)) for name in self.__dataclass_fields__))
 
     @property
@@ -55,12 +55,12 @@ class Measured:
     num_output_tokens: int
     host_time_s: float
     decode_time_s: float
-    """From when every request had its first token."""
+    """Time from when every request had its first token."""
     num_decode_steps: int
     decode_limit: DecodeLimit
-    """Of those steps together, if all requests decode in step."""
+    """Limit of those steps together, if all requests decode in step."""
     flops: float
-    """Of the products that prefill must compute."""
+    """Operations of the products and the attention that prefill must compute."""
 
 
 def bench_config(model_path: str, sizes: Sizes, **settings: object) -> InstanceConfig:
@@ -88,7 +88,7 @@ class EngineBench:
         try:
             self._serve([(self._prompt(min(100, sizes.longest)), 16)])
             self.start_time_s = time.perf_counter() - begin
-            """From nothing to the first answer: loading, compiling, capturing."""
+            """Time from nothing to the first answer: loading, compiling, capturing."""
             self.limits = measure_limits(self._runner.device, self._runner.dtype, config.tensor_parallel_size)
         except BaseException:
             self._runner.close()

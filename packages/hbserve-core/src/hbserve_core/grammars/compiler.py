@@ -95,7 +95,7 @@ class GrammarCompiler:
             raise Overloaded(_OTHERS) from None
 
     async def matcher_in_loop(self, params: SamplingParams, output: Ids[int]) -> Matcher:
-        """The same, of a request that has a grammar, for an event loop, which is not blocked."""
+        """`matcher` for an event loop, which it does not block; for a request that has a grammar."""
         wanted = params.structured_outputs
         assert wanted is not None
         try:

@@ -50,9 +50,9 @@ OF_ONE_HOP = {
 }
 """Headers that are not passed on."""
 END_OF_STREAM = b"data: [DONE]"
-"""Of an answer that is streamed: if it is all that there is, the request has failed."""
+"""Last event of an answer that is streamed: if it is the only one, the request has failed."""
 MOST_UNSENT_BYTES = 1 << 16
-"""Of an answer, that its client has not read, before the server is read no further."""
+"""How much of an answer its client may leave unread before the server is read no further."""
 
 
 Body = dict[str, Any] | bytes
@@ -190,7 +190,7 @@ class Exchange:
 
     @staticmethod
     async def _write(writing: Awaitable[object]) -> None:
-        """To the client. If it has left, that is no error of the server that is being read."""
+        """Write to the client. If it has left, that is no error of the server that is being read."""
         try:
             await writing
         except ConnectionError as error:

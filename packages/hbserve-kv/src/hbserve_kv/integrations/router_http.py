@@ -23,7 +23,7 @@ class CannotConnect(ConnectionError):
 
 
 class Connections:
-    """To one server, at most as many as there are requests at a time."""
+    """Kept connections to one server, at most as many as there are requests at a time."""
 
     def __init__(self, url: str) -> None:
         """Raises ValueError: it is no http or https URL."""

@@ -110,7 +110,7 @@ class Server:
 
 
 def least_busy(servers: Sequence[Server], without: Collection[Server] = ()) -> Server | None:
-    """Of those that are there; of `without` only if there is no other."""
+    """The server with the fewest requests of those that are there; one of `without` only if there is no other."""
     alive = [server for server in servers if server.is_alive]
     return min(
         [each for each in alive if each not in without] or alive, key=lambda each: each.num_requests, default=None

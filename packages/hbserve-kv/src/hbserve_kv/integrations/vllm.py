@@ -41,7 +41,7 @@ SWITCH_INTERVAL_S = 5e-4
 own 5 ms each turn may wait for as long as two steps that decode."""
 
 _workers: "WeakValueDictionary[str, WorkerSide]" = WeakValueDictionary()
-"""Of engines whose only worker is in the process of its scheduler, by engine id."""
+"""Workers that are in the process of their engine's scheduler, being its only ones, by engine id."""
 
 
 class ExtraConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -78,14 +78,14 @@ class ExtraConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 @dataclass
 class HBServeMetadata(KVConnectorMetadata):  # type: ignore[misc]  # vllm is not here where types are checked
-    """From the scheduler's side to the workers', with each step."""
+    """What the scheduler's side tells the workers with each step."""
 
     orders: Orders = field(default_factory=Orders)
 
 
 @dataclass
 class HBServeHandshake(KVConnectorHandshakeMetadata):  # type: ignore[misc]
-    """From a worker to the scheduler's side, once: where its manager is."""
+    """What a worker tells the scheduler's side, once: where its manager is."""
 
     address: str
     epoch: str
@@ -105,7 +105,7 @@ class HBServeConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
         self._votes = Votes()
-        """Of the step that is being reported."""
+        """What has become of requests, as the step that is being reported tells it."""
         if role == KVConnectorRole.SCHEDULER:
             self._scheduler = SchedulerSide(
                 transfer.engine_id,
@@ -252,7 +252,7 @@ def _extra_config(given: Mapping[str, Any]) -> ExtraConfig:
 
 
 def _num_kv_heads(config: Any) -> int:
-    """Of all ranks together. Latents (MLA) are one head, which every rank has."""
+    """Number of key heads of all ranks together. Latents (MLA) are one head, which every rank has."""
     return 1 if getattr(config.model_config, "use_mla", False) else config.model_config.get_total_num_kv_heads()
 
 

@@ -45,7 +45,7 @@ class HBServeStats(KVConnectorStats):  # type: ignore[misc]  # vllm is not here 
         return not any(self.data.values())
 
     def reduce(self) -> dict[str, int | float]:
-        """For the log. Spans of transfers overlap, so nothing is divided by their sum."""
+        """Figures for the log. Spans of transfers overlap, so nothing is divided by their sum."""
         times_s, sizes = self.data.get("transfer_duration", []), self.data.get("bytes_transferred", [])
         return {
             "Num successful transfers": len(times_s),
@@ -58,7 +58,7 @@ class HBServeStats(KVConnectorStats):  # type: ignore[misc]  # vllm is not here 
 
 
 class HBServePromMetrics(KVConnectorPromMetrics):  # type: ignore[misc]
-    """The same for Prometheus, each with vLLM's own labels."""
+    """Histograms and counters of these figures for Prometheus, with vLLM's own labels."""
 
     def __init__(self, vllm_config: Any, metric_types: Any, labelnames: list[str], per_engine_labelvalues: Any) -> None:
         super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)

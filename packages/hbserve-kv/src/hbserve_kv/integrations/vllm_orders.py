@@ -25,7 +25,7 @@ class Wanted:
     first: int
     """Place of the first of them in the prompt: the blocks before it are here."""
     digest: str
-    """Of the prompt: see `prompt_digest`."""
+    """Digest of the prompt: see `prompt_digest`."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,12 @@ class Computed:
     transfer_id: str
     block_ids: list[int]
     digest: str = ""
-    """Of the whole prompt, with its last blocks; "" before."""
+    """Digest of the whole prompt, which comes with its last blocks; "" before."""
 
 
 @dataclass
 class Orders:
-    """By request id; in this order a worker carries them out."""
+    """What a worker is to do, by request id; it carries them out in this order."""
 
     offers: dict[str, str] = field(default_factory=dict)
     """Transfer id of one that has arrived here and whose receiver may be there already: the two agree on the transfer

@@ -44,7 +44,7 @@ class _Given(msgspec.Struct):
     """Address and epoch of each rank there."""
     remote_host: str | None = None
     remote_port: Annotated[int, msgspec.Meta(ge=0, le=65535)] | None = None
-    """Of rank 0; the others follow."""
+    """Port of rank 0's control server; the others follow."""
 
 
 @dataclass
@@ -67,7 +67,7 @@ class _Outgoing:
     """The transfer id is the router's: the receiver may be there before the prompt is computed."""
     num_tokens: int
     digest: str
-    """Of the prompt."""
+    """Digest of the prompt: see `prompt_digest`."""
     block_ids: list[int] = field(default_factory=list)
     num_told: int = 0
     """Blocks of which the workers know."""

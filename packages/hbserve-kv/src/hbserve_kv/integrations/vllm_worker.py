@@ -30,13 +30,13 @@ class Votes:
     """What has become of requests since the last step."""
 
     sent: set[str] = field(default_factory=set)
-    """Their blocks are read no more."""
+    """Requests whose blocks are read no more."""
     received: set[str] = field(default_factory=set)
-    """Their KV has come."""
+    """Requests whose KV has come."""
     failed: set[str] = field(default_factory=set)
-    """It has not, and nothing lands in their blocks any more."""
+    """Requests whose KV has not come, and will not: nothing lands in their blocks any more."""
     invalid_block_ids: set[int] = field(default_factory=set)
-    """Were to be fetched, and were not: told as soon as that is known, and never after `failed`."""
+    """Blocks that were to be fetched and were not: told as soon as that is known, and never after `failed`."""
     figures: dict[str, list[float]] = field(default_factory=dict)
 
 
@@ -44,7 +44,7 @@ class Votes:
 class _Sending:
     offer: Offer
     is_owed: bool = False
-    """A vote, when it is over."""
+    """Whether a vote is to be given when it is over."""
     is_over: bool = False
 
 
@@ -77,7 +77,7 @@ class WorkerSide:
         self._tasks: set[asyncio.Task[None]] = set()
         self._votes = Votes()
         self._lock = threading.Lock()
-        """Of the votes."""
+        """Protects the votes: the calling threads take them, and the loop adds to them."""
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="hbserve-kv", daemon=True)
         self._thread.start()
@@ -264,7 +264,7 @@ class WorkerSide:
     # ---- figures -------------------------------------------------------------------------------------------------
 
     def _count(self, result: TransferResult, error: str) -> None:
-        """Of one transfer to this worker."""
+        """Add the figures of one transfer to this worker."""
         if error:
             figures = {"num_failed_transfers": 1.0}
         else:
