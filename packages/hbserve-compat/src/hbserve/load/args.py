@@ -39,7 +39,7 @@ Burstiness = Annotated[
 
 
 def tokens_option(what: str, *, least: int = 1) -> Any:
-    """Of a number of tokens."""
+    """A command-line option whose value is a number of tokens."""
     return Option(min=least, max=MOST_TOKENS, metavar="TOKENS", help=what)
 
 
@@ -49,7 +49,7 @@ def _sampling(what: str) -> Any:
 
 @dataclass(frozen=True)
 class BenchServeArgs:
-    """Of `hbserve bench serve`."""
+    """Arguments of `hbserve bench serve`."""
 
     more: Annotated[list[str] | None, Argument(metavar="[METRIC:MS]...", help="More values of --goodput.")] = None
     backend: Annotated[
@@ -212,7 +212,7 @@ class BenchServeArgs:
 
 @dataclass(frozen=True)
 class CompareArgs:
-    """Of `hbserve bench compare`."""
+    """Arguments of `hbserve bench compare`."""
 
     goodput: Annotated[
         list[str],

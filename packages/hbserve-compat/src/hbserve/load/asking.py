@@ -99,7 +99,7 @@ class AnswerReader:
         self._last_s = 0.0
         self._has_events = False
         self._beginning = b""
-        """Of the body: what it is if it has no events."""
+        """The first bytes of the body, for the error if it has no events."""
 
     def feed(self, data: bytes) -> None:
         """Take in a piece of the body, which has just come."""

@@ -32,7 +32,7 @@ class EngineUnderTest:
     tensor_parallel_size: int
 
     def settings(self) -> dict[str, Any]:
-        """Of its InstanceConfig, model_path apart."""
+        """Settings of its InstanceConfig, model_path apart."""
         return {
             "device": self.device,
             "dtype": self.dtype,

@@ -6,7 +6,7 @@ from hbserve.monitoring.live_view import LinkView, RequestView, View
 
 SPARKS = "▁▂▃▄▅▆▇█"
 MARKS = {"queue": "·", "reserve": "-", "prefill": "█", "kv": "▒", "decode": "━", "preempted": "~", "failed": "x"}
-"""Of a waterfall's segments."""
+"""Marks of a waterfall's segments."""
 ID_WIDTH = 24
 Part = tuple[str, str]
 """Name of a segment, and its characters."""

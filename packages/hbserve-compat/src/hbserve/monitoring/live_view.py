@@ -44,7 +44,7 @@ class InstanceView(msgspec.Struct, frozen=True):
     running: int
     waiting: int
     blocks: dict[str, int]
-    """By state."""
+    """Number of blocks in each state."""
     tokens_per_s: float
     """Computed: of prompts, and new ones."""
 
@@ -53,11 +53,11 @@ class LinkView(msgspec.Struct, frozen=True):
     prefill: str
     decode: str
     is_up: bool | None
-    """None: not tried yet."""
+    """Whether the link works; None: not tried yet."""
     active: int
     """Transfers under way."""
     gb_per_s: float | None
-    """Of the time in which something moved; None: nothing did."""
+    """Rate over the time in which something moved; None: nothing did."""
     outcomes: dict[str, int]
     """Transfers that have ended since the start."""
 

@@ -23,14 +23,14 @@ START_TIMEOUT_S = 120.0
 """Until a process has bound its address: it imports torch before."""
 STOP_TIMEOUT_S = 20.0
 KILL_TIMEOUT_S = 5.0
-"""As STOP_TIMEOUT_S, where no event loop is there to wait in."""
+"""How long a process may take to end where no event loop is there to wait in."""
 MOST_RESTARTS = 5
-"""In a row, after lives shorter than STEADY_S each."""
+"""Most restarts in a row, after lives shorter than STEADY_S each."""
 FIRST_RESTART_S, LONGEST_RESTART_S = 0.5, 30.0
 """Pause before the first of them; each is twice as long as the one before."""
 STEADY_S = 60.0
 LOG_LINE = re.compile(r"\d{4}-\d\d-\d\d [\d:,]+ (DEBUG|INFO|WARNING|ERROR|CRITICAL) ([\w.]+): (.*)", re.DOTALL)
-"""As every process of this workspace writes it when it is alone."""
+"""A line of the log as every process of this workspace writes it when it is alone."""
 OF_EVERY_START = re.compile(
     r"WARNING: Logging before InitGoogleLogging\(\) is written to STDERR|E\d{4} .*\] Local segment descriptor not found"
 )
@@ -42,9 +42,9 @@ class Restarts:
 
     def __init__(self) -> None:
         self.are_wanted = True
-        """False: its death is told, and it is not started again."""
+        """Whether it is started again when it dies; else its death is told."""
         self.number = 0
-        """In a row."""
+        """Number of restarts in a row."""
         self._began_s = time.monotonic()
 
     def began(self) -> None:
@@ -52,7 +52,7 @@ class Restarts:
         self._began_s = time.monotonic()
 
     def pause_s(self) -> float | None:
-        """Of the restart that is due now; None: it has died too often."""
+        """The pause before the restart that is due now; None: it has died too often."""
         if time.monotonic() - self._began_s >= STEADY_S:
             self.number = 0
         if self.number >= MOST_RESTARTS:
@@ -190,7 +190,7 @@ class ChildProcess:
 
     @property
     def pid(self) -> int | None:
-        """None: it was not started."""
+        """Process id; None: it was not started."""
         return None if self._process is None else self._process.pid
 
     async def _pass_stderr_on(self) -> None:

@@ -12,7 +12,7 @@ class Ending:
         self.begun = asyncio.Event()
         self.at_once = asyncio.Event()
         self.deaths: list[str] = []
-        """Of processes without which it cannot serve."""
+        """Ends of processes without which it cannot serve, in words."""
 
     def tell(self) -> None:
         (self.at_once if self.begun.is_set() else self.begun).set()

@@ -80,7 +80,7 @@ def _same_machine(host: str, other: str) -> bool:
 
 
 def tensor_parallel_sizes(config: DeploymentConfig) -> set[int]:
-    """Of all instances of a deployment."""
+    """Numbers of ranks of all instances of a deployment."""
     return {num_ranks(config, each) for each in config.gpu_instances}
 
 

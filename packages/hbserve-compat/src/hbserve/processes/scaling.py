@@ -32,13 +32,13 @@ class Scaling:
 
     def __init__(self, config: DeploymentConfig, server: SchedulerServer, instances: Instances[Any]) -> None:
         self._config = config
-        """With those that are there or come; without those that go."""
+        """The deployment with instances that are there or come, and without those that go."""
         self._server = server
         self._instances = instances
         self._changes: dict[str, asyncio.Task[str]] = {}
-        """By instance, what is under way; each returns what is to be told when it is done."""
+        """Changes that are under way, by instance; each returns what is to be told when it is done."""
         self._deaths: dict[str, asyncio.Future[str]] = {}
-        """Of those that come, why their processes have ended."""
+        """Why processes of instances that come have ended, by instance."""
         self._going: dict[str, InstanceSection] = {}
 
     async def close(self) -> None:

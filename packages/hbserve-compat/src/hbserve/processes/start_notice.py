@@ -32,7 +32,7 @@ async def telling(what: Callable[[], list[str]], tell: Callable[[str], object]) 
 
 @asynccontextmanager
 async def telling_at_terminal(what: Callable[[], list[str]]) -> AsyncIterator[None]:
-    """On stderr, where somebody watches it."""
+    """Tell on stderr how a start goes, where somebody watches it."""
     if sys.stderr is None or not sys.stderr.isatty():
         yield
         return

@@ -19,7 +19,7 @@ from hbserve_scheduler.config import ServerSection
 logger = logging.getLogger(__name__)
 
 READY_TIMEOUT_S = 600.0
-"""Until every instance has loaded its model."""
+"""How long every instance may take to load its model."""
 
 
 class FrontEnd:
@@ -56,7 +56,7 @@ class FrontEnd:
 
     @property
     def _http_address(self) -> tuple[str, int] | None:
-        """None: it is a Unix domain socket."""
+        """Host and port that it serves; None: it is a Unix domain socket."""
         settings = self._service.settings
         port = settings.port or (0 if settings.uds is not None else self._http.bound_socket.getsockname()[1])
         return None if settings.uds is not None else (settings.host, port)

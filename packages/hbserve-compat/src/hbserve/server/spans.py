@@ -53,7 +53,7 @@ class Spans:
         self._tracer = provider.get_tracer("hbserve")
         self._address = address
         self._asked: dict[str, tuple[Asked, Any]] = {}
-        """With their spans, which go on."""
+        """Requests with their spans, which go on."""
         self._ended: queue.SimpleQueue[tuple[Asked, Any, RequestRecord] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="spans", daemon=True)
         self._thread.start()

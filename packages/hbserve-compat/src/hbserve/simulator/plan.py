@@ -45,7 +45,7 @@ class Question(Checked):
     spread: float = 0.0
     """Spread of the lengths: the standard deviation of their logarithm."""
     chunk_size: Annotated[int | None, POSITIVE] = None
-    """None: the default of each role."""
+    """Most prompt tokens of one request in a step; None: the default of each role."""
     most_instances: Annotated[int, POSITIVE] = 64
     seed: int = 0
 
@@ -96,7 +96,7 @@ class Plan:
     apart: Trial | None
     """The smallest layout with separate prefill and decode instances that is enough; None if none that was tried is."""
     together: Trial | None
-    """The same with hybrid instances."""
+    """The smallest layout of hybrid instances that is enough; None if none that was tried is."""
 
     @property
     def best(self) -> Trial | None:

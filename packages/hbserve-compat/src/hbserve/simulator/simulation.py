@@ -82,7 +82,7 @@ class Results:
     """What became of the requests, in the order in which they ended. Times are in seconds."""
 
     duration_s: float = 0.0
-    """From the begin of the load until the last request has ended."""
+    """Time from the beginning of the load until the last request has ended."""
     ttfts_s: "array[float]" = field(default_factory=lambda: array("d"))
     tpots_s: "array[float]" = field(default_factory=lambda: array("d"))
     """One for each request; 0 if it has a single token."""

@@ -13,7 +13,7 @@ class StopStrings:
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = [(stop, _borders(stop)) for stop in stops]
         self._matched = [0] * len(stops)
-        """Of each stop string, how much of its beginning the text ends with."""
+        """How much of each stop string's beginning the text ends with."""
         self.found: str | None = None
         """The one that has come."""
 

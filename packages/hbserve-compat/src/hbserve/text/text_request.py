@@ -1,4 +1,4 @@
-"""From prompts to text through any scheduler: shared by DisaggregatedLLM and `hbserve generate --connect`."""
+"""Text for prompts through any scheduler: shared by DisaggregatedLLM and `hbserve generate --connect`."""
 
 import asyncio
 import uuid
@@ -55,7 +55,7 @@ class TextChoice:
         )
         self._stop_token_ids = frozenset(params.stop_token_ids)
         self.logprobs: list[TokenLogprobs] | None = None if params.logprobs is None else []
-        """Up to the last token whose text was given out."""
+        """Log-probabilities up to the last token whose text was given out; None: they are not wanted."""
 
     def feed(self, event: TokenEvent, prompt_logprobs: list[TokenLogprobs | None] | None) -> GenerationDelta:
         """The text of its tokens, up to the one that completes a stop string."""

@@ -28,7 +28,7 @@ class TokenText(Protocol):
 
 
 class NoText:
-    """Of tokens whose tokenizer is not there."""
+    """The text of tokens whose tokenizer is not there: none."""
 
     def feed(self, token_id: int) -> str:
         return ""
@@ -58,12 +58,12 @@ class TokenDecoder:
         """What `whole_text` has found."""
 
     def text(self) -> TokenText:
-        """Of a new sequence."""
+        """The text of a new sequence."""
         made: TokenText = _ByteText(self) if self._is_byte_level else _WindowText(self)
         return _CleanText(made, self._tokenizer.clean_up_tokenization) if self._cleans_up else made
 
     def whole_text(self, token_id: int) -> str | None:
-        """Of a token of bytes, if these are whole characters."""
+        """The text of a byte-level token, if its bytes are whole characters; else None."""
         if token_id not in self.whole:
             try:
                 self.whole[token_id] = self.token_bytes(token_id).decode()
@@ -72,14 +72,14 @@ class TokenDecoder:
         return self.whole[token_id]
 
     def token_bytes(self, token_id: int) -> bytes:
-        """Of a token of bytes."""
+        """The bytes of a byte-level token."""
         found = self._bytes.get(token_id)
         if found is None:
             found = self._bytes[token_id] = _bytes_of(self._tokenizer.convert_ids_to_tokens(token_id) or "")
         return found
 
     def bytes_of(self, token_id: int) -> bytes:
-        """A token alone: it need not be a whole character."""
+        """The bytes of a token alone, of any tokenizer: they need not be whole characters."""
         return self.token_bytes(token_id) if self._is_byte_level else self.decode([token_id]).encode()
 
     def decode(self, token_ids: list[int]) -> str:
@@ -113,14 +113,14 @@ def _cleans_up(tokenizer: Any, backend: Any) -> bool:
 
 
 class _ByteText:
-    """Of a byte-level tokenizer, whose tokens are bytes one after the other."""
+    """Text of a byte-level tokenizer, whose tokens are bytes one after the other."""
 
     def __init__(self, decoder: TokenDecoder) -> None:
         self._of_tokens = decoder
         self._whole = decoder.whole
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._is_open = False
-        """The beginning of a character is held."""
+        """Whether the beginning of a character is held."""
 
     def feed(self, token_id: int) -> str:
         if not self._is_open:
@@ -136,7 +136,7 @@ class _ByteText:
 
 
 class _WindowText:
-    """Of other tokenizers: decodes the tokens since the last one whose text was sure, after that one."""
+    """Text of other tokenizers: decodes the tokens since the last one whose text was sure, after that one."""
 
     def __init__(self, decoder: TokenDecoder) -> None:
         self._decoder = decoder
@@ -168,7 +168,7 @@ class _WindowText:
 
 
 class _CleanText:
-    """Of tokenizers with `clean_up_tokenization_spaces`, which removes spaces before marks in the whole text."""
+    """Text of tokenizers with `clean_up_tokenization_spaces`, which removes spaces before marks in the whole text."""
 
     # Before a space between a letter or digit and another: nothing that is removed or changed reaches across.
     _BORDER = re.compile(r"(?<=[^\W_])(?= [^\W_])")

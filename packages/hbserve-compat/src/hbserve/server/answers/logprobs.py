@@ -8,7 +8,7 @@ from hbserve.text.detokenizer import decoder_of
 from hbserve_rpc.messages import TokenLogprobs
 
 LEAST = -9999.0
-"""In place of minus infinity, which JSON has not; OpenAI's own."""
+"""Log-probability in place of minus infinity, which JSON has not; OpenAI's own."""
 
 
 class TokenNames:

@@ -1,4 +1,4 @@
-"""From tokens and text to the JSON of an answer, whole or in chunks: what chat and completions have in common."""
+"""Rendering of tokens and text as the JSON of an answer, whole or in chunks: what chat and completions share."""
 
 from typing import Any, Protocol
 
@@ -102,7 +102,7 @@ class Rendering:
         return self._start + msgspec.json.encode(choice) + b"]" + rest + b"\n\n"
 
     def closing(self) -> bytes:
-        """After the last chunk of every choice."""
+        """Events after the last chunk of every choice."""
         if not self._ends_with_usage:
             return DONE
         last = {

@@ -10,7 +10,7 @@ class TextLogprobs:
 
     def __init__(self) -> None:
         self._waiting: list[dict[str, Any]] = []
-        """Of tokens of which nothing has been read yet."""
+        """Log-probabilities of tokens of which nothing has been read yet."""
 
     def feed(
         self, entries: list[dict[str, Any]], pieces: Sequence[tuple[str, str]], *, final: bool

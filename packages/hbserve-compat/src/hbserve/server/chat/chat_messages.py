@@ -55,7 +55,7 @@ def _plain(path: str, message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _text(path: str, content: Any) -> str:
-    """Of a text, or of the parts of one."""
+    """The text of a content that is one, or is made of parts."""
     if content is None:
         return ""
     if not isinstance(content, list):

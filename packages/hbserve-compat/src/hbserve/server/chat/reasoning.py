@@ -26,7 +26,7 @@ class ReasoningSplit:
         self._space = ""
         """White space that is left out if nothing but a tag is on its other side."""
         self._is_empty = True
-        """Of this part: nothing but white space has come."""
+        """Whether nothing but white space of this part has come."""
 
     def feed(self, text: str, *, final: bool) -> list[dict[str, Any]]:
         deltas: list[dict[str, Any]] = []

@@ -19,7 +19,7 @@ Format = Literal["hermes", "llama3_json", "qwen3_coder"]
 _HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)')
 """A call up to its arguments, as nearly all models write it."""
 _FUNCTION = re.compile(r"\s*<function=([^>\n]+)>\s*(?=<)")
-"""The same as Qwen3-Coder writes it."""
+"""The beginning of a call as Qwen3-Coder writes it."""
 _PARAMETER = re.compile(r"\s*<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>", re.S)
 _WORDS = {"True": True, "False": False, "None": None}
 """What Python calls them, and so Qwen3-Coder."""
@@ -237,7 +237,7 @@ class LlamaCalls(_Calls):
         super().__init__(most_calls=most_calls, tools=tools)
         self._is_text = False
         self._is_over = False
-        """After its calls it went on with something else, and all that follows is left out."""
+        """Whether it went on with something else after its calls: all that follows is left out."""
 
     def feed(self, text: str, *, final: bool) -> list[dict[str, Any]]:
         deltas: list[dict[str, Any]] = []

@@ -21,10 +21,10 @@ class Block:
     index: int
     call_id: str = ""
     name: str = ""
-    """Of the tool that is called; the text is its arguments."""
+    """Name of the tool that is called; the text is its arguments."""
     pieces: list[str] = field(default_factory=list)
     logprobs: list[dict[str, Any]] = field(default_factory=list)
-    """Of a text's tokens, if they are wanted, as a chat has them."""
+    """Log-probabilities of a text's tokens, if they are wanted, as a chat has them."""
 
     @property
     def text(self) -> str:
@@ -66,7 +66,7 @@ class BlockFormat:
         return self._sent([event for change in changes for event in self._events(change)])
 
     def take(self, news: News) -> None:
-        """As `chunks`, for who wants the whole answer at the end."""
+        """Like `chunks`, for a client that wants the whole answer at the end."""
         for _, delta in news:
             for _ in self._changes(delta):
                 pass
@@ -108,7 +108,7 @@ class BlockFormat:
 
 
 def _pieces(delta: dict[str, Any]) -> Iterator[tuple[Literal["reasoning", "text", "call"], str, dict[str, Any]]]:
-    """Of a chunk's delta, as a chat has it; the last is a call, which has an id where it begins."""
+    """Pieces of a chunk's delta, as a chat has it; the last is a call, which has an id where it begins."""
     if "reasoning" in delta:
         yield "reasoning", delta["reasoning"], {}
     if "content" in delta:

@@ -36,7 +36,7 @@ NAMES = {
 TEXT = {"text": "text"}
 ROLES = ("user", "assistant", "system")
 CHOICES = {"auto": "auto", "any": "required", "none": "none"}
-"""Of `tool_choice`, by their names in a chat."""
+"""Kinds of `tool_choice`, and their names in a chat."""
 
 
 async def messages(request: Request) -> CancellableResponse:

@@ -23,7 +23,7 @@ B = TypeVar("B", bound=RequestBody)
 
 @dataclass(frozen=True)
 class TranslatedChat:
-    """The same request to chat completions, and what its parts were called."""
+    """A request translated to one of chat completions, and what its parts were called."""
 
     body: ChatBody
     paths: list[str]

@@ -80,7 +80,7 @@ class RequestBody(msgspec.Struct, frozen=True, kw_only=True):
     """Body of a request for an answer. Null is as if it were not there."""
 
     id_prefix: ClassVar[str]
-    """Of the ids of answers."""
+    """What the ids of answers begin with."""
     not_served: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
     """As NOT_SERVED has it."""
     elsewhere: ClassVar[Mapping[str, str]] = {}

@@ -1,4 +1,4 @@
-"""From a body's fields, and the model's own defaults, to the SamplingParams of its requests."""
+"""SamplingParams of requests, made of a body's fields and the model's own defaults."""
 
 import json
 import logging
@@ -14,9 +14,9 @@ from hbserve_rpc.sampling_params import MAX_LOGPROBS
 logger = logging.getLogger(__name__)
 
 MOST_CHOICES = 1024
-"""Of one request: its prompts, times `n`."""
+"""Most choices of one request: its prompts, times `n`."""
 COMPLETION_MAX_TOKENS = 16
-"""As in OpenAI's API, where a completion does not say."""
+"""Default of a completion's `max_tokens`, as in OpenAI's API."""
 SEEDS = 2**63
 FROM_THE_MODEL = {
     "temperature": "temperature",
@@ -115,7 +115,7 @@ def _logprobs(body: SamplingFields) -> int | None:
 
 
 def _prompt_logprobs(body: CompletionBody, logprobs: int | None) -> int | None:
-    """As many as are asked for themselves, or to be echoed with the prompt; whichever is more."""
+    """How many are asked for by themselves, or to be echoed with the prompt; whichever is more."""
     wanted = [body.prompt_logprobs, logprobs if body.echo else None]
     return max((each for each in wanted if each is not None), default=None)
 

@@ -67,7 +67,7 @@ class ApiError(Exception):
         return {"type": "error", "error": {"type": kind, "message": self.message}, "request_id": request_id}
 
     def response(self, scope: Scope) -> Response:
-        """In the words of the API that a request's path belongs to."""
+        """The error in the words of the API that a request's path belongs to."""
         is_anthropic = path_of(scope).startswith(ANTHROPIC_PATH)
         request_id = scope.get("state", {}).get("request_id")
         body = self.anthropic_body(request_id) if is_anthropic else self.body()

@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 VARIABLE = "HBSERVE_API_KEY"
 OPEN_PATHS = {"/", "/health", "/ping", "/version", "/metrics", "/openapi.json", "/dashboard"}
-"""For probes and for people who look: none of them computes."""
+"""Paths for probes and for people who look, which need no key: none of them computes."""
 
 
 def _digest(key: str) -> bytes:
@@ -102,6 +102,6 @@ class RequireApiKey:
 
 
 def _key(headers: Headers) -> str:
-    """As OpenAI's clients send it, or Anthropic's; "", which is no key, if there is none."""
+    """The key as OpenAI's clients send it, or Anthropic's; "", which is no key, if there is none."""
     kind, _, key = headers.get("authorization", "").partition(" ")
     return key.strip() if kind.lower() == "bearer" else headers.get("x-api-key", "").strip()

@@ -34,6 +34,6 @@ class DirectBody:
 
 
 def direct_body(scope: Scope) -> DirectBody | None:
-    """None if the server is not ours."""
+    """The direct body of a request; None if the server is not ours."""
     extensions: dict[str, Any] = scope.get("extensions") or {}
     return extensions[EXTENSION]["body"] if EXTENSION in extensions else None

@@ -13,9 +13,9 @@ from hbserve_rpc.metrics_text import Family
 
 BOUNDS = [0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 1.5, 2, 2.5, 3, 3.5, 4, 4.5, 5, 7.5, 10, 30, 60]
 COARSE_BOUNDS = [0.1, 0.5, 1.0]
-"""Of each path: some of the others."""
+"""Bounds of each path's histogram: some of the others."""
 NO_PATH = "none"
-"""Of requests to what is not there: the names that clients make up are no labels."""
+"""Path of requests to what is not there: the names that clients make up are no labels."""
 NOT_COUNTED = {"/metrics", "/health", "/ping", "/version", "/debug/view"}
 """Asked by programs, again and again: as in vLLM they would hide what people ask."""
 

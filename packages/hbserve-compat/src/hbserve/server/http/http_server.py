@@ -32,7 +32,7 @@ KEEP_ALIVE_S = 120
 for a client from which nothing comes of a request that is not whole."""
 BACKLOG = 2048
 MOST_PATH_BYTES = 107 if sys.platform == "linux" else 103
-"""Of a Unix domain socket: `sun_path` of the system, without the zero at its end."""
+"""Longest path of a Unix domain socket: `sun_path` of the system, without the zero at its end."""
 FILES_LEFT = 16
 """Of those that the process may open, for all that are no connections: a scheduler's links, what a request reads."""
 LAST_WORDS_S = 0.5
@@ -42,7 +42,7 @@ STALL_TIMEOUT_S = 60.0
 
 
 class _Uvicorn(uvicorn.Server):
-    """Without its signal handlers: `hbserve serve` has its own."""
+    """Uvicorn without its signal handlers: `hbserve serve` has its own."""
 
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
@@ -277,7 +277,7 @@ def held_for_others(first: socket.socket) -> socket.socket:
 
 
 def remove_path(settings: ServerSection) -> None:
-    """Of a Unix domain socket that nobody serves any more."""
+    """Remove the path of a Unix domain socket that nobody serves any more."""
     if settings.uds is not None:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(settings.uds)

@@ -41,7 +41,7 @@ class HttpRequest:
 
     @property
     def operation(self) -> str:
-        """As OpenTelemetry's GenAI conventions name it."""
+        """The operation as OpenTelemetry's GenAI conventions name it."""
         return "text_completion" if self.path == "/v1/completions" else "chat"
 
     def name(self, number: int) -> str:
