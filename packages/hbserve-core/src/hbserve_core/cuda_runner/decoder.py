@@ -62,7 +62,7 @@ class CudaDecoder:
         return stream.rows
 
     def finish(self, step: StepView, hidden: torch.Tensor, sampled: torch.Tensor) -> None:
-        """After `hidden`: a token for each of the step's samples goes to `sampled`."""
+        """Sample a token for each of the step's samples into `sampled`, from what `hidden` has returned."""
         stream = ResidualStream(hidden.index_select(0, step.samples[0]))
         sample(self._logits(stream), step.samples[1:], sampled)
 
@@ -178,7 +178,7 @@ class CudaDecoder:
         next_norm: RmsNorm | None,
         routing: Routing,
     ) -> None:
-        """The same for few rows."""
+        """Add what the experts of few rows find: each pair is computed by itself, without sorting by expert."""
         is_alone, slots = self._group.shard.size == 1, step.tokens[3]
         logits = self._products.of_normed(stream, norm, weights.router)
         rows, eps = stream.scaled or stream.normed_by(norm), norm.eps if norm else 0.0

@@ -38,12 +38,13 @@ from hbserve_core.model.rank_group import RankGroup
 
 _MOST_SPLIT_ROWS = 64
 _MOST_SKINNY_ROWS = {0: 128, 4: 128, 8: 64}
-"""By bits of a narrow weight. For more rows than these, 8-bit floats are multiplied as they are."""
+"""Most rows of a skinny product, by bits of a narrow weight (0: any other weight). For more rows than these, 8-bit
+floats are multiplied as they are."""
 _SMALL_MATRIX = {1: 1 << 23, 2: 1 << 22, 4: 1 << 22}
-"""By rows, the size in numbers from which a matrix is not for `small_linear`. Alone it would be as fast for larger
+"""Sizes in numbers, by rows, from which a matrix is not for `small_linear`. Alone it would be as fast for larger
 ones, but its many programs leave no room for the next kernel to start."""
 _SMALL_INPUTS = {4: 2048}
-"""By rows, how many inputs a matrix must have for `small_linear`."""
+"""Fewest inputs of a matrix for `small_linear`, by rows."""
 _HEAD_OUTPUTS, _HEAD_INPUTS = 1 << 16, 2048
 """From this many outputs on, the matrix is a vocabulary's, and no kernel waits to start after it. With more inputs than
 these, the stream's last addition was a skinny product, which leaves half of the norm to the next one."""
@@ -52,7 +53,7 @@ _FEWEST_INPUTS = 512
 there is a tile for every third multiprocessor, because these read nearly as fast as all of them."""
 
 _NARROW_PROGRAMS = {8: {16: 4, 32: 3, 64: 3}, 4: {16: 6, 32: 4, 64: 3}}
-"""By bits and padded rows, programs per multiprocessor for a product with narrow weights: a step of their loop reads
+"""Programs per multiprocessor for a product with narrow weights, by bits and padded rows: a step of their loop reads
 fewer bytes, so more steps have to be in flight."""
 _MOST_PROGRAMS = 6
 

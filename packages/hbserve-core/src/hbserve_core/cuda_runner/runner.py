@@ -53,7 +53,7 @@ class CudaRunner:
     computed: Any = None
     _turn = 0
     _left: Callable[[], None] | None = None
-    """What is left for `draw` to do."""
+    """What is left for `draw` to do for the last step: None unless it has rows with a grammar."""
 
     def __init__(self, config: InstanceConfig, group: RankGroup, make_narrow: MakeNarrow) -> None:
         """make_narrow: see `LoadedModel`."""

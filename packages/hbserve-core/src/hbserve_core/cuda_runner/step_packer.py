@@ -266,7 +266,7 @@ class StepPacker:
         self._pieces = pieces
         self._random = random.Random(seed)
         self._sources: dict[Sequence, int] = {}
-        """Where, among the tokens that the step before samples, each sequence's is."""
+        """Place of each sequence's token among those that the step before samples."""
         self._sampled: list[Sequence] = []
         """Those of the last step that had samples; usually the next one has the same. What follows is kept of them."""
         self._asked = asked_of_samples([])
@@ -392,5 +392,5 @@ def asked_of_samples(params: Ids[SamplingParams]) -> npt.NDArray[np.int32]:
 
 
 def _int32(numbers: list[int]) -> npt.NDArray[np.int32]:
-    """By way of struct, which reads a list in half of numpy's time."""
+    """An int32 array of numbers. It is made by struct, which reads a list in half of numpy's time."""
     return np.frombuffer(struct.pack(f"{len(numbers)}i", *numbers), dtype=np.int32)

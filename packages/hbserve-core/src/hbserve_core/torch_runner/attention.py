@@ -41,7 +41,7 @@ class TorchAttention:
         self._kv_scales = kv_scales
         self._workspace = torch.empty(0, dtype=self._pool.dtype, device=pool.device)
         self._wide = torch.empty(0, dtype=dtype, device=pool.device)
-        """For a pool of 8-bit floats: those of the workspace, in the dtype of queries."""
+        """The workspace's numbers in the dtype of queries, for a pool of 8-bit floats."""
 
     def plan(self, chunks: Sequence[ScheduledChunk]) -> "AttentionPlan":
         """Plan a step that computes `chunks`, whose tokens follow one another in this order.

@@ -208,10 +208,10 @@ class Routing:
     """What is known of a model's experts beside their weights."""
 
     num_experts: int
-    """Of all ranks."""
+    """Number of experts of all ranks."""
     per_row: int
     renormalises: bool
-    """Weights of a row's experts are made to add up to 1."""
+    """Whether weights of a row's experts are made to add up to 1."""
     first: int = 0
     """The first expert of this rank."""
 
@@ -225,9 +225,9 @@ class ExpertTiles:
     shares: torch.Tensor
     count: int
     rows: int
-    """Of each tile."""
+    """Rows of each tile."""
     per_row: int
-    """Experts."""
+    """Experts of each row."""
 
 
 @dataclass(frozen=True, slots=True)
