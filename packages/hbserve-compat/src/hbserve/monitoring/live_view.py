@@ -46,14 +46,14 @@ class InstanceView(msgspec.Struct, frozen=True):
     blocks: dict[str, int]
     """Number of blocks in each state."""
     tokens_per_s: float
-    """Computed: of prompts, and new ones."""
+    """Tokens computed: those of prompts, and new ones."""
 
 
 class LinkView(msgspec.Struct, frozen=True):
     prefill: str
     decode: str
     is_up: bool | None
-    """Whether the link works; None: not tried yet."""
+    """Whether it is connected, or cannot be now; None: it was not tried yet, or is kept no more."""
     active: int
     """Transfers under way."""
     gb_per_s: float | None
@@ -98,9 +98,9 @@ class View(msgspec.Struct, frozen=True):
     rejected: int
     retries: int
     requests_per_s: float
-    """That have ended."""
+    """Requests that have ended."""
     tokens_per_s: float
-    """That were delivered."""
+    """Tokens that were delivered."""
     latencies: dict[str, Latency]
     delayed: dict[str, int]
     """Requests that were held up, by the main cause; since the start."""

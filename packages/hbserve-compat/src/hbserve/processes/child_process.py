@@ -20,7 +20,7 @@ from hbserve_scheduler import InstanceFailed
 logger = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 120.0
-"""Until a process has bound its address: it imports torch before."""
+"""How long a process may take to bind its address: it imports torch before."""
 STOP_TIMEOUT_S = 20.0
 KILL_TIMEOUT_S = 5.0
 """How long a process may take to end where no event loop is there to wait in."""
@@ -48,7 +48,7 @@ class Restarts:
         self._began_s = time.monotonic()
 
     def began(self) -> None:
-        """It has been started."""
+        """Note that it has been started."""
         self._began_s = time.monotonic()
 
     def pause_s(self) -> float | None:

@@ -85,7 +85,7 @@ def tensor_parallel_sizes(config: DeploymentConfig) -> set[int]:
 
 
 def local_instances(config: DeploymentConfig) -> list[InstanceSection]:
-    """Those of a deployment whose host is this machine. May ask a name server."""
+    """Instances of a deployment whose host is this machine. May ask a name server."""
     return [each for each in config.named_instances if is_here(each.host)]
 
 

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 LOOK_S = 0.5
 """Pause between two looks at what is waited for, to tell it if it has changed."""
 READY_TIMEOUT_S = 600.0
-"""Until a new instance has loaded its model. How long it waits for a place on a cluster is not limited."""
+"""How long a new instance may take to load its model. How long it waits for a place on a cluster is not limited."""
 
 
 class Scaling:

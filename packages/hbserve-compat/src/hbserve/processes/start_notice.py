@@ -21,7 +21,7 @@ def missing(processes: Iterable[Startable], scheduler: CpuScheduler) -> list[str
 
 @asynccontextmanager
 async def telling(what: Callable[[], list[str]], tell: Callable[[str], object]) -> AsyncIterator[None]:
-    """While it is entered."""
+    """Tell from time to time, while it is entered, what a start waits for: `what` finds it, `tell` says it."""
     task = asyncio.create_task(_tell(what, tell))
     try:
         yield

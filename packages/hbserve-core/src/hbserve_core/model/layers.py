@@ -185,7 +185,7 @@ class LayerWeights:
     qk_norm: RmsNorm | ProjectionNorm | None
     """Norm of query and key heads together: its weight has one row per head."""
     output: Linear
-    """Its results, and those of `down`, are to be summed over the ranks. Only rank 0 has their biases."""
+    """Output projection. Its results, and those of `down`, are to be summed over the ranks; only rank 0 has biases."""
     mlp_norm: RmsNorm | None
     gate_up: Linear | None
     """Outputs: gate, then up; without gates, only up. None, like `down`, if there are experts."""

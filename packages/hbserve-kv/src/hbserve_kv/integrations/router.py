@@ -121,7 +121,7 @@ class Exchange:
     def __init__(self, request: web.Request) -> None:
         self._request = request
         self.response: web.StreamResponse | None = None
-        """Once the client has begun to get it."""
+        """The response, once the client has begun to get it."""
         self._is_chunked = False
 
     @contextlib.asynccontextmanager

@@ -74,7 +74,7 @@ class Connections:
         self._idle.append((asyncio.get_running_loop().time(), answer))
 
     def close(self) -> None:
-        """Those that are idle."""
+        """Close the connections that are idle."""
         for _, answer in self._idle:
             answer.close()
         self._idle.clear()

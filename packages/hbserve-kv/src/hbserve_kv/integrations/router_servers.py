@@ -47,7 +47,11 @@ class Server:
 
     @contextlib.asynccontextmanager
     async def asked(self) -> AsyncIterator[None]:
-        """While a request is under way there. Raises ServerLost when the server has gone, or does not answer checks."""
+        """Count a request as under way there, while it is entered.
+
+        Raises:
+            ServerLost: the server has gone, or does not answer checks.
+        """
         self.num_requests += 1
         try:
             async with asyncio.timeout(None) as asking:
@@ -67,7 +71,7 @@ class Server:
             self.num_requests -= 1
 
     def lost(self, why: str) -> None:
-        """It is asked no more until it answers a check; what is under way there ends."""
+        """Note that it is lost: it is asked no more until it answers a check; what is under way there ends."""
         if self.is_alive:
             logger.warning("%s is lost: %s", self.url, why)
         self.is_alive = False

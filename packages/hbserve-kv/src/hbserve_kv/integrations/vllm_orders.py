@@ -46,9 +46,9 @@ class Orders:
     """Transfer id of one that has arrived here and whose receiver may be there already: the two agree on the transfer
     while the prompt waits and is computed."""
     claims: dict[str, Source] = field(default_factory=dict)
-    """A request has arrived here whose KV is there."""
+    """Where the KV is of requests that have arrived here."""
     fetches: dict[str, Wanted] = field(default_factory=dict)
-    """It has blocks. Each is voted for once, when nothing lands in them any more."""
+    """Requests that have blocks to be fetched. Each is voted for once, when nothing lands in them any more."""
     releases: set[str] = field(default_factory=set)
     """It needs nothing (any more)."""
     finished: dict[str, Computed] = field(default_factory=dict)
@@ -56,9 +56,9 @@ class Orders:
     withdrawn: dict[str, tuple[str, str]] = field(default_factory=dict)
     """Transfer id and reason of one that has ended before all was computed. Each is voted for, as above."""
     preempted: set[str] = field(default_factory=set)
-    """Its blocks are about to be overwritten."""
+    """Requests whose blocks are about to be overwritten."""
     computed: dict[str, Computed] = field(default_factory=dict)
-    """Whose receiver may be there already."""
+    """Blocks that this step fills, of requests whose receiver may be there already."""
 
     def __bool__(self) -> bool:
         return any(vars(self).values())

@@ -55,7 +55,7 @@ class _Incoming:
     num_computed: int = 0
     """Tokens that this side had when it was asked last."""
     is_settled: bool = False
-    """Its blocks are known to the workers, or it needs none."""
+    """Whether its blocks are known to the workers, or it needs none."""
 
 
 @dataclass

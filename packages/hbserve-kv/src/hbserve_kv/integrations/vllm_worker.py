@@ -247,7 +247,7 @@ class WorkerSide:
         self._vote_if_over(name)
 
     def _vote_if_over(self, name: str) -> None:
-        """Once the request has finished here and its blocks are read no more, whichever is later."""
+        """Vote once the request has finished here and its blocks are read no more, whichever is later."""
         sending = self._sending[name]
         if sending.is_over and sending.is_owed:
             del self._sending[name]

@@ -34,7 +34,7 @@ class _Call:
         self._sent = 0
         """Place in the text up to which its arguments were given out; 0: not even its name was."""
         self.is_known = False
-        """Its name was given out."""
+        """Whether its name was given out."""
         self._is_complete = False
         """So were all its arguments."""
 

@@ -105,7 +105,7 @@ def find_packed(stored: Mapping[str, StoredTensor], packing: Packing) -> tuple[d
 
 
 def without_parts(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """Those that do not belong to a packed weight."""
+    """Stored tensors that do not belong to a packed weight."""
     layers = {name.removesuffix(".qweight") for name in stored if name.endswith(".qweight")}
     parts = {f"{layer}.{part}" for layer in layers for part in _PARTS}
     return {name: each for name, each in stored.items() if name not in parts}
