@@ -175,6 +175,23 @@ def test_arguments_are_refused_and_not_ignored_while_it_waits_for_stdin(capsys):
     assert "--help: python -m hbserve_core takes no arguments; expected on stdin: one" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("closed", "status", "said"),
+    [
+        ("<&-", 2, "configuration on stdin: there is none; expected one line of JSON, such as"),
+        (">&-", 1, "stdout is closed: the address has nowhere to go"),
+    ],
+)
+def test_a_stream_that_is_closed_is_told_in_a_line(closed, status, said):
+    done = subprocess.run(
+        ["sh", "-c", f'"$@" {closed}', "sh", sys.executable, "-m", "hbserve_core"],
+        input=b'{"model_path": "m"}\n', stderr=subprocess.PIPE, timeout=DEADLINE_S,
+    )  # fmt: skip
+    assert done.returncode == status
+    (line,) = done.stderr.decode().splitlines()
+    assert said in line
+
+
 def test_a_process_with_such_a_configuration_ends_with_that_status_and_line():
     status, errors = Process(b'{"model_path": "m", "chunk_sise": 3}').end()
     assert status == 2

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 
 import pytest
 
@@ -139,6 +140,19 @@ async def test_tokens_are_in_the_figures_while_their_request_still_runs(make_sch
     await collect(events)
     after = scheduler.stats()
     assert (after.output_tokens, sum(after.histograms["inter_token_latency_seconds"].counts)) == (4, 3)
+
+
+@pytest.mark.parametrize("jump_s", [3600, -3600])
+async def test_what_ended_lately_is_found_though_the_time_of_day_was_set(
+    jump_s, make_scheduler, pair, ask, collect, monkeypatch
+):
+    scheduler = await make_scheduler(*pair)
+    await collect(scheduler.submit(ask("before")))
+    time_of_day = time.time
+    monkeypatch.setattr(time, "time", lambda: time_of_day() + jump_s)
+    await collect(scheduler.submit(ask("after")))
+    assert [each.request_id for each in scheduler.records(600)] == ["before", "after"]
+    assert scheduler.records(0) == [], "nor is it found for as long as the clock went back"
 
 
 def test_snapshots_do_not_change_and_records_are_bounded():

@@ -2,11 +2,9 @@
 
 import asyncio
 import logging
-import time
 from collections import Counter
 from collections.abc import Collection
 from functools import partial
-from itertools import takewhile
 
 from hbserve_rpc import HBServeRpcError, InvalidRequest, Keys, Overloaded, RequestTimeout, RpcClient, Unavailable
 from hbserve_rpc.messages import FinishReason, GenerateRequest, Role, SchedulerStats, ServiceInfo
@@ -377,9 +375,7 @@ class CpuScheduler:
 
     def records(self, last_s: float, request_id: str = "") -> list[RequestRecord]:
         """Requests that ended within the last `last_s` seconds, or the one with this id."""
-        since_s = time.time() - last_s
-        found = takewhile(lambda each: each.submitted_at + each.e2e_s >= since_s, reversed(self.figures.records))
-        return [each for each in found if request_id in ("", each.request_id)][::-1]
+        return [each for each in self.figures.lately(last_s) if request_id in ("", each.request_id)]
 
     async def refresh(self) -> None:
         """Ask every instance for its figures now, so that `stats` is not up to one heartbeat old."""

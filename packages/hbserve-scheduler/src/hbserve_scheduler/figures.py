@@ -2,8 +2,10 @@
 
 import logging
 import math
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Container, Sequence
+from itertools import takewhile
 from typing import Any, get_args
 
 from hbserve_rpc.counts import Histogram, HttpCounts, LinkCounts
@@ -71,6 +73,8 @@ class Figures:
         """Counted by whoever serves this scheduler over HTTP."""
         self.records: deque[RequestRecord] = deque(maxlen=MOST_RECORDS)
         """Requests that have ended, the latest last."""
+        self._ended_s: deque[float] = deque(maxlen=MOST_RECORDS)
+        """When, each: records have the time of day, which may be set, by an hour too."""
         self.on_record: Callable[[RequestRecord], None] | None = None
         """Called with each request that has ended."""
         self._handoffs: deque[float] = deque(maxlen=RECENT_REQUESTS)
@@ -78,6 +82,7 @@ class Figures:
     def add(self, record: RequestRecord) -> None:
         """Count a request that has ended."""
         self.records.append(record)
+        self._ended_s.append(time.monotonic())
         if self.on_record is not None:
             self.on_record(record)
         self.ended[record.finish_reason or "error"] += 1
@@ -95,6 +100,12 @@ class Figures:
         if record.finish_reason not in (None, "abort"):
             for name, value in _values(record).items():
                 self.histograms[name].observe(value)
+
+    def lately(self, last_s: float) -> list[RequestRecord]:
+        """Requests that ended within the last `last_s` seconds, the latest last."""
+        since_s = time.monotonic() - last_s
+        latest_first = zip(reversed(self._ended_s), reversed(self.records), strict=True)
+        return [record for _, record in takewhile(lambda each: each[0] >= since_s, latest_first)][::-1]
 
     def link(self, prefill: str, decode: str) -> LinkCounts:
         """Counts of the link between these two instances, over all of their lives until one of them has left."""

@@ -113,7 +113,7 @@ async def _serve_launcher(config: InstanceConfig) -> None:
 
 def _read_config() -> InstanceConfig:
     """Raises ValueError, which says what is wrong with the line on stdin."""
-    line = sys.stdin.buffer.readline()
+    line = b"" if sys.stdin is None else sys.stdin.buffer.readline()  # None: it is closed
     if not line.strip():
         raise ValueError(f"configuration on stdin: there is none; expected {EXPECTED}")
     try:
@@ -134,7 +134,10 @@ def main(arguments: Sequence[str] = ()) -> int:
     if arguments:
         sys.stderr.write(f"{arguments[0]}: python -m hbserve_core takes no arguments; expected on stdin: {EXPECTED}\n")
         return 2
-    if sys.stdin.isatty():
+    if sys.stdout is None:
+        sys.stderr.write("stdout is closed: the address has nowhere to go\n")
+        return 1
+    if sys.stdin is not None and sys.stdin.isatty():
         sys.stderr.write(f"expected: {EXPECTED}\n")
     try:
         config = _read_config()
