@@ -13,6 +13,7 @@ from hbserve_rpc.trace_context import in_trace
 from hbserve_scheduler import RequestFailed
 from hbserve_scheduler.figures import FEW_LINKS, MOST_RECORDS, Figures
 from hbserve_scheduler.request import ScheduledRequest
+from hbserve_scheduler.server import SchedulerServer
 
 
 def counts(scheduler) -> dict[str, int]:
@@ -151,7 +152,8 @@ async def test_what_ended_lately_is_found_though_the_time_of_day_was_set(
     time_of_day = time.time
     monkeypatch.setattr(time, "time", lambda: time_of_day() + jump_s)
     await collect(scheduler.submit(ask("after")))
-    assert [each.request_id for each in scheduler.records(600)] == ["before", "after"]
+    for found in scheduler.records(600), await SchedulerServer(scheduler).fetch_records(600):
+        assert [each.request_id for each in found] == ["before", "after"]
     assert scheduler.records(0) == [], "nor is it found for as long as the clock went back"
 
 

@@ -73,10 +73,10 @@ class Siblings:
         if found is not None and self._remotes.get(name) is remote:  # else it was removed meanwhile
             self._last[name] = found
 
-    async def records(self, last_s: float, request_id: str) -> list[RequestRecord]:
-        """As `CpuScheduler.records`, of all siblings that answer."""
+    async def records(self, last_s: float, request_id: str) -> list[list[RequestRecord]]:
+        """As `CpuScheduler.records`, of each sibling that answers."""
         asking = [_in_time(remote.fetch_records(last_s, request_id)) for remote in self._remotes.values()]
-        return [each for found in await asyncio.gather(*asking) for each in found or []]
+        return [found or [] for found in await asyncio.gather(*asking)]
 
     def tell_members(self) -> None:
         for remote in self._remotes.values():
