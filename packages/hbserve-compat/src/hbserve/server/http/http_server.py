@@ -204,7 +204,9 @@ def _bound(settings: ServerSection) -> socket.socket:
         if error.errno == errno.EADDRINUSE:
             problem = f"{address} is in use: give another server.port or --port, or 0 to let the system choose"
             raise AddressInUse(problem) from None
-        raise ConfigError(f"server.host={settings.host!r}: {address} cannot be bound: {error.strerror}") from None
+        # The system's words alone: create_server adds the address once more, as a tuple.
+        why = (error.strerror or str(error)).partition(" (while attempting")[0]
+        raise ConfigError(f"server.host={settings.host!r}: {address} cannot be bound: {why}") from None
 
 
 def _refusal(settings: ServerSection) -> dict[str, Any]:
