@@ -357,6 +357,13 @@ def test_a_ramp_leads_from_one_rate_to_the_other(ramp, middle):
     assert [1 / gaps[0], 1 / gaps[100], 1 / gaps[200]] == pytest.approx([1, middle, 10])
 
 
+def test_a_ramp_whose_gaps_are_random_keeps_its_rates_on_average():
+    """No time is stretched there to what was asked for."""
+    for burstiness in (0.5, 4):
+        times = arrival_times(4000, 0, burstiness=burstiness, ramp="linear", ramp_rates=(20, 20), seed=1)
+        assert times[-1] == pytest.approx(4000 / 20, rel=0.1)
+
+
 # ---- what is asked for ---------------------------------------------------------------------------------------------
 
 VOCABULARY = prompts.Vocabulary(tuple(range(10, 1000)))
@@ -509,6 +516,35 @@ def test_goodput_counts_requests_that_keep_all_goals_and_failures_keep_none():
     assert "p99.5_e2el_ms" in result
     assert result["max_concurrent_requests"] == 4
     assert result["output_throughput"] == 5.0
+
+
+def test_peaks_are_of_the_busiest_second_since_the_first_request():
+    def sent(start_s: float, arrivals: list[float]) -> Outcome:
+        at = [start_s + each for each in arrivals]
+        return Outcome(10, start_s=start_s, arrivals=at, output_tokens=len(at), latency_s=arrivals[-1])
+
+    # Tokens in the seconds from 100.3 on: 2, 1, 4 (3 of the second request and 1 of the third), 1.
+    outcomes = [sent(100.3, [0.1, 0.9, 1.2]), sent(102.4, [0.1, 0.2, 0.3]), sent(102.6, [0.1, 1.5])]
+    result = figures(Load(outcomes, 4.0, Watch()), Wanted([], [], {}))
+    assert (result["max_output_tokens_per_s"], result["max_concurrent_requests"]) == (4.0, 2)
+    assert (result["total_input_tokens"], result["total_output_tokens"]) == (30, 8)
+    assert (result["request_throughput"], result["total_token_throughput"]) == (0.75, 9.5)
+    assert "kv_bytes" not in result, "no server has said so"
+    nothing = figures(Load([outcome(0.1, [], 1, error="no")], 4.0, Watch()), Wanted([], [], {}))
+    assert (nothing["max_output_tokens_per_s"], nothing["max_concurrent_requests"], nothing["failed"]) == (0.0, 0, 1)
+
+
+def test_figures_of_the_server_are_counted_over_what_has_succeeded():
+    def answered(attempts: int | None, kv_bytes: int, decode: str, error: str = "") -> Outcome:
+        found = outcome(0.1, [0.1], 2, error=error)
+        found.server = {"prefill_instance": "p0", "decode_instance": decode, "kv_bytes": kv_bytes}
+        found.server |= {} if attempts is None else {"num_attempts": attempts}
+        return found
+
+    outcomes = [answered(1, 5, "d0"), answered(2, 7, "d1"), answered(None, 11, "d0"), answered(3, 99, "d0", "it died")]
+    result = figures(Load(outcomes, 2.0, Watch()), Wanted([], [], {}))
+    assert (result["kv_bytes"], result["requests_tried_again"]) == (23, 1)
+    assert result["requests_by_instances"] == {"p0 > d0": 2, "p0 > d1": 1}
 
 
 def test_percentiles_lie_between_values_as_numpy_has_them():

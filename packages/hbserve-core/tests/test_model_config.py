@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -196,6 +197,14 @@ def test_a_value_of_any_kind_is_read_or_refused_by_its_key_and_never_takes_memor
         ({"num_hidden_layers": 3_000_000}, "num_hidden_layers=3000000: expected `int` <= 10000"),
         ({"quantization_config": {"config_groups": {"g": {"weights": {"num_bits": "8"}}}}}, "num_bits"),
         ({"quantization_config": {"quant_method": "fp8", "weight_block_size": "ab"}}, "weight_block_size='ab'"),
+        ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [128]}}, "expected two sizes"),
+        ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [0, 128]}}, "expected two sizes"),
+        (
+            {"quantization_config": {"quant_method": "gptq", "group_size": -2}},
+            "has group_size=-2, expected a size or -1",
+        ),
+        ({"quantization_config": {"quant_method": "gptq", "group_size": "16"}}, "group_size='16', expected a size"),
+        ({"quantization_config": {"quant_method": "gptq", "group_size": True}}, "group_size=True, expected a size"),
     ],
 )
 def test_parts_that_do_not_fit_are_refused(write, changes, message):
@@ -386,6 +395,16 @@ def test_a_sliding_window_that_no_layer_uses_is_harmless(write):
             "quant_method": "compressed-tensors",
             "config_groups": {"group_0": {"weights": {"num_bits": 4, "type": "int"}}},
         },
+        {"quant_method": "compressed-tensors", "config_groups": {"g": {"weights": {"num_bits": 8, "type": "int"}}}},
+        {"quant_method": "compressed-tensors", "config_groups": {"g": {"weights": {"num_bits": 4, "type": "float"}}}},
+        {
+            "quant_method": "compressed-tensors",
+            "config_groups": {
+                "a": {"weights": {"num_bits": 8, "type": "float"}},
+                "b": {"weights": {"num_bits": 4, "type": "int"}},
+            },
+        },
+        {"quant_method": "compressed-tensors"},
     ],
 )
 def test_weights_that_need_other_products_are_refused(write, quantization):
@@ -394,6 +413,25 @@ def test_weights_that_need_other_products_are_refused(write, quantization):
         UnsupportedModel, match=rf"quantization_config .{method}. is not supported; supported: awq, gptq, fp8, and"
     ):
         load_model_config(write(quantization_config=quantization))
+
+
+def test_blocks_that_share_a_scale_are_those_of_the_group_that_names_some(write):
+    groups: dict[str, dict[str, Any]] = {
+        "a": {"weights": {"num_bits": 8, "type": "float"}},
+        "b": {"weights": {"num_bits": 8, "type": "float", "block_structure": [64, 32]}},
+        "c": {"weights": None},
+    }
+    described = {"quant_method": "compressed-tensors", "config_groups": groups}
+    assert load_model_config(write(quantization_config=described)).scale_block == (64, 32)
+
+
+@pytest.mark.parametrize(("group_size", "is_ordered"), [(None, False), (16, False), (-1, True)])
+def test_inputs_that_all_share_a_scale_are_in_order_whatever_else_is_said(write, group_size, is_ordered):
+    described = {"quant_method": "gptq", "bits": 4, "desc_act": True}
+    if group_size is not None:
+        described["group_size"] = group_size
+    packing = load_model_config(write(quantization_config=described)).packing
+    assert (packing.group_size, packing.is_ordered, packing.zero_offset) == (group_size or 128, is_ordered, 1)
 
 
 def test_end_of_sequence_ids_come_from_both_files(write):
