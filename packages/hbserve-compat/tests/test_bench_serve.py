@@ -341,6 +341,8 @@ async def test_what_speaks_no_http_and_an_answer_cut_off_are_errors():
 def test_requests_come_at_the_rate_that_was_asked_for():
     assert arrival_times(4, math.inf) == [0, 0, 0, 0]
     assert arrival_times(4, 2, burstiness=math.inf) == pytest.approx([0.5, 1, 1.5, 2])
+    assert arrival_times(1, 2) == pytest.approx([0.5])
+    assert arrival_times(0, 2) == []
     for burstiness in (0.3, 1, 5):
         times = arrival_times(2000, 10, burstiness=burstiness, seed=1)
         assert times == sorted(times)
@@ -355,6 +357,10 @@ def test_a_ramp_leads_from_one_rate_to_the_other(ramp, middle):
     times = arrival_times(201, 0, burstiness=math.inf, ramp=ramp, ramp_rates=(1, 10))
     gaps = [times[0], *(after - before for before, after in pairwise(times))]
     assert [1 / gaps[0], 1 / gaps[100], 1 / gaps[200]] == pytest.approx([1, middle, 10])
+
+
+def test_the_second_of_two_requests_is_at_the_end_of_a_ramp():
+    assert arrival_times(2, 0, burstiness=math.inf, ramp="linear", ramp_rates=(1, 4)) == [1, 1.25]
 
 
 def test_a_ramp_whose_gaps_are_random_keeps_its_rates_on_average():
@@ -523,12 +529,14 @@ def test_peaks_are_of_the_busiest_second_since_the_first_request():
         at = [start_s + each for each in arrivals]
         return Outcome(10, start_s=start_s, arrivals=at, output_tokens=len(at), latency_s=arrivals[-1])
 
-    # Tokens in the seconds from 100.3 on: 2, 1, 4 (3 of the second request and 1 of the third), 1.
-    outcomes = [sent(100.3, [0.1, 0.9, 1.2]), sent(102.4, [0.1, 0.2, 0.3]), sent(102.6, [0.1, 1.5])]
+    # Tokens in the seconds from 100.3 on: 2, 1, 4 (3 of the second request and 1 of the third), 0, 1, 1.
+    outcomes = [
+        sent(100.3, [0.1, 0.9, 1.2]), sent(102.4, [0.1, 0.2, 0.3]), sent(102.6, [0.1, 2.5]), sent(103.65, [2.0])
+    ]  # fmt: skip
     result = figures(Load(outcomes, 4.0, Watch()), Wanted([], [], {}))
     assert (result["max_output_tokens_per_s"], result["max_concurrent_requests"]) == (4.0, 2)
-    assert (result["total_input_tokens"], result["total_output_tokens"]) == (30, 8)
-    assert (result["request_throughput"], result["total_token_throughput"]) == (0.75, 9.5)
+    assert (result["total_input_tokens"], result["total_output_tokens"]) == (40, 9)
+    assert (result["request_throughput"], result["total_token_throughput"]) == (1.0, 12.25)
     assert "kv_bytes" not in result, "no server has said so"
     nothing = figures(Load([outcome(0.1, [], 1, error="no")], 4.0, Watch()), Wanted([], [], {}))
     assert (nothing["max_output_tokens_per_s"], nothing["max_concurrent_requests"], nothing["failed"]) == (0.0, 0, 1)

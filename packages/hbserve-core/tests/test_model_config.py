@@ -418,14 +418,14 @@ def test_weights_that_need_other_products_are_refused(write, quantization):
 def test_blocks_that_share_a_scale_are_those_of_the_group_that_names_some(write):
     groups: dict[str, dict[str, Any]] = {
         "a": {"weights": {"num_bits": 8, "type": "float"}},
-        "b": {"weights": {"num_bits": 8, "type": "float", "block_structure": [64, 32]}},
+        "b": {"weights": {"num_bits": 8, "type": "float", "block_structure": [1, 32]}},
         "c": {"weights": None},
     }
     described = {"quant_method": "compressed-tensors", "config_groups": groups}
-    assert load_model_config(write(quantization_config=described)).scale_block == (64, 32)
+    assert load_model_config(write(quantization_config=described)).scale_block == (1, 32)
 
 
-@pytest.mark.parametrize(("group_size", "is_ordered"), [(None, False), (16, False), (-1, True)])
+@pytest.mark.parametrize(("group_size", "is_ordered"), [(None, False), (1, False), (-1, True)])
 def test_inputs_that_all_share_a_scale_are_in_order_whatever_else_is_said(write, group_size, is_ordered):
     described = {"quant_method": "gptq", "bits": 4, "desc_act": True}
     if group_size is not None:
