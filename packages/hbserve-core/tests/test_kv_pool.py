@@ -5,7 +5,9 @@ import torch
 
 from hbserve_core.config import InstanceConfig
 from hbserve_core.errors import InvalidInstanceConfig, NotEnoughMemory
-from hbserve_core.model.kv_pool import BlockShape, allocate_pool, choose_num_blocks
+from hbserve_core.model import kv_pool
+from hbserve_core.model.kv_pool import BlockShape, allocate_pool, choose_num_blocks, kv_dtype
+from hbserve_kv import KVTransferConfig
 
 CPU = torch.device("cpu")
 BLOCK = BlockShape(num_layers=3, block_size=16, num_kv_heads=2, head_dim=8, dtype=torch.bfloat16)
@@ -35,6 +37,65 @@ def test_no_more_blocks_than_the_engine_can_ever_use():
 def test_the_default_size_on_a_cpu_is_modest():
     num_blocks = choose_num_blocks(config(), BLOCK, 1 << 20, CPU)
     assert 0 < num_blocks * BLOCK.block_bytes <= 4 << 30
+
+
+@pytest.mark.parametrize(
+    ("available", "num_ranks", "budget"), [(8 << 30, 1, 1 << 30), (8 << 30, 2, 1 << 29), (1 << 40, 1, 4 << 30)]
+)
+def test_ranks_share_an_eighth_of_what_is_free_on_a_cpu_and_no_more_than_4_gib(
+    monkeypatch, available, num_ranks, budget
+):
+    monkeypatch.setattr(kv_pool, "available_memory", lambda: available)
+    num_blocks = choose_num_blocks(config(tensor_parallel_size=num_ranks), BLOCK, 1 << 20, CPU)
+    assert num_blocks == budget // BLOCK.block_bytes
+
+
+def test_a_pool_of_one_block_is_one_and_of_less_than_the_longest_sequence_is_warned_of(caplog):
+    settings = config(max_num_seqs=1, block_size=16)
+    assert choose_num_blocks(settings, BLOCK, 16, CPU) == 1
+    assert not caplog.records
+    num_blocks = choose_num_blocks(settings, BLOCK, 1 << 40, CPU)
+    assert f"holds {num_blocks * 16} tokens, fewer than max_model_len={1 << 40}" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "taken"),
+    [
+        ({}, 72 - 10),
+        ({"role": "prefill", "kv_transfer": KVTransferConfig(buffer_size=3 << 30)}, 72 - 10 - 3),
+        ({"kv_transfer": KVTransferConfig(buffer_size=3 << 30)}, 72 - 10),
+        ({"num_on_gpu": 2}, 36 - 4 - 1),
+        ({"num_on_gpu": 2, "role": "decode", "kv_transfer": KVTransferConfig(buffer_size=3 << 30)}, 36 - 4 - 1 - 3),
+        ({"num_local_instances": 2}, 72 - 10),
+        ({"num_local_instances": 3}, 36 - 4 - 1),
+        ({"num_local_instances": 2, "tensor_parallel_size": 2}, 36 - 4 - 1),
+        ({"num_local_instances": 3, "num_on_gpu": 1}, 72 - 10),
+    ],
+)
+def test_instances_of_one_gpu_share_it_and_leave_room_for_the_forward_pass(monkeypatch, changes, taken):
+    """On a host with two GPUs of 80 GiB."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (70 << 30, 80 << 30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 4 << 30)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    settings = config(gpu_memory_utilization=0.9, **changes)
+    num_blocks = choose_num_blocks(settings, BLOCK, 1 << 40, torch.device("cuda"), reserved_bytes=2 << 30)
+    assert num_blocks == ((taken - 2) << 30) // BLOCK.block_bytes
+
+
+@pytest.mark.parametrize(("capability", "has_them"), [((8, 9), True), ((9, 0), True), ((8, 6), False), ((7, 5), False)])
+def test_a_gpu_without_8_bit_floats_is_named_where_they_are_wanted(monkeypatch, capability, has_them):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Some GPU")
+    device = torch.device("cuda")
+    assert kv_dtype(config(), torch.bfloat16, device) == torch.bfloat16
+    narrow = config(kv_cache_dtype="fp8")
+    assert kv_dtype(narrow, torch.bfloat16, CPU) == torch.float8_e4m3fn
+    if has_them:
+        assert kv_dtype(narrow, torch.bfloat16, device) == torch.float8_e4m3fn
+    else:
+        major, minor = capability
+        with pytest.raises(InvalidInstanceConfig, match=rf"Some GPU has compute capability {major}\.{minor}, .* 8\.9"):
+            kv_dtype(narrow, torch.bfloat16, device)
 
 
 def test_a_block_larger_than_memory_is_refused_with_the_remedy():
