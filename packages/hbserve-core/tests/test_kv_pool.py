@@ -1,5 +1,7 @@
 """The pool: block-major, sized as told or from free memory."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -104,8 +106,20 @@ def test_a_block_larger_than_memory_is_refused_with_the_remedy():
         choose_num_blocks(config(), huge, 4096, CPU)
 
 
+@pytest.mark.parametrize(
+    ("free", "left"), [pytest.param(75 << 20, 1, id="less than a block"), pytest.param(70 << 20, 0, id="nothing")]
+)
+def test_what_is_left_for_a_block_is_said(monkeypatch, free, left):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, 80 << 20))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    block = replace(BLOCK, num_layers=3 << 9)
+    with pytest.raises(NotEnoughMemory, match=rf"on cuda: {left} MiB are left and one block takes 1\.5 MiB"):
+        choose_num_blocks(config(gpu_memory_utilization=0.95), block, 64, torch.device("cuda"), reserved_bytes=70 << 20)
+
+
 def test_a_pool_that_cannot_be_had_is_refused_with_its_size():
-    with pytest.raises(NotEnoughMemory, match=r"num_blocks=1000000000000000: a KV pool of .* GiB does not fit on cpu"):
+    size = r"num_blocks=1000000000000000: a KV pool of 2861022949\.2 GiB does not fit on cpu \(this host has .* GiB\);"
+    with pytest.raises(NotEnoughMemory, match=size):
         allocate_pool(10**15, BLOCK, CPU)
 
 
