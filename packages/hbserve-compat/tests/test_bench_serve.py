@@ -436,6 +436,23 @@ def test_sharegpt_s_conversations_have_the_lengths_of_their_turns(small_model, t
         prompts.sharegpt(path, tokenizer, 6, output_len=None, seed=0)
 
 
+def test_sharegpt_s_conversations_are_taken_within_vllm_s_bounds(small_model, tmp_path):
+    tokenizer = load_tokenizer(small_model("qwen3"))
+    path = tmp_path / "sharegpt.json"
+
+    def taken(*lengths: tuple[int, int], output_len: int | None = None) -> set[tuple[int, int]]:
+        entries = [{"conversations": [{"value": "x" * each} for each in pair]} for pair in lengths]
+        path.write_text(json.dumps(entries))
+        made = prompts.sharegpt(path, tokenizer, 20, output_len=output_len, seed=0)
+        return {(len(each.token_ids), each.output_len) for each in made}
+
+    fitting = {(4, 4), (1024, 1024), (4, 2044)}
+    assert taken(*fitting, (3, 9), (9, 3), (1025, 9), (1024, 1025), (4, 2045)) == fitting
+    assert taken((9, 3), (8, 3000), output_len=5) == {(9, 5), (8, 5)}
+    with pytest.raises(InvalidRequest, match="no conversation of a usable length among 1"):
+        taken((3, 9))
+
+
 def test_a_custom_file_s_prompts_are_asked_as_vllm_s_options_say(small_model, tmp_path):
     tokenizer = load_tokenizer(small_model("qwen3"))
     tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}!"
@@ -489,6 +506,9 @@ def test_burstgpt_s_requests_are_those_to_gpt_4_that_were_answered(tmp_path):
     path.write_text("\n".join(["Timestamp,Model,Request tokens,Response tokens", *rows]))
     made = prompts.burstgpt(path, VOCABULARY, 10, seed=0)
     assert [(len(each.token_ids), each.output_len, each.at_s) for each in made] == [(100, 20, 0), (30, 3, 5.5)]
+    path.write_text("Timestamp,Model,Request tokens,Response tokens\n1,GPT-4,0,1\n2,GPT-4,7,2\n3,GPT-4,8,3")
+    found = {tuple(len(each.token_ids) for each in prompts.burstgpt(path, VOCABULARY, 2, seed=i)) for i in range(20)}
+    assert found == {(1, 7), (7, 8)}, "from any place on that has so many; a prompt has a token at least"
     path.write_text("a,b\n1,2")
     with pytest.raises(InvalidRequest, match="not BurstGPT's columns"):
         prompts.burstgpt(path, VOCABULARY, 10, seed=0)
