@@ -431,6 +431,7 @@ def test_inputs_that_all_share_a_scale_are_in_order_whatever_else_is_said(write,
     if group_size is not None:
         described["group_size"] = group_size
     packing = load_model_config(write(quantization_config=described)).packing
+    assert packing is not None
     assert (packing.group_size, packing.is_ordered, packing.zero_offset) == (group_size or 128, is_ordered, 1)
 
 
