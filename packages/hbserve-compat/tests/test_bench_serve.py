@@ -25,7 +25,7 @@ from hbserve.load.compare import Measured, Server, compare
 from hbserve.load.compare import lines as compared
 from hbserve.load.generator import Load, Watch
 from hbserve.load.http_stream import HttpClient
-from hbserve.load.report import Wanted, figures, percentile
+from hbserve.load.report import Wanted, figures, goals_of, percentile
 from hbserve.server.http.http_server import HttpServer
 from hbserve.text.tokenizer import load_tokenizer
 from hbserve_rpc import InvalidRequest, PeerLost, RemoteError, RequestTimeout
@@ -573,6 +573,20 @@ def test_figures_of_the_server_are_counted_over_what_has_succeeded():
     result = figures(Load(outcomes, 2.0, Watch()), Wanted([], [], {}))
     assert (result["kv_bytes"], result["requests_tried_again"]) == (23, 1)
     assert result["requests_by_instances"] == {"p0 > d0": 2, "p0 > d1": 1}
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("ttft:0", "--goodput='ttft:0': expected milliseconds above 0"),
+        ("ttft", "--goodput='ttft': expected METRIC:MS"),
+        ("itl:5", "--goodput='itl': expected ttft, tpot or e2el"),
+    ],
+)
+def test_a_goal_that_is_none_is_refused(text: str, problem: str):
+    with pytest.raises(InvalidRequest, match=problem):
+        goals_of(["tpot:5", text])
+    assert goals_of(["tpot:5", "ttft:0.5"]) == pytest.approx({"tpot": 0.005, "ttft": 0.0005})
 
 
 def test_percentiles_lie_between_values_as_numpy_has_them():
