@@ -8,7 +8,7 @@ answer that is nothing but `{"name": …, "parameters": {…}}`, or several with
 import re
 import uuid
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import msgspec
 
@@ -28,6 +28,9 @@ _WORDS = {"True": True, "False": False, "None": None}
 class _Call:
     """One call as it comes. A subclass reads its format."""
 
+    head: ClassVar[re.Pattern[str]]
+    """What a call begins with: its first group has the name."""
+
     def __init__(self, index: int) -> None:
         self._index = index
         self._text = ""
@@ -40,6 +43,25 @@ class _Call:
 
     def feed(self, text: str) -> tuple[list[dict[str, Any]], str | None]:
         """What is sure now; and once the arguments are complete, the text after them."""
+        if self._is_complete:
+            return [], text
+        self._text += text
+        if self.is_known:
+            return self._arguments()
+        head = self.head.match(self._text)
+        if head is None:
+            return [], None
+        self._sent = head.end()
+        named = self._delta(self._name(head[1]), "")
+        deltas, rest = self._arguments()
+        return [named, *deltas], rest
+
+    def _name(self, written: str) -> str:
+        """The name, of how it is written."""
+        raise NotImplementedError
+
+    def _arguments(self) -> tuple[list[dict[str, Any]], str | None]:
+        """As `feed`, of what has come behind `_sent`."""
         raise NotImplementedError
 
     def end(self) -> tuple[list[dict[str, Any]], str]:
@@ -57,26 +79,22 @@ class _Call:
 class _XmlCall(_Call):
     """One call whose parameters are texts between tags. Its arguments come one by one."""
 
+    head = _FUNCTION
+
     def __init__(self, index: int, tools: Sequence[dict[str, Any]]) -> None:
         super().__init__(index)
         self._schemas = {tool["function"]["name"]: tool["function"].get("parameters") for tool in tools}
         self._properties: dict[str, Any] = {}
         self._num_arguments = 0
 
-    def feed(self, text: str) -> tuple[list[dict[str, Any]], str | None]:
-        if self._is_complete:
-            return [], text
-        self._text += text
+    def _name(self, written: str) -> str:
+        schema = self._schemas.get(written)
+        found = schema.get("properties") if isinstance(schema, dict) else None
+        self._properties = found if isinstance(found, dict) else {}
+        return written
+
+    def _arguments(self) -> tuple[list[dict[str, Any]], str | None]:
         deltas = []
-        if not self.is_known:
-            head = _FUNCTION.match(self._text)
-            if head is None:
-                return [], None
-            deltas.append(self._delta(head[1], ""))
-            schema = self._schemas.get(head[1])
-            found = schema.get("properties") if isinstance(schema, dict) else None
-            self._properties = found if isinstance(found, dict) else {}
-            self._sent = head.end()
         while parameter := _PARAMETER.match(self._text, self._sent):
             value = msgspec.json.encode(_value(parameter[2], self._properties.get(parameter[1]))).decode()
             name = msgspec.json.encode(parameter[1]).decode()
@@ -106,28 +124,25 @@ def _value(text: str, schema: Any) -> Any:
 class _JsonCall(_Call):
     """One call as its JSON comes."""
 
+    head = _HEAD
+
     def __init__(self, index: int) -> None:
         super().__init__(index)
         self._depth = 0
         self._is_quoted = self._is_escaped = False
 
-    def feed(self, text: str) -> tuple[list[dict[str, Any]], str | None]:
-        if self._is_complete:
-            return [], text
-        self._text += text
-        deltas = []
-        if not self.is_known:
-            head = _HEAD.match(self._text)
-            if head is None:
-                return [], None
-            deltas.append(self._delta(_name(head[1]), ""))
-            self._sent = head.end()
+    def _name(self, written: str) -> str:
+        try:
+            return str(msgspec.json.decode(written))
+        except msgspec.DecodeError:  # an escape that there is not
+            return written[1:-1]
+
+    def _arguments(self) -> tuple[list[dict[str, Any]], str | None]:
         end = next((place + 1 for place in range(self._sent, len(self._text)) if self._closes(self._text[place])), None)
         self._is_complete = end is not None
         arguments = self._text[self._sent : end]
         self._sent = len(self._text)
-        if arguments:
-            deltas.append(self._delta(None, arguments))
+        deltas = [self._delta(None, arguments)] if arguments else []
         return deltas, None if end is None else self._text[end:]
 
     def _closes(self, character: str) -> bool:
@@ -152,13 +167,6 @@ class _JsonCall(_Call):
             return [], self._text
         plain = arguments if isinstance(arguments, str) else msgspec.json.encode(arguments).decode()
         return [self._delta(name, plain)], ""
-
-
-def _name(quoted: str) -> str:
-    try:
-        return str(msgspec.json.decode(quoted))
-    except msgspec.DecodeError:  # an escape that there is not
-        return quoted[1:-1]
 
 
 class _Calls:

@@ -47,11 +47,7 @@ async def chat_completions(request: Request) -> CancellableResponse:
 async def endpoint(request: Request, kind: type[B], answer: Answer[B]) -> CancellableResponse:
     """Refuse what is wrong with the request itself, and leave the rest to a response that can be cancelled."""
     service: Service = request.app.state.service
-    content = await read_object(request, service.max_body_bytes)
-    model = service.require_model()
-    require_own_names(content, kind)
-    body = converted(content, kind)
-    require_served(body)
+    model, content, body = await read_body(request, kind)
     # Before any other work: when there are too many requests, a refusal must not have to wait for theirs.
     model.scheduler.require_room(getattr(body, "priority", None) or 0)
     headers = ignored_header(ignored_fields(content, kind))
@@ -63,6 +59,17 @@ async def endpoint(request: Request, kind: type[B], answer: Answer[B]) -> Cancel
         await answer(reply, service, model, body, head)
 
     return CancellableResponse(job)
+
+
+async def read_body(request: Request, kind: type[B]) -> tuple[ServedModel, dict[str, Any], B]:
+    """The model that is served, and a request's body, as it was sent and as one of this kind. Raises ApiError."""
+    service: Service = request.app.state.service
+    content = await read_object(request, service.max_body_bytes)
+    model = service.require_model()
+    require_own_names(content, kind)
+    body = converted(content, kind)
+    require_served(body)
+    return model, content, body
 
 
 async def _complete(

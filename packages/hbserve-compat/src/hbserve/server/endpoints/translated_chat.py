@@ -12,9 +12,10 @@ from hbserve.server.answers.answering import AnswerFormat, Reply
 from hbserve.server.answers.answers import Answers
 from hbserve.server.chat.message_parts import MessageParts
 from hbserve.server.endpoints.chat_prompt import ChatPrompt, chat_prompt
-from hbserve.server.fields.request_fields import ChatBody, RequestBody, require_own_names, require_served
+from hbserve.server.endpoints.generating import read_body
+from hbserve.server.fields.request_fields import ChatBody, RequestBody, require_served
 from hbserve.server.http.api_error import ApiError, renamed
-from hbserve.server.http.request_body import converted, ignored_fields, ignored_header, read_object
+from hbserve.server.http.request_body import ignored_fields, ignored_header
 from hbserve.server.service import ServedModel, Service
 from hbserve_rpc.plain_values import plain_text, shown
 
@@ -63,14 +64,9 @@ async def count_tokens(
     known: type[RequestBody] | None = None,
 ) -> Response:
     """How many tokens the prompt of a body has. `known`: a kind whose fields may be there too, without effect."""
-    service: Service = request.app.state.service
-    content = await read_object(request, service.max_body_bytes)
-    model = service.require_model()
-    require_own_names(content, kind)
-    body = converted(content, kind)
-    require_served(body)
+    model, content, body = await read_body(request, kind)
     model.name_for(body.model)
-    prompt = await as_chat(body).prompt(service, model)
+    prompt = await as_chat(body).prompt(request.app.state.service, model)
     headers = ignored_header(ignored_fields(content, known or kind))
     counted = msgspec.json.encode({**head, "input_tokens": len(prompt.token_ids)})
     return Response(counted, headers=headers, media_type="application/json")
