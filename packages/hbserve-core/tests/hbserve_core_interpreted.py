@@ -72,20 +72,23 @@ class InterpretedRunner:
             if step.special:
                 self.special_rows.prepare(step.special, self.sampled)
             if step.shape.tiles:
-                hidden = self.decoder.hidden(view, self.sampled, self.pool)
+                if step.shape not in self.packer.shapes.prefills or step.scored:
+                    view.samples = view.samples[:, :num_samples]
+                found = self.decoder.hidden(view, self.sampled, self.pool, every_row=bool(step.scored))
                 view.samples = view.samples[:, :num_samples]
+                hidden = found.index_select(0, view.samples[0]) if step.scored else found
                 if num_samples:
                     self.decoder.finish(view, hidden, self.sampled)
             else:
-                hidden = self.decoder.decode(view, self.sampled, self.pool)
-            scored = score(step.scored, lambda rows: self.decoder.logits_of_rows(hidden[rows]), 7, self.device)
+                hidden = found = self.decoder.decode(view, self.sampled, self.pool)
+            scored = score(step.scored, lambda rows: self.decoder.logits(found[rows]), 7, self.device)
         logprobs = PendingLogprobs()
 
         def draw():
             with torch.inference_mode():
                 found = self.special_rows.sample(
                     step.special,
-                    lambda places: self.decoder.logits(view, hidden, places),
+                    lambda places: self.decoder.logits(hidden.index_select(0, places)),
                     lambda scores, places, rows: self.decoder.draw(view, scores, places, self.sampled, rows),
                 )
             logprobs.extend(found)

@@ -45,8 +45,10 @@ def test_the_weights_that_a_decode_step_reads_are_those_of_the_checkpoint(model)
 
 
 def test_prefill_computes_two_operations_per_weight_and_token_and_half_of_the_square(model):
-    attention = 4 * model.num_layers * model.num_heads * model.head_dim * 30 * 30 / 2
-    assert prefill_flops(model, [30]) == 60 * num_layer_weights(model) + attention
+    """All but the last layer, which prompts need keys and values of."""
+    attention = 4 * (model.num_layers - 1) * model.num_heads * model.head_dim * 30 * 30 / 2
+    after_attention = model.hidden_size * (model.num_heads * model.head_dim + 3 * model.intermediate_size)
+    assert prefill_flops(model, [30]) == 60 * (num_layer_weights(model) - after_attention) + attention
 
 
 def test_one_sequence_of_qwen3_8b_takes_the_time_of_its_bytes(qwen3_8b):

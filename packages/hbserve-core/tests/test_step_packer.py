@@ -132,6 +132,16 @@ def test_tiles_of_the_longest_context_come_first():
     _, view = packer.pack((sequence("1", 20, 0), 20), (sequence("2", 40, 30), 10))
     # Sequence 0 is the one that goes on from token 30.
     assert view.tiles.T.tolist() == [[0, 8], [0, 0], [1, 16], [1, 8], [1, 0]]
+    assert view.last_tiles.T.tolist() == [[0, 8], [1, 16]]
+
+
+def test_the_last_layer_s_tiles_are_those_of_chunks_that_are_sampled():
+    packer = Packer()
+    _, view = packer.pack((sequence("1", 20, 0), 17), (sequence("2", 40, 30), 10), (sequence("3", 5, 4), 1))
+    assert view.sequences[:, :3].tolist() == [[0, 1, 11], [1, 10, 17], [5, 40, 17]]
+    first, *others = view.last_tiles.T.tolist()
+    assert first == [1, 8]
+    assert {tile for tile, _ in others} == {-1}
 
 
 def test_an_unread_token_is_taken_from_where_the_step_before_puts_it():
@@ -192,7 +202,7 @@ def test_every_row_of_a_part_begins_at_a_multiple_of_16_bytes():
     packer = Packer()
     _, view = packer.pack((sequence("1", 9, 2), 7), (sequence("2", 3, 2), 1))
     begin = packer.memory.ctypes.data
-    for part in (view.header, view.tokens, view.sequences, view.pieces, view.tiles, view.samples):
+    for part in (view.header, view.tokens, view.sequences, view.pieces, view.tiles, view.last_tiles, view.samples):
         for row in part:
             assert (row.ctypes.data - begin) % 16 == 0
     assert (view.tables.ctypes.data - begin) % 16 == 0

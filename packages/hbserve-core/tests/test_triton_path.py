@@ -8,6 +8,7 @@ from hbserve_core_interpreted import WHOLE_STEPS, InterpretedRunner
 
 from hbserve_core import Engine
 from hbserve_core.ranks.distributed_group import DistributedRankGroup
+from hbserve_rpc import SamplingParams
 
 pytest.importorskip("triton", reason="torch has Triton on Linux only")
 pytestmark = WHOLE_STEPS
@@ -136,3 +137,36 @@ def test_ranks_that_overlap_draw_the_same_tokens(generate, model_folder, ranks_i
         lambda group: InterpretedRunner(folder, True, False, group=group, tensor_parallel_size=2, **settings), 2
     )
     assert generate(Engine(ranks.own.config, ranks.runner), {"r": prompt(9)}, 3, **params) == expected
+
+
+@pytest.mark.parametrize("asked", [None, 0], ids=["tokens", "and scores"])
+def test_after_the_last_attention_a_prompt_has_no_rows_but_those_that_are_read(
+    either_runner, prompt, monkeypatch, asked
+):
+    from hbserve_core.cuda_runner.products import CudaProducts
+
+    runner = either_runner
+    decoder = getattr(runner, "_decoder", None) or runner.decoder
+    last = decoder._weights.layers[-1].down
+    seen = []
+
+    def record(owner, name, *, linear_at):
+        real = getattr(owner, name)
+
+        def recorded(*given):
+            linear, rows = given[linear_at], given[1]
+            seen.extend([len(rows)] * (linear is last))
+            return real(*given)
+
+        monkeypatch.setattr(owner, name, recorded)
+
+    record(type(last), "__call__", linear_at=0)
+    record(CudaProducts, "_choose", linear_at=2)
+    engine = Engine(runner.config, runner)
+    engine.add("a", prompt(30), SamplingParams(0, 2, ignore_eos=True, prompt_logprobs=asked))
+    while engine.has_work():
+        engine.step()
+    # Chunks are of 16 and 14 tokens; a step that is padded has as many samples as there may be.
+    most = runner.config.max_num_seqs if asked is None else 32
+    assert (min(seen) > 0) & (max(seen) <= most)
+    assert (max(seen) > 13) == (asked is not None)

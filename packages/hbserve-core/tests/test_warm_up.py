@@ -89,7 +89,7 @@ def test_serving_launches_nothing_that_was_not_launched_before_requests(
         rows = runner.special_rows.dummies(5)
         runner.special_rows.sample(
             rows,
-            lambda places: runner.decoder.logits(last, hidden, places),
+            lambda places: runner.decoder.logits(hidden.index_select(0, places)),
             lambda *drawn: runner.decoder.draw(last, drawn[0], drawn[1], runner.sampled, drawn[2]),
         )
         for shape in shapes.decodes + shapes.prefills:

@@ -133,15 +133,23 @@ def layer_products(model: ModelConfig, layer: int = 0) -> dict[str, int]:
 
 def num_layer_weights(model: ModelConfig) -> int:
     """Numbers in the projections of all layers that a token goes through."""
-    total = 0
+    return sum(map(sum, _used_products(model)))
+
+
+def _used_products(model: ModelConfig) -> list[tuple[int, int]]:
+    """Of each layer, the weights that a token goes through: to queries, keys and values, and after its attention."""
+    found = []
     for layer in range(model.num_layers):
         products, experts = layer_products(model, layer), _experts_of(model, layer)
         used = experts.per_token if experts else 1
-        total += products["qkv"] + products["output"] + used * (products["gate_up"] + products["down"])
-    return total
+        found.append((products["qkv"], products["output"] + used * (products["gate_up"] + products["down"])))
+    return found
 
 
 def prefill_flops(model: ModelConfig, lengths: list[int]) -> float:
-    """Operations of projections and causal attention; the output projection of the last tokens is left out."""
-    attention = 2 * model.num_layers * model.num_heads * model.head_dim * sum(length**2 for length in lengths)
-    return 2.0 * num_layer_weights(model) * sum(lengths) + attention
+    """Operations of projections and causal attention. Left out is what only the last tokens need: the output projection
+    and, of the last layer, everything that comes after queries, keys and values."""
+    *_, (_, after_last) = _used_products(model)
+    weights = num_layer_weights(model) - after_last
+    attention = 2 * (model.num_layers - 1) * model.num_heads * model.head_dim * sum(length**2 for length in lengths)
+    return 2.0 * weights * sum(lengths) + attention

@@ -2,6 +2,7 @@
 between.
 
 A layer takes five launches for up to 64 decodes (norms and gates are inside the products), and nine for more.
+Of the last layer, a step with prompts needs keys and values of all rows, and everything else of those that are sampled.
 Shapes: T rows of one step, R of them sampled, E hidden_size, N query heads, K key heads, D head_dim.
 """
 
@@ -57,20 +58,15 @@ class CudaDecoder:
     def decode(self, step: StepView, sampled: torch.Tensor, pool: torch.Tensor) -> torch.Tensor:
         """Compute a step of decodes only: a token for every row goes to `sampled`, int32. Returns what `hidden`
         does."""
-        stream = self._stream(step, sampled, pool)
+        stream = self._stream(step, sampled, pool, every_row=True)
         sample(self._logits(stream), step.samples[1:], sampled)
         return stream.rows
 
     def finish(self, step: StepView, hidden: torch.Tensor, sampled: torch.Tensor) -> None:
-        """Sample a token for each of the step's samples into `sampled`, from what `hidden` has returned."""
-        stream = ResidualStream(hidden.index_select(0, step.samples[0]))
-        sample(self._logits(stream), step.samples[1:], sampled)
+        """Sample a token for each of the step's samples into `sampled`, from their rows (R, E) of the last layer."""
+        sample(self.logits(hidden[: step.samples.shape[1]]), step.samples[1:], sampled)
 
-    def logits(self, step: StepView, hidden: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-        """(N, vocab_size): logits of some of the step's samples, at positions `places` (N,) int64."""
-        return self.logits_of_rows(hidden.index_select(0, step.samples[0].index_select(0, places)))
-
-    def logits_of_rows(self, hidden: torch.Tensor) -> torch.Tensor:
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(N, vocab_size): logits of rows (N, E) from the last layer."""
         return self._logits(ResidualStream(hidden))
 
@@ -99,24 +95,34 @@ class CudaDecoder:
         sampled.index_copy_(0, places, tokens)
         return tokens
 
-    def hidden(self, step: StepView, sampled: torch.Tensor, pool: torch.Tensor) -> torch.Tensor:
-        """(T, E): the last layer's output for every row. Writes the step's keys and values into the pool."""
-        return self._stream(step, sampled, pool).rows
+    def hidden(
+        self, step: StepView, sampled: torch.Tensor, pool: torch.Tensor, every_row: bool = False
+    ) -> torch.Tensor:
+        """(R, E): the last layer's output for the rows that are sampled, or (T, E), for every row. Writes the step's
+        keys and values into the pool."""
+        return self._stream(step, sampled, pool, every_row).rows
 
-    def _stream(self, step: StepView, sampled: torch.Tensor, pool: torch.Tensor) -> ResidualStream:
-        weights = self._weights
+    def _stream(self, step: StepView, sampled: torch.Tensor, pool: torch.Tensor, every_row: bool) -> ResidualStream:
+        weights, slots = self._weights, step.tokens[3]
         embedded = embed(step.tokens[0], step.tokens[1], sampled, weights.embedding, weights.first_token)
         embedded = self._group.all_reduce(embedded)
         stream = ResidualStream(first_inputs(embedded, step.tokens[2], weights, self._config.switches))
         norms_after = [*(layer.attention_norm for layer in weights.layers[1:]), weights.norm]
         for index, (layer, norm_after) in enumerate(zip(weights.layers, norms_after, strict=True)):
             qkv = self._products.of_normed(stream, layer.attention_norm, layer.qkv)
-            attended = self._attend(index, layer, qkv, step, pool)
+            is_narrowed = index + 1 == len(weights.layers) and not every_row
+            attended = self._attend(index, layer, qkv, step, pool, step.last_tiles if is_narrowed else step.tiles)
+            if is_narrowed:
+                rows = step.samples[0]
+                stream = ResidualStream(stream.rows.index_select(0, rows))
+                if not len(rows):
+                    break
+                attended, slots = attended.index_select(0, rows), slots.index_select(0, rows)
             if layer.experts is not None:
                 is_few = self._are_few(stream.rows, layer.experts)
                 next_norm = layer.mlp_norm if is_few or self._group.shard.size > 1 else None
                 self._add(attended, layer.output, stream, layer.attention_out_norm, next_norm)
-                self._add_experts(index, layer.experts, step, stream, norm_after, is_few)
+                self._add_experts(index, layer.experts, slots, stream, norm_after, is_few)
                 continue
             assert layer.gate_up is not None
             assert layer.down is not None
@@ -146,19 +152,20 @@ class CudaDecoder:
         self,
         index: int,
         weights: ExpertWeights,
-        step: StepView,
+        slots: torch.Tensor,
         stream: ResidualStream,
         next_norm: RmsNorm | None,
         are_few: bool,
     ) -> None:
-        """Add the output of layer `index`'s experts for the stream's rows, which are normed first. are_few: rows."""
+        """Add the output of layer `index`'s experts for the stream's rows, which are normed first. slots: theirs, see
+        `store_kv`. are_few: rows."""
         experts, norm = self._config.switches.experts, self._weights.layers[index].mlp_norm
         assert experts is not None
         routing = Routing(experts.count, experts.per_token, experts.renormalises, weights.first)
         if are_few:
-            self._add_few_experts(norm, weights, step, stream, next_norm, routing)
+            self._add_few_experts(norm, weights, slots, stream, next_norm, routing)
             return
-        parts = self._products.expert_parts(stream, norm, weights, step.tokens[3], routing)
+        parts = self._products.expert_parts(stream, norm, weights, slots, routing)
         if self._group.shard.size > 1:
             stream.add_sum_of_parts(parts, self._group, next_norm)
             return
@@ -173,13 +180,13 @@ class CudaDecoder:
         self,
         norm: RmsNorm | None,
         weights: ExpertWeights,
-        step: StepView,
+        slots: torch.Tensor,
         stream: ResidualStream,
         next_norm: RmsNorm | None,
         routing: Routing,
     ) -> None:
         """Add what the experts of few rows find: each pair is computed by itself, without sorting by expert."""
-        is_alone, slots = self._group.shard.size == 1, step.tokens[3]
+        is_alone = self._group.shard.size == 1
         logits = self._products.of_normed(stream, norm, weights.router)
         rows, eps = stream.scaled or stream.normed_by(norm), norm.eps if norm else 0.0
         gate_up, down, add_to = weights.gate_up, weights.down, stream.rows if is_alone else None
@@ -222,19 +229,28 @@ class CudaDecoder:
             self._products.add_to(stream, inputs, linear, next_norm)
 
     def _attend(
-        self, index: int, layer: LayerWeights, qkv: torch.Tensor, step: StepView, pool: torch.Tensor
+        self,
+        index: int,
+        layer: LayerWeights,
+        qkv: torch.Tensor,
+        step: StepView,
+        pool: torch.Tensor,
+        tiles: torch.Tensor,
     ) -> torch.Tensor:
-        """(T, N * D) from projected rows (T, (N + 2 K) * D), whose keys may be normed and rotated in place."""
+        """(T, N * D) from projected rows (T, (N + 2 K) * D), whose keys may be normed and rotated in place. tiles:
+        the step's, or some of them; of prompts' rows in others nothing is read."""
         config = self._config
         norm = (layer.qk_norm.weight, layer.qk_norm.eps) if isinstance(layer.qk_norm, RmsNorm) else None
         if isinstance(layer.qk_norm, ProjectionNorm):
             layer.qk_norm.apply(qkv.view(len(qkv), -1, config.head_dim), self._group)
         rotation, scores = (self._angles[index], norm), self._scores[index]
-        out = torch.empty((len(qkv), config.num_heads * config.head_dim), dtype=qkv.dtype, device=qkv.device)
+        # Among the samples of a graph, padding stands for row 0, which none of the last tiles may have.
+        make = torch.empty if tiles is step.tiles else torch.zeros
+        out = make((len(qkv), config.num_heads * config.head_dim), dtype=qkv.dtype, device=qkv.device)
         if step.shape.tiles:
             store_kv(qkv, step.tokens[2], step.tokens[3], *rotation, pool, index, scores=scores)
             prefill_attention(
-                qkv, out, pool, index, *rotation, step.tables, step.width, step.tiles, step.sequences, scores=scores
+                qkv, out, pool, index, *rotation, step.tables, step.width, tiles, step.sequences, scores=scores
             )
         if step.shape.pieces:
             decode_attention(

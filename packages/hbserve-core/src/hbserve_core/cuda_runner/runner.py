@@ -23,7 +23,7 @@ from hbserve_core.cuda_runner.decoder import CudaDecoder
 from hbserve_core.cuda_runner.kernels.dependent_launch import num_processors
 from hbserve_core.cuda_runner.kernels.pointwise import host_copy
 from hbserve_core.cuda_runner.kernels.prefill_attention import new_tokens_per_tile
-from hbserve_core.cuda_runner.step_packer import SplitKV, StepPacker, StepShape, StepView
+from hbserve_core.cuda_runner.step_packer import PackedStep, SplitKV, StepPacker, StepShape, StepView
 from hbserve_core.cuda_runner.warm_up import run_steps_without_graph
 from hbserve_core.engine.sequence import ScheduledChunk
 from hbserve_core.engine.step import PendingStep, StepResult
@@ -149,7 +149,6 @@ class CudaRunner:
         turn = self._turn = 1 - self._turn
         host = self._on_host[turn]
         step = self._packer.pack(batch, host.numpy())
-        num_samples = len(step.places)
         with torch.inference_mode(), self._stream:
             if step.shape.tiles:
                 # With prompts the device usually waits for this, and our kernel takes the host longer to launch.
@@ -158,13 +157,13 @@ class CudaRunner:
                 host_copy(self._on_device[: step.used], host)
             if step.special:
                 self._special_rows.prepare(step.special, self._sampled)
-            hidden = self._compute(step.shape, num_samples)
+            hidden, every_row = self._compute(step)
             logprobs = PendingLogprobs()
             is_drawn_later = has_grammars(step.special)
             if step.special and not is_drawn_later:
                 logprobs += self._sample_special(StepView(self._on_device, step.shape), hidden, step.special)
-            scored = self._score(hidden, step.scored) if step.scored else PendingPromptLogprobs()
-            read_back = self._read_back[turn][:num_samples]
+            scored = self._score(every_row, step.scored) if step.scored else PendingPromptLogprobs()
+            read_back = self._read_back[turn][: len(step.places)]
             host_copy(read_back, self._sampled)
             done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             done.record(self._stream)
@@ -198,28 +197,35 @@ class CudaRunner:
     def is_idle(self) -> bool:
         return self._stream.query()
 
-    def _compute(self, shape: StepShape, num_samples: int) -> torch.Tensor:
-        """(T, E): the last layer's output, valid until the next step. Tokens go to `_sampled`."""
-        work = self._hidden if shape.tiles else self._decode
-        hidden: torch.Tensor = self._graphs.replay(shape) if shape in self._graphs else work(shape)
+    def _compute(self, step: PackedStep) -> tuple[torch.Tensor, torch.Tensor]:
+        """The last layer's output for the samples (R, E), whose tokens go to `_sampled`, and, if prompts are scored,
+        for every row (T, E). Both are valid until the next step."""
+        shape = step.shape
         if not shape.tiles:
-            return hidden
-        if num_samples:
-            view = StepView(self._on_device, shape)
-            view.samples = view.samples[:, :num_samples]
+            every_row = self._graphs.replay(shape) if shape in self._graphs else self._decode(shape)
+            return every_row, every_row
+        # Graphs leave the last layer's output for other rows out.
+        has_graph = shape in self._graphs and not step.scored
+        found = self._graphs.replay(shape) if has_graph else None
+        view = StepView(self._on_device, shape)
+        view.samples = view.samples[:, : len(step.places)]
+        if found is None:
+            found = self._decoder.hidden(view, self._sampled, self.pool, every_row=bool(step.scored))
+        hidden = found.index_select(0, view.samples[0]) if step.scored else found
+        if step.places:
             self._decoder.finish(view, hidden, self._sampled)
-        return hidden
+        return hidden, found
 
     def _sample_special(self, view: StepView, hidden: torch.Tensor, rows: Ids[LogitsRow]) -> PendingLogprobs:
         return self._special_rows.sample(
             rows,
-            lambda places: self._decoder.logits(view, hidden, places),
+            lambda places: self._decoder.logits(hidden.index_select(0, places)),
             lambda scores, places, rows: self._decoder.draw(view, scores, places, self._sampled, rows),
         )
 
     def _score(self, hidden: torch.Tensor, scored: Ids[ScoredRows]) -> PendingPromptLogprobs:
         most_rows = self._special_rows.most_rows
-        return score(scored, lambda rows: self._decoder.logits_of_rows(hidden[rows]), most_rows, self.device)
+        return score(scored, lambda rows: self._decoder.logits(hidden[rows]), most_rows, self.device)
 
     def _clear(self, shape: StepShape) -> None:
         StepView(self._on_device, shape).clear()

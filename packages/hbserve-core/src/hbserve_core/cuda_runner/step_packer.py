@@ -7,6 +7,7 @@ says how large each part is, and only the last part's size differs from step to 
     sequences      (3, sequences)    first row, new tokens, context with them
     pieces         (6, pieces)       of the decodes; see `SplitKV.cut`; row -1: none
     tiles          (2, tiles)        sequence (-1: none) and first new token; see kernels/prefill_attention.py
+    last_tiles     (2, sequences)    of those, the ones whose last new token is sampled
     samples        (7, sequences)    row, and what kernels/sampling.py says of each
     tables         sequences * width block numbers of each sequence
 Each part, and each of its rows, begins at a multiple of 16 bytes: kernels are compiled for that once, for all shapes.
@@ -83,9 +84,9 @@ class StepShape:
 @lru_cache(maxsize=1024)
 def _parts(shape: StepShape) -> list[tuple[int, int, int, int]]:
     """For each part: where it begins and ends, its number of rows, and the numbers per row."""
-    columns = (1, shape.rows, shape.sequences, shape.pieces, shape.tiles, shape.sequences)
+    columns = (1, shape.rows, shape.sequences, shape.pieces, shape.tiles, shape.sequences, shape.sequences)
     found, first = [], 0
-    for rows, count in zip((1, 4, 3, 6, 2, 7), columns, strict=True):
+    for rows, count in zip((1, 4, 3, 6, 2, 2, 7), columns, strict=True):
         end = first + rows * _aligned(count)
         found.append((first, end, rows, count))
         first = end
@@ -97,7 +98,7 @@ class StepView:
 
     def __init__(self, memory: Any, shape: StepShape) -> None:
         self.shape = shape
-        self.header, self.tokens, self.sequences, self.pieces, self.tiles, self.samples = [
+        self.header, self.tokens, self.sequences, self.pieces, self.tiles, self.last_tiles, self.samples = [
             memory[first:end].reshape(rows, -1)[:, :columns] for first, end, rows, columns in _parts(shape)
         ]
         self.width = self.header[0]
@@ -106,7 +107,7 @@ class StepView:
     def clear(self) -> None:
         """Make it a step of padding only. What an earlier step has left here could mean anything."""
         self.tokens[::2], self.tokens[1::2] = 0, -1
-        self.tiles[0] = self.pieces[0] = -1
+        self.tiles[0] = self.last_tiles[0] = self.pieces[0] = -1
         # Padding is sampled greedily, which costs least.
         self.samples[:] = self.header[:] = 0
 
@@ -323,7 +324,7 @@ class StepPacker:
             view.pieces[:, : cut.shape[1]] = cut
 
     def _write_prefills(self, view: StepView, chunks: Ids[ScheduledChunk], num_decodes: int) -> None:
-        row, num_tiles, block_size = num_decodes, 0, self._block_size
+        row, num_tiles, num_last, block_size = num_decodes, 0, 0, self._block_size
         for index, chunk in enumerate(chunks, num_decodes):
             sequence, count = chunk.sequence, chunk.num_new_tokens
             first = sequence.num_computed_tokens
@@ -339,6 +340,9 @@ class StepPacker:
             # The longest contexts begin first, so that no long one is left at the end.
             tiles[0] = index
             tiles[1] = np.arange((tiles.shape[1] - 1) * self._tile_tokens, -1, -self._tile_tokens, dtype=np.int32)
+            if chunk.samples:
+                view.last_tiles[:, num_last] = tiles[:, 0]
+                num_last += 1
             num_tiles += tiles.shape[1]
             row += count
         if len(chunks) > 1:

@@ -19,7 +19,7 @@ def run_steps_without_graph(
     pool: torch.Tensor,
 ) -> tuple[StepView, torch.Tensor]:
     """Queue steps of padding only. Returns the last of them, which is the largest that there can be, and what its last
-    layer gives, (T, E).
+    layer gives for every row, (T, E).
 
     memory: a step's, on the device. sampled: (R,) int32, for as many rows as are ever sampled.
     """
@@ -29,7 +29,7 @@ def run_steps_without_graph(
         (decoder.hidden if shape.tiles else decoder.decode)(view, sampled, pool)
     view = StepView(memory, largest)
     view.clear()
-    hidden, samples = decoder.hidden(view, sampled, pool), view.samples
+    hidden, samples = decoder.hidden(view, sampled, pool, every_row=True), view.samples
     # A prompt's last rows are sampled behind a graph, so many as end in the step.
     for num_samples in decode_buckets(len(sampled)):
         view.samples = samples[:, :num_samples]

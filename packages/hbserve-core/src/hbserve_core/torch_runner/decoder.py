@@ -99,14 +99,19 @@ class Decoder:
         self._ropes = {each: Rope(each, config.head_dim, dtype, device) for each in self._layer_ropes}
 
     def hidden(self, step: StepInput, attention: AttentionPlan) -> torch.Tensor:
-        """(T, E): the last layer's output. Writes the step's keys and values into the pool."""
-        all_reduce = self._group.all_reduce
+        """(R, E): the last layer's output for the rows that are sampled; or (T, E), for every row, if all are sampled
+        or some score prompt tokens. Writes the step's keys and values into the pool."""
+        all_reduce, rows = self._group.all_reduce, None if step.scored else step.sampling_rows
         embedded = all_reduce(self._embed(step.token_ids))
         hidden = first_inputs(embedded, step.positions, self._weights, self._config.switches)
         angles = {config: rope.angles(step.positions) for config, rope in self._ropes.items()}
         for index, (layer, rope) in enumerate(zip(self._weights.layers, self._layer_ropes, strict=True)):
-            attended = all_reduce(self._attention(index, layer, hidden, angles[rope], attention))
-            hidden = hidden + _normed(attended, layer.attention_out_norm)
+            attended = self._attention(index, layer, hidden, angles[rope], attention)
+            if rows is not None and index + 1 == len(self._layer_ropes):
+                hidden, attended = hidden.index_select(0, rows), attended.index_select(0, rows)
+                if not len(rows):
+                    break
+            hidden = hidden + _normed(all_reduce(layer.output(attended)), layer.attention_out_norm)
             hidden = hidden + _normed(all_reduce(self._mlp(layer, hidden)), layer.mlp_out_norm)
         return hidden
 
@@ -127,6 +132,7 @@ class Decoder:
     def _attention(
         self, index: int, layer: LayerWeights, hidden: torch.Tensor, angles: Angles, attention: AttentionPlan
     ) -> torch.Tensor:
+        """(T, N * D)"""
         config = self._config
         projected = layer.qkv(_normed(hidden, layer.attention_norm))
         heads = projected.view(len(hidden), -1, config.head_dim)
@@ -138,7 +144,7 @@ class Decoder:
         self._ropes[self._layer_ropes[index]].rotate(queries_and_keys, angles, out=rotated)
         out = hidden.new_zeros(len(hidden), config.num_heads * config.head_dim)
         attention.attend(index, heads, out)
-        return layer.output(out)
+        return out
 
     def _mlp(self, layer: LayerWeights, hidden: torch.Tensor) -> torch.Tensor:
         if hidden.device.type == "cpu" and len(hidden) > _MLP_ROWS:

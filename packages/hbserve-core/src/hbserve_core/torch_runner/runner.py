@@ -133,5 +133,6 @@ class ModelRunner:
 
     def _logits(self, hidden: torch.Tensor, step: StepInput) -> torch.Tensor:
         """(R, vocab_size)"""
-        sampled = hidden if step.sampling_rows is None else hidden.index_select(0, step.sampling_rows)
+        rows = step.sampling_rows if step.scored else None
+        sampled = hidden if rows is None else hidden.index_select(0, rows)
         return self._decoder.logits(sampled)[: len(step.sampling_places)]
