@@ -19,7 +19,7 @@ from hbserve.processes.launcher import (
     instance_settings,
     launch_keys,
 )
-from hbserve_scheduler import convert
+from hbserve_scheduler import InstanceFailed, convert
 from hbserve_testing.waits import until
 
 
@@ -163,10 +163,10 @@ class Local:
     def restart_the_dead(self) -> None:
         self.instances.restart_the_dead(lambda *what: self.given_up.put_nowait(what))
 
-    def kill(self) -> int:
+    def kill(self, number: int = signal.SIGKILL) -> int:
         pid = self.process.pid
         assert pid is not None
-        os.kill(pid, signal.SIGKILL)
+        os.kill(pid, number)
         return pid
 
 
@@ -223,6 +223,33 @@ async def test_an_instance_that_cannot_be_started_again_is_given_up_with_its_own
         "d0 did not start: exit status 1: it cannot be started again; it was started 5 times again, and is given up"
     )
     assert here.deaths.empty(), "one death, of which there is no more to say"
+
+
+async def test_where_the_system_makes_no_process_a_restart_is_tried_again_and_given_up_with_the_reason(local):
+    here = await local()
+    here.restart_the_dead()
+    too_long = {"TOO_LONG": "x" * (1 << 20)}  # refused as if there were no memory, or too many processes
+    here.process._environment = here.process._environment | too_long
+    here.kill()
+    await here.deaths.get()
+    name, why = await here.given_up.get()
+    assert name == "d0"
+    assert why.startswith("d0 did not start: [Errno 7] Argument list too long")
+    assert why.endswith("it was started 5 times again, and is given up")
+
+
+async def test_a_death_by_a_signal_that_python_has_no_name_for_is_told(local):
+    here = await local()
+    here.kill(signal.SIGRTMIN + 3)  # by which systemd ends containers
+    assert await here.deaths.get() == ("d0", "its process has ended (signal SIGRTMIN+3)")
+
+
+@pytest.mark.parametrize("line", ["4711", "no JSON", "{}"])
+async def test_one_that_says_something_else_than_its_address_is_ended(local, line, monkeypatch):
+    child = f"import sys; print({line!r}, flush=True); sys.stdin.readline(); sys.stdin.read()"
+    monkeypatch.setattr(sys.modules[__name__], "CHILD", child)
+    with pytest.raises(InstanceFailed, match=rf"d0 began with b'{line}\\n' instead of its address"):
+        await local()
 
 
 async def test_a_death_before_all_were_ready_is_told_and_no_more(local):

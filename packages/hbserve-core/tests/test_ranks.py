@@ -90,16 +90,19 @@ async def serving(folder: Any) -> Any:
     assert not alive(pid)
 
 
+NAMELESS = signal.SIGRTMIN + 3
+"""Has no name of Python's. systemd ends containers by it."""
 CAUSES = {
     signal.SIGKILL: r"RankFailed: rank 1 of 2 \(pid {pid}\) was ended by SIGKILL",
+    NAMELESS: r"RankFailed: rank 1 of 2 \(pid {pid}\) was ended by SIGRTMIN\+3",
     signal.SIGSTOP: r"RankFailed: rank 1 of 2 \(pid {pid}\) is frozen: it has said nothing for 3 s",
 }
 
 
 @pytest.mark.parametrize(
     ("number", "busy"),
-    [(signal.SIGKILL, True), (signal.SIGKILL, False), (signal.SIGSTOP, True)],
-    ids=["killed-at-work", "killed-while-idle", "frozen-at-work"],
+    [(signal.SIGKILL, True), (signal.SIGKILL, False), (signal.SIGSTOP, True), (NAMELESS, False)],
+    ids=["killed-at-work", "killed-while-idle", "frozen-at-work", "ended-by-another-signal"],
 )
 async def test_a_rank_that_is_lost_ends_the_instance_with_one_error(model_folder, prompt, number, busy):
     async with serving(model_folder("qwen3")) as (instance, client):

@@ -40,6 +40,15 @@ class Signalled(BaseException):
         self.number = number
 
 
+def signal_name(number: int) -> str:
+    """Also of one of real time, of which Python knows the first and the last only: init systems and runtimes of
+    containers send some."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"SIGRTMIN{number - signal.SIGRTMIN:+d}"
+
+
 def set_up() -> None:
     """Make the process as it would be in a terminal. To be called first, in the main thread."""
     _open_standard_streams()

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
+from hbserve_rpc.own_process import signal_name
 from hbserve_scheduler import InstanceFailed
 
 logger = logging.getLogger(__name__)
@@ -101,24 +102,16 @@ class ChildProcess:
         """Start it and wait until it serves.
 
         Raises:
-            InstanceFailed: it ended first, with its own words, or was too slow.
+            InstanceFailed: the system makes no process; or it ended first, with its own words, or was too slow.
         """
         self.restarts.began()
         self._last_lines.clear()
         if self._killing is not None:  # of its life before
             self._killing.detach()
-        # Not `-m` alone: a file of the caller's folder, random.py for example, would be imported as a library.
-        command = [sys.executable, "-P", "-m", self._module]
-        self._process = await asyncio.create_subprocess_exec(
-            *command,
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-            # A Ctrl-C is for us; we end the children in order. They also end when their stdin does.
-            start_new_session=True,
-            env=self._environment,
-            pass_fds=self._pass_fds,
-        )
+        try:
+            self._process = await self._launch()
+        except OSError as error:  # too many processes or files, no memory: it may be another time
+            raise InstanceFailed(f"{self.name} did not start: {error}") from error
         # If nobody stops it: the object is collected, its event loop has ended, or the interpreter ends.
         self._killing = weakref.finalize(self, _end_unattended, self._process, os.getpid())
         stdin, stdout = self._process.stdin, self._process.stdout
@@ -129,25 +122,38 @@ class ChildProcess:
         self.address = await self._read_address(stdout)
         self._tasks.append(asyncio.create_task(self._watch()))
 
+    async def _launch(self) -> asyncio.subprocess.Process:
+        # Not `-m` alone: a file of the caller's folder, random.py for example, would be imported as a library.
+        command = [sys.executable, "-P", "-m", self._module]
+        return await asyncio.create_subprocess_exec(
+            *command,
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            # A Ctrl-C is for us; we end the children in order. They also end when their stdin does.
+            start_new_session=True,
+            env=self._environment,
+            pass_fds=self._pass_fds,
+        )
+
     async def _read_address(self, stdout: asyncio.StreamReader) -> str:
         assert self._process is not None
+        line = b""
         try:
             async with asyncio.timeout(self._start_timeout_s):
                 line = await stdout.readline()
+                if line:
+                    return str(json.loads(line)["address"])
+                status = await self._process.wait()
+                await asyncio.gather(*self._tasks)
+            problem = f"did not start: {self._why(status)}"
         except TimeoutError:
-            self._process.kill()
-            await self._process.wait()
-            raise InstanceFailed(f"{self.name} did not serve within {self._start_timeout_s:.0f} s") from None
-        if not line:
-            status = await self._process.wait()
-            await asyncio.gather(*self._tasks)
-            raise InstanceFailed(f"{self.name} did not start: {self._why(status)}")
-        try:
-            return str(json.loads(line)["address"])
-        except (ValueError, KeyError):
-            self._process.kill()
-            await self._process.wait()
-            raise InstanceFailed(f"{self.name} began with {line!r} instead of its address") from None
+            problem = f"did not serve within {self._start_timeout_s:.0f} s"
+        except (ValueError, KeyError, TypeError):
+            problem = f"began with {line!r} instead of its address"
+        _send(self._process, signal.SIGKILL)
+        await self._process.wait()
+        raise InstanceFailed(f"{self.name} {problem}")
 
     async def stop(self) -> None:
         """End it: politely, then by force, at once if this is cancelled. Leaves nothing behind."""
@@ -155,17 +161,16 @@ class ChildProcess:
         if self._process is not None:
             assert self._process.stdin is not None
             self._process.stdin.close()  # a second word for one that has heard SIGTERM before, and takes its time
-            self._tell_to_end(self._process)
+            _send(self._process, signal.SIGTERM)
             try:
                 async with asyncio.timeout(STOP_TIMEOUT_S):
                     await self._process.wait()
             except TimeoutError:
                 logger.warning("%s did not end within %.0f s; killed", self.name, STOP_TIMEOUT_S)
-                self._process.kill()
+                _send(self._process, signal.SIGKILL)
                 await self._process.wait()
             except BaseException:
-                with contextlib.suppress(ProcessLookupError):
-                    self._process.kill()
+                _send(self._process, signal.SIGKILL)
                 raise
             if self._killing is not None:
                 self._killing.detach()
@@ -175,13 +180,8 @@ class ChildProcess:
         """SIGTERM, and then time: wait until it has ended by itself."""
         self._stopping = True
         if self._process is not None:
-            self._tell_to_end(self._process)
+            _send(self._process, signal.SIGTERM)
             await self._process.wait()
-
-    @staticmethod
-    def _tell_to_end(process: asyncio.subprocess.Process) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            process.send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
         """`stop` where its event loop does not run any more."""
@@ -219,7 +219,9 @@ class ChildProcess:
         elif OF_EVERY_START.fullmatch(text):
             logger.debug("[%s] %s", self.name, text)
         else:
-            _tell(f"[{self.name}] {text}\n")
+            # There may be no stderr, or nobody reads it. Reading goes on: a child must not block on a full pipe.
+            with contextlib.suppress(Exception):
+                sys.stderr.write(f"[{self.name}] {text}\n")
 
     async def _watch(self) -> None:
         assert self._process is not None
@@ -231,16 +233,15 @@ class ChildProcess:
     def _why(self, status: int) -> str:
         if status == -signal.SIGKILL:  # it could say nothing itself: its last words are about something else
             return "signal SIGKILL, from somebody or from the system when memory ran out"
-        how = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
+        how = f"signal {signal_name(-status)}" if status < 0 else f"exit status {status}"
         most, _ = resource.getrlimit(resource.RLIMIT_AS)  # which it has too; torch alone wants some GiB of it
         limit = "" if most == resource.RLIM_INFINITY else f" (`ulimit -v` leaves it {most / 2**30:.1f} GiB)"
         return f"{how}: {self._last_lines[-1]}{limit}" if self._last_lines else f"{how}{limit}"
 
 
-def _tell(line: str) -> None:
-    # There may be no stderr, or nobody reads it any more. Reading goes on: a child must not block on a full pipe.
-    with contextlib.suppress(Exception):
-        sys.stderr.write(line)
+def _send(process: asyncio.subprocess.Process, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):  # it has just ended
+        process.send_signal(number)
 
 
 def kill_children(pids: Sequence[int]) -> None:

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import select
-import signal
 import subprocess
 import sys
 import threading
@@ -15,6 +14,7 @@ import msgspec
 
 from hbserve_core.errors import RankFailed
 from hbserve_core.ranks.worker_protocol import END_TIMEOUT_S, RankReport, RankSettings, RankState
+from hbserve_rpc.own_process import signal_name
 
 START_TIMEOUT_S = 120.0
 """How long its first report may take: it imports torch before."""
@@ -164,4 +164,4 @@ class WorkerProcess:
             status = self._popen.wait(_EXIT_STATUS_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             return "has ended"
-        return f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with exit status {status}"
+        return f"was ended by {signal_name(-status)}" if status < 0 else f"ended with exit status {status}"
