@@ -44,8 +44,12 @@ async def test_an_instance_joins_by_its_address_and_says_itself_what_it_is(
     info = await remote.join(pair[1].address)
     assert (info.instance_id, info.role, info.epoch) == ("d0", "decode", pair[1].server.epoch)
     assert (await collect(remote.submit(ask())))[1].decode_instance == "d0"
-    assert (await remote.join(pair[1].address)).instance_id == "d0", "once more changes nothing"
-    assert [each.instance_id for each in server.members.members()] == ["p0", "d0"]
+    by_another_name = pair[1].address.replace("127.0.0.1", "localhost")
+    for address in (pair[1].address, by_another_name):
+        assert (await remote.join(address)).instance_id == "d0", "once more changes nothing"
+    assert [(each.instance_id, each.address) for each in server.members.members()] == [
+        (each.instance_id, each.address) for each in pair
+    ]
 
 
 async def test_what_cannot_join_is_told_to_whoever_asks(serve, make_instance, pair, free_ports):
@@ -96,6 +100,7 @@ async def test_a_drained_instance_finishes_what_it_has_and_gets_nothing_new_unti
     streams = [server.scheduler.submit(ask(f"before-{i}")) for i in range(2)]
     await until(lambda: drained.requests and other.requests)
     await remote.drain("d0")
+    await remote.join(drained.address, again=False)  # it registers itself as long as it lives
     assert handles["d0"].status == "draining"
     other.release()
     for number in range(3):

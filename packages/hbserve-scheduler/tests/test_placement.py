@@ -173,7 +173,9 @@ def test_a_policy_that_is_none_is_refused_by_its_name(name):
 
 @pytest.mark.parametrize(("length", "problem"), [(5, "none of the candidates"), (500, "ZeroDivisionError")])
 def test_a_policy_that_fails_stops_no_request(caplog, length, problem):
-    assert all_available(Broken(), [4, 3, 6]).choose(PromptShape(length)).load == 3
+    available = all_available(Broken(), [4, 3, 6])
+    assert available.choose(PromptShape(length)).load == 3
+    assert available.choose(PromptShape(length), [available[2], available[0]]).load == 4, "of those that it may choose"
     assert problem in caplog.text
 
 

@@ -86,7 +86,7 @@ def test_who_holds_more_of_a_prompt_is_preferred_and_of_those_that_hold_the_same
     for number, num_tokens in enumerate((24, 24, 24, 8, 16)):
         handles.prefixes.set(handles.all[number], digests(num_tokens))
     chosen = [handles.chosen() for _ in range(300)]
-    assert {*chosen} <= {0, 1, 2}, "the others hold less"
+    assert {*chosen} == {0, 1, 2}, "the others hold less; and several schedulers should not all take the same one"
     assert chosen.count(1) > 150, "one of two that are looked at anyway may be another that holds as much"
 
 
