@@ -735,7 +735,8 @@ async def test_a_server_that_ends_by_itself_ends_the_comparison():
 
 @pytest.mark.parametrize(
     ("options", "problem"),
-    [({"rates": "1,0"}, "--rates='1,0'"), ({"rates": "x"}, "--rates='x'"), ({"layouts": "2H,1P"}, "got '1P'"),
+    [({"rates": "1,nan,2"}, "--rates='1,nan,2'"),
+     ({"rates": "1,0"}, "--rates='1,0'"), ({"rates": "x"}, "--rates='x'"), ({"layouts": "2H,1P"}, "got '1P'"),
      ({"layouts": "2H,x"}, "got 'X'"), ({"layouts": "2H,1P2D"}, "the same number of instances"),
      ({"layouts": "0H"}, "got '0H'"), ({"goodput": ["x:1"]}, "--goodput='x'")],
 )  # fmt: skip

@@ -132,6 +132,27 @@ async def test_what_an_instance_logs_is_read_although_there_is_no_stderr_to_show
     assert process._last_lines[-1] == "last"
 
 
+async def test_lines_of_a_log_go_through_this_process_others_to_stderr_and_the_reason_of_an_end_to_whoever_hears_of_it(
+    caplog, capsys
+):
+    caplog.set_level("DEBUG")
+    process = InstanceProcess(settings([{}, {}])[0], lambda *_: None)
+    lines = ["2026-01-01 00:00:00,000 WARNING a.module: i0: careful", "Traceback", "i0: why it ends"]
+    mooncake = "WARNING: Logging before InitGoogleLogging() is written to STDERR"
+    child = f"import sys; sys.stderr.write(chr(10).join({[*lines[:2], mooncake, lines[2]]}))"
+    process._process = await asyncio.create_subprocess_exec(sys.executable, "-c", child, stderr=asyncio.subprocess.PIPE)
+    async with asyncio.timeout(30):
+        await process._pass_stderr_on()
+        assert await process._process.wait() == 0
+    logged = [(each.name, each.levelname, each.getMessage()) for each in caplog.records if "[i0]" in each.getMessage()]
+    assert logged == [
+        ("a.module", "WARNING", "[i0] careful"),
+        (child_process.__name__, "DEBUG", f"[i0] {mooncake}"),
+    ]
+    assert capsys.readouterr().err == "[i0] Traceback\n"
+    assert process._why(1) == "exit status 1: i0: why it ends"
+
+
 # ---- deaths ------------------------------------------------------------------------------------------------------
 
 CHILD = """
@@ -257,6 +278,15 @@ async def test_a_death_before_all_were_ready_is_told_and_no_more(local):
     here.kill()
     await here.deaths.get()
     assert not here.instances._restarting
+
+
+async def test_one_that_is_drained_ends_by_itself_and_that_is_no_death(local):
+    here = await local()
+    here.restart_the_dead()
+    await here.instances.drain()
+    assert here.process._process.returncode == -signal.SIGTERM
+    await asyncio.gather(*here.process._tasks)
+    assert here.deaths.empty()
 
 
 async def test_one_that_does_not_hear_sigterm_ends_with_its_stdin(local, caplog):

@@ -738,6 +738,22 @@ def test_a_plan_is_the_fewest_instances_that_keep_the_goals(short_simulations):
     assert not any(each.is_enough for each in smaller)
 
 
+def test_a_plan_keeps_the_goal_of_times_between_tokens_too(short_simulations):
+    plan = make_plan(question(itl_s=0.02))
+    assert {each.layout.describe() for each in plan.trials if each.layout.hybrid == 2} == {
+        "2 hybrid", "2 hybrid, chunks for 20 ms"
+    }  # fmt: skip
+    kept = [each for each in plan.trials if each.is_enough]
+    assert kept
+    assert all(each.itl_p99_s <= 0.02 for each in kept)
+    longer = [each for each in plan.trials if each.itl_p99_s > 0.02]
+    assert any(each.attainment >= 0.9 for each in longer), "which would be enough but for that"
+
+
+def test_answers_of_one_token_have_no_times_between_tokens(short_simulations):
+    assert make_plan(question(output_len=1, tpot_s=0.001, itl_s=0.001, rate=5)).best is not None
+
+
 def test_times_of_many_seconds_do_not_run_together_in_a_plans_table():
     trial = Trial(Layout(hybrid=1), 1.0, 0.5, 12.345678, 12.345678, 12.345678, {"hybrid": 0.9}, is_enough=False)
     row = next(each for each in plan_report.lines(Plan(question(), [trial], None, None)) if "12346 ms" in each)

@@ -115,6 +115,22 @@ def test_the_process_of_the_trials_is_started_for_the_first_one_and_again_when_i
     assert len(pids) == 3
 
 
+def test_a_process_of_the_trials_that_is_frozen_is_replaced(grammars, monkeypatch):
+    assert grammars.matcher(wanting({"regex": "a"})) is not None
+    frozen = present(grammars._trials._process)
+    os.kill(frozen.pid, signal.SIGSTOP)
+    took_up, patience_s = grammars._trials._hand_over, trials._PATIENCE_S
+
+    def with_patience(trial: Any) -> Any:
+        process = took_up(trial)
+        monkeypatch.setattr(trials, "_PATIENCE_S", 0.1 if process is frozen else patience_s)
+        return process
+
+    monkeypatch.setattr(grammars._trials, "_hand_over", with_patience)
+    assert allowed_by(grammars.matcher(wanting({"regex": "b"}))) == ids("b")
+    assert frozen.poll() == -signal.SIGKILL
+
+
 @pytest.mark.cold
 def test_no_grammar_is_compiled_that_could_not_be_tried_out(grammars, monkeypatch):
     monkeypatch.setattr(sys, "executable", "/bin/false")

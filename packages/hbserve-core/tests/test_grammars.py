@@ -492,6 +492,30 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_as_good(folder):
     assert allowed_by(matcher) == sorted(ids("rg"))
 
 
+def test_the_tokenizer_is_read_once_whether_it_can_be_or_not(folder, monkeypatch):
+    read: list[int] = []
+
+    def counted(path, vocab_size, ends):
+        read.append(vocab_size)
+        if vocab_size == 1:
+            raise ValueError("no")
+        return compilation.read_tokenizer(path, vocab_size, ends)
+
+    monkeypatch.setattr(compiler, "read_tokenizer", counted)
+    for vocab_size in (VOCAB_SIZE, 1):
+        grammars = GrammarCompiler(str(folder), vocab_size, [EOS])
+        for _ in range(2):
+            grammars.load()
+    assert read == [VOCAB_SIZE, 1]
+
+
+def test_a_token_that_its_grammar_does_not_allow_ends_a_request(engine):
+    matcher = present(engine.grammars.matcher(constrained()))
+    matcher.advance(ids("x")[0])
+    assert matcher.is_ready(60)
+    assert matcher.error.startswith("structured_outputs: output token 1 cannot be chosen: ")
+
+
 def test_output_that_does_not_follow_its_grammar_is_refused(engine):
     with pytest.raises(InvalidRequest, match=r"^output_token_ids: do not follow structured_outputs"):
         engine.grammars.matcher(constrained(), ids("x"))

@@ -139,6 +139,10 @@ def test_every_wrong_tensor_is_named_in_one_error(copy_of):
         "lm_head.weight has shape (320, 32), config.json asks for (320, 64)",
     ):
         assert part in str(error.value)
+    del tensors[EMBEDDING]
+    save_file(tensors | {f"other.{i}": torch.zeros(1) for i in range(20)}, folder / "model.safetensors")
+    with pytest.raises(WeightsMismatch, match=rf"missing: {EMBEDDING};.*; unexpected: other\.\d+ … and 12 more$"):
+        load(folder)  # its head is not the embedding, as that of a tied model may be
 
 
 def test_a_file_that_cannot_be_read_is_named(copy_of):
@@ -204,7 +208,7 @@ def test_a_model_that_is_called_tied_and_has_another_head_uses_it_as_transformer
     assert sequence.output_token_ids == expected[0, 20:].tolist()
 
 
-@pytest.mark.parametrize("name", ["qwen3", "opt"])
+@pytest.mark.parametrize("name", ["qwen3", "opt", "llama"])
 def test_tensors_without_the_prefix_are_the_same_model(copy_of, model_folder, name):
     folder = copy_of(name)
     tensors = load_file(folder / "model.safetensors")
@@ -213,7 +217,8 @@ def test_tensors_without_the_prefix_are_the_same_model(copy_of, model_folder, na
     assert load(folder).digest == load(model_folder(name)).digest
 
 
-def test_one_number_that_differs_at_the_end_is_another_head(copy_of):
+def test_one_number_that_differs_at_the_end_is_another_head(copy_of, monkeypatch):
+    monkeypatch.setattr("hbserve_core.model.checkpoint.checkpoint._PIECE_BYTES", 4096)
     folder = copy_of("qwen3")
 
     def differ(tensors):
@@ -222,6 +227,15 @@ def test_one_number_that_differs_at_the_end_is_another_head(copy_of):
 
     rewrite(folder, differ)
     assert not with_stored_head(load_model_config(folder)).tied_embeddings
+
+
+@pytest.mark.parametrize("wrong", [torch.ones(64), torch.ones(320, 64, dtype=torch.int8)])
+def test_a_tied_model_whose_tables_are_none_is_refused_by_the_name_of_one(copy_of, wrong):
+    folder = copy_of("qwen3")
+    rewrite(folder, lambda tensors: tensors.update({HEAD: wrong, EMBEDDING: wrong.clone()}))
+    assert not with_stored_head(load_model_config(folder)).tied_embeddings, "they are not compared"
+    with pytest.raises(WeightsMismatch, match=f"{EMBEDDING} has "):
+        load(folder)
 
 
 def test_dummy_weights_need_no_files_and_are_the_same_each_time(copy_of):

@@ -4,6 +4,7 @@ under equal loads."""
 import asyncio
 import contextlib
 import json
+import math
 import re
 import signal
 import socket
@@ -81,7 +82,7 @@ def _rates(text: str) -> list[float]:
         rates = sorted({float(each) for each in text.split(",")})
     except ValueError:
         rates = []
-    if not rates or not 0 < rates[0] <= rates[-1] < float("inf"):
+    if not rates or not all(0 < each < math.inf for each in rates):  # nan has no place in an order
         raise InvalidRequest(f"--rates={text!r}: expected numbers above 0, separated by commas")
     return rates
 

@@ -3,7 +3,7 @@ found by simulating the layouts that might be enough."""
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated
 
 from hbserve.load.report import percentile
@@ -67,10 +67,10 @@ class Layout(Checked):
         return roles_of(self.prefill, self.decode, self.hybrid)
 
     def describe(self) -> str:
-        if self.hybrid:
-            chunk = f"chunks for {self.limits.itl_target_ms:g} ms" if self.limits.itl_target_ms else ""
-            return f"{self.hybrid} hybrid" + (f", {chunk}" if chunk else "")
-        return f"{self.prefill} prefill + {self.decode} decode"
+        if not self.hybrid:
+            return f"{self.prefill} prefill + {self.decode} decode"
+        chunk = f", chunks for {self.limits.itl_target_ms:g} ms" if self.limits.itl_target_ms else ""
+        return f"{self.hybrid} hybrid{chunk}"
 
 
 @dataclass(frozen=True)
@@ -228,5 +228,4 @@ def try_layout(question: Question, layout: Layout, rate: float) -> Trial:
 
 def over_rates(plan: Plan, trial: Trial, shares: tuple[float, ...]) -> list[Trial]:
     """Simulate the layout of a trial at these multiples of the question's rate."""
-    question = replace(plan.question)
-    return [try_layout(question, trial.layout, share * question.rate) for share in shares]
+    return [try_layout(plan.question, trial.layout, share * plan.question.rate) for share in shares]

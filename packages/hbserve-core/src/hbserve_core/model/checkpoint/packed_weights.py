@@ -126,8 +126,7 @@ def _problem(parts: Mapping[str, StoredTensor], packing: Packing) -> str:
     needed = ("qweight", "qzeros", "scales", *(() if packing.is_ordered else ("g_idx",)))
     if missing := [name for name in needed if name not in parts]:
         return f"{missing[0]} is missing"
-    dtypes = {name: "I32" for name in parts if name != "scales"}
-    if wrong := [name for name, dtype in dtypes.items() if parts[name].dtype != dtype]:
+    if wrong := [name for name, part in parts.items() if name != "scales" and part.dtype != "I32"]:
         return f"{wrong[0]} has dtype {parts[wrong[0]].dtype}, expected I32"
     if parts["scales"].dtype not in DTYPES or len(parts["qweight"].shape) != 2:
         return f"scales of dtype {parts['scales'].dtype} for numbers of shape {parts['qweight'].shape}"
