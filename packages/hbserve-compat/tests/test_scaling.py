@@ -279,6 +279,15 @@ async def test_who_was_drained_goes_first_and_the_number_is_of_those_that_take_r
     await deployment.answer(0, "one")
 
 
+async def test_who_was_told_to_leave_and_has_left_is_not_counted(deployment):
+    await deployment.client.drain("decode-0", leaves=True)
+    await until(lambda: list(deployment.statuses) == ["prefill-0"])
+    assert (await deployment.scale(prefill=1, decode=1))[-1] == "prefill=1 decode=1"
+    assert deployment.statuses == {"prefill-0": "ready", "decode-1": "ready"}
+    assert [each.name for each in deployment.instances.processes] == ["prefill-0", "decode-1"]
+    await deployment.answer(0, "one")
+
+
 async def test_new_ones_begin_when_those_that_go_have_gone(deployment):
     await deployment.scale(decode=2)
     process = deployment.find("decode-1")

@@ -61,9 +61,7 @@ class Scaling:
             InvalidRequest: there cannot be so many; nothing is changed.
             RemoteError: one that was to come has failed; has its reason.
         """
-        handles = self._server.scheduler.fleet.handles.values()
-        drained = {each.instance_id for each in handles if each.status == "draining"}
-        self._begin(scaled(self._config, wanted, self._going, drained))
+        self._begin(scaled(self._config, wanted, self._going, self._sent_away()))
         pending, failed, last = set(self._changes.values()), [], ""
         while pending:
             done, pending = await asyncio.wait(pending, timeout=LOOK_S, return_when=asyncio.FIRST_COMPLETED)
@@ -80,6 +78,12 @@ class Scaling:
         if failed:
             raise RemoteError("; ".join(failed))
         yield describe(self._config)
+
+    def _sent_away(self) -> set[str]:
+        """Instances that were told to drain, also those that have left since; not those that still come."""
+        handles = self._server.scheduler.fleet.handles
+        names = {each.instance_id for each in self._config.named_instances if each.instance_id not in self._deaths}
+        return {name for name in names if name not in handles or handles[name].status == "draining"}
 
     def _begin(self, config: DeploymentConfig) -> None:
         before, self._config = self._config, config
