@@ -167,6 +167,15 @@ async def test_what_is_asked_is_what_the_options_say(scripted):
     assert "X-Request-Id: bench-3\r\n" in "".join(scripted.heads)
 
 
+@pytest.mark.parametrize(
+    ("backend", "extra"),
+    [(Backend.OPENAI, {"max_tokens": 9}), (Backend.OPENAI_CHAT, {"max_completion_tokens": 9})],
+)
+async def test_an_extra_body_goes_before_what_the_load_would_send_as_in_vllm(scripted, backend, extra):
+    await bench(scripted, backend=backend, extra_body=json.dumps(extra))
+    assert all(extra.items() <= asked.items() for asked in scripted.asked)
+
+
 async def test_chats_are_asked_with_text_and_their_deltas_are_read(scripted):
     deltas: list[dict[str, str]] = [{"role": "assistant", "content": ""}, {"content": "x"}, {}]
     bodies = [json.dumps({"choices": [{"delta": each}]}) for each in deltas]

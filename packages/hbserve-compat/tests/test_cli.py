@@ -146,7 +146,9 @@ def test_commands_about_a_running_deployment_ask_the_port_that_it_has_unless_tol
     assert f"127.0.0.1:{SchedulerConfig().port}" == HERE
 
 
-@pytest.mark.parametrize("address", ["", "5550", ":5550", "127.0.0.1:0", "127.0.0.1:99999", "host:http", "host:²"])
+@pytest.mark.parametrize(
+    "address", ["", "5550", ":5550", "127.0.0.1:0", "127.0.0.1:99999", "host:http", "host:²", "http://host:80"]
+)
 def test_a_wrong_address_to_connect_to_is_refused_at_once(address):
     done = hbserve("generate", "Hello", "--connect", address)
     assert done.returncode == 2

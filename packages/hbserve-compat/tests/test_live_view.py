@@ -247,6 +247,8 @@ async def test_one_look_is_printed_for_people_and_for_programs(capsys, monkeypat
         await show_top(TopArgs(server.address, None, once=True, json=True))
         view = msgspec.json.decode(capsys.readouterr().out, type=View)
         assert (view.completed, view.requests[0].request_id) == (1, "one")
+        with pytest.raises(ConfigError, match=r"^hbserve top needs a terminal.*; --once prints one view$"):
+            await show_top(TopArgs(server.address, None, once=False, json=False))
         monkeypatch.setitem(sys.modules, "textual.app", None)
         monkeypatch.delitem(sys.modules, "hbserve.monitoring.top_app")
         with pytest.raises(ConfigError, match=r"pip install 'hbserve-compat\[top\]'"):

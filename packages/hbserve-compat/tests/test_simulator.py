@@ -909,6 +909,17 @@ def test_profile_measures_an_instance_into_a_file_that_simulations_read(small_mo
         assert f"{option}='1,x'" in invoke("profile", "-o", file, "--model", small_model("qwen3"), option, "1,x").stderr
 
 
+def test_a_profile_with_a_backend_that_is_none_is_refused_before_anything_is_measured(
+    small_model, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("hbserve.simulator.measuring._engine", lambda *_: pytest.fail("it has begun to measure"))
+    model, file = small_model("qwen3"), tmp_path / "p.json"
+    result = invoke("profile", "--model", model, "-o", file, "--kv-transfer-backend", "nccll")
+    assert result.exit_code == 1
+    assert "kv_transfer.backend='nccll': there are" in result.stderr
+    assert not file.exists()
+
+
 def test_ranks_of_an_instance_move_their_parts_of_the_bytes_at_the_same_time(small_model, tmp_path, monkeypatch):
     async def transfers(*_):
         return [(1 << 20, 0.001), (8 << 20, 0.004)], 0.002

@@ -142,7 +142,7 @@ def test_what_others_can_reach_is_accepted(host):
         ("::1]:80", "HOST:PORT"), ("[[::1]]:80", "HOST:PORT"), ("::1", "IPv6 host, which needs them"),
         ("::1:80", "IPv6 host, which needs them"), ("fd00::2:5550", "which needs them"), ("[host]:80", "IPv6 host"),
         ("[127.0.0.1]:80", "IPv6 host"), (":80", "HOST:PORT"), ("[]:80", "HOST:PORT"),
-        ("tcp://host:80", "which needs them"), ("http://[::1]:80", "HOST:PORT"), ("a b:80", "its host is 'a b'"),
+        ("tcp://host:80", "HOST:PORT"), ("http://[::1]:80", "HOST:PORT"), ("a b:80", "its host is 'a b'"),
         ("host:80/path", "HOST:PORT"), ("host:80\n", "HOST:PORT"),
     ],
 )  # fmt: skip

@@ -27,7 +27,7 @@ def parse_address(text: str) -> tuple[str, int]:
         InvalidAddress: it is not an address, or nobody can be reached there; has the text, and what is expected.
     """
     match = re.fullmatch(r"(?:\[(?P<bracketed>[^\[\]]+)\]|(?P<plain>[^\[\]]+)):(?P<port>[0-9]{1,5})", text)
-    if match is None or not 1 <= int(match["port"]) <= MAX_PORT:
+    if match is None or "://" in text or not 1 <= int(match["port"]) <= MAX_PORT:
         raise InvalidAddress(f"{text!r}: expected HOST:PORT, or [HOST]:PORT for IPv6, with a port from 1 to {MAX_PORT}")
     host = match["plain"] if match["bracketed"] is None else match["bracketed"]
     if (":" in host) != (match["bracketed"] is not None):

@@ -223,10 +223,10 @@ def _prompts_of_file(args: BenchServeArgs, tokenizer: Any, vocabulary: Vocabular
 
 def _request(args: BenchServeArgs, prompt: Prompt, tokenizer: Any, body: dict[str, Any]) -> dict[str, Any]:
     if not args.is_chat:
-        return {**body, "prompt": prompt.token_ids, "max_tokens": prompt.output_len}
+        return {"prompt": prompt.token_ids, "max_tokens": prompt.output_len, **body}
     text = tokenizer.decode(prompt.token_ids) if prompt.text is None else prompt.text
     messages = [{"role": "user", "content": text}]
-    return {**body, "messages": messages, "max_completion_tokens": prompt.output_len}
+    return {"messages": messages, "max_completion_tokens": prompt.output_len, **body}
 
 
 def _times(args: BenchServeArgs, found: list[Prompt]) -> list[float]:

@@ -66,4 +66,6 @@ async def _live(watched: WatchedRemote) -> None:
         from hbserve.monitoring.top_app import TopApp
     except ImportError as error:
         raise ConfigError(f"hbserve top needs pip install 'hbserve-compat[top]' ({error}); --once does not") from None
+    if sys.stdin is None or sys.stderr is None or not (sys.stdin.isatty() and sys.stderr.isatty()):  # textual's ends
+        raise ConfigError("hbserve top needs a terminal, for its keys and its picture; --once prints one view")
     await TopApp(watched).run_async()

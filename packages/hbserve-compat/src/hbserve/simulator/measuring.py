@@ -20,6 +20,7 @@ from hbserve_core import InstanceConfig
 from hbserve_core.bench.batch_sweep import BatchSweep, SweepPlan, sweep_config
 from hbserve_core.ranks.make_runner import make_runner
 from hbserve_kv import bench as kv_bench
+from hbserve_kv.transports.registry import require_backend
 from hbserve_rpc import InvalidRequest, RpcClient, RpcServer
 from hbserve_rpc.messages import DESCRIBE, Empty, InstanceInfo
 
@@ -45,7 +46,7 @@ ON_A_CPU = Usual("16,64,256", "1,4,16", "64,256")
 def measure_profile(args: ProfileArgs) -> None:
     """Measure, and write the file.
 
-    Raises InvalidRequest, what `InstanceConfig` and `make_runner` raise, and OSError.
+    Raises InvalidRequest, BackendUnavailable, what `InstanceConfig` and `make_runner` raise, and OSError.
     """
     folder = model_folder(args.model)
     engine = EngineUnderTest(args.model, args.device, args.dtype, args.random_weights, args.tensor_parallel_size)
@@ -56,6 +57,7 @@ def measure_profile(args: ProfileArgs) -> None:
     sizes = _numbers("--megabytes", args.megabytes)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     require_folder_of("--output", args.output)
+    require_backend(args.kv_transfer_backend)
     config = sweep_config(str(folder), SweepPlan(batches, tuple(sorted({*contexts, *prompts}))), **engine.settings())
     num_parts = len(prompts) + len(batches) * len(contexts) + len(sizes) + 2
     with progress_bar(num_parts, title="Loading the model") as bar:
