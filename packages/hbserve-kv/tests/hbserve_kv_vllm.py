@@ -39,6 +39,10 @@ class Status(Enum):
     FINISHED_ERROR = 5
 
 
+class FullAttentionSpec:
+    """What vLLM says of the KV of one kind of layers."""
+
+
 _making_rank = 0
 """Of the worker that is being made."""
 
@@ -91,6 +95,7 @@ def install() -> None:
             "KVConnectorPromMetrics": KVConnectorPromMetrics,
         },
         "vllm.distributed.parallel_state": {"get_tensor_model_parallel_rank": lambda: _making_rank},
+        "vllm.v1.kv_cache_interface": {"FullAttentionSpec": FullAttentionSpec},
     }
     for name, values in contents.items():
         parts = name.split(".")
@@ -159,6 +164,7 @@ class Request:
     is_known: bool = False
     """To the worker."""
     is_resumed: bool = False
+    num_preemptions: int = 0
     is_loaded: bool = False
     recomputes: bool = False
     """Its KV did not come, and is computed here."""
@@ -264,7 +270,9 @@ class Engine:
                 get_total_num_kv_heads=lambda: num_kv_heads,
             ),
         )
-        cache = SimpleNamespace(num_blocks=num_blocks, kv_cache_groups=[None])
+        cache = SimpleNamespace(
+            num_blocks=num_blocks, kv_cache_groups=[SimpleNamespace(kv_cache_spec=FullAttentionSpec())]
+        )
         self.scheduler = HBServeConnector(config, KVConnectorRole.SCHEDULER, cache)
         self.ranks = [Rank(self, HBServeConnector(config, KVConnectorRole.WORKER, kv_cache_config=cache))
                       for _ in range(tp_size)]  # fmt: skip
@@ -300,14 +308,17 @@ class Engine:
         if (request := self.requests.get(name)) is not None and not request.status.name.startswith("FINISHED"):
             self._finish(request, Status.FINISHED_ABORTED)
 
-    def preempt(self, name: str) -> None:
-        """For want of blocks, or as if for it, between two steps."""
+    def preempt(self, name: str, is_told: bool = True) -> None:
+        """For want of blocks, or as if for it, between two steps. `is_told`: to the connector, as always but by
+        `reset_prefix_cache` of 0.24."""
         request = self.requests[name]
         self.running.remove(request)
         self.waiting.insert(0, request)
         self._free(request)
         request.status, request.num_computed_tokens, request.is_resumed = Status.WAITING, 0, True
-        self.preempted_ids.add(name)
+        if is_told:
+            self.preempted_ids.add(name)
+        request.num_preemptions += 1
         self.num_preemptions += 1
 
     def holds(self, tokens: list[int]) -> bool:

@@ -424,7 +424,10 @@ def test_a_prompt_that_nobody_fetches_gives_its_blocks_back_after_its_lease(engi
 
 
 @pytest.mark.parametrize("moment", ["nobody waits", "it is being fetched"])
-def test_a_prompt_that_is_preempted_while_it_is_computed_is_delivered_or_fails_and_is_never_wrong(engines, moment):
+@pytest.mark.parametrize("is_told", [True, False], ids=["for want of blocks", "by reset_prefix_cache of 0.24"])
+def test_a_prompt_that_is_preempted_while_it_is_computed_is_delivered_or_fails_and_is_never_wrong(
+    engines, moment, is_told
+):
     # Known elsewhere: vLLM #49675.
     prefill, decode = engines(), engines(policy="recompute")
     prefill.add("p", PROMPT, PREFILL | {"transfer_id": "t"})
@@ -432,7 +435,9 @@ def test_a_prompt_that_is_preempted_while_it_is_computed_is_delivered_or_fails_a
     if moment == "it is being fetched":
         decode.add("d", PROMPT, leg(prefill, "t"))
         until(lambda: decode.holds(PROMPT), decode)
-    prefill.preempt("p")
+    prefill.preempt("p", is_told)
+    prefill.add("other", [45, *PROMPT])  # the blocks get another's KV
+    prefill.waiting.reverse()
     prefill.step()
     if moment == "nobody waits":
         decode.add("d", PROMPT, leg(prefill, "t"))
@@ -547,6 +552,7 @@ def test_figures_are_in_vllms_form(engines):
     [
         ({"parallel": {"pipeline_parallel_size": 2}}, "pipeline_parallel_size=2"),
         ({"groups": 2}, "--disable-hybrid-kv-cache-manager"),
+        ({"spec": type("SlidingWindowSpec", (), {})}, "of SlidingWindowSpec.*--disable-sliding-window"),
         ({"extra": {"bakend": "ipc"}}, "`bakend`; it takes backend, host, port"),
     ],
 )
@@ -559,7 +565,9 @@ def test_what_is_not_served_is_refused_at_start_with_its_cure(wrong, cure):
         kv_transfer_config=SimpleNamespace(engine_id="e", kv_connector_extra_config=wrong.get("extra", {})),
         cache_config=SimpleNamespace(block_size=16),
     )
-    cache = SimpleNamespace(num_blocks=2, kv_cache_groups=[None] * wrong.get("groups", 1))
+    spec = wrong.get("spec", imitation.FullAttentionSpec)()
+    groups = [SimpleNamespace(kv_cache_spec=spec)] * wrong.get("groups", 1)
+    cache = SimpleNamespace(num_blocks=2, kv_cache_groups=groups)
     with pytest.raises(ValueError, match=cure):
         HBServeConnector(config, KVConnectorRole.SCHEDULER, cache)
 

@@ -24,6 +24,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     SupportsHMA,
 )
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
+from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from hbserve_kv.config import KVTransferConfig
 from hbserve_kv.integrations.vllm_metrics import HBServePromMetrics, HBServeStats
@@ -141,12 +142,10 @@ class HBServeConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         return self.request_finished(request, block_ids[0])
 
     def update_connector_output(self, connector_output: Any) -> None:
-        """Add what has happened since that step began, if this process has the worker. vLLM plans a step while the one
-        before it is computed: a request whose KV came meanwhile would be planned two steps later."""
+        """Add whose KV has come since that step began, if this process has the worker. vLLM plans a step while the one
+        before it is computed: such a request would be planned two steps later."""
         if (worker := _workers.get(self._config.kv_transfer_config.engine_id)) is not None:
-            sent, received = worker.take_late_votes()
-            connector_output.finished_sending = (connector_output.finished_sending or set()) | sent
-            connector_output.finished_recving = (connector_output.finished_recving or set()) | received
+            connector_output.finished_recving = (connector_output.finished_recving or set()) | worker.take_received()
 
     def set_xfer_handshake_metadata(self, metadata: Mapping[int, HBServeHandshake]) -> None:
         assert self._scheduler is not None
@@ -241,6 +240,14 @@ def _require_served(parallel: Any, kv_cache_config: Any) -> None:
             f"the KV cache has {len(kv_cache_config.kv_cache_groups)} groups, of which HBServeConnector moves one: "
             "add --disable-hybrid-kv-cache-manager"
         )
+    for group in kv_cache_config.kv_cache_groups if kv_cache_config is not None else ():
+        of_layers = getattr(group.kv_cache_spec, "kv_cache_specs", {"": group.kv_cache_spec})
+        for spec in of_layers.values():
+            if not isinstance(spec, FullAttentionSpec):  # vLLM frees blocks of a prompt before it is computed
+                raise ValueError(
+                    f"the KV cache is of {type(spec).__name__}, and HBServeConnector moves that of full attention: "
+                    "for a model of sliding windows alone, add --disable-sliding-window"
+                )
 
 
 def _extra_config(given: Mapping[str, Any]) -> ExtraConfig:

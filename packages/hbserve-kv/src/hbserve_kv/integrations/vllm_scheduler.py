@@ -62,6 +62,8 @@ class _Incoming:
 class _Outgoing:
     """A request that another server decodes."""
 
+    request: Any
+    """vLLM's own: it counts its preemptions."""
     transfer_id: str
     is_awaited: bool
     """The transfer id is the router's: the receiver may be there before the prompt is computed."""
@@ -71,6 +73,8 @@ class _Outgoing:
     block_ids: list[int] = field(default_factory=list)
     num_told: int = 0
     """Blocks of which the workers know."""
+    num_preemptions: int = 0
+    """When they were told."""
 
 
 class SchedulerSide:
@@ -102,7 +106,7 @@ class SchedulerSide:
         if given.do_remote_decode:
             prompt, name = request.prompt_token_ids, str(given.transfer_id or "")
             self._outgoing[request.request_id] = _Outgoing(
-                name or f"{self._engine_id}-{uuid.uuid4().hex}", bool(name), len(prompt), prompt_digest(prompt)
+                request, name or f"{self._engine_id}-{uuid.uuid4().hex}", bool(name), len(prompt), prompt_digest(prompt)
             )
             if name and len(prompt) > 1:
                 self._orders.offers[request.request_id] = name
@@ -156,8 +160,9 @@ class SchedulerSide:
 
     def scheduled(self, output: Any) -> Orders:
         """The orders of a step, of which `output` is vLLM's SchedulerOutput."""
-        for name in output.preempted_req_ids or ():
-            if (outgoing := self._outgoing.get(name)) is not None:
+        for name, outgoing in self._outgoing.items():
+            # Not `preempted_req_ids`: in 0.24 it lacks those that `reset_prefix_cache` preempts.
+            if outgoing.num_told and outgoing.request.num_preemptions != outgoing.num_preemptions:
                 outgoing.block_ids, outgoing.num_told = [], 0
                 self._orders.preempted.add(name)
         for new in output.scheduled_new_reqs:
@@ -187,7 +192,7 @@ class SchedulerSide:
         blocks = outgoing.block_ids[outgoing.num_told : end]
         if blocks:
             self._orders.computed[name] = Computed(outgoing.transfer_id, blocks, outgoing.digest if is_all else "")
-            outgoing.num_told = end
+            outgoing.num_told, outgoing.num_preemptions = end, outgoing.request.num_preemptions
 
     # ---- the end, on either side ---------------------------------------------------------------------------------
 

@@ -134,12 +134,12 @@ class WorkerSide:
             votes, self._votes = self._votes, Votes()
         return votes
 
-    def take_late_votes(self) -> tuple[set[str], set[str]]:
-        """`sent` and `received`, which may be told at any time; what has failed waits for `take_votes`."""
+    def take_received(self) -> set[str]:
+        """`received`, which may be told at any time. What has failed waits for `take_votes`, and so does `sent`: vLLM's
+        MultiConnector counts there who else still reads the blocks."""
         with self._lock:
-            sent, received = self._votes.sent, self._votes.received
-            self._votes.sent, self._votes.received = set(), set()
-        return sent, received
+            received, self._votes.received = self._votes.received, set()
+        return received
 
     def close(self) -> None:
         """End every transfer; peers hear so. May be called twice."""
