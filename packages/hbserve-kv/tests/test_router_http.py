@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 
 import pytest
 
@@ -151,6 +152,17 @@ async def test_nobody_listening_is_told_from_a_connection_that_ends(server):
     assert not isinstance(ended.value, CannotConnect)
     with pytest.raises(CannotConnect, match="cannot be connected"):
         await read(Connections("http://127.0.0.1:9"))
+
+
+async def test_a_router_without_a_file_left_does_not_say_that_the_server_is_gone(server, monkeypatch):
+    async def fails(*_, **__):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    connections, _ = await server(lambda *_: None)
+    monkeypatch.setattr(asyncio.get_running_loop(), "create_connection", fails)
+    with pytest.raises(ConnectionError, match="raise `ulimit -n`") as refused:
+        await read(connections)
+    assert not isinstance(refused.value, CannotConnect)
 
 
 async def test_pieces_that_come_while_they_are_waited_for_are_given_at_once_and_stay_in_order(server):

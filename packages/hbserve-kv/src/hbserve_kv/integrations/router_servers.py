@@ -10,7 +10,7 @@ from hbserve_kv.integrations.router_http import CannotConnect, Connections
 logger = logging.getLogger(__name__)
 
 MISSES = 2
-"""Checks that a server may miss before it is taken for dead. One that hangs up, or lets nobody connect, is at once."""
+"""Checks that a server may miss before it is taken for dead. One that lets nobody connect is at once."""
 
 
 class ServerLost(Exception):
@@ -101,8 +101,11 @@ class Server:
                 self.missed(f"/health says {answer.status}")
         except TimeoutError:
             self.missed("/health does not answer")
-        except ConnectionError as error:
+        except CannotConnect as error:
             self.lost(str(error))
+        except ConnectionError as error:  # one that was kept may end at this moment
+            self.missed(str(error))
+            self._check_now.set()
 
     async def check_for_ever(self, interval_s: float) -> None:
         while True:

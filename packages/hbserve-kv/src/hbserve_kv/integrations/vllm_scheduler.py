@@ -160,10 +160,10 @@ class SchedulerSide:
 
     def scheduled(self, output: Any) -> Orders:
         """The orders of a step, of which `output` is vLLM's SchedulerOutput."""
-        for name, outgoing in self._outgoing.items():
+        for name, each in self._outgoing.items():
             # Not `preempted_req_ids`: in 0.24 it lacks those that `reset_prefix_cache` preempts.
-            if outgoing.num_told and outgoing.request.num_preemptions != outgoing.num_preemptions:
-                outgoing.block_ids, outgoing.num_told = [], 0
+            if each.num_told and each.request.num_preemptions != each.num_preemptions:
+                each.block_ids, each.num_told = [], 0
                 self._orders.preempted.add(name)
         for new in output.scheduled_new_reqs:
             if (outgoing := self._outgoing.get(new.req_id)) is not None:
