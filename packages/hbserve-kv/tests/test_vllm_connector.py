@@ -1,6 +1,7 @@
 """The vLLM connector, by an imitation of vLLM's schedulers and workers of both versions: see hbserve_kv_vllm.py."""
 
 import inspect
+import random
 import time
 from collections import deque
 from types import SimpleNamespace
@@ -400,6 +401,43 @@ def test_an_abort_at_any_moment_gives_both_sides_their_blocks_back(engines, abor
     ended = {result[0::2] for name, result in decode.results.items()}
     assert ended <= {("FINISHED_ABORTED", None), ("FINISHED_ERROR", None), ("FINISHED_LENGTH_CAPPED", True)}
     assert ("FINISHED_ABORTED", None) in ended or aborts == "prefill"
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("version", ["0.24", "0.33"])
+def test_random_lives_of_requests_leave_nothing_and_no_answer_is_from_wrong_kv(engines, version, seed):
+    rng = random.Random(seed)
+    extra = {"backend": "ipc", "lease_s": 0.1, "timeout_s": 2.0}
+    prefill = engines(version=version, num_blocks=20, extra=extra)
+    decode = engines(version=version, num_blocks=16, policy=rng.choice(["fail", "recompute"]), extra=extra)
+    for number in range(30):
+        p, d, tokens = f"p{number}", f"d{number}", [rng.randrange(50) for _ in range(rng.randint(2, 30))]
+        if rng.random() < 0.6:
+            for side in rng.sample(["prefill", "decode"], 2):
+                if side == "prefill":
+                    prefill.add(p, tokens, PREFILL | {"transfer_id": p})
+                else:
+                    decode.add(d, tokens, leg(prefill, p), num_outputs=rng.randint(1, 9))
+                for _ in range(rng.randint(0, 3)):
+                    prefill.step()
+                    decode.step()
+        else:
+            decode.add(d, tokens, prefilled(prefill, p, tokens), num_hit=rng.choice([0, 0, len(tokens) // 8 * 4]))
+        for _ in range(rng.randint(0, 4)):
+            prefill.step()
+            decode.step()
+        engine = rng.choice([prefill, decode])
+        if engine.running and rng.random() < 0.3:
+            engine.preempt(rng.choice(engine.running).request_id, is_told=rng.random() < 0.5)
+        if rng.random() < 0.4:
+            engine.abort(rng.choice([p, d, f"p{rng.randint(0, number)}", f"d{rng.randint(0, number)}"]))
+    for number in range(30):  # a prompt that never comes is waited for until `expiry_s`
+        if f"p{number}" in prefill.results and prefill.results[f"p{number}"][0] == "FINISHED_ABORTED":
+            decode.abort(f"d{number}")
+    until(lambda: prefill.is_empty and decode.is_empty, prefill, decode)
+    ends = {result[0::2] for result in [*prefill.results.values(), *decode.results.values()]}
+    assert ends <= {("FINISHED_ABORTED", None), ("FINISHED_ERROR", None), ("FINISHED_LENGTH_CAPPED", True)}
+    assert not prefill.ranks[0].connector._worker.manager.stats().num_offers
 
 
 def test_who_leaves_before_the_decode_server_has_room_frees_the_prefill_server(engines):
