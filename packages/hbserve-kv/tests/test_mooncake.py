@@ -3,8 +3,6 @@
 import asyncio
 import dataclasses
 import errno
-import os
-import signal
 import socket
 import struct
 import subprocess
@@ -29,6 +27,7 @@ from hbserve_kv.transports.mooncake import engines as mooncake_engines
 from hbserve_kv.transports.mooncake.transport import Description, MooncakeTransport
 from hbserve_kv.transports.own_sockets import _own_sockets, listening_everywhere
 from hbserve_testing.narrowing import present
+from hbserve_testing.processes import freeze
 
 NUM_BLOCKS, BLOCK_BYTES = 4, 8 << 20
 PEER = """
@@ -134,7 +133,7 @@ async def test_a_peer_that_freezes_when_it_is_met_stops_no_write_to_others_of_it
     await sender.connect(healthy)
     before = sender._engines.of(healthy)
     process, description = peer()
-    os.kill(process.pid, signal.SIGSTOP)
+    freeze(process.pid)
     frozen, is_meeting, read = link_to(description), threading.Event(), MooncakeTransport._read_something
 
     def noting(self, engine, link):
@@ -166,7 +165,7 @@ async def test_whoever_connects_to_a_peer_that_has_frozen_need_not_wait_for_it(s
     if when == "met":
         monkeypatch.setattr(MooncakeTransport, "_probe", lambda self, link: None)
     process, description = peer()
-    os.kill(process.pid, signal.SIGSTOP)
+    freeze(process.pid)
     frozen = link_to(description)
     async with asyncio.timeout(10):
         with pytest.raises(TimeoutError):
@@ -183,7 +182,7 @@ async def test_a_write_that_timed_out_ends_its_engine_and_the_others_of_it_go_on
     await sender.connect(frozen)
     before = sender._engines.of(frozen)
     assert before is sender._engines.of(healthy)
-    os.kill(process.pid, signal.SIGSTOP)
+    freeze(process.pid)
     writing = asyncio.create_task(sender.push(frozen, part(0, 1, 2, 3)))
     async with asyncio.timeout(20):
         for block in range(NUM_BLOCKS):

@@ -60,6 +60,13 @@ def state_of(pid: int) -> str:
         return ""
 
 
+def freeze(pid: int) -> None:
+    """SIGSTOP, and wait until a child has stopped: the signal reaches each of its threads only when that next runs, and
+    until then it may still answer."""
+    os.kill(pid, signal.SIGSTOP)
+    os.waitid(os.P_PID, pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+
+
 def alive(pid: int) -> bool:
     return state_of(pid) not in ("", "Z")
 
