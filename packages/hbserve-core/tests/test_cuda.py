@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -192,8 +193,20 @@ sys.stdin.read()
 
 def test_two_engines_on_one_card_take_their_configured_shares(model_folder):
     total = torch.cuda.get_device_properties(0).total_memory
+    for _ in range(5):  # a card says only what all have together: what others took or gave meanwhile is not counted
+        first, second, used, of_others = held_by_two_engines(model_folder("qwen3-wide-heads"))
+        if abs(of_others) < 0.001 * total:
+            break
+    else:
+        pytest.fail(f"others use the card: their memory changed by {of_others} bytes in the last of five attempts")
+    assert first == pytest.approx(second, rel=0.1)
+    assert 0.06 * total < used <= 0.08 * total
+
+
+def held_by_two_engines(folder: Path) -> tuple[int, int, int, int]:
+    """Blocks of each, bytes of both, and by how many bytes more others have than before, once both have ended."""
     before = torch.cuda.mem_get_info()[0]
-    command = [sys.executable, "-c", HOLD_AN_ENGINE, str(model_folder("qwen3-wide-heads"))]
+    command = [sys.executable, "-c", HOLD_AN_ENGINE, str(folder)]
     holders = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     try:
         first, second = (int(present(holder.stdout).readline()) for holder in holders)
@@ -201,8 +214,7 @@ def test_two_engines_on_one_card_take_their_configured_shares(model_folder):
     finally:
         for holder in holders:
             holder.communicate(timeout=60)
-    assert first == pytest.approx(second, rel=0.1)
-    assert 0.06 * total < used <= 0.08 * total
+    return first, second, used, before - torch.cuda.mem_get_info()[0]
 
 
 def test_memory_does_not_grow_with_the_prompt_beyond_its_blocks(model_folder, prompt):
