@@ -115,6 +115,16 @@ def test_a_second_deployment_without_a_file_has_another_scheduler_port():
         ServeArgs(None, None, "INFO", scheduler_port=70000).deployment()
 
 
+def test_without_a_file_all_that_is_started_is_on_the_ipv6_loopback_with_the_server(config):
+    def hosts(path: Any, host: str) -> list[str]:
+        found = ServeArgs(path, None, "INFO", {"host": host}).deployment()
+        return [found.scheduler.host, *(each.host for each in found.gpu_instances)]
+
+    assert hosts(None, "::1") == hosts(None, "0:0:0:0:0:0:0:1") == ["::1"] * 3
+    for path, host in ((config(), "::1"), (None, "::"), (None, "0.0.0.0")):
+        assert hosts(path, host) == ["127.0.0.1"] * 3, "a file says where; a server for others is not where these are"
+
+
 def test_an_instance_may_be_told_who_and_where_it_is_also_if_the_file_does_not_have_it(config):
     def told(instance_id: str, **given: Any) -> tuple[Any, Any]:
         return InstanceArgs(config(), instance_id, "INFO", given).deployment()

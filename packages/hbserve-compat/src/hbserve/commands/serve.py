@@ -34,7 +34,7 @@ from hbserve.processes.launcher import (
 )
 from hbserve.processes.scaling import Scaling
 from hbserve.processes.start_notice import missing, telling
-from hbserve_rpc import InvalidAddress, check_peer_host, own_process
+from hbserve_rpc import InvalidAddress, canonical_host, check_peer_host, own_process
 from hbserve_scheduler import (
     ConfigError,
     CpuScheduler,
@@ -60,6 +60,8 @@ MakeInstances = Callable[..., Instances[Any]]
 READY_TIMEOUT_S = 600.0
 """Until every instance has loaded its model."""
 
+IPV6_LOOPBACK = "::1"
+
 
 @dataclass(frozen=True)
 class ServeArgs:
@@ -84,6 +86,8 @@ class ServeArgs:
             config = _with(config, "scheduler", {"port": self.scheduler_port})
         config = _with(config, "server", self.server)
         server = config.server
+        if self.config is None and canonical_host(server.host) == IPV6_LOOPBACK:
+            config = _all_on(config, IPV6_LOOPBACK)  # this host may have no IPv4
         if server.uds is not None and (ignored := sorted({"host", "port"} & self.server.keys())):
             raise ConfigError(
                 f"--{ignored[0]}: expected none with server.uds or --uds, {server.uds!r}: it serves only there"
@@ -107,6 +111,12 @@ def _with(config: DeploymentConfig, section: str, given: dict[str, Any]) -> Depl
     except ConfigError as error:
         raise ConfigError(f"{section}.{error}") from None
     return msgspec.structs.replace(config, **{section: changed})
+
+
+def _all_on(config: DeploymentConfig, host: str) -> DeploymentConfig:
+    """With the scheduler and all instances on the same host as the server."""
+    instances = [msgspec.structs.replace(each, host=host) for each in config.gpu_instances]
+    return msgspec.structs.replace(_with(config, "scheduler", {"host": host}), gpu_instances=instances)
 
 
 async def serve_all(args: ServeArgs) -> None:
