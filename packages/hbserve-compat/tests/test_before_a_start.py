@@ -1,7 +1,6 @@
 """What a file has wrong is told by the process that reads it: in one line, before an instance is started."""
 
 import os
-import shutil
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -133,29 +132,6 @@ def test_mooncake_that_is_not_installed_is_told_with_what_installs_it(config, mo
     refused = CliRunner().invoke(app, ["serve", "--config", str(config(kv_transfer={"backend": "mooncake"}))])
     assert "error: kv_transfer.backend='mooncake' needs Mooncake: pip install 'hbserve-kv[" in refused.stderr
     assert refused.exit_code == 1
-
-
-def test_a_prompt_of_no_tokens_is_refused_before_anything_starts(config):
-    refused = CliRunner().invoke(app, ["generate", "", "--config", str(config())])
-    assert (refused.exit_code, refused.stderr) == (2, "error: prompt: expected at least one token\n")
-
-
-TEMPLATES = ["{{ messages[", "{{ raise_exception('no such role') if messages[0].role == 'system' }}"]
-
-
-@pytest.mark.parametrize("template", TEMPLATES)
-def test_a_chat_template_that_refuses_what_is_asked_is_told_before_anything_starts(
-    config, small_model, tmp_path, template
-):
-    model = shutil.copytree(small_model("qwen3"), tmp_path / "model")
-    (model / "chat_template.jinja").write_text(template)
-    path = str(config(model={"path": str(model)}))
-    for command in (["generate", "Hello", "Two"], ["chat"]):
-        refused = CliRunner().invoke(app, [*command, "--system", "Be brief.", "--config", path])
-        assert refused.exit_code == 2
-        *_, line = refused.stderr.splitlines()
-        assert line.startswith("error: ")
-        assert "the model's chat template cannot be applied: " in line
 
 
 def test_a_backend_that_is_there_is_not_imported_to_know_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -14,7 +14,7 @@ from hbserve.client.chat_client import ChatClient
 from hbserve.models.demo_model import find_model_folder
 from hbserve.processes.start_notice import telling_at_terminal
 from hbserve.text.text_request import TextRequest
-from hbserve.text.tokenizer import encode_messages, load_tokenizer, require_tokenizer_of
+from hbserve.text.tokenizer import encode_messages, require_tokenizer_of
 from hbserve_rpc import SamplingParams, own_process
 from hbserve_scheduler import ConfigError, load_config
 
@@ -65,11 +65,11 @@ async def _starting(args: ChatArgs, stack: AsyncExitStack) -> Answer:
     config = PdDisaggConfig.from_deployment(load_config(args.config)) if args.config else PdDisaggConfig()
     config.model_path = await find_model_folder(args.model or config.model_path)
     require_tokenizer_of(config.model_path)
-    await asyncio.to_thread(_try_template, config.model_path, args.system)
     sys.stderr.write("hbserve: starting a prefill and a decode instance\n")
     llm = DisaggregatedLLM(config, log_level=args.log_level)
+    stack.push_async_callback(llm.stop)
     async with telling_at_terminal(llm.waiting_for):
-        await stack.enter_async_context(llm)
+        await llm.start(lambda tokenizer: _try_template(tokenizer, args.system))
 
     async def answer(messages: list[Message]) -> AsyncIterator[str]:
         prompt = encode_messages(llm.tokenizer, messages)
@@ -80,9 +80,9 @@ async def _starting(args: ChatArgs, stack: AsyncExitStack) -> Answer:
     return answer
 
 
-def _try_template(folder: Path, system: str | None) -> None:
+def _try_template(tokenizer: Any, system: str | None) -> None:
     """Raises InvalidRequest where the model's chat template would refuse every question."""
-    encode_messages(load_tokenizer(folder), [*_first(system), {"role": "user", "content": "Hello"}])
+    encode_messages(tokenizer, [*_first(system), {"role": "user", "content": "Hello"}])
 
 
 def _first(system: str | None) -> list[Message]:

@@ -5,7 +5,7 @@ import io
 import sys
 from collections import Counter
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,19 +121,17 @@ def summary(timings: list[Timings], num_tokens: int) -> str:
     )
 
 
-def _encoded(folder: Path, texts: list[str], system: str | None) -> tuple[Any, list[list[int]]]:
-    """The model's tokenizer, and the prompts by it. Takes seconds: transformers is imported.
+def _encoded(tokenizer: Any, texts: list[str], system: str | None) -> list[list[int]]:
+    """The prompts by a tokenizer.
 
     Raises:
-        FileNotFoundError, BrokenTokenizer: there is no tokenizer, or it cannot be read.
         InvalidRequest: a prompt has no token, or the chat template refuses it, or cannot be read. Names the prompt.
     """
-    require_tokenizer_of(folder)
-    tokenizer, prompts = load_tokenizer(folder), []
+    prompts = []
     for place, text in enumerate(texts):
         with naming(place, len(texts)):
             prompts.append(some_tokens(encode_message(tokenizer, text, system)))
-    return tokenizer, prompts
+    return prompts
 
 
 @asynccontextmanager
@@ -146,12 +144,15 @@ async def _started(args: GenerateArgs, texts: list[str]) -> AsyncIterator[Begun]
     if args.kv_transfer_backend is not None:
         config.kv_transfer_backend = args.kv_transfer_backend
     config.model_path = await find_model_folder(config.model_path)
-    tokenizer, prompts = await asyncio.to_thread(_encoded, config.model_path, texts, args.system)
+    require_tokenizer_of(config.model_path)
     llm = DisaggregatedLLM(config, log_level=args.log_level)
-    async with AsyncExitStack() as stack:
-        async with telling_at_terminal(llm.waiting_for):
-            await stack.enter_async_context(llm)
-        yield llm.scheduler, tokenizer, prompts
+    prompts: list[list[int]] = []
+    async with telling_at_terminal(llm.waiting_for):
+        await llm.start(lambda tokenizer: prompts.extend(_encoded(tokenizer, texts, args.system)))
+    try:
+        yield llm.scheduler, llm.tokenizer, prompts
+    finally:
+        await llm.stop()
 
 
 @asynccontextmanager
@@ -169,7 +170,10 @@ async def _connected(args: GenerateArgs, texts: list[str]) -> AsyncIterator[Begu
                 "the scheduler names no model; the demo model's tokenizer is taken, --model takes another\n"
             )
         folder = await folder_here(args.model, info.model_path)
-        yield scheduler, *await asyncio.to_thread(_encoded, folder, texts, args.system)
+        require_tokenizer_of(folder)
+        # A thread: transformers is imported, which takes seconds.
+        tokenizer = await asyncio.to_thread(load_tokenizer, folder)
+        yield scheduler, tokenizer, await asyncio.to_thread(_encoded, tokenizer, texts, args.system)
 
 
 async def folder_here(given: Path | None, told: str) -> Path:

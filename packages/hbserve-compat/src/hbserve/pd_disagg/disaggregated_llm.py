@@ -6,7 +6,7 @@ import copy
 import logging
 import os
 import weakref
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -74,8 +74,11 @@ class DisaggregatedLLM:
         self._if_dropped: weakref.finalize[Any, Any] | None = None
         self._background: set[asyncio.Task[None]] = set()
 
-    async def start(self) -> None:
+    async def start(self, try_tokenizer: Callable[[Any], object] | None = None) -> None:
         """Start everything, and wait until it is ready. If that fails, all that was started is stopped again.
+
+        `try_tokenizer` is called with the tokenizer once it is read, in a thread, while instances start: what it raises
+        ends the start at once, and is raised here.
 
         Raises:
             ConfigError: a field of the configuration cannot be.
@@ -89,7 +92,7 @@ class DisaggregatedLLM:
             raise RuntimeError("DisaggregatedLLM is running already, or starting")
         self._loop, self._pid = asyncio.get_running_loop(), os.getpid()
         self._deaths: asyncio.Queue[str] = asyncio.Queue()
-        self._starting = asyncio.create_task(self._start())
+        self._starting = asyncio.create_task(self._start(try_tokenizer))
         try:
             await self._starting
         except BaseException as error:
@@ -99,7 +102,7 @@ class DisaggregatedLLM:
                 raise RuntimeError("DisaggregatedLLM.stop() was called while it started") from None
             raise
 
-    async def _start(self) -> None:
+    async def _start(self, try_tokenizer: Callable[[Any], object] | None) -> None:
         deployment = self.config.to_deployment()
         require_keys(deployment, launched=True)
         keys = launch_keys(deployment)
@@ -123,7 +126,7 @@ class DisaggregatedLLM:
             # A group: when one of the two fails, the other is ended before anything is stopped.
             async with telling(self.waiting_for, logger.info), asyncio.TaskGroup() as group:
                 group.create_task(self._start_instances())
-                group.create_task(self._load_tokenizer(folder))
+                group.create_task(self._load_tokenizer(folder, try_tokenizer))
         except BaseExceptionGroup as several:
             raise several.exceptions[0] from None
 
@@ -146,8 +149,10 @@ class DisaggregatedLLM:
                 task.cancel()
             await asyncio.gather(ready, death, return_exceptions=True)
 
-    async def _load_tokenizer(self, folder: Path) -> None:
+    async def _load_tokenizer(self, folder: Path, try_it: Callable[[Any], object] | None) -> None:
         self._tokenizer = await asyncio.to_thread(load_tokenizer, folder)
+        if try_it is not None:
+            await asyncio.to_thread(try_it, self._tokenizer)
         self.tokenizer = copy.deepcopy(self._tokenizer)
 
     def waiting_for(self) -> list[str]:
