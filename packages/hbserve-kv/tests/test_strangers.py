@@ -89,6 +89,22 @@ async def test_what_is_said_of_a_link_by_another_connection_changes_nothing(pair
     await finish(posted, transfer)
 
 
+async def test_a_connection_has_one_link_whatever_names_and_addresses_it_gives(pair):
+    _, receiver, *rest = pair
+    (link,) = receiver._receiver.links
+    hello = receiver._receiver.links[link].hello
+    first, second = (
+        msgspec.structs.replace(hello, link=f"of-{port}", address=f"127.0.0.1:{port}") for port in (1, 2)
+    )
+    async with connected(receiver, "instance") as client:
+        await anext(stream := client.stream(messages.LINK, first))
+        with pytest.raises(InvalidRequest, match="there is a link of this connection already"):
+            await anext(client.stream(messages.LINK, second))
+        assert set(receiver._receiver.links) == {link, "of-1"}
+        await stream.aclose()
+    await finish(*rest)
+
+
 @pytest.mark.parametrize("what", ["begin", "abandon"])
 async def test_a_grant_for_one_instance_is_of_no_use_to_another(managers, backend, what):
     receiver = await managers(0, backend, keys=KEYS["instance"])

@@ -127,6 +127,8 @@ class Receiver:
         if hello.link in self.links:
             raise InvalidRequest("there is a link of this name already")
         self._replace(hello, peer)
+        if any(link.peer.connection == peer.connection for link in self.links.values()):
+            raise InvalidRequest("there is a link of this connection already")  # each may hold a thread, and sockets
         rendezvous, (mine, theirs) = HeldRendezvous(), sides(me.layout, me.heads, hello.layout, hello.heads)
         link = Link(
             hello.link,
