@@ -71,6 +71,24 @@ async def test_a_sender_waits_while_the_buffer_is_full(pair):
     assert torch.equal(await receiver.receive_kv_cache("second", 0), 2 * big)
 
 
+async def test_tensors_without_numbers_are_no_more_than_the_buffer_has_blocks(pair):
+    """Their payload would be kept without a bound."""
+    sender, receiver = await pair(buffer_size=2 * 1536)
+    nothing = torch.empty(0)
+    for name in ("first", "second"):
+        await sender.send_kv_cache(name, nothing, 1)
+    third = asyncio.create_task(sender.send_kv_cache("third", nothing, 1))
+    done, _ = await asyncio.wait([third], timeout=0.3)
+    assert not done
+    assert not (await receiver.receive_kv_cache("first", 0)).numel()
+    await third
+    for name in ("second", "third"):
+        assert not (await receiver.receive_kv_cache(name, 0)).numel()
+    await asyncio.sleep(0)
+    keeping = receiver._buffer._keeping
+    assert all(each.done() for each in keeping), "what has been taken is waited for until it would expire"
+
+
 async def test_a_tensor_that_can_never_fit_is_refused_at_once(pair):
     sender, _ = await pair(buffer_size=4 * 1536)
     with pytest.raises(BufferTooSmall, match=r"raise kv_transfer\.buffer_size"):

@@ -93,9 +93,7 @@ async def test_a_connection_has_one_link_whatever_names_and_addresses_it_gives(p
     _, receiver, *rest = pair
     (link,) = receiver._receiver.links
     hello = receiver._receiver.links[link].hello
-    first, second = (
-        msgspec.structs.replace(hello, link=f"of-{port}", address=f"127.0.0.1:{port}") for port in (1, 2)
-    )
+    first, second = (msgspec.structs.replace(hello, link=f"of-{port}", address=f"127.0.0.1:{port}") for port in (1, 2))
     async with connected(receiver, "instance") as client:
         await anext(stream := client.stream(messages.LINK, first))
         with pytest.raises(InvalidRequest, match="there is a link of this connection already"):

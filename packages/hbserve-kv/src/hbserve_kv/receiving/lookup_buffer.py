@@ -1,7 +1,8 @@
 """The KV lookup buffer: where transfers wait that arrived before anybody asked for them.
 
-It is bounded by its blocks: a sender waits until there is room (this is its credit), and what nobody takes expires. So
-neither the order of requests nor a forgotten one can do harm.
+It is bounded by its blocks, and has at most as many messages as blocks, because one may have no bytes: a sender waits
+until there is room (this is its credit), and what nobody takes expires. So neither the order of requests nor a
+forgotten one can do harm.
 """
 
 import asyncio
@@ -30,8 +31,10 @@ class LookupBuffer:
         self._memory = memory
         self._timeout_s = timeout_s
         self._expiry_s = expiry_s
-        self._arrived: dict[str, tuple[list[int], TransferResult]] = {}
-        """Messages that nobody has taken yet."""
+        self._arrived: dict[str, tuple[list[int], TransferResult, asyncio.Task[None]]] = {}
+        """Messages that nobody has taken yet, with the task that drops them then."""
+        self._num_messages = 0
+        """That have been given room, be it none."""
         self._waiting: dict[str, asyncio.Future[None]] = {}
         """One for each caller that waits for a message; done when the message has arrived."""
         self._room = asyncio.Condition()
@@ -53,7 +56,10 @@ class LookupBuffer:
             )
         try:
             async with asyncio.timeout(self._timeout_s), self._room:
-                await self._room.wait_for(lambda: self._memory.num_free >= num_blocks)
+                await self._room.wait_for(
+                    lambda: self._memory.num_free >= num_blocks and self._num_messages < max(1, capacity)
+                )
+                self._num_messages += 1
                 return self._memory.allocate(num_blocks)
         except TimeoutError:
             raise TransferTimeout(
@@ -61,7 +67,9 @@ class LookupBuffer:
             ) from None
 
     async def free(self, block_ids: list[int]) -> None:
+        """Give back what `place` gave for one message."""
         async with self._room:
+            self._num_messages -= 1
             self._memory.free(block_ids)
             self._room.notify_all()
 
@@ -93,7 +101,9 @@ class LookupBuffer:
             await transfer.drained.wait()
             await self.free(transfer.block_ids)
             return
-        arrived = self._arrived[request_id] = transfer.block_ids, result
+        task = asyncio.current_task()
+        assert task is not None
+        arrived = self._arrived[request_id] = transfer.block_ids, result, task
         self._wake(request_id)
         await asyncio.sleep(self._expiry_s)
         if self._arrived.get(request_id) is arrived:
@@ -119,7 +129,9 @@ class LookupBuffer:
                 raise TransferTimeout(f"{request_id}: nothing arrived within {self._timeout_s} s") from None
             finally:
                 del self._waiting[request_id]
-        return self._arrived.pop(request_id)
+        block_ids, result, keeping = self._arrived.pop(request_id)
+        keeping.cancel()
+        return block_ids, result
 
     def _wake(self, request_id: str, error: TransferFailed | None = None) -> None:
         waiting = self._waiting.get(request_id)
