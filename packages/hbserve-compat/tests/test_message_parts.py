@@ -13,7 +13,16 @@ from hypothesis import strategies as st
 
 from hbserve.server.chat.message_parts import MessageParts, PlainText, merged
 from hbserve.server.chat.reasoning import ReasoningSplit
-from hbserve.server.chat.tool_calls import HermesCalls, LlamaCalls, XmlCalls, format_of
+from hbserve.server.chat.tool_calls import (
+    HermesCalls,
+    ListCalls,
+    LlamaCalls,
+    MistralCalls,
+    PhiCalls,
+    SeedCalls,
+    XmlCalls,
+    format_of,
+)
 from hbserve.text.tokenizer import load_tokenizer
 
 WEATHER = '{"name": "weather", "arguments": {"city": "Paris {\\"x\\"}", "days": [1, 2]}}'
@@ -100,6 +109,38 @@ CASES: dict[str, tuple[Callable[[], MessageParts], str, dict[str, Any]]] = {
         lambda: coder_calls(most_calls=1), coder("time") + coder("edit"), {"content": None, "calls": [("time", "{}")]},
     ),
     "no call of Qwen3-Coder": (coder_calls, hermes("nonsense"), {"content": "\nnonsense\n"}),
+    "Mistral's list, with ids": (
+        MistralCalls, f'So. [TOOL_CALLS] [{TIME[:-1]}, "id": "a}}3456789"}}, {WEATHER}]',
+        {"content": "So.", "calls": [("time", "{}"), ("weather", ARGUMENTS)]},
+    ),
+    "Mistral's names": (
+        MistralCalls, f"So.[TOOL_CALLS]time[ARGS]{{}}[TOOL_CALLS]weather[CALL_ID]a3[ARGS]{ARGUMENTS}",
+        {"content": "So.", "calls": [("time", "{}"), ("weather", ARGUMENTS)]},
+    ),
+    "Mistral's name without a mark": (
+        MistralCalls, '[TOOL_CALLS]f{"a": "[TOOL_CALLS]"}',
+        {"content": None, "calls": [("f", '{"a": "[TOOL_CALLS]"}')]},
+    ),
+    "no call of Mistral": (MistralCalls, "[TOOL_CALLS] nonsense", {"content": "nonsense"}),
+    "Granite's calls": (
+        ListCalls, f"<|tool_call|>[{TIME}, {WEATHER}]",
+        {"content": None, "calls": [("time", "{}"), ("weather", ARGUMENTS)]},
+    ),
+    "Granite's calls, as 3.1 has them": (
+        ListCalls, f"<tool_call>[{TIME}]\n", {"content": None, "calls": [("time", "{}")]},
+    ),
+    "Phi-4-mini's calls": (
+        PhiCalls, f"functools[{WEATHER},{TIME}]", {"content": None, "calls": [("weather", ARGUMENTS), ("time", "{}")]},
+    ),
+    "Phi-4-mini's text": (PhiCalls, "functools is Python's.", {"content": "functools is Python's."}),
+    "one of a list's calls": (
+        lambda: PhiCalls(most_calls=1), f"functools[{TIME}, {WEATHER}]", {"content": None, "calls": [("time", "{}")]},
+    ),
+    "Seed-OSS' calls": (
+        lambda: SeedCalls(tools=CODER_TOOLS),
+        "Now.\n<seed:tool_call>\n<function=edit>\n<parameter=line>5</parameter>\n</function>\n</seed:tool_call>",
+        {"content": "Now.", "calls": [("edit", '{"line": 5}')]},
+    ),
     "reasoning": (
         lambda: ReasoningSplit(PlainText(), has_begun=False),
         "\n<think>\nI think <b>.\n</think>\n\nYes </think>.",
@@ -144,13 +185,15 @@ def test_a_message_is_the_same_in_whatever_pieces_its_text_comes(case, places):
 HEAD = '{"name": "f", "arguments": '
 
 
+TAGS = ["[TOOL_CALLS]", "[ARGS]", "functools[", "<|tool_call|>", "<seed:tool_call>", "</seed:tool_call>"]
 XML = ["<function=time>", "<parameter=a>", "</parameter>", "</function>"]
 
 
-@given(st.lists(st.sampled_from(["<tool_call>", "</tool_call>", HEAD, "{", "}", '"', "a", "\\", *XML])))
+@given(st.lists(st.sampled_from(["<tool_call>", "</tool_call>", HEAD, *'{}"a\\[], ', *TAGS, *XML])))
 @example([HEAD, HEAD, "}", "<tool_call>", HEAD])  # what looks like a call after what is none
 def test_whatever_a_model_writes_becomes_a_message(pieces):
-    for make in (HermesCalls, LlamaCalls, coder_calls, lambda: ReasoningSplit(HermesCalls(), has_begun=True)):
+    readers = (HermesCalls, LlamaCalls, coder_calls, ListCalls, PhiCalls, MistralCalls, SeedCalls)
+    for make in (*readers, lambda: ReasoningSplit(HermesCalls(), has_begun=True)):
         whole, _ = read(make, "".join(pieces))
         cut, _ = read(make, "".join(pieces), list(range(len("".join(pieces)))))
         assert whole == cut
@@ -244,6 +287,51 @@ async def test_a_call_that_must_be_is_begun_for_the_model(small_model, choice, b
     assert call["function"] == {"name": "time", "arguments": '{"a": 1}'}
     ((prompt, _),) = server.scheduler.asked
     assert server.tokenizer.decode(prompt) == f"weather time hi{beginning}"
+
+
+BEGUN = {
+    "mistral": ("[TOOL_CALLS] [ARGS]", "[TOOL_CALLS]", 'time[ARGS]{"a": 1}'),
+    "mistral_json": ("[TOOL_CALLS]", '[TOOL_CALLS] [{"name": "', 'time", "arguments": {"a": 1}}'),
+    "granite": ("<|tool_call|>", '<|tool_call|>[{"name": "', 'time", "arguments": {"a": 1}}'),
+    "phi4_mini": ("functools[", 'functools[{"name": "', 'time", "arguments": {"a": 1}}'),
+    "seed_oss": (
+        "<seed:tool_call>", "<seed:tool_call>\n<function=",
+        "time>\n<parameter=a>1</parameter>\n</function>\n</seed:tool_call>",
+    ),
+}  # fmt: skip
+"""By format: what a template shows of it, how a call begins, and the rest of one."""
+
+
+@pytest.mark.parametrize("name", BEGUN)
+async def test_calls_of_other_formats_are_known_by_their_template_and_begun_for_the_model(small_model, name):
+    shown, beginning, rest = BEGUN[name]
+    assert format_of("{{ tools }}" + shown) == name
+    tools = [
+        TOOLS[0],
+        TOOLS[1] | {"function": {"name": "time", "parameters": {"properties": {"a": {"type": "number"}}}}},
+    ]
+    server = new_server(small_model, rest, template=TEMPLATE + "{# " + shown + " #}")
+    head = rest.partition("{")[0] if "{" in rest else rest.partition("<")[0]
+    for choice in ("required", {"type": "function", "function": {"name": "time"}}):
+        text = rest if choice == "required" else rest.removeprefix(head)
+        server.answers(text)
+        answer = (await server.chat(tools=tools, tool_choice=choice)).json()["choices"][0]
+        (call,) = answer["message"]["tool_calls"]
+        assert call["function"] == {"name": "time", "arguments": '{"a": 1}'}
+        assert answer["finish_reason"] == "tool_calls"
+        assert (len(call["id"]) == 9) == name.startswith("mistral"), "Mistral's templates refuse other ids"
+        begun = beginning if choice == "required" else beginning + head
+        assert server.prompt == f"weather time hi{begun}"
+
+
+async def test_tags_of_calls_that_are_special_tokens_are_read_and_others_are_not_shown(small_model):
+    tokenizer = load_tokenizer(small_model("qwen3"))
+    tokenizer.add_tokens(["[TOOL_CALLS]", "[ARGS]", "<|other|>"], special_tokens=True)
+    server = FakeServer(tokenizer, chat_template=TEMPLATE + "{# [TOOL_CALLS] [ARGS] #}")
+    server.answers("So.<|other|>[TOOL_CALLS]time[ARGS]{}")
+    message = (await server.chat(tools=TOOLS)).json()["choices"][0]["message"]
+    assert (message["content"], message["tool_calls"][0]["function"]) == ("So.", {"name": "time", "arguments": "{}"})
+    assert (await server.chat()).json()["choices"][0]["message"]["content"] == "So.time{}"
 
 
 @pytest.mark.parametrize(

@@ -36,17 +36,19 @@ class Detokenizer:
         stop: Sequence[str] = (),
         *,
         skip_special_tokens: bool = True,
+        shown_ids: frozenset[int] = frozenset(),
         min_tokens: int = 0,
         include_stop_str_in_output: bool = False,
     ) -> None:
         """`tokenizer` is None if there is none: then all text is "", and there may be no stop strings.
 
+        shown_ids: special tokens that are not skipped.
         min_tokens: no stop string is searched in the text of the first `min_tokens` tokens.
         """
         decoder = None if tokenizer is None else decoder_of(tokenizer)
         self._tokenizer = tokenizer
         """The decoder does not keep it alive."""
-        self._skipped = decoder.special_ids if decoder is not None and skip_special_tokens else frozenset()
+        self._skipped = decoder.special_ids - shown_ids if decoder and skip_special_tokens else frozenset()
         self._shown: TokenText = NoText() if decoder is None else decoder.text()
         self._searched = decoder.text() if decoder is not None and stop and self._skipped else None
         """The text with special tokens, if it differs from the one that is shown."""

@@ -44,12 +44,21 @@ class Scheduler(Protocol):
 class TextChoice:
     """The text of one choice of a request, as its events come."""
 
-    def __init__(self, request_id: str, tokenizer: Any, params: SamplingParams, *, skip_special_tokens: bool) -> None:
+    def __init__(
+        self,
+        request_id: str,
+        tokenizer: Any,
+        params: SamplingParams,
+        *,
+        skip_special_tokens: bool,
+        shown_ids: frozenset[int] = frozenset(),
+    ) -> None:
         self._request_id = request_id
         self.detokenizer = Detokenizer(
             tokenizer,
             params.stop,
             skip_special_tokens=skip_special_tokens,
+            shown_ids=shown_ids,
             min_tokens=params.min_tokens,
             include_stop_str_in_output=params.include_stop_str_in_output,
         )
@@ -116,14 +125,15 @@ class TextRequest:
         shape: PromptShape | None = None,
         request_id: str | None = None,
         skip_special_tokens: bool = True,
+        shown_ids: frozenset[int] = frozenset(),
     ) -> None:
-        """`shape`: of the prompt, if it has been computed already.
+        """`shape`: of the prompt, if it has been computed already. shown_ids: special tokens that are not skipped.
 
         Raises InvalidRequest or Overloaded if a scheduler in this process refuses.
         """
         self.request_id = request_id or uuid.uuid4().hex
         self.choices = [
-            TextChoice(self.request_id, tokenizer, params, skip_special_tokens=skip_special_tokens)
+            TextChoice(self.request_id, tokenizer, params, skip_special_tokens=skip_special_tokens, shown_ids=shown_ids)
             for _ in range(params.n)
         ]
         self._stopped: list[int] = []

@@ -33,17 +33,22 @@ class Answers:
         params: Sequence[SamplingParams],
         *,
         skip_special_tokens: bool = True,
+        shown_ids: frozenset[int] = frozenset(),
         only_prompt: bool = False,
         names: Mapping[str, str] | None = None,
     ) -> None:
-        """only_prompt: only information about the prompts is wanted, and no token of an answer. names: what the client
-        calls some of the fields that errors name."""
+        """shown_ids: special tokens that are not skipped. only_prompt: only information about the prompts is wanted,
+        and no token of an answer. names: what the client calls some of the fields that errors name."""
         self._only_prompt = only_prompt
         self._names = names or {}
         self._model = model
         self._wanted = list(zip(prompts, params, strict=True))
         self._make = partial(
-            TextRequest, model.scheduler, model.encoder.tokenizer, skip_special_tokens=skip_special_tokens
+            TextRequest,
+            model.scheduler,
+            model.encoder.tokenizer,
+            skip_special_tokens=skip_special_tokens,
+            shown_ids=shown_ids,
         )
         self._news: News = []
         """Not taken yet: at most one for each prompt. Further tokens wait in the scheduler, together."""

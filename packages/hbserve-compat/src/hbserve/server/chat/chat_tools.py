@@ -76,7 +76,7 @@ def _grammar(body: ChatBody, known: Format, names: list[str]) -> StructuredOutpu
     """The rest of a call of one of these tools; of a single one, from its arguments on. None: it has another end."""
     if body.stop or body.stop_token_ids:
         return None
-    if known == "qwen3_coder":  # what is between its tags no schema describes
+    if known in ("qwen3_coder", "seed_oss"):  # what is between its tags no schema describes
         heads = " | ".join(json.dumps(name + ARGUMENTS[known], ensure_ascii=False) for name in names)
         return None if isinstance(body.tool_choice, dict) else StructuredOutputsParams(grammar=_ANY_CALL % heads)
     schemas = {tool["function"]["name"]: tool["function"].get("parameters") for tool in body.tools or []}
@@ -88,7 +88,7 @@ def _grammar(body: ChatBody, known: Format, names: list[str]) -> StructuredOutpu
         rules.append(f"arguments_{place}: %json {msgspec.json.encode(lenient).decode()}")
         begun = f"{json.dumps(name, ensure_ascii=False)[1:-1]}{ARGUMENTS[known]}"
         head = "" if isinstance(body.tool_choice, dict) else f"{json.dumps(begun, ensure_ascii=False)} "
-        calls.append(f'{head}arguments_{place} "}}"')
+        calls.append(f"{head}arguments_{place}" + ("" if known == "mistral" else ' "}"'))
     return StructuredOutputsParams(grammar="\n".join([f"start: {' | '.join(calls)}", *rules]))
 
 

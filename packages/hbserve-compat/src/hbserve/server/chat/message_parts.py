@@ -24,23 +24,26 @@ class PlainText:
 
 
 class TagSearch:
-    """Looks for a tag in a text that comes in pieces."""
+    """Looks for a tag, or the first of several, in a text that comes in pieces."""
 
     def __init__(self) -> None:
         self._held = ""
 
-    def feed(self, text: str, tag: str, *, final: bool) -> tuple[str, str | None]:
+    def feed(self, text: str, *tags: str, final: bool) -> tuple[str, str | None]:
         """Text before the tag that is sure, and what follows the tag, if that has come.
 
-        What may be the tag's beginning is held until the next call, which may look for another one.
+        What may be a tag's beginning is held until the next call, which may look for another one.
         """
         text, self._held = self._held + text, ""
-        before, found, after = text.partition(tag)
-        if found:
+        tag = min((tag for tag in tags if tag in text), key=text.index, default=None)
+        if tag is not None:
+            before, _, after = text.partition(tag)
             return before, after
         if final:
             return text, None
-        kept = next((size for size in range(min(len(tag) - 1, len(text)), 0, -1) if text.endswith(tag[:size])), 0)
+        longest = min(max(map(len, tags)) - 1, len(text))
+        beginnings = (size for size in range(longest, 0, -1) if any(tag.startswith(text[-size:]) for tag in tags))
+        kept = next(beginnings, 0)
         self._held = text[len(text) - kept :]
         return text[: len(text) - kept], None
 

@@ -8,7 +8,7 @@ from hbserve.server.chat.chat_messages import plain_messages
 from hbserve.server.chat.chat_tools import chat_tools
 from hbserve.server.chat.message_parts import MessageParts
 from hbserve.server.chat.reasoning import END, ReasoningSplit, end_token, thinking_has_begun
-from hbserve.server.chat.tool_calls import format_of
+from hbserve.server.chat.tool_calls import format_of, tag_tokens
 from hbserve.server.fields.request_fields import ChatBody
 from hbserve.server.fields.sampling import sampling_params
 from hbserve.server.fields.structured_outputs import grammar_names, structured_outputs
@@ -28,6 +28,8 @@ class ChatPrompt:
     """A new reader, for one answer."""
     names: dict[str, str]
     """Fields of which errors speak, and what a chat's client calls them."""
+    shown_ids: frozenset[int]
+    """Special tokens that are tags of calls: they are read."""
 
 
 def _template_settings(service: Service, model: ServedModel, body: ChatBody) -> dict[str, Any]:
@@ -84,4 +86,5 @@ async def chat_prompt(
         is_shown, end_id = body.include_reasoning is not False, end_token(model.encoder.tokenizer)
         return ReasoningSplit(tools.reader(), has_begun=has_begun, is_shown=is_shown, end_id=end_id)
 
-    return ChatPrompt(prompt, params, make_parts, names)
+    shown_ids = frozenset() if tools.format is None else tag_tokens(model.encoder.tokenizer)
+    return ChatPrompt(prompt, params, make_parts, names, shown_ids)

@@ -121,7 +121,9 @@ async def _chat(reply: Reply, service: Service, model: ServedModel, body: ChatBo
         with_token_ids=bool(body.return_token_ids),
         num_top_logprobs=body.top_logprobs or 0,
     )
-    await _answer(reply, model, body, head, choices, [prompt.token_ids], [prompt.params], prompt.names)
+    await _answer(
+        reply, model, body, head, choices, [prompt.token_ids], [prompt.params], prompt.names, prompt.shown_ids
+    )
 
 
 async def _answer(
@@ -133,6 +135,7 @@ async def _answer(
     prompts: list[tuple[int, ...]],
     params: list[SamplingParams],
     names: dict[str, str],
+    shown_ids: frozenset[int] = frozenset(),
 ) -> None:
     """Answer each prompt as often as its `params` say, in chunks or whole; errors call fields by these names."""
     if body.stream_options is not None and not body.stream:
@@ -143,6 +146,12 @@ async def _answer(
     skip = body.skip_special_tokens is not False
     only_prompt = isinstance(body, CompletionBody) and is_only_prompt(body)
     async with Answers(
-        model, prompts, params, skip_special_tokens=skip, only_prompt=only_prompt, names=names
+        model,
+        prompts,
+        params,
+        skip_special_tokens=skip,
+        shown_ids=shown_ids,
+        only_prompt=only_prompt,
+        names=names,
     ) as answers:
         await reply.answer(answers, rendering, streamed=bool(body.stream))

@@ -51,7 +51,12 @@ class TranslatedChat:
         names = {name: _translated(other, self.names) for name, other in prompt.names.items()}
         skip, names = self.body.skip_special_tokens is not False, {**self.names, **names}
         async with Answers(
-            model, [prompt.token_ids], [prompt.params], skip_special_tokens=skip, names=names
+            model,
+            [prompt.token_ids],
+            [prompt.params],
+            skip_special_tokens=skip,
+            shown_ids=prompt.shown_ids,
+            names=names,
         ) as answers:
             await reply.answer(answers, answer_format, streamed=bool(self.body.stream))
 
