@@ -98,8 +98,8 @@ class CudaDecoder:
     def hidden(
         self, step: StepView, sampled: torch.Tensor, pool: torch.Tensor, every_row: bool = False
     ) -> torch.Tensor:
-        """(R, E): the last layer's output for the rows that are sampled, or (T, E), for every row. Writes the step's
-        keys and values into the pool."""
+        """(R, E): the last layer's output for the rows that are sampled, one row of no use if there are none; or (T,
+        E), for every row. Writes the step's keys and values into the pool."""
         return self._stream(step, sampled, pool, every_row).rows
 
     def _stream(self, step: StepView, sampled: torch.Tensor, pool: torch.Tensor, every_row: bool) -> ResidualStream:
@@ -113,10 +113,9 @@ class CudaDecoder:
             is_narrowed = index + 1 == len(weights.layers) and not every_row
             attended = self._attend(index, layer, qkv, step, pool, step.last_tiles if is_narrowed else step.tiles)
             if is_narrowed:
-                rows = step.samples[0]
+                # At least one row: its sums end after all ranks have written their keys and values.
+                rows = step.samples[0] if step.samples.shape[1] else step.samples.new_zeros(1)
                 stream = ResidualStream(stream.rows.index_select(0, rows))
-                if not len(rows):
-                    break
                 attended, slots = attended.index_select(0, rows), slots.index_select(0, rows)
             if layer.experts is not None:
                 is_few = self._are_few(stream.rows, layer.experts)

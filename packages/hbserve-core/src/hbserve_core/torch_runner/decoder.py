@@ -108,12 +108,12 @@ class Decoder:
         for index, (layer, rope) in enumerate(zip(self._weights.layers, self._layer_ropes, strict=True)):
             attended = self._attention(index, layer, hidden, angles[rope], attention)
             if rows is not None and index + 1 == len(self._layer_ropes):
-                hidden, attended = hidden.index_select(0, rows), attended.index_select(0, rows)
-                if not len(rows):
-                    break
+                # At least one row: its sums end after all ranks have written their keys and values.
+                read = rows if len(rows) else rows.new_zeros(1)
+                hidden, attended = hidden.index_select(0, read), attended.index_select(0, read)
             hidden = hidden + _normed(all_reduce(layer.output(attended)), layer.attention_out_norm)
             hidden = hidden + _normed(all_reduce(self._mlp(layer, hidden)), layer.mlp_out_norm)
-        return hidden
+        return hidden if rows is None else hidden[: len(rows)]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(R, vocab_size) from rows (R, E), in the engine's dtype, on every rank."""
