@@ -407,12 +407,8 @@ def test_an_abort_at_any_moment_gives_both_sides_their_blocks_back(engines, abor
 @pytest.mark.parametrize("version", ["0.24", "0.33"])
 def test_random_lives_of_requests_leave_nothing_and_no_answer_is_from_wrong_kv(engines, version, seed):
     rng = random.Random(seed)
-    extra = {
-        "backend": "ipc",
-        "lease_s": 0.1,
-        "timeout_s": 2.0,
-        "expiry_s": 0.5,
-    }  # either may wait for the other's room
+    # Either may wait for the other's room, until `expiry_s`.
+    extra = {"backend": "ipc", "lease_s": 0.1, "timeout_s": 2.0, "expiry_s": 0.5}
     prefill = engines(version=version, num_blocks=20, extra=extra)
     decode = engines(version=version, num_blocks=16, policy=rng.choice(["fail", "recompute"]), extra=extra)
     for number in range(30):

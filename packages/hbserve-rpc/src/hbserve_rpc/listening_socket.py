@@ -2,13 +2,14 @@
 
 import asyncio
 import contextlib
-import errno
 import logging
 import os
 import resource
 import socket
 import time
 from typing import Any
+
+from hbserve_rpc.own_process import NO_FILE_LEFT
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ class ListeningSocket(socket.socket):
         try:
             connection, address = super().accept()
         except OSError as error:
-            if error.errno not in (errno.EMFILE, errno.ENFILE) or self._spare is None:
+            if error.errno not in NO_FILE_LEFT or self._spare is None:
                 raise
             self._close_spare()  # whose place is for the one that is refused
             connection, _ = super().accept()

@@ -9,6 +9,7 @@ ends anything; where SIGCHLD is ignored, nobody learns how a child has ended.
 
 import asyncio
 import contextlib
+import errno
 import gc
 import io
 import logging
@@ -27,6 +28,8 @@ MOST_FILES = 65536
 """More are not asked for, whatever the system would give: some libraries go through all that are possible."""
 SELDOM = 100
 """Collections of the middle generation until a full one may come, not 10: 700,000 objects more than were freed."""
+NO_FILE_LEFT = (errno.EMFILE, errno.ENFILE)
+"""Numbers of errors where this process, or its system, has no file left: the fault of nobody else."""
 RAISED_AGAIN_S = 0.05
 """How soon a KeyboardInterrupt that Python has ignored comes again."""
 _ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)

@@ -125,7 +125,7 @@ def _in_words(error: Exception) -> str:
             return f"{error.filename or 'a file'}: {error.strerror}: {cure}"
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
-    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+    if isinstance(error, OSError) and error.errno in own_process.NO_FILE_LEFT:
         return str(error.strerror)
     return str(error)
 

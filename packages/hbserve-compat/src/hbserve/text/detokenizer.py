@@ -48,7 +48,9 @@ class Detokenizer:
         decoder = None if tokenizer is None else decoder_of(tokenizer)
         self._tokenizer = tokenizer
         """The decoder does not keep it alive."""
-        self._skipped = decoder.special_ids - shown_ids if decoder and skip_special_tokens else frozenset()
+        self._skipped = decoder.special_ids if decoder is not None and skip_special_tokens else frozenset()
+        if shown_ids:  # most texts share one set
+            self._skipped -= shown_ids
         self._shown: TokenText = NoText() if decoder is None else decoder.text()
         self._searched = decoder.text() if decoder is not None and stop and self._skipped else None
         """The text with special tokens, if it differs from the one that is shown."""

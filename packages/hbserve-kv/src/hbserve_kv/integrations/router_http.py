@@ -4,12 +4,11 @@ A stream's event costs a router a system call to read and one to write it, and l
 """
 
 import asyncio
-import errno
 import ssl
 from collections.abc import AsyncIterator, Callable, Iterable
 from urllib.parse import urlsplit
 
-from hbserve_rpc.own_process import with_file_limit
+from hbserve_rpc.own_process import NO_FILE_LEFT, with_file_limit
 
 CONNECT_TIMEOUT_S = 5.0
 IDLE_S = 3.0
@@ -70,7 +69,7 @@ class Connections:
                     lambda: Answer(self._keep), self.host, self._port, ssl=self._ssl
                 )
         except (OSError, TimeoutError) as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE):  # this side's fault: the server goes on with what it has
+            if error.errno in NO_FILE_LEFT:  # the server goes on with what it has
                 raise ConnectionError(with_file_limit(f"cannot be connected: {error}")) from None
             raise CannotConnect(f"cannot be connected: {error or 'it does not answer'}") from None
         return answer

@@ -21,6 +21,9 @@ Format = Literal["hermes", "llama3_json", "qwen3_coder", "seed_oss", "mistral", 
 class _Calls:
     """What all formats have in common: the calls so far, and how an answer with some ends."""
 
+    id_length: ClassVar[int] = 0
+    """Letters and digits of a call's id, where the model's template refuses others; 0: it takes any."""
+
     def __init__(self, *, most_calls: int | None = None, tools: Sequence[dict[str, Any]] = ()) -> None:
         self._tools = tools
         self._most_calls = most_calls
@@ -29,7 +32,7 @@ class _Calls:
         self._call: Call | None = None
 
     def _begin(self) -> None:
-        self._call = JsonCall(self._num_calls)
+        self._call = JsonCall(self._num_calls, self.id_length)
 
     def _keep(self, deltas: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return deltas if self._most_calls is None or self._num_calls < self._most_calls else []
@@ -172,10 +175,6 @@ class MistralCalls(ListCalls):
 
     tags = (MISTRAL_BEGIN,)
     id_length = 9
-    """Templates of Mistral's refuse other ids."""
-
-    def _begin(self) -> None:
-        self._call = JsonCall(self._num_calls, self.id_length)
 
     def _begin_in(self, text: str) -> str | None:
         if self._place == "tag" and text and text[0] not in "[{":
