@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -388,8 +389,15 @@ async def test_a_key_is_asked_for_where_something_is_computed_and_read_again_whe
     other.replace(keys)
     assert [await status("first"), await status("second")] == [401, 200]
     assert f"{keys} has changed; it has 1 keys now" in caplog.text
+    written_at = keys.stat().st_mtime_ns
+    keys.write_text("second\nthird\n")
+    os.utime(keys, ns=(written_at, written_at))  # as of a write within the same tick of the system's clock
+    assert [await status(key) for key in ("second", "third")] == [200, 200]
     keys.unlink()
-    assert await status("second") == 200
+    assert [await status("second") for _ in range(3)] == [200] * 3
+    assert caplog.text.count("keeping the previous API keys") == 1
+    keys.write_text("fourth\n")
+    assert [await status(key) for key in ("second", "fourth")] == [401, 200]
     error = error_of(await server.complete(), 401)
     assert (error["code"], error["type"]) == ("invalid_api_key", "authentication_error")
     assert error["message"].startswith("no API key: expected the header")

@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import json
+import math
 import random
 import re
 from bisect import bisect_left
@@ -719,6 +720,19 @@ def question(**more: Any) -> Question:
         "profile": cheap, "input_len": 2000, "output_len": 20, "rate": 30, "ttft_s": 0.5, "tpot_s": 0.015,
     }  # fmt: skip
     return Question(**(values | more))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("input_len", 0), ("rate", 0.0), ("rate", math.nan), ("rate", -1.0), ("ttft_s", 0.0), ("tpot_s", -0.1),
+        ("itl_s", 0.0), ("attainment", 0.0), ("attainment", 1.5), ("spread", -0.1), ("spread", math.inf),
+        ("most_instances", 0), ("chunk_size", 0),
+    ],
+)  # fmt: skip
+def test_a_question_that_no_plan_answers_is_refused_by_name(field, value):
+    with pytest.raises(InvalidRequest, match=f"^{field}="):
+        question(**{field: value})
 
 
 @pytest.fixture

@@ -24,6 +24,8 @@ LONGEST_S, ALONE = 14400.0, 20
 least ALONE: each of them is served alone, and they are all alike."""
 MOST_TOTALS = 6
 """How many totals of instances are tried, beginning with the smallest that might be enough."""
+GOAL_S = Bounds(1e-4)
+"""Bounds of a goal for a time, in seconds, as those of the command in milliseconds."""
 MOST_BUSY = 0.97
 """A prefill instance that computes for a larger part of the time than this falls further and further behind."""
 
@@ -35,14 +37,14 @@ class Question(Checked):
     profile: Profile
     input_len: Annotated[int, POSITIVE]
     output_len: Annotated[int, POSITIVE]
-    rate: float
-    ttft_s: float
-    tpot_s: float
-    itl_s: float | None = None
+    rate: Annotated[float, Bounds(0.001)]
+    ttft_s: Annotated[float, GOAL_S]
+    tpot_s: Annotated[float, GOAL_S]
+    itl_s: Annotated[float | None, GOAL_S] = None
     """Goal for the 99th percentile of times between tokens."""
-    attainment: Annotated[float, Bounds(0.0, 1.0)] = 0.9
+    attainment: Annotated[float, Bounds(0.01, 1.0)] = 0.9
     """The share of requests that must meet both `ttft_s` and `tpot_s`."""
-    spread: float = 0.0
+    spread: Annotated[float, Bounds(0.0, 3.0)] = 0.0
     """Spread of the lengths: the standard deviation of their logarithm."""
     chunk_size: Annotated[int | None, POSITIVE] = None
     """Most prompt tokens of one request in a step; None: the default of each role."""

@@ -45,7 +45,8 @@ class ApiKeys:
             logger.warning("%s is set, and empty: it asks for no key", VARIABLE)
         self._path = None if settings.api_key_file is None else Path(os.path.expanduser(settings.api_key_file))
         self._from_file: list[bytes] = []
-        self._read_at: tuple[int, int] | None = None
+        self._read_at: tuple[int, ...] | None = None
+        self._trouble: str | None = None
         if self._path is not None:
             try:
                 self._read(self._path)
@@ -57,17 +58,25 @@ class ApiKeys:
     def accept(self, key: str) -> bool:
         """Takes the same time for every key."""
         if self._path is not None:
-            try:
-                self._read(self._path)
-            except OSError as error:  # being replaced, perhaps: those that were there go on
-                logger.warning("keeping the previous API keys: %s: %s", self._path, error.strerror)
+            self._read_again(self._path)
         digest = _digest(key)
         matches = [hmac.compare_digest(digest, each) for each in [*self._fixed, *self._from_file]]
         return any(matches)
 
+    def _read_again(self, path: Path) -> None:
+        trouble = None
+        try:
+            self._read(path)
+        except OSError as error:  # being replaced, perhaps: those that were there go on
+            trouble = error.strerror
+        if trouble not in (None, self._trouble):
+            logger.warning("keeping the previous API keys: %s: %s", path, trouble)
+        self._trouble = trouble
+
     def _read(self, path: Path) -> None:
         found = path.stat()
-        state = found.st_mtime_ns, found.st_ino
+        # Two writes within one tick of the system's clock have the same time.
+        state = found.st_mtime_ns, found.st_ino, found.st_size
         if state != self._read_at:
             lines = [line.strip() for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]
             self._from_file = [_digest(line) for line in lines if line and not line.startswith("#")]
