@@ -6,7 +6,18 @@ from typing import Any
 
 import msgspec
 
-from hbserve_rpc.plain_values import shown
+from hbserve_rpc.plain_values import cut, shown
+
+
+def what_and_where(error: msgspec.ValidationError) -> tuple[str, str]:
+    """What msgspec has found, and where, such as `$.a[0]` or `key` in `$.a`, each in backticks; "" if it is the whole.
+
+    What somebody wrote may be quoted in the first: text of any length, with any words in it.
+    """
+    found = re.fullmatch(r"(.*?)(?: - at ((?:`key` in )?`\$[^`]*`))?", str(error), re.DOTALL)
+    assert found is not None
+    quoted = r"(?<=^Invalid enum value ['\"]).*(?=['\"]$)"
+    return re.sub(quoted, lambda text: cut(text[0]), found[1], flags=re.DOTALL), found[2] or ""
 
 
 def describe_misfit(error: msgspec.ValidationError, content: Any, kind: type[msgspec.Struct], whole: str) -> str:
@@ -14,7 +25,7 @@ def describe_misfit(error: msgspec.ValidationError, content: Any, kind: type[msg
 
     content: the data, as plain Python. kind: the struct that it was to be. whole: what all of it is called.
     """
-    what, _, place = str(error).partition(" - at ")
+    what, place = what_and_where(error)
     keys = re.findall(r"\.(\w+)|\[(\d+)\]", place)
     path = "".join(f".{name}" if name else f"[{index}]" for name, index in keys).lstrip(".")
     if unknown := re.search(r"unknown field `(.*)`", what, re.DOTALL):
@@ -32,20 +43,20 @@ def describe_misfit(error: msgspec.ValidationError, content: Any, kind: type[msg
     value = content
     for name, index in keys:
         value = value[name] if name else value[int(index)]
-    return f"{path or whole}={shown(value)}: {_detail(str(error), _type_at(kind, path) if path else None)}"
+    return f"{path or whole}={shown(value)}: {_detail(error, _type_at(kind, path) if path else None)}"
 
 
 def describe_value_misfit(error: msgspec.ValidationError, name: str, value: Any, kind: Any) -> str:
     """The same of one value, called so, that was to be of this type."""
-    for index in re.findall(r"\[(\d+)\]", str(error).partition(" - at ")[2]):
+    for index in re.findall(r"\[(\d+)\]", what_and_where(error)[1]):
         name, value = f"{name}[{index}]", value[int(index)]
         (kind,) = getattr(kind, "__args__", [None])[:1]
-    return f"{name}={shown(value)}: {_detail(str(error), kind)}"
+    return f"{name}={shown(value)}: {_detail(error, kind)}"
 
 
-def _detail(error: str, kind: Any) -> str:
+def _detail(error: msgspec.ValidationError, kind: Any) -> str:
     """What may be there: of a mapping, the words are for its keys."""
-    what, _, place = error.partition(" - at ")
+    what, place = what_and_where(error)
     has_words = getattr(kind, "__origin__", None) is not dict or "`key`" in place
     for of_json, of_yaml in (("`object`", "a mapping"), ("`array`", "a list")):
         what = what.replace(of_json, of_yaml)

@@ -31,8 +31,12 @@ def shown(value: object) -> str:
         text = repr(value)
     except Exception:  # an integer of more digits than Python spells; a __repr__ of somebody else
         return f"<{type(value).__name__}>"
-    text = text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}…"
-    return text.encode(errors="backslashreplace").decode()  # it goes to other processes, as UTF-8
+    return cut(text).encode(errors="backslashreplace").decode()  # it goes to other processes, as UTF-8
+
+
+def cut(text: str) -> str:
+    """The beginning of a text that may have any length, for a message."""
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}…"
 
 
 def num_dimensions(value: object) -> Any:

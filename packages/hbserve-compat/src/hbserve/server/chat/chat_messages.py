@@ -8,7 +8,7 @@ import msgspec
 from hbserve.server.http.api_error import ApiError
 from hbserve_rpc.plain_values import plain_text, shown
 
-ROLES = {"system", "developer", "user", "assistant", "tool"}
+ROLES = ("assistant", "developer", "system", "tool", "user")
 SPEAKERS = {"developer", "system", "user"}
 """Who says something in each message. A tool may have nothing to say, and an assistant may call one instead."""
 MOST_MESSAGES = 4096
@@ -34,8 +34,8 @@ def plain_messages(messages: list[dict[str, Any]], paths: Sequence[str] | None =
 def _plain(path: str, message: dict[str, Any]) -> dict[str, Any]:
     role = message.get("role")
     if role not in ROLES:
-        expected = ", ".join(sorted(ROLES))
-        raise ApiError(400, f"{path}.role={shown(role)}: expected one of {expected}", param=f"{path}.role")
+        problem = f"{path}.role={shown(role)}: expected one of {', '.join(ROLES)}"
+        raise ApiError(400, problem, param=f"{path}.role")
     if role in SPEAKERS and message.get("content") is None:
         names = ", ".join(sorted(name for name, value in message.items() if value is not None)[:16])
         raise ApiError(400, f"{path}: has no content, but {shown(names)}; expected a text", param=f"{path}.content")

@@ -10,6 +10,7 @@ import msgspec
 from starlette.requests import Request
 
 from hbserve.server.http.api_error import ApiError
+from hbserve_rpc.misfits import what_and_where
 from hbserve_rpc.plain_values import shown
 
 logger = logging.getLogger(__name__)
@@ -99,7 +100,7 @@ def converted(content: dict[str, Any], kind: type[T]) -> T:
     try:
         return msgspec.convert({name: _number(value) for name, value in content.items()}, kind, str_keys=True)
     except msgspec.ValidationError as error:
-        what, _, place = str(error).partition(" - at ")
+        what, place = what_and_where(error)
         if place.startswith("`key` in "):
             what, place = f"a key of it: {what[:1].lower()}{what[1:]}", place.removeprefix("`key` in ")
         path = place.strip("`").removeprefix("$").lstrip(".") or None
