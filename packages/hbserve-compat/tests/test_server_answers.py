@@ -408,9 +408,13 @@ async def test_what_a_request_does_not_say_is_the_models_own_unless_that_is_swit
     assert (params.temperature, params.max_tokens) == (0, 9)
 
 
-@pytest.mark.parametrize("content", ["{", "[]"])
+@pytest.mark.parametrize("content", ["{", "[]", "[" * 100_000, None], ids=["cut off", "a list", "too deep", "a folder"])
 def test_a_file_of_defaults_that_cannot_be_read_is_said(tmp_path, content, caplog):
-    (tmp_path / "generation_config.json").write_text(content)
+    path = tmp_path / "generation_config.json"
+    if content is None:
+        path.mkdir()
+    else:
+        path.write_text(content)
     assert model_defaults(tmp_path) == {}
     assert "its sampling defaults are not used" in caplog.text
 

@@ -137,7 +137,11 @@ def test_a_file_that_has_no_object_is_named(write, name, content):
         load_model_config(folder)
 
 
-@pytest.mark.parametrize("content", ["{", "\xff", "[" * 100_000], ids=["cut off", "another encoding", "too deep"])
+@pytest.mark.parametrize(
+    "content",
+    ["{", "\xff", "[" * 100_000, '{"dtype": "\\ud800"}'],
+    ids=["cut off", "another encoding", "too deep", "half a character"],
+)
 def test_a_config_that_is_not_json_is_named(tmp_path, content):
     (tmp_path / "config.json").write_bytes(content.encode("latin-1"))
     with pytest.raises(UnsupportedModel, match=r"config\.json is not JSON"):

@@ -291,6 +291,7 @@ def _checkpoint_dtype(folder: Path, raw: Mapping[str, Any]) -> str:
 def _read_json(path: Path) -> dict[str, Any] | None:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
+        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair, escaped, is no text either
     except FileNotFoundError:
         return None
     except OSError as error:

@@ -55,7 +55,7 @@ def model_defaults(folder: Path) -> dict[str, Any]:
         given = {name: content[name] for name in FROM_THE_MODEL if content.get(name) is not None}
     except FileNotFoundError:
         return {}
-    except (ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         logger.warning("%s: its sampling defaults are not used: %s", path, error)
         return {}
     found = {}
