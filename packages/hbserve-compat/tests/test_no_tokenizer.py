@@ -92,6 +92,9 @@ BROKEN: dict[str, Callable[[Path], Any]] = {
     "a broken configuration": lambda file: file.with_name("tokenizer_config.json").write_text("{"),
     "another kind of configuration": lambda file: file.with_name("tokenizer_config.json").write_text("[]"),
     "a configuration without a vocabulary": only_settings,
+    "a length that is none": lambda file: file.with_name("tokenizer_config.json").write_text(
+        '{"model_max_length": "9"}'
+    ),
 }
 
 

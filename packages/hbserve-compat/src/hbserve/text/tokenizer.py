@@ -27,6 +27,7 @@ def load_tokenizer(folder: str | Path) -> Any:
         return None
     try:
         tokenizer = _read(path)
+        tokenizer.decode(tokenizer.encode("a"))  # some of its settings are not looked at before
     except Exception as error:  # a library's own, of any kind: each format is read by another one
         reason = " ".join(str(error).split())
         raise BrokenTokenizer(f"{path}: its tokenizer cannot be read: {type(error).__name__}: {reason}") from error
