@@ -1,4 +1,4 @@
-"""Addresses, `host:port` or `[::1]:port`: the one place that formats, parses and checks them."""
+"""Addresses, `host:port` or `[::1]:port`: the only place that formats, parses and checks them."""
 
 import asyncio
 import errno
@@ -21,10 +21,10 @@ def format_address(host: str, port: int) -> str:
 
 
 def parse_address(text: str) -> tuple[str, int]:
-    """Host and port of a peer that is to be reached there.
+    """Return host and port of the address of a peer that is to be reached there.
 
     Raises:
-        InvalidAddress: it is not an address, or nobody can be reached there; has the text, and what is expected.
+        InvalidAddress: the text is not an address, or nobody can be reached there. Has the text and what is expected.
     """
     match = re.fullmatch(r"(?:\[(?P<bracketed>[^\[\]]+)\]|(?P<plain>[^\[\]]+)):(?P<port>[0-9]{1,5})", text)
     if match is None or "://" in text or not 1 <= int(match["port"]) <= MAX_PORT:
@@ -45,20 +45,20 @@ def parse_address(text: str) -> tuple[str, int]:
 
 
 def check_host(host: str) -> None:
-    """Check that something could listen there: an IP address without brackets, or a name. Asks no name server.
+    """Check that a server could listen at this host: an IP address without brackets, or a name. Asks no name server.
 
     Raises:
-        InvalidAddress: it could not; begins with the value, and says what is expected.
+        InvalidAddress: it could not. The message begins with the value and says what is expected.
     """
     if problem := _problem(host):
         raise InvalidAddress(f"{host!r}: {problem}")
 
 
 def check_peer_host(host: str) -> None:
-    """Check that others can be told to connect there: like `check_host`, and it must mean the same to each of them.
+    """Check that others can be told to connect to this host: as `check_host` does, and it must mean the same to all.
 
     Raises:
-        InvalidAddress: they cannot; begins with the value, and says what is expected.
+        InvalidAddress: they cannot. The message begins with the value and says what is expected.
     """
     check_host(host)
     if is_wildcard(host):
@@ -74,19 +74,19 @@ def check_peer_host(host: str) -> None:
 
 
 def is_wildcard(host: str) -> bool:
-    """Whether a server that binds it listens on every address of its machine."""
+    """Whether a server that binds this host listens on every address of its machine."""
     found = _ip(host)
     return found is not None and found.is_unspecified
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only processes of the same machine can reach what listens there. Names are not looked up."""
+    """Whether only processes of the same machine can reach a server that listens there. Names are not looked up."""
     found = _ip(host)
     return found.is_loopback if found is not None else canonical_host(host) == "localhost"
 
 
 def canonical_host(host: str) -> str:
-    """The same text for the same address, however it was written. Names are not looked up."""
+    """Return the same text for the same address, however it was written. Names are not looked up."""
     found = _ip(host)
     return str(found) if found is not None else host.lower().removesuffix(".")
 
@@ -101,8 +101,8 @@ def is_here(host: str) -> bool:
 
 
 def is_own_address(address: str) -> bool:
-    """Whether something could listen there. Only a plain refusal by the system counts as no: other errors come up when
-    something does listen."""
+    """Whether a server could listen at this address. Only a plain refusal by the system means no. Any other error comes
+    up again when a server does listen."""
     with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as trying:
         try:
             trying.bind((address, 0))
@@ -112,7 +112,7 @@ def is_own_address(address: str) -> bool:
 
 
 async def look_up(host: str) -> str:
-    """A numeric address for a name, IPv4 if it has one. A numeric address is returned as it is, at once.
+    """Return a numeric address for a name, IPv4 if it has one. A numeric address is returned unchanged, at once.
 
     Raises:
         OSError: the name is not known.
@@ -125,8 +125,8 @@ async def look_up(host: str) -> str:
 
 
 async def nobody_listens(address: str, timeout_s: float) -> bool:
-    """Whether the host itself says that nothing listens there. False: something does, or its network does not answer,
-    perhaps for a moment."""
+    """Whether the host itself says that nothing listens there. False if something listens, or if its network does not
+    answer, perhaps only for a moment."""
     try:
         async with asyncio.timeout(timeout_s):
             _, writer = await asyncio.open_connection(*parse_address(address))
@@ -148,7 +148,7 @@ def _ip(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
 
 
 def _problem(host: str) -> str:
-    """What is wrong with it; "" if nothing is."""
+    """Return what is wrong with the host, or "" if nothing is."""
     if not isinstance(host, str) or not host:
         return "expected an IP address or a name"
     if host[0] == "[" and host[-1] == "]":

@@ -1,4 +1,4 @@
-"""RpcClient: the calling side of hbserve_rpc; one connection to a server, and what waits for its answers."""
+"""RpcClient: the calling side of hbserve_rpc, with one connection to a server and the calls that wait for answers."""
 
 import asyncio
 import itertools
@@ -28,19 +28,19 @@ R = TypeVar("R")
 
 LOOK_UP_TIMEOUT_S = 2.0
 LOOK_INTERVAL_S, LOOK_TIMEOUT_S = 0.1, 1.0
-"""How often, and for how long, to look for a server whose connection has ended."""
+"""Pause between two looks for a server whose connection has ended, and longest time of one look."""
 DOUBT_BEATS, DOUBT_PART = 2, 1 / 3
-"""A server is in doubt when it was silent for this many heartbeats, and for this part of the timeout."""
+"""Number of heartbeats, and part of the timeout, for both of which a server must be silent to be in doubt."""
 
 
 class RpcClient:
-    """One connection to the server at `address` (`host:port`). Belongs to the event loop that ran `start`.
+    """One connection to the server at `address` (`host:port`). It belongs to the event loop that ran `start`.
 
-    The server may start later, or be restarted: the client connects again by itself. Every call and stream that waits
-    for a server is lost when the server says goodbye; when its connection has ended and its host says that nothing
-    listens there any more, or another life of the server answers; or, by heartbeats that run beside the calls, when it
-    is silent for `heartbeat_timeout_s`, as a frozen or unreachable one is. A short break of the connection loses
-    nothing. A call made after a loss waits for the next server.
+    The server may start later or be restarted: the client reconnects by itself. Every call and stream that waits for
+    a server is lost when the server says goodbye; when the connection has ended and the server's host says that nothing
+    listens there any more, or another life of the server answers; or when the server is silent for
+    `heartbeat_timeout_s`, as a frozen or unreachable one is (heartbeats run beside the calls). A short break of the
+    connection loses nothing. A call made after a loss waits for the next server.
     """
 
     def __init__(
@@ -52,16 +52,18 @@ class RpcClient:
         keys: Keys | None = None,
         server: Party = "instance",
     ) -> None:
-        """keys: of this side; then it only talks to a `server` that has a key of that party.
+        """Make a client that is not connected yet.
+
+        keys: those of this side. With them it only talks to a server that has a key of the party `server`.
 
         Raises:
-            InvalidAddress: (a ValueError) it is not an address.
+            InvalidAddress: (a ValueError) `address` is not an address.
         """
         self._host, _ = parse_address(address)
         self.address = address
         self._complaints = Complaints(logger)
         self.dropped_frames = 0
-        """Messages that were undecodable, from an earlier life of the server, or for a call that has ended."""
+        """Number of messages that were undecodable, of an earlier life of the server, or for a call that has ended."""
         self._interval_s, self._timeout_s = heartbeat_interval_s, heartbeat_timeout_s
         self._closed = False
         self._epoch: str | None = None
@@ -69,28 +71,28 @@ class RpcClient:
         self._ids = itertools.count(1)
         self._waiting: dict[int, RpcStream[Any]] = {}
         self._credits: list[tuple[int, int]] = []
-        """To be sent to the server at the end of this turn of the loop."""
+        """Stream ids and credits to send to the server at the end of this turn of the event loop."""
         self._heart: asyncio.Task[None] | None = None
         self._was_there, self._was_refused = False, ""
-        """Whether it was connected, and why not, at the last change."""
+        """Whether the client was connected at the last change, and why the server refused it, if it did."""
         self._last_doubtful = 0
-        """Up to this id, requests may have reached a life of the server that never said which one it is."""
+        """Largest id of a request that may have reached a life of the server that never said which one it is."""
         self._looking: asyncio.Task[None] | None = None
-        """Finds out whether the server is still there, after the connection has ended."""
+        """Task that finds out, after the connection has ended, whether the server is still there."""
         self.on_lost: Callable[[PeerLost], None] = lambda why: None
-        """Called when the server is known to have ended, whether anything waits for it or not."""
+        """Callback for when the server is known to have ended, whether anything waits for it or not."""
         self._doubt_s = max(DOUBT_BEATS * heartbeat_interval_s, DOUBT_PART * heartbeat_timeout_s)
         self._is_in_doubt = False
         self.on_doubt: Callable[[str], None] = lambda why: None
-        """Called with a reason when a server is silent or its connection has ended, and with "" when it is heard again,
-        unless it was lost in between."""
+        """Callback that gets a reason when the server is silent or its connection has ended, and "" when it is heard
+        again, unless it was lost in between."""
         self._connection = ServerConnection(address, keys, server, self._receive, self._connection_changed)
         self.problem = ""
-        """Why there may be no answer, as the end of a sentence; "" once something has answered."""
+        """Reason why there may be no answer, as the end of a sentence; "" once something has answered."""
 
     @property
     def why_silent(self) -> str:
-        """`problem`, or that there is no connection at all."""
+        """Reason why there is no answer: `problem`, or that there is no connection at all."""
         if self.problem or self._connection.is_there:
             return self.problem
         return "; there is no connection: nothing that speaks this protocol listens there"
@@ -100,7 +102,7 @@ class RpcClient:
         return self._connection.socket
 
     async def start(self) -> None:
-        """Connect in the background, whether the server is there or not. Only waits for a name to be looked up."""
+        """Connect in the background, whether the server is there or not. This only waits for a name to be looked up."""
         self._closed = False
         uses_ipv6 = await self._uses_ipv6()
         if self._closed:  # closed meanwhile
@@ -110,17 +112,17 @@ class RpcClient:
         self._heart = asyncio.create_task(self._heartbeat())
 
     async def _uses_ipv6(self) -> bool:
-        """ZeroMQ looks names up at each attempt, but must be told before whether IPv6 is wanted, and then prefers
-        it."""
+        """Return whether to connect by IPv6. ZeroMQ looks the name up at each attempt, but must be told beforehand if
+        IPv6 is wanted, and then prefers it."""
         try:
             async with asyncio.timeout(LOOK_UP_TIMEOUT_S):
                 return ":" in await look_up(self._host)
-        except (OSError, TimeoutError) as error:  # the name is not known yet, and with IPv6 ZeroMQ would take either
+        except (OSError, TimeoutError) as error:  # not known yet: with IPv6 ZeroMQ takes an address of either kind
             self.problem = f"; the name {self._host!r} does not resolve: {error or 'no name server answers'}"
             return True
 
     async def close(self, why: str = "this client was closed", *, error: type[PeerLost] = PeerLost) -> None:
-        """Fail what is under way with PeerLost, or with PeerDied as `error`, and leave no task or socket behind. May be
+        """Fail everything under way with `error` (PeerLost or PeerDied), and leave no task or socket behind. May be
         called twice."""
         self._closed = True
         self._connection.stop()
@@ -133,8 +135,8 @@ class RpcClient:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
         finally:
-            # Even if whoever closes it is cancelled: a context that is garbage-collected with an open socket waits for
-            # ever.
+            # This happens even if the closing task is cancelled, because a context that is garbage-collected while it
+            # has an open socket waits for ever.
             self._socket.close()
             self._fail_all(error(f"{self.address}: {why}"))
 
@@ -148,10 +150,10 @@ class RpcClient:
         await self.close()
 
     async def call(self, method: Method[Q, R], request: Q, *, timeout_s: float) -> R:
-        """Call a method.
+        """Call a method and return its answer.
 
         Raises:
-            RpcTimeout: no answer within `timeout_s`. The server is told to stop working on it.
+            RpcTimeout: there was no answer within `timeout_s`. The server is told to stop working on the call.
             PeerLost: the server's heartbeats stopped, or it was restarted meanwhile.
             ProtocolMismatch: the server speaks another version.
             InvalidRequest, Overloaded, RequestTimeout, Unavailable, RemoteError: what the handler raised.
@@ -164,8 +166,9 @@ class RpcClient:
     def notify(self, method: Notification[Q], request: Q) -> None:
         """Send a notification, which has no answer. Returns at once.
 
-        The server begins to handle it after what this client sent before, and before what it sends later. Nothing tells
-        whether it arrived or what came of it; but if a later call is answered, it was not lost.
+        The server begins to handle it after everything that this client sent before, and before everything that it
+        sends later. Nothing tells whether it arrived or what came of it; but if a later call is answered, it was not
+        lost.
 
         Raises:
             PeerLost: this client is not started, or is closed.
@@ -174,9 +177,10 @@ class RpcClient:
         self.send(wire.Notify(next(self._ids), method.name), wire.encode_body(request, method.name))
 
     def stream(self, method: StreamMethod[Q, R], request: Q, *, timeout_s: float | None = None) -> "RpcStream[R]":
-        """Items as they arrive. Raises, while iterating, what `call` raises; `timeout_s` bounds the wait for each item.
+        """Return a stream that yields items as they arrive. Its iteration raises what `call` raises; `timeout_s` bounds
+        the wait for each item.
 
-        Leave it with `aclose()` or as an async context manager, so that the server stops.
+        Leave it with `aclose()` or use it as an async context manager, so that the server stops.
         """
         stream: RpcStream[R] = RpcStream(self, next(self._ids), method.name, method.item, timeout_s)
         stream.opening = (wire.Open(stream.id, method.name, TRACEPARENT.get()), request)
@@ -198,7 +202,7 @@ class RpcClient:
         self._connection.send([wire.encode(envelope), body])
 
     def give_credit(self, id_: int, count: int) -> None:
-        """Give the server credit, in one message with what other streams give in this turn of the loop."""
+        """Give the server credit, in one message with the credits of other streams in this turn of the event loop."""
         if not self._credits:
             asyncio.get_running_loop().call_soon(self._send_credits)
         self._credits.append((id_, count))
@@ -212,7 +216,7 @@ class RpcClient:
         self.send(wire.Hello(wire.PROTOCOL_VERSION, min(self._timeout_s, wire.LONGEST_SILENCE_S), wire.OLDEST_VERSION))
 
     def forget(self, id_: int) -> bool:
-        """Wait no longer for this id. Returns whether the server might still be working on it."""
+        """Stop waiting for this id, and return whether the server might still be working on it."""
         return self._waiting.pop(id_, None) is not None and self._socket.is_open
 
     def _receive(self, frames: list[bytes]) -> None:
@@ -252,8 +256,8 @@ class RpcClient:
                     pending.end(envelope, body)
 
     def _forgotten(self, epoch: str, last_lost: int) -> None:
-        """Take in that the server does not know this client. Also sent by a server that gave us up as silent, for
-        example because this process was frozen."""
+        """Handle that the server does not know this client. A server also says so if it gave this client up as silent,
+        for example because this process was frozen."""
         is_another = self._epoch not in (None, epoch)
         kind = PeerDied if is_another else PeerLost
         lost = kind(f"{self.address} was restarted, or gave this client up as silent")
@@ -328,7 +332,7 @@ class RpcClient:
             self._looking = None
 
     async def _look(self) -> None:
-        """After the connection has ended: find out whether the server has ended, or only the connection.
+        """Find out, after the connection has ended, whether the server has ended too.
 
         ZeroMQ tries to connect again, but does not report what the host answers.
         """

@@ -1,4 +1,4 @@
-"""A client as its server sees it: its work under way, and what is on its way to it."""
+"""A client as its server sees it: its work under way, and the messages on their way to it."""
 
 import asyncio
 import contextlib
@@ -18,26 +18,26 @@ from hbserve_rpc.keys import Party
 from hbserve_rpc.message_socket import MessageSocket
 
 MESSAGE_BYTES = 64 << 10
-"""Items of streams are sent in messages of about this size, or of one item if that is larger."""
+"""Approximate size of a message with items of streams. A larger item has a message of its own."""
 RESEND_S = 0.002
-"""Pause between attempts to hand ZeroMQ what it did not take: nothing signals when it would."""
+"""Pause between attempts to hand ZeroMQ what it did not take. Nothing signals when it would take it."""
 
 
 @dataclass(frozen=True)
 class Peer:
-    """The caller of a handler, as far as its connection tells."""
+    """The caller of a handler, as far as its connection identifies it."""
 
     connection: bytes
-    """The same in all calls of one client, and in those of no other."""
+    """Id of the connection: the same in all calls of one client, and different for every other client."""
     party: Party | None
-    """From its key; None if the server has no keys."""
+    """Party that the caller's key belongs to; None if the server has no keys."""
     address: str
-    """IP address."""
+    """IP address of the caller."""
 
     @cached_property
     def is_trusted(self) -> bool:
-        """Whether it has a key, or is a process of this host. The system is asked only once, because every transfer
-        wants to know. Where it cannot be asked, because no file is left, nobody is trusted."""
+        """Whether the caller has a key, or is a process of this host. The result is cached, because every transfer asks
+        for it. If the system cannot be asked, for lack of file descriptors, nobody is trusted."""
         if self.party is not None or self.address == "":
             return self.party is not None
         with contextlib.suppress(OSError):
@@ -49,7 +49,7 @@ _calling: ContextVar[Peer] = ContextVar("calling")
 
 
 def calling_peer() -> Peer:
-    """The caller of the handler that runs. To be called in the handler, or in a task that it has made."""
+    """Return the caller of the running handler. Call it in the handler, or in a task that the handler has made."""
     return _calling.get()
 
 
@@ -59,14 +59,15 @@ class Work:
 
     task: asyncio.Task[None]
     credit: asyncio.Semaphore | None
-    """Set for a stream."""
+    """Credit of a stream; None for a call or a notification."""
 
 
 @dataclass
 class ConnectedClient:
-    """What is under way for one client, and what is on its way to it.
+    """Work under way for one client, and messages on their way to it.
 
-    ZeroMQ holds MOST_MESSAGES for it. While it takes no more, streams wait, and everything else waits here.
+    ZeroMQ holds up to MOST_MESSAGES for the client. While it takes no more, streams wait, and other messages are kept
+    here.
     """
 
     socket: MessageSocket
@@ -76,15 +77,16 @@ class ConnectedClient:
     last_heard_s: float
     work: dict[int, Work] = field(default_factory=dict)
     items: list[tuple[int, int, msgspec.Raw]] = field(default_factory=list)
-    """Of its streams, until this turn of the loop ends or there are enough for a message."""
+    """Stream id, number and content of items that wait for the end of this turn of the event loop, or until there are
+    enough of them for a message."""
     num_item_bytes: int = 0
     after_items: list[tuple[wire.FromServer, bytes]] = field(default_factory=list)
-    """What must be sent after these: the ends of their streams, for example."""
+    """Messages that must be sent after `items`, for example the ends of their streams."""
     waiting: deque[list[bytes]] = field(default_factory=deque)
-    """Messages that ZeroMQ does not take now."""
+    """Messages that ZeroMQ does not take at the moment."""
     num_waiting_bytes: int = 0
     takes_more: asyncio.Event = field(default_factory=asyncio.Event)
-    """Streams wait for this while there are `waiting` messages."""
+    """Event that streams wait for while there are `waiting` messages."""
 
     def begin(self, id_: int, job: Coroutine[Any, Any, None], credit: asyncio.Semaphore | None) -> None:
         """Run a handler as a task."""
@@ -94,7 +96,7 @@ class ConnectedClient:
         task.add_done_callback(lambda _: self.work.pop(id_, None))
 
     def call_soon(self, job: Callable[[], None]) -> None:
-        """Run a handler that does not wait, in its turn among those given to `begin`."""
+        """Run a handler that does not wait, in its turn among the handlers given to `begin`."""
         _calling.set(self.peer)
         asyncio.get_running_loop().call_soon(job)
 
@@ -106,7 +108,7 @@ class ConnectedClient:
                     work.credit.release()
 
     def add_item(self, id_: int, number: int, item: bytes) -> None:
-        """Send an item, in one message with those of other streams of this turn of the loop."""
+        """Send an item, in one message with items of other streams in this turn of the event loop."""
         if not self.items:
             asyncio.get_running_loop().call_soon(self.send_items)
         self.items.append((id_, number, msgspec.Raw(item)))

@@ -1,5 +1,5 @@
-"""Figures that grow, and can be summed over processes: values by range, one link between two instances, one kind
-of HTTP requests, and what an RPC server could not use."""
+"""Counters that can be summed over processes: histograms, and counts for one link between two instances, for one kind
+of HTTP requests, and for what an RPC server could not use."""
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Container, Iterable, Sequence
@@ -8,13 +8,15 @@ from typing import Self
 import msgspec
 
 FEW = 16
-"""Values of which each is looked for among the bounds; of more, the bounds among them."""
+"""Number of values below which each value is looked up among the bounds. From there on, the bounds are looked up among
+the values."""
 
 
 class Histogram(msgspec.Struct, tag=True):
-    """Counts of values by range, as Prometheus has them: summed, they stay exact.
+    """Counts of values by range, as in Prometheus: their sums over processes are exact.
 
-    `counts[i]` values were at most `bounds[i]`, and more than the bound before it; the last count is of the rest."""
+    `counts[i]` is the number of values at most `bounds[i]` and above the bound before it; the last count is of the
+    values above all bounds."""
 
     bounds: list[float]
     counts: list[int]
@@ -23,7 +25,7 @@ class Histogram(msgspec.Struct, tag=True):
 
     @classmethod
     def over(cls, bounds: Sequence[float]) -> Self:
-        """An empty one. The bounds ascend."""
+        """Make an empty histogram. The bounds must ascend."""
         return cls(list(bounds), [0] * (len(bounds) + 1))
 
     def observe(self, value: float) -> None:
@@ -31,7 +33,7 @@ class Histogram(msgspec.Struct, tag=True):
         self.total += value
 
     def observe_all(self, values: Iterable[float]) -> None:
-        """Of many at once, which takes less time than one after the other."""
+        """Count many values at once, which takes less time than one after the other."""
         ordered = sorted(values)
         if len(ordered) < FEW:
             for value in ordered:
@@ -47,11 +49,11 @@ class Histogram(msgspec.Struct, tag=True):
         self.total += sum(ordered)
 
     def copy(self) -> "Histogram":
-        """As it is now."""
+        """Return a copy that later values do not change."""
         return Histogram(self.bounds, list(self.counts), self.total)
 
     def __add__(self, other: "Histogram") -> "Histogram":
-        """Of both. Raises ValueError: their bounds differ."""
+        """Return the sum of both. Raises ValueError if their bounds differ."""
         if self.bounds != other.bounds:
             raise ValueError(f"histograms over {self.bounds} and over {other.bounds} cannot be added")
         counts = [mine + its for mine, its in zip(self.counts, other.counts, strict=True)]
@@ -59,34 +61,34 @@ class Histogram(msgspec.Struct, tag=True):
 
 
 class LinkCounts(msgspec.Struct, tag=True):
-    """Transfers of one scheduler's requests from a prefill instance to a decode instance."""
+    """Counts of the transfers of one scheduler's requests from a prefill instance to a decode instance."""
 
     prefill: str
     decode: str
     is_up: bool | None = None
-    """Connected, or cannot be now; None: not tried yet, or not any more."""
+    """Whether the two are connected (True) or cannot be at the moment (False). None: not tried yet, or no longer."""
     active: int = 0
-    """Requests for which the decode instance has room, and not all of the KV yet."""
+    """Number of requests for which the decode instance has reserved room, but does not have all of the KV yet."""
     outcomes: dict[str, int] = {}
-    """Transfers that have ended: completed, failed or aborted."""
+    """Number of transfers that have ended, by outcome: completed, failed or aborted."""
     num_bytes: int = 0
     time_s: float = 0.0
-    """Time during which something was moving; that of transfers beside each other is added."""
+    """Time during which transfers were moving data. The times of concurrent transfers are added up."""
 
     def end(self, outcome: str) -> None:
-        """One that was active has ended."""
+        """Count the end of an active transfer."""
         self.active -= 1
         self.outcomes[outcome] = self.outcomes.get(outcome, 0) + 1
 
     def is_between(self, instance_ids: Container[str]) -> bool:
-        """Whether both of its instances are among these."""
+        """Whether both instances of the link are among these."""
         return self.prefill in instance_ids and self.decode in instance_ids
 
     def copy(self) -> "LinkCounts":
         return msgspec.structs.replace(self, outcomes=dict(self.outcomes))
 
     def __add__(self, other: "LinkCounts") -> "LinkCounts":
-        """Of both; whether it is up is as `self` has it."""
+        """Return the sum of both, with the `is_up` of `self`."""
         outcomes = {
             key: self.outcomes.get(key, 0) + other.outcomes.get(key, 0) for key in self.outcomes | other.outcomes
         }
@@ -102,15 +104,15 @@ class LinkCounts(msgspec.Struct, tag=True):
 
 
 class HttpCounts(msgspec.Struct, tag=True):
-    """HTTP requests of one method to one path whose answers had a status of one class."""
+    """Counts of HTTP requests with one method, one path, and answers whose status is of one class."""
 
     method: str
     path: str
-    """As the routes have it, with the names of its parameters; "none": there is none."""
+    """Path of the route, with the names of its parameters instead of their values; "none" if no route matched."""
     status: str
-    """2xx, 4xx, …"""
+    """Class of the status: 2xx, 4xx, …"""
     seconds: Histogram
-    """Until the end of the answer. It has the number of requests too."""
+    """Times until the end of the answer. It has the number of requests too."""
     request_bytes: int = 0
     response_bytes: int = 0
 
@@ -129,12 +131,12 @@ class HttpCounts(msgspec.Struct, tag=True):
 
 
 class RpcFaults(msgspec.Struct, frozen=True, tag=True):
-    """What came to an RPC server and had no effect. Each is logged too; none is to be expected."""
+    """Counts of messages to an RPC server that had no effect. Each of them is also logged; none is expected."""
 
     dropped_frames: int = 0
-    """Messages that were undecodable, or from a client that is not known."""
+    """Number of messages that were undecodable or from an unknown client."""
     failed_notifications: int = 0
-    """Notifications of a method that is not served, that were undecodable, or whose handler raised."""
+    """Number of notifications whose method is not served, that were undecodable, or whose handler raised."""
 
     def __add__(self, other: "RpcFaults") -> "RpcFaults":
         return RpcFaults(

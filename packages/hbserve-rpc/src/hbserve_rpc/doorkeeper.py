@@ -1,4 +1,4 @@
-"""The side of a server that says who may connect (ZAP), and as what."""
+"""The part of a server that decides who may connect, and as which party (ZAP, ZeroMQ's authentication protocol)."""
 
 import logging
 from collections.abc import Collection
@@ -13,13 +13,15 @@ logger = logging.getLogger(__name__)
 
 ENDPOINT = "inproc://zeromq.zap.01"
 NUM_FRAMES = 9
-"""Of a question: who asks, nothing, version, id, domain, address, routing id, mechanism, public key."""
+"""Number of frames in a ZAP request: who asks, nothing, version, id, domain, address, routing id, mechanism, public
+key."""
 
 
 class Doorkeeper:
-    """Lets in who has a key of a party that may come. Of the socket's own context, before the server's socket binds.
+    """Authenticator that lets in whoever has a key of an allowed party.
 
-    ZeroMQ asks it in the middle of each handshake; who is not let in has learned nothing but that keys are needed.
+    It must be in the ZeroMQ context of the server's socket, and be open before that socket binds. ZeroMQ asks it in the
+    middle of each handshake. Whoever is not let in has learned nothing but that keys are needed.
     """
 
     def __init__(self, keys: Keys, allows: Collection[Party], context: SharedContext) -> None:
@@ -34,7 +36,7 @@ class Doorkeeper:
         self._socket.close()
 
     def _answer(self, frames: list[bytes]) -> None:
-        if len(frames) != NUM_FRAMES:  # of a mechanism without keys, of which the server's socket knows none
+        if len(frames) != NUM_FRAMES:  # from a mechanism without keys, which the server's socket does not have
             logger.error("a request of %d frames about who may connect", len(frames))
             return
         asks, nothing, version, id_, _, address, _, _, key = frames

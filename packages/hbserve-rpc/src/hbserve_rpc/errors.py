@@ -7,15 +7,15 @@ HBServeRpcError
 ├── RpcTimeout (TimeoutError)            no answer before the call's deadline
 ├── PeerLost (ConnectionError)           the peer's heartbeats stopped, or it ended in order during the call
 │   ├── PeerDied                         its process has ended, and not in order
-│   └── NotAllowed                       it does not let this side in: one has no keys, or others than the other knows
-├── InvalidAddress (ValueError)          a host or address that cannot be; has what is expected instead
+│   └── NotAllowed                       it does not let this side in: one has no keys, or keys unknown to the other
+├── InvalidAddress (ValueError)          a host or address that cannot be one; has what is expected instead
 ├── AddressInUse (OSError)               the address to serve on belongs to another process
-├── KeysError (ValueError)               keys that cannot be used; has the file, or what lacks
+├── KeysError (ValueError)               keys that cannot be used; has the file, or what is missing
 ├── ProtocolMismatch                     the peer speaks another protocol version
 └── RemoteError                          the peer's handler failed; its message is kept
     ├── EngineFailed                     the engine can compute nothing any more, for any request
-    ├── RequestTimeout (TimeoutError)    a request has not ended before the deadline that the deployment sets
-    └── Unavailable                      nobody is there who could serve it; later somebody may be
+    ├── RequestTimeout (TimeoutError)    the request did not end before the deadline that the deployment sets
+    └── Unavailable                      nobody is there who could serve the request; later somebody may be
 """
 
 from typing import ClassVar
@@ -25,7 +25,7 @@ class HBServeRpcError(Exception):
     """Base of every error of this package."""
 
     code: ClassVar[str] = "internal"
-    """How the error is named on the wire."""
+    """Name of the error on the wire."""
 
 
 class InvalidRequest(HBServeRpcError, ValueError):
@@ -42,7 +42,7 @@ class Overloaded(HBServeRpcError):
     def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
-        """It is of no use to try again sooner."""
+        """Time to wait before another try; an earlier one is of no use."""
 
 
 class RpcTimeout(HBServeRpcError, TimeoutError):

@@ -15,13 +15,13 @@ from hbserve_rpc.metrics_text import CONTENT_TYPE, Family, text_of
 logger = logging.getLogger(__name__)
 
 PATIENCE_S = 5.0
-"""For a request, and for an answer to be taken."""
+"""Longest time for one connection: to read its request, to answer it, and for the client to take the answer."""
 MOST_HEAD_BYTES = 8192
 PLAIN = "text/plain; charset=utf-8"
 
 
 class HealthPort:
-    """Lives in the event loop that ran `start`. Answers GET and HEAD, one request on each connection."""
+    """HTTP server in the event loop that ran `start`. It answers GET and HEAD, one request on each connection."""
 
     def __init__(
         self,
@@ -32,8 +32,11 @@ class HealthPort:
         why_not_ready: Callable[[], str],
         metrics: Callable[[], Awaitable[Iterable[Family]]],
     ) -> None:
-        """port: 0 lets the system choose. why_dead: why the process should be ended, "" while it should not;
-        why_not_ready: why it serves nobody now."""
+        """Make a port that does not listen yet.
+
+        port: 0 lets the system choose. why_dead: returns why the process should be ended, or "" while it should not.
+        why_not_ready: returns why it serves nobody at the moment, or "".
+        """
         self._host = host
         self._port = port
         self._why_dead = why_dead
@@ -44,12 +47,12 @@ class HealthPort:
 
     @property
     def address(self) -> str:
-        """`host:port`, from `start` on."""
+        """Address `host:port`; it is known from `start` on."""
         assert self._server is not None, "start() comes first"
         return format_address(self._host, self._server.sockets[0].getsockname()[1])
 
     async def start(self) -> None:
-        """Raises AddressInUse."""
+        """Begin to listen. Raises AddressInUse."""
         family = socket.AF_INET6 if ":" in self._host else socket.AF_INET
         try:
             listening = ListeningSocket(socket.create_server((self._host, self._port), family=family))
@@ -62,7 +65,7 @@ class HealthPort:
         logger.info("/health, /ready and /metrics at http://%s", self.address)
 
     async def stop(self) -> None:
-        """May be called twice, and without `start`."""
+        """Stop listening, and cancel answers under way. May be called twice, and without `start`."""
         if self._server is not None:
             self._server.close()
         for task in list(self._answering):
@@ -79,8 +82,8 @@ class HealthPort:
                 writer.write(await self._answer(head))
                 await writer.drain()
         except (OSError, TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
-            pass  # whoever asks no question gets no answer
-        except asyncio.CancelledError:  # the port ends; asyncio would tell of a task that was cancelled
+            pass  # whoever sends no request gets no answer
+        except asyncio.CancelledError:  # `stop` cancels it; asyncio would log a task that ends as cancelled
             pass
         finally:
             self._answering.discard(task)

@@ -1,4 +1,4 @@
-"""Metrics of instances, of their stats: an instance tells its own, and a scheduler or a server those of all."""
+"""Metrics of instances, made from their stats: an instance shows its own, a scheduler or server those of all."""
 
 from collections.abc import Iterator, Sequence
 from operator import attrgetter
@@ -32,7 +32,7 @@ COUNTERS = {
     "instance_rpc_frames_dropped": "rpc.dropped_frames",
     "instance_rpc_notifications_failed": "rpc.failed_notifications",
 }
-"""Name of the metric, without prefix and suffix: field of the stats."""
+"""Field of the stats, by name of the metric without prefix and suffix."""
 
 
 def instance_metrics(instances: Sequence[InstanceStats]) -> Iterator[Family]:
@@ -65,7 +65,7 @@ def instance_metrics(instances: Sequence[InstanceStats]) -> Iterator[Family]:
 
 
 def block_states(stats: InstanceStats) -> dict[str, int]:
-    """How many KV blocks of an instance are in which state; each is in one, but for those that are shared."""
+    """Return the number of an instance's KV blocks by state. Each block is in one state, except for shared ones."""
     held = stats.num_blocks - stats.free_blocks
     reserved = min(stats.reserved_blocks, held - min(stats.quarantined_blocks, held))
     return {

@@ -1,15 +1,15 @@
-"""Keys of a deployment, by which its processes know each other (CURVE): made, kept in files, and changed.
+"""Keys by which the processes of a deployment recognise each other (CURVE): how they are made, stored and replaced.
 
 A folder that `make_keys` and `save_keys` make has a file for each party. Each has that party's own secret key, and the
 public keys of all, so a host needs only the files of the parties that run there:
 
     client.key       whoever asks a scheduler
     scheduler.key    schedulers and front ends: may ask instances, and each other
-    instance.key     instances: may send KV to each other, and tell a scheduler of themselves
+    instance.key     instances: may send KV to each other, and register with a scheduler
 
-Two keys of each party are valid at a time, so that all are changed without a stop. After each step the files are copied
-to their hosts, and the processes are restarted in any order: `add_keys` has everybody accept the next ones too,
-`switch_keys` has everybody use them, and `drop_keys` has nobody accept the old ones.
+Each party may have two valid keys at a time, so that all keys can be replaced without a stop. After each step the files
+are copied to their hosts, and the processes are restarted in any order: `add_keys` makes everybody accept the next keys
+too, `switch_keys` makes everybody use them, and `drop_keys` makes everybody refuse the old ones.
 """
 
 import itertools
@@ -32,23 +32,23 @@ logger = logging.getLogger(__name__)
 Party = Literal["client", "scheduler", "instance"]
 PARTIES: tuple[Party, ...] = get_args(Party)
 NUM_BYTES, NUM_CHARACTERS = 32, 40
-"""Of a key, and of its text in Z85."""
+"""Length of a key, and of its text in Z85."""
 ZAP_DOMAIN = b"hbserve"
 
 
 class Keys(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What one process needs to know: who it is, and who others are. Its text does not have the secrets.
+    """Keys that one process needs: its own, and the public ones of all parties. Its `repr` does not show the secrets.
 
     Raises:
-        KeysError: they do not belong together, or this ZeroMQ has no CURVE.
+        KeysError: the keys do not belong together, or this ZeroMQ has no CURVE.
     """
 
     party: Party
     secret_key: str
     next_secret_key: str | None = None
-    """Between `add_keys` and `switch_keys`."""
+    """Secret key that `switch_keys` will put into use; set between `add_keys` and `switch_keys`."""
     public_keys: dict[Party, Annotated[list[str], msgspec.Meta(min_length=1, max_length=2)]]
-    """Those that are accepted; the first of each is in use."""
+    """Public keys that are accepted, by party; the first of each is in use."""
 
     def __post_init__(self) -> None:
         _require_curve()
@@ -67,7 +67,8 @@ class Keys(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         return zmq.curve_public(self.secret_key.encode()).decode()
 
     def server_options(self) -> dict[int, int | bytes]:
-        """Of a socket that binds. Whom it lets in is asked of the Doorkeeper in its context; without one, nobody."""
+        """Return options for a socket that binds. The Doorkeeper in its context decides whom it lets in; without one it
+        lets nobody in."""
         return {
             zmq.CURVE_SERVER: 1,
             zmq.CURVE_SECRETKEY: self.secret_key.encode(),
@@ -76,7 +77,7 @@ class Keys(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         }
 
     def client_options(self, server_key: str) -> dict[int, int | bytes]:
-        """Of a socket that connects to who has `server_key`."""
+        """Return options for a socket that connects to the holder of `server_key`, a public key."""
         return {
             zmq.CURVE_SERVERKEY: server_key.encode(),
             zmq.CURVE_PUBLICKEY: self.public_key.encode(),
@@ -85,14 +86,14 @@ class Keys(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 def make_keys() -> dict[Party, Keys]:
-    """Keys of a new deployment."""
+    """Make the keys of a new deployment."""
     pairs = {party: _pair() for party in PARTIES}
     public: dict[Party, list[str]] = {party: [pairs[party][0]] for party in PARTIES}
     return {party: Keys(party=party, secret_key=secret, public_keys=public) for party, (_, secret) in pairs.items()}
 
 
 def add_keys(keys: Mapping[Party, Keys]) -> dict[Party, Keys]:
-    """The next keys, accepted beside those that are in use. Raises KeysError: there are two already."""
+    """Make the next keys, which are accepted beside those in use. Raises KeysError if there are two already."""
     if any(len(each) > 1 for each in keys["client"].public_keys.values()):
         raise KeysError("there are two keys of each party already: switch to the new ones, then drop the old ones")
     pairs = {party: _pair() for party in PARTIES}
@@ -104,7 +105,7 @@ def add_keys(keys: Mapping[Party, Keys]) -> dict[Party, Keys]:
 
 
 def switch_keys(keys: Mapping[Party, Keys]) -> dict[Party, Keys]:
-    """The next keys in use, and those before them still accepted. Raises KeysError: there are no next ones."""
+    """Put the next keys into use; the ones before are still accepted. Raises KeysError if there are no next ones."""
     public = {party: known[::-1] for party, known in keys["client"].public_keys.items()}
     switched: dict[Party, Keys] = {}
     for party in PARTIES:
@@ -116,16 +117,16 @@ def switch_keys(keys: Mapping[Party, Keys]) -> dict[Party, Keys]:
 
 
 def drop_keys(keys: Mapping[Party, Keys]) -> dict[Party, Keys]:
-    """Those in use alone."""
+    """Keep only the keys in use."""
     public = {party: known[:1] for party, known in keys["client"].public_keys.items()}
     return {party: Keys(party=party, secret_key=keys[party].secret_key, public_keys=public) for party in PARTIES}
 
 
 def load_keys(folder: str | Path, party: Party) -> Keys:
-    """One party's file of a folder.
+    """Read the file of one party in a folder.
 
     Raises:
-        KeysError: it is missing, cannot be read, or is none.
+        KeysError: the file is missing, cannot be read, or does not have this party's keys.
     """
     path = _path(folder, party)
     try:
@@ -145,10 +146,10 @@ def load_keys(folder: str | Path, party: Party) -> Keys:
 
 
 def save_keys(keys: Mapping[Party, Keys], folder: str | Path) -> list[Path]:
-    """Write the files of a folder, for nobody else to read; each is there as a whole, or as it was.
+    """Write a folder's files, which only their owner may read. Each is replaced as a whole, or stays as it was.
 
     Raises:
-        OSError: they cannot be written.
+        OSError: the files cannot be written.
     """
     Path(os.path.expanduser(folder)).mkdir(mode=0o700, parents=True, exist_ok=True)
     paths = []
@@ -161,7 +162,7 @@ def save_keys(keys: Mapping[Party, Keys], folder: str | Path) -> list[Path]:
             os.replace(name, path)
         except OSError as error:
             os.unlink(name)
-            raise OSError(error.errno, error.strerror, str(path)) from None  # of a full disk there is no name in it
+            raise OSError(error.errno, error.strerror, str(path)) from None  # for a full disk, `error` names no file
         paths.append(path)
     return paths
 
@@ -171,7 +172,7 @@ def _path(folder: str | Path, party: Party) -> Path:
 
 
 def has_curve() -> bool:
-    """Whether this ZeroMQ can use keys."""
+    """Whether this build of ZeroMQ can use keys."""
     return bool(zmq.has("curve"))
 
 
@@ -187,13 +188,13 @@ def _require_key(text: str) -> None:
     try:
         if len(text) == NUM_CHARACTERS and len(z85.decode(text)) == NUM_BYTES:
             return
-    except (KeyError, struct.error):  # a character that is none of Z85, a number that is none of four bytes
+    except (KeyError, struct.error):  # a character outside Z85, or a number that does not fit into four bytes
         pass
     raise KeysError(f"it is not a key: expected {NUM_CHARACTERS} characters of Z85, as `hbserve keys` writes them")
 
 
 def _pair() -> tuple[str, str]:
-    """Public key and secret key. Raises KeysError."""
+    """Make a public key and its secret key. Raises KeysError if this ZeroMQ has no CURVE."""
     _require_curve()
     public, secret = zmq.curve_keypair()
     return public.decode(), secret.decode()

@@ -1,4 +1,4 @@
-"""A listening HTTP socket of a process that may open no more files."""
+"""A listening HTTP socket that refuses connections when the process may open no more files."""
 
 import asyncio
 import contextlib
@@ -15,21 +15,22 @@ logger = logging.getLogger(__name__)
 
 FULL = b"HTTP/1.1 503 Service Unavailable\r\nconnection: close\r\nretry-after: 1\r\ncontent-length: 0\r\n\r\n"
 FULL_TOLD_S = 30.0
-"""That connections are refused is said so often at most."""
+"""Shortest time between two log lines about refused connections."""
 LINGER_S = 2.0
-"""How long a client that was refused may go on sending."""
+"""Longest time that a refused client may go on sending."""
 _MOST_HEAD_BYTES = 1 << 20
 
 
 class ListeningSocket(socket.socket):
-    """Refuses connections for which there are not files enough. asyncio would fail to accept them, thousands of times a
-    second with many clients, and tell each with a traceback; their clients would wait."""
+    """Listening socket that refuses connections for which there are not enough files. asyncio would fail to accept
+    them, thousands of times a second with many clients, and log a traceback each time; the clients would wait."""
 
     def __init__(self, bound: socket.socket | int, *, is_plain: bool = True, files_left: int = 0) -> None:
-        """Takes over a socket, or its descriptor.
+        """Take over a socket, or its descriptor.
 
-        is_plain: who is refused can be told by HTTP; else its connection is closed.
-        files_left: of those that the process may open, what is left for all that are no connections of this socket.
+        is_plain: whether a refused client can be told so by unencrypted HTTP; otherwise its connection is just closed.
+        files_left: number of the files that the process may open to reserve for other uses than this socket's
+            connections.
         """
         self._spare: int | None = os.open(os.devnull, os.O_RDONLY)
         super().__init__(fileno=bound if isinstance(bound, int) else bound.detach())
@@ -37,7 +38,7 @@ class ListeningSocket(socket.socket):
         self._files_left = files_left
         self._told_s = -FULL_TOLD_S
         self._leaving: dict[socket.socket, asyncio.TimerHandle] = {}
-        """Refused, and may still send."""
+        """Timers of refused connections whose clients may still be sending."""
 
     def accept(self) -> tuple[socket.socket, Any]:
         try:
@@ -45,15 +46,15 @@ class ListeningSocket(socket.socket):
         except OSError as error:
             if error.errno not in NO_FILE_LEFT or self._spare is None:
                 raise
-            self._close_spare()  # whose place is for the one that is refused
+            self._close_spare()  # which frees a descriptor for the connection that is to be refused
             connection, _ = super().accept()
             self._refuse(connection)
             connection.close()
-            with contextlib.suppress(OSError):  # another thread has been quicker: then asyncio tells of the next one
+            with contextlib.suppress(OSError):  # another thread was quicker: then asyncio logs the next failure
                 self._spare = os.open(os.devnull, os.O_RDONLY)
         else:
             most = self._most_files()
-            # The system gives the lowest number that is free.
+            # The system gives the lowest free number, so the number says how many files are open.
             if most == resource.RLIM_INFINITY or connection.fileno() < most - self._files_left:
                 return connection, address
             self._refuse(connection)
@@ -81,13 +82,13 @@ class ListeningSocket(socket.socket):
             if self._is_plain:
                 connection.send(FULL)
             connection.shutdown(socket.SHUT_WR)
-            connection.recv(_MOST_HEAD_BYTES)  # else what has come ends the connection before its answer is read
+            connection.recv(_MOST_HEAD_BYTES)  # unread data would reset the connection before the answer is read
         if time.monotonic() - self._told_s >= FULL_TOLD_S:
             self._told_s = time.monotonic()
             logger.warning("connections are refused: this process may open %d files (ulimit -n)", self._most_files())
 
     def _linger(self, connection: socket.socket) -> None:
-        """Throw away what comes until the client has its answer: else what comes after it ends the connection too."""
+        """Discard what the client sends until it has its answer. Otherwise that would reset the connection, too."""
         while len(self._leaving) >= max(1, self._files_left // 2):
             self._leave(next(iter(self._leaving)))
         loop = asyncio.get_running_loop()

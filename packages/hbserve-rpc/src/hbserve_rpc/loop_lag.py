@@ -1,17 +1,17 @@
-"""Lag of an event loop: while it is busy with one thing, all else that it serves waits."""
+"""Lag of an event loop: while it is busy with one thing, everything else that it serves waits."""
 
 import asyncio
 
 from hbserve_rpc.counts import Histogram
 
 PAUSE_S = 0.25
-"""Between two looks: few enough to cost nothing."""
+"""Pause between two measurements: long enough for them to cost nothing."""
 BOUNDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0]
-"""Seconds."""
+"""Bounds of the histogram, in seconds."""
 
 
 class LoopLag:
-    """Measures how late the event loop is that ran `start`, until `stop`."""
+    """Histogram of how late the event loop that ran `start` is, filled until `stop`."""
 
     def __init__(self) -> None:
         self.histogram = Histogram.over(BOUNDS)
@@ -27,6 +27,6 @@ class LoopLag:
         self.start()
 
     def stop(self) -> None:
-        """May be called twice, and without `start`."""
+        """Stop measuring. May be called twice, and without `start`."""
         if self._handle is not None:
             self._handle.cancel()

@@ -1,7 +1,7 @@
 """A ZeroMQ socket in an event loop: sending never waits, and each message that arrives is passed to a function.
 
-pyzmq's own `zmq.asyncio` makes futures for both, and takes a turn of the loop for each: half of the time of a round
-trip.
+pyzmq's own `zmq.asyncio` makes futures for sending and receiving, and takes a turn of the event loop for each, which is
+half of the time of a round trip.
 """
 
 import asyncio
@@ -22,13 +22,13 @@ import zmq
 from hbserve_rpc import wire
 
 MESSAGES_PER_TURN = 64
-"""After this many messages the rest of the event loop has its turn."""
+"""Number of messages after which the rest of the event loop has its turn."""
 COPIED_BYTES = 64 << 10
-"""Longer bodies are handed to ZeroMQ without a copy."""
+"""Size from which on bodies are handed to ZeroMQ without a copy."""
 COMPLAINT_PAUSE_S = 10.0
-"""Complaints about what anybody can send are logged at most once in this time."""
+"""Shortest time between two log lines about what anybody can send."""
 LAST_WORDS_MS = 50
-"""How long closing a socket waits at most for its last messages to leave, over connections that exist."""
+"""Longest time that closing a socket waits for its last messages to leave, over connections that exist."""
 WATCHED = (
     zmq.EVENT_HANDSHAKE_SUCCEEDED
     | zmq.EVENT_DISCONNECTED
@@ -39,18 +39,18 @@ WATCHED = (
 _NUMBERS = itertools.count()
 _EVENTS, _POLLIN = int(zmq.EVENTS), int(zmq.POLLIN)
 _NOBLOCK, _MORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)
-"""Plain numbers: pyzmq's enumerations take longer than the calls that they are passed to."""
+"""pyzmq's constants as plain numbers: its enumerations take longer than the calls that they are passed to."""
 
 
 class SharedContext:
-    """A ZeroMQ context, and its two threads, for as long as somebody has sockets in it. May be used by any thread.
+    """A ZeroMQ context, with its two threads, that exists while somebody has sockets in it. Any thread may use it.
 
     All clients of a process share one, so that a thousand of them need no more threads than one does. A server has one
-    of its own, within which the doorkeeper decides who may connect: see `doorkeeper.py`.
+    of its own, in which its doorkeeper decides who may connect: see `doorkeeper.py`.
     """
 
     def __init__(self) -> None:
-        # A socket that nobody closed is garbage-collected in any thread, perhaps in the middle of `enter`.
+        # Reentrant, because a socket that nobody closed is garbage-collected in any thread, perhaps during `enter`.
         self._lock = threading.RLock()
         self._users: set[object] = set()
         self._context: zmq.Context[zmq.Socket[bytes]] | None = None
@@ -67,7 +67,7 @@ class SharedContext:
             return self._context
 
     def leave(self, user: object) -> None:
-        """To be called once its sockets are closed. The last to leave waits for the last messages to be sent."""
+        """Leave the context, after closing one's sockets. The last user to leave waits until all messages are sent."""
         with self._lock:
             self._users.discard(user)
             if self._users or self._context is None or self._pid != os.getpid():
@@ -77,14 +77,14 @@ class SharedContext:
 
 
 CLIENTS = SharedContext()
-"""Shared by all clients of this process."""
+"""The context of all clients of this process."""
 
 
 class MessageSocket:
-    """One ZeroMQ socket. Belongs to the loop that ran `open`."""
+    """One ZeroMQ socket. It belongs to the event loop that ran `open`."""
 
     _sockets: "list[zmq.Socket[bytes]]"
-    """The socket and its monitor: both must be closed before the context ends."""
+    """The socket and its monitor, both of which must be closed before the context ends."""
 
     def __init__(
         self,
@@ -94,7 +94,7 @@ class MessageSocket:
         context: SharedContext,
     ) -> None:
         self._kind = kind
-        # A sender must never wait, whether for a deadline or for a frozen peer: see `send`.
+        # A sender must never wait, not even for a deadline or a frozen peer: see `send`.
         self._options = {zmq.LINGER: 0, zmq.SNDHWM: 0, zmq.MAXMSGSIZE: wire.MOST_FRAME_BYTES, **options}
         self._on_message = on_message
         self._context = context
@@ -117,14 +117,14 @@ class MessageSocket:
         options: Mapping[int, int | bytes] | None = None,
         on_event: Callable[[int], None] | None = None,
     ) -> None:
-        """`attach` connects or binds the socket, and sets further options; if it raises, the socket is closed again.
+        """Open the socket. `attach` connects or binds it, and sets further options; if it raises, the socket is closed.
 
-        on_event: called for each of the events WATCHED; for a socket that connects to one peer.
+        on_event: called for each of the events WATCHED. It is meant for a socket that connects to one peer.
         """
         self._loop = asyncio.get_running_loop()
         user, self._sockets = object(), []
-        # Also for a socket that is garbage-collected unclosed, as after a failed test: a context that ends waits for
-        # its sockets for ever.
+        # This also closes a socket that is garbage-collected while open, as after a failed test: a context that ends
+        # waits for its sockets for ever.
         self._end = weakref.finalize(self, _end, self._context, user, self._sockets)
         self._end.atexit = False
         try:
@@ -142,8 +142,9 @@ class MessageSocket:
             raise
 
     def _watch(self, on_event: Callable[[int], None]) -> None:
-        """To be called before it connects: ZeroMQ's thread connects meanwhile, and reports a refusal only once."""
-        # Under a name of our own: pyzmq's has the socket's file number, which may just have been another socket's.
+        """Watch the socket's events. Must be called before it connects, because ZeroMQ's thread connects at once, and
+        reports a refusal only once."""
+        # The name is our own: pyzmq's has the socket's file number, which may just have been another socket's.
         self._monitor = self._socket.get_monitor_socket(WATCHED, f"inproc://monitor.{next(_NUMBERS)}")
         self._sockets.append(self._monitor)
         self._loop.add_reader(self._monitor.FD, self._read_events, on_event)
@@ -151,13 +152,13 @@ class MessageSocket:
 
     def _read_events(self, on_event: Callable[[int], None]) -> None:
         while self._is_reading and self._monitor is not None and _has_message(self._monitor):
-            # Not by pyzmq's `parse_monitor_message`: it makes a member of an enumeration, which is never forgotten, of
-            # each value, and a connection's is the number of its file.
+            # pyzmq's `parse_monitor_message` is not used: it makes an enumeration member, which is never freed, of each
+            # value, and a connection's value is the number of its file.
             on_event(int.from_bytes(self._monitor.recv_multipart(zmq.NOBLOCK)[0][:2], sys.byteorder))
 
     def connect_again(self, address: str, options: Mapping[int, int | bytes]) -> None:
-        """Connect with other options, instead of a connection that cannot be made with these. What was sent by that is
-        lost."""
+        """Connect with other options, because the connection cannot be made with the present ones. Messages that were
+        sent over it are lost."""
         with contextlib.suppress(zmq.ZMQError):  # ZeroMQ has given it up itself
             self._socket.disconnect(address)
         for option, value in options.items():
@@ -166,12 +167,12 @@ class MessageSocket:
         self._look_again()
 
     def say_last(self, frames: Sequence[bytes]) -> None:
-        """Send a last message before `close`, which waits a moment for it. Only a connected peer gets it."""
+        """Send a last message before `close`, which waits a moment for it to leave. Only a connected peer gets it."""
         self._socket.setsockopt(zmq.LINGER, LAST_WORDS_MS)
         self.send(frames)
 
     def stop_reading(self) -> None:
-        """Pass on nothing that arrives from now on. What was sent has until `close` to leave."""
+        """Stop passing on messages that arrive. Messages that were sent may leave until `close`."""
         if self._is_reading:
             self._is_reading = False
             self._loop.remove_reader(self._socket.FD)
@@ -182,16 +183,16 @@ class MessageSocket:
             self._again = None
 
     def close(self) -> None:
-        """Close at once: what has not left yet is dropped. May be called twice."""
+        """Close at once; messages that have not left yet are dropped. May be called twice."""
         self.stop_reading()
         if self._end is not None:
             self._end()
 
     def send(self, frames: Sequence[bytes]) -> int:
-        """Queue a message without waiting. Returns 0, or why it was not queued.
+        """Queue a message without waiting. Return 0, or the number of the error for which it was not queued.
 
-        EAGAIN: the queue to its receiver is full, which happens only with SNDHWM set. EHOSTUNREACH: its receiver is not
-        connected, which only a ROUTER with ROUTER_MANDATORY reports; others drop the message.
+        EAGAIN: the queue to the receiver is full, which happens only with SNDHWM set. EHOSTUNREACH: the receiver is not
+        connected, which only a ROUTER with ROUTER_MANDATORY reports; other sockets drop the message.
         """
         try:
             for frame in frames[:-1]:
@@ -206,8 +207,8 @@ class MessageSocket:
         return 0
 
     def _look_again(self) -> None:
-        """Read again: the descriptor signals a message only once, and any call, not only one that reads, clears the
-        signal."""
+        """Schedule another read if there is a message: the descriptor signals each message only once, and any call of
+        the socket clears the signal, not only one that reads."""
         if self._is_reading and self._again is None and _has_message(self._socket):
             self._again = self._loop.call_soon(self._read)
 
@@ -222,7 +223,7 @@ class MessageSocket:
             self._look_again()
 
     def _receive(self) -> list[bytes]:
-        """One message. Not by `recv_multipart`, which asks the socket after each frame whether there is another."""
+        """Return one message. `recv_multipart` would ask the socket after each frame whether there is another."""
         self._first = frame = self._socket.recv(_NOBLOCK, copy=False)
         frames = [frame.bytes]
         while frame.more:
@@ -231,8 +232,8 @@ class MessageSocket:
         return frames
 
     def said_by_connection(self, what: str) -> str:
-        """What ZeroMQ knows of the connection over which the current message came: "Peer-Address", or "User-Id", which
-        is what the doorkeeper called it. "" if nothing."""
+        """Return a property of the connection over which the current message came: "Peer-Address", or "User-Id", which
+        is the party that the doorkeeper gave it. "" if there is none."""
         try:
             return str(self._first.get(what))
         except zmq.ZMQError:
@@ -246,15 +247,15 @@ def _has_message(socket: "zmq.Socket[bytes]") -> bool:
 
 def _end(context: SharedContext, user: object, sockets: "Sequence[zmq.Socket[bytes]]") -> None:
     for socket in sockets:
-        # Otherwise the end of its connection may be reported to a monitor that is closed, and ZeroMQ's thread, which
-        # all in the context share, waits for one that takes it.
+        # Otherwise the end of its connection may be reported to a monitor that is closed already. ZeroMQ's thread,
+        # which all sockets of the context share, would wait for somebody to take the report.
         socket.disable_monitor()
         socket.close()
     context.leave(user)
 
 
 class Complaints:
-    """Log lines about what may happen arbitrarily often: the first at once, then few, with a count."""
+    """Logger of warnings about what may happen arbitrarily often: the first at once, then few, each with a count."""
 
     def __init__(self, logger: logging.Logger) -> None:
         self._logger = logger

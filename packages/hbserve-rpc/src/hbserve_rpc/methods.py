@@ -1,4 +1,4 @@
-"""A remote procedure is declared once, and both sides use that declaration."""
+"""Declarations of remote procedures. Each is declared once, and both sides use that declaration."""
 
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -11,17 +11,17 @@ Reply = TypeVar("Reply")
 
 @dataclass(frozen=True)
 class Method(Generic[Request, Reply]):
-    """One request, one reply."""
+    """A remote procedure with one request and one reply."""
 
     name: str
     request: type[Request]
     reply: Any
-    """A struct type, or a union of tagged struct types."""
+    """Type of the reply: a struct, or a union of tagged structs."""
 
 
 @dataclass(frozen=True)
 class Notification(Generic[Request]):
-    """One message that nobody answers."""
+    """A message that nobody answers."""
 
     name: str
     request: type[Request]
@@ -29,9 +29,9 @@ class Notification(Generic[Request]):
 
 @dataclass(frozen=True)
 class StreamMethod(Generic[Request, Reply]):
-    """One request, then any number of items until the server ends the stream or the client closes it."""
+    """A remote procedure with one request and any number of items, until the server or the client ends the stream."""
 
     name: str
     request: type[Request]
     item: Any
-    """A struct type, or a union of tagged struct types."""
+    """Type of an item: a struct, or a union of tagged structs."""

@@ -1,4 +1,4 @@
-"""Text of metrics as Prometheus reads it: format 0.0.4, of families that are filled at each scrape."""
+"""Metrics in Prometheus's text format 0.0.4, made of families that are filled at each scrape."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
@@ -10,7 +10,7 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class Family:
-    """Samples of one name. Those of a counter have the suffix `_total`, which `name` is without."""
+    """Samples of one metric. `name` is given without the suffix `_total` that a counter's samples have."""
 
     def __init__(
         self,
@@ -25,16 +25,16 @@ class Family:
         self._lines = [f"# HELP {self.name} {help_text}", f"# TYPE {self.name} {kind}"]
 
     def add(self, value: float, *labels: str) -> None:
-        """The sample of these values of the labels."""
+        """Add a sample with these values of the labels."""
         self._add("", value, labels)
 
     def add_each(self, values: Mapping[str, float]) -> None:
-        """A sample for each value of the only label."""
+        """Add samples of a family with one label: values by that label's value."""
         for label, value in values.items():
             self.add(value, label)
 
     def add_histogram(self, histogram: Histogram, *labels: str, bounds: Sequence[float] | None = None) -> None:
-        """bounds: those of the histogram's that are told; all of them."""
+        """Add the samples of a histogram. bounds: the only ones of its bounds to show; None shows all."""
         up_to = zip(histogram.bounds, accumulate(histogram.counts), strict=False)
         num_values = sum(histogram.counts)
         for bound, count in up_to:
@@ -59,7 +59,7 @@ class Family:
 
 
 def text_of(families: Iterable[Family]) -> bytes:
-    # A lone surrogate, which a name from elsewhere may have, is in no encoding.
+    # A lone surrogate, which a name from elsewhere may have, cannot be encoded.
     return "".join(map(str, families)).encode("utf-8", "replace")
 
 

@@ -1,4 +1,4 @@
-"""Data that does not fit a struct: msgspec's finding, in words of whoever has written the data."""
+"""Messages about data that does not fit a struct: msgspec's finding, in the words of whoever wrote the data."""
 
 import difflib
 import re
@@ -10,9 +10,9 @@ from hbserve_rpc.plain_values import cut, shown
 
 
 def what_and_where(error: msgspec.ValidationError) -> tuple[str, str]:
-    """What msgspec has found, and where, such as `$.a[0]` or `key` in `$.a`, each in backticks; "" if it is the whole.
+    """Return what msgspec found, and where: `$.a[0]` or `key` in `$.a`, with the backticks, or "" for the whole.
 
-    What somebody wrote may be quoted in the first: text of any length, with any words in it.
+    The finding may quote what somebody wrote: text of any length, with any words in it. It is cut.
     """
     found = re.fullmatch(r"(.*?)(?: - at ((?:`key` in )?`\$[^`]*`))?", str(error), re.DOTALL)
     assert found is not None
@@ -21,9 +21,10 @@ def what_and_where(error: msgspec.ValidationError) -> tuple[str, str]:
 
 
 def describe_misfit(error: msgspec.ValidationError, content: Any, kind: type[msgspec.Struct], whole: str) -> str:
-    """One line: the path of the key, its value, and what may be there; with a guess at a misspelt key.
+    """Describe the misfit in one line: the path of the key, its value, and what is allowed there. An unknown key is
+    shown with a guess at its right spelling.
 
-    content: the data, as plain Python. kind: the struct that it was to be. whole: what all of it is called.
+    content: the data, as plain Python. kind: the struct that it should be. whole: name of the data as a whole.
     """
     what, place = what_and_where(error)
     keys = re.findall(r"\.(\w+)|\[(\d+)\]", place)
@@ -36,7 +37,7 @@ def describe_misfit(error: msgspec.ValidationError, content: Any, kind: type[msg
         return f"{path + '.' if path else ''}{key}: unknown key; {hint}expected one of {', '.join(allowed)}"
     if missing := re.search(r"missing required field `(\w+)`", what):
         return f"{path + '.' if path else ''}{missing[1]}: missing; it has no default"
-    if not path and not what.startswith("Expected `"):  # of a check of the struct's own, in its words
+    if not path and not what.startswith("Expected `"):  # from a check of the struct's own, in its words
         return what
     if re.match(r"\w+=", what):
         return f"{path}.{what}"
@@ -47,7 +48,7 @@ def describe_misfit(error: msgspec.ValidationError, content: Any, kind: type[msg
 
 
 def describe_value_misfit(error: msgspec.ValidationError, name: str, value: Any, kind: Any) -> str:
-    """The same of one value, called so, that was to be of this type."""
+    """Describe, in one line, that the value named `name` is not of the type `kind`."""
     for index in re.findall(r"\[(\d+)\]", what_and_where(error)[1]):
         name, value = f"{name}[{index}]", value[int(index)]
         (kind,) = getattr(kind, "__args__", [None])[:1]
@@ -55,7 +56,7 @@ def describe_value_misfit(error: msgspec.ValidationError, name: str, value: Any,
 
 
 def _detail(error: msgspec.ValidationError, kind: Any) -> str:
-    """What may be there: of a mapping, the words are for its keys."""
+    """Return what is allowed. The words for a mapping's type are about its keys, and used only for them."""
     what, place = what_and_where(error)
     has_words = getattr(kind, "__origin__", None) is not dict or "`key`" in place
     for of_json, of_yaml in (("`object`", "a mapping"), ("`array`", "a list")):
@@ -64,7 +65,7 @@ def _detail(error: msgspec.ValidationError, kind: Any) -> str:
 
 
 def _type_at(kind: type[msgspec.Struct], path: str) -> Any:
-    """The annotated type of a key."""
+    """Return the annotated type of the key at `path`."""
     found: Any = kind
     for name in re.findall(r"[a-z_0-9]*[a-z_][a-z_0-9]*", path):
         found = next(field.type for field in msgspec.structs.fields(found) if field.name == name)
@@ -76,10 +77,10 @@ def _type_at(kind: type[msgspec.Struct], path: str) -> Any:
 
 
 def expected_words(found: Any) -> str:
-    """What a key of this type may be, if there are words for it; else nothing."""
+    """Return the words that a value of this type may be, as a phrase; "" if it may be no words."""
     found = found.__origin__ if hasattr(found, "__metadata__") else found
     choices = getattr(found, "__args__", ())
-    # Of a number that may be a word instead, the words are one level deeper.
+    # If the value may be a number or a word, the words are one level deeper.
     nested = [word for choice in choices for word in getattr(choice, "__args__", ())]
     words = [str(choice) for choice in (*choices, *nested) if isinstance(choice, str)]
     or_number = "`int`, or " if int in choices else ""

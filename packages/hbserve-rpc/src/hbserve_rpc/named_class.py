@@ -1,4 +1,4 @@
-"""Classes of users, which a configuration names: by an entry point, or as `module:Class`."""
+"""Users' own classes, which a configuration names by an entry point or as `module:Class`."""
 
 import importlib
 import sys
@@ -8,10 +8,10 @@ from typing import Any
 
 
 def find_class(group: str, name: str) -> Any:
-    """What an entry point of `group` has under this name, or else `module:Class`, whose module Python can import, or
-    which is in the current folder.
+    """Return the class of the entry point of this name in `group`, or else of a name like `module:Class`, whose module
+    Python can import or which is in the current folder.
 
-    Raises ImportError or AttributeError: it is not there.
+    Raises ImportError or AttributeError if there is no such class.
     """
     found = entry_points(group=group)
     if name in found.names:

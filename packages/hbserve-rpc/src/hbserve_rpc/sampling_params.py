@@ -1,4 +1,4 @@
-"""The rules by which the next token of one request is chosen, and by which the request ends."""
+"""Sampling parameters: how the next token of a request is chosen, and what ends the request."""
 
 import contextlib
 import dataclasses
@@ -27,12 +27,12 @@ from hbserve_rpc.structured_outputs import StructuredOutputsParams, plain_struct
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_TOKEN_IDS = 1024
-"""Each generated token is looked for among them."""
+"""Largest number of `stop_token_ids`, because each generated token is looked up in them."""
 MAX_LOGPROBS = 20
-"""As in the OpenAI API."""
+"""Largest `logprobs` and `prompt_logprobs`, as in the OpenAI API."""
 MAX_BIASED_TOKENS = 1024
 MOST_BIAS = 100.0
-"""As in the OpenAI API: enough to forbid a token, or to force it."""
+"""Largest absolute value in `logit_bias`, as in the OpenAI API: enough to forbid a token, or to force it."""
 MAX_CHOICES = 1024
 MOST_PRIORITY = 2**31 - 1
 LONGEST_TIMEOUT_S = 365 * 86400.0
@@ -41,82 +41,83 @@ LONGEST_TIMEOUT_S = 365 * 86400.0
 class SamplingParams(msgspec.Struct):
     """Sampling parameters of one request.
 
-    The first three fields are nano-vllm's, in its order, so they may be given by position. It is a dataclass too, as
-    there: `dataclasses.replace`, `asdict` and `fields` take it.
+    The first three fields are nano-vllm's, in its order, so they may be given by position. As in nano-vllm, this is
+    also a dataclass: `dataclasses.replace`, `asdict` and `fields` accept it.
 
     Raises:
-        InvalidRequest: (a ValueError) a value out of its range; the message names the field, the value and the range.
+        InvalidRequest: (a ValueError) a value is out of range; the message names the field, the value and the range.
     """
 
     __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
 
     temperature: float = 1.0
-    """Divides the logits. 0 is greedy: the most likely token, every time. Any other number may be as small or as large
-    as a float can be: it comes ever closer to greedy, or to a choice by chance alone."""
+    """Number that divides the logits. 0 is greedy: always the most likely token. Any other float is allowed, however
+    small or large: small ones come ever closer to greedy, and large ones to a choice by chance alone."""
     max_tokens: int = 64
-    """Most tokens to generate, an end-of-sequence token included."""
+    """Largest number of tokens to generate, including an end-of-sequence token."""
     ignore_eos: bool = False
-    """Go on after an end-of-sequence token."""
+    """Whether to go on after an end-of-sequence token."""
     top_k: int = -1
-    """Sample among the k most likely tokens only; -1 or 0 is off."""
+    """Number of most likely tokens to sample from; -1 or 0 turns it off."""
     top_p: float = 1.0
-    """Sample among the fewest tokens whose probabilities add up to top_p; 1 is off."""
+    """Total probability of the tokens to sample from: the fewest that add up to it; 1 turns it off."""
     seed: int | None = None
-    """Same seed, prompt and parameters: same tokens, whatever else is in the batch."""
+    """Seed of the random choice. The same seed, prompt and parameters give the same tokens, whatever else is in the
+    batch."""
     stop: list[str] = []
-    """Strings that end the text; they are not part of it, unless `include_stop_str_in_output` says so. Applied where
-    text is made, by the client."""
+    """Strings that end the text. They are not part of it, unless `include_stop_str_in_output` says so. The client looks
+    for them, because that is where text is made."""
     stop_token_ids: list[int] = []
-    """Token ids that end the request, beside the model's own end-of-sequence ids."""
+    """Token ids that end the request, in addition to the model's own end-of-sequence ids."""
     min_tokens: int = 0
-    """Of the first so many tokens none ends the request: what would is not drawn, and stop strings are not looked for.
-    It comes before max_tokens, and cannot be more."""
+    """Number of tokens before which the request does not end: until then, tokens that would end it are not drawn, and
+    stop strings are not looked for. It cannot exceed `max_tokens`."""
     min_p: float = 0.0
-    """Sample among the tokens that are at least so many times as likely as the most likely one; 0 is off. Before top_k
-    and top_p."""
+    """Smallest probability of the tokens to sample from, as a fraction of that of the most likely one; 0 turns it off.
+    Applied before `top_k` and `top_p`."""
     presence_penalty: float = 0.0
-    """Taken off the logit of each token that the output has already; from -2 to 2."""
+    """Number subtracted from the logit of each token that is already in the output; from -2 to 2."""
     frequency_penalty: float = 0.0
-    """Taken off the logit of each token that the output has already, as often as it is there; from -2 to 2."""
+    """Number subtracted from the logit of a token once for each time that it is already in the output; from -2 to 2."""
     repetition_penalty: float = 1.0
-    """Divides the logit of each token that prompt or output has already; multiplies it if it is negative. From 0.01 to
-    100; 1 is off."""
+    """Number that divides the logit of each token that is already in the prompt or the output, or multiplies the logit
+    if it is negative. From 0.01 to 100; 1 turns it off."""
     logit_bias: dict[int, float] | None = None
-    """Added to the logits of these token ids, from -100 to 100; before everything else."""
+    """Numbers from -100 to 100 that are added to the logits, by token id; before everything else."""
 
     logprobs: int | None = None
-    """Give the log-probability of each output token, and of so many that were most likely there, up to 20; 0 is the
-    token alone, None is off."""
+    """Number of most likely tokens, up to 20, whose log-probabilities are given at each place of the output, in
+    addition to that of the output token. 0 gives the output token's alone; None turns it off."""
     prompt_logprobs: int | None = None
-    """The same of each prompt token but the first. The prompt is computed for it even where its prefix is cached. Given
-    with the first output token: a request that has output already, from an earlier attempt, gets none."""
+    """The same for each prompt token but the first. The prompt is then computed even where its prefix is cached. They
+    come with the first output token, so a request that has output already, from an earlier attempt, gets none."""
     include_stop_str_in_output: bool = False
-    """The text ends with the stop string, not before it."""
+    """Whether the text ends with the stop string instead of before it."""
     structured_outputs: StructuredOutputsParams | None = None
-    """What the answer must be: JSON of a schema, for example. May be given as a dict of its fields. Where the answer is
-    complete it ends, whatever ignore_eos and min_tokens say; where it is not, max_tokens alone ends it, with
-    finish_reason "length". So there may be no stop strings and stop_token_ids beside it."""
+    """Form that the answer must have, for example JSON of a schema; a dict of its fields is accepted too. An answer
+    ends when it is complete, whatever `ignore_eos` and `min_tokens` say. Before that only `max_tokens` ends it, with
+    finish_reason "length", so `stop` and `stop_token_ids` are not allowed beside it."""
     n: int = 1
-    """Answers to the prompt, which is computed once for all of them, up to 1024. With a seed, each of them has the next
-    one: the first answer is that of n=1."""
+    """Number of answers to the prompt, up to 1024. The prompt is computed once for all of them. With a seed, each
+    answer uses the next one, so the first answer is that of n=1."""
     priority: int = 0
-    """Where requests have to wait, those with lower ones are begun first, as in vLLM. What comes later and is lower
-    goes ahead, so that the others wait longer."""
+    """Rank among waiting requests: those with lower numbers begin first, as in vLLM. A request with a lower number that
+    comes later goes ahead, so that the others wait longer."""
     timeout_s: float | None = None
-    """The request ends with an error (RequestTimeout) so long after it was submitted; None: only as the deployment
-    says."""
+    """Time after submission at which the request ends with an error (RequestTimeout); None: only the deployment's own
+    limit applies."""
 
     def __post_init__(self) -> None:
         self.validate()
 
     def validate(self) -> None:
-        """Make every field plain, and check it again: they may be set after construction.
+        """Convert every field to plain types and check it. Call it again if fields were set after construction.
 
-        Numbers may be of numpy or torch, lists any ordered iterable; None is no list, and one stop string is a list of
-        one.
+        Numbers may be numpy's or torch's, and a list may be any ordered iterable. None means an empty list, and a
+        single stop string a list of one.
 
         Raises:
-            InvalidRequest: as the class says.
+            InvalidRequest: a value is out of range: see the class.
         """
         self.temperature = _plain_number("temperature", self.temperature, lambda v: 0 <= v < math.inf, "a number >= 0")
         self.max_tokens = plain_int("max_tokens", self.max_tokens, 1)
@@ -128,7 +129,7 @@ class SamplingParams(msgspec.Struct):
             self._validate_rare()
 
     def _validate_rare(self) -> None:
-        """Of all but the first three fields."""
+        """Validate all fields but the first three."""
         self.top_k = plain_int("top_k", self.top_k, -1)
         self.top_p = _plain_number("top_p", self.top_p, lambda v: 0 < v <= 1, "a number in (0, 1]")
         if self.seed is not None:
@@ -161,28 +162,28 @@ class SamplingParams(msgspec.Struct):
             )
 
     def require_vocabulary(self, vocab_size: int) -> None:
-        """Raises InvalidRequest: names the first token id that a model with so many tokens does not have."""
+        """Raise InvalidRequest, with its name, if a token id is not in a vocabulary of `vocab_size` tokens."""
         require_in_vocabulary("stop_token_ids", self.stop_token_ids, vocab_size)
         if self.logit_bias and (token := max(self.logit_bias)) >= vocab_size:
             raise InvalidRequest(f"logit_bias[{token}]: token {token} is outside the vocabulary [0, {vocab_size})")
 
     @property
     def needs_logits(self) -> bool:
-        """Whether more is asked for than the next token by temperature, top_k and top_p."""
+        """Whether the request asks for more than a next token chosen by temperature, top_k and top_p."""
         changes = self.min_tokens or self.min_p or self.logit_bias or self.has_penalties
         return bool(changes) or self.logprobs is not None or self.structured_outputs is not None
 
     @property
     def has_penalties(self) -> bool:
-        """Whether the next token depends on which ones there are already."""
+        """Whether the choice of the next token depends on which tokens are there already."""
         return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1)
 
     def copied(self) -> "SamplingParams":
-        """Another one, checked, that shares nothing with this one: what is kept of a call."""
+        """Return a checked copy that shares nothing with this object, to keep after a call has returned."""
         return SamplingParams(*_all_of(self))
 
     def of_choice(self, choice: int) -> "SamplingParams":
-        """Those of one of the `n` answers, by itself. With one seed for all of them they would be the same."""
+        """Return the parameters of one of the `n` answers on its own. With one seed, all answers would be the same."""
         own = self.copied()
         own.n = 1
         if own.seed is not None:
@@ -191,7 +192,7 @@ class SamplingParams(msgspec.Struct):
 
 
 def _dataclass_fields(kind: type[msgspec.Struct]) -> dict[str, dataclasses.Field[Any]]:
-    """By which the module `dataclasses` knows one of its own."""
+    """Make the `__dataclass_fields__` by which the module `dataclasses` recognises a dataclass."""
     fields = [
         (
             each.name,
@@ -220,10 +221,10 @@ def _plain_number(name: str, value: object, allowed: Callable[[float], bool], ex
     if type(value) is float and allowed(value):  # nearly always, and several times for each request
         return value
     value = plain_scalar(value)
-    if isinstance(value, int) and int.__gt__(value, LARGEST_INT):  # a subclass may compare otherwise, or raise
+    if isinstance(value, int) and int.__gt__(value, LARGEST_INT):  # a subclass may compare differently, or raise
         expected += f", as a float or an integer up to {LARGEST_INT}"
     elif isinstance(value, Real) and not isinstance(value, bool):
-        with contextlib.suppress(Exception):  # a fraction beyond all floats; a __float__ of somebody else
+        with contextlib.suppress(Exception):  # a fraction too large for a float, or somebody's own __float__
             if allowed(number := float(value)):
                 return number
     raise InvalidRequest(f"{name}={shown(value)}: expected {expected}")

@@ -21,15 +21,15 @@ from hbserve_rpc.misfits import describe_value_misfit
 from hbserve_rpc.plain_values import shown
 
 LARGEST = 2.0**62
-"""Of all numbers that can be set. Infinity is beyond it."""
+"""Upper bound of all numeric settings, so that infinity is refused."""
 CHUNK_SIZE = 512
 ROWS_PER_SEQUENCE = 8
-"""Of a CUDA graph for steps with prompts: it has room for a sequence in so many rows."""
+"""Number of rows for each sequence that a CUDA graph for steps with prompts has room for."""
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """Range of a number, both ends included: of integers if `low` is one. NaN is in none."""
+    """Range of a number, both ends included. Only integers are allowed if `low` is one; NaN never is."""
 
     low: float
     high: float = LARGEST
@@ -38,14 +38,14 @@ class Bounds:
         return isinstance(value, int if isinstance(self.low, int) else (int, float)) and self.low <= value <= self.high
 
     def instead_of(self, value: object) -> str:
-        """What is expected, in words. That numbers end somewhere is said only of one that is beyond."""
+        """Say what is expected. LARGEST as the upper end is named only if the value is beyond it."""
         has_end = self.high != LARGEST or (isinstance(value, (int, float)) and value > self.high)
         return f"{self.low} to {int(self.high)}" if has_end else f"at least {self.low}"
 
 
 @dataclass(frozen=True)
 class Form:
-    """What a text may be, as a regular expression, and in words."""
+    """Form that a text must have, as a regular expression and in words."""
 
     pattern: str
     words: str
@@ -59,7 +59,7 @@ class Form:
 
 @dataclass(frozen=True)
 class In:
-    """Section of the YAML file that a setting is in, under its own name less a leading `<section>_`."""
+    """Marker of the section of the YAML file that has a setting. Its key there is its name without `<section>_`."""
 
     section: str
 
@@ -71,73 +71,74 @@ DEVICE = Form(r"auto|cpu(:0)?|cuda(:\d{1,2})?", "'auto', 'cpu' or 'cuda:N'")
 
 
 class EngineSettings(msgspec.Struct, kw_only=True):
-    """Settings that every instance of a deployment takes as they are.
+    """Engine settings, which apply unchanged to every instance of a deployment.
 
-    Not frozen, because PdDisaggConfig's fields may be set; InstanceConfig and the sections of the file are.
+    This struct is not frozen, because fields of its subclass PdDisaggConfig may be set. InstanceConfig and the sections
+    of the file are frozen.
     """
 
     tensor_parallel_size: Annotated[int, In("model"), POSITIVE] = 1
-    """Ranks that the model is split among: one process each, on neighbouring GPUs of a host, or on the CPU. The model's
-    heads and MLP must be divisible by it. An instance of a deployment may say another number itself."""
+    """Number of ranks that the model is split among: one process each, on neighbouring GPUs of a host or on the CPU. It
+    must divide the model's heads and the width of its MLP. An instance of a deployment may have its own number."""
     expert_parallel: Annotated[bool, In("model")] = False
-    """Each rank has some of a model's experts whole. Otherwise it has its part of every expert."""
+    """Whether each rank has some of the model's experts whole. Otherwise it has a part of every expert."""
     dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], In("model")] = "auto"
-    """"auto" takes the checkpoint's."""
+    """Dtype of the model; "auto" takes the checkpoint's."""
     max_model_len: Annotated[int | None, In("model"), POSITIVE] = None
-    """Most tokens of a sequence; None takes the model's own limit."""
+    """Largest number of tokens in a sequence; None takes the model's own limit."""
     load_format: Annotated[Literal["safetensors", "dummy"], In("model")] = "safetensors"
-    """"dummy" needs only config.json and invents the weights: the same numbers on each instance, whatever its device
-    and number of ranks."""
+    """Source of the weights. "dummy" needs only config.json and invents them: the same numbers on each instance,
+    whatever its device and number of ranks."""
 
     chunked_prefill_enabled: Annotated[bool, In("chunked_prefill")] = True
-    """Compute a prompt in several steps, together with the tokens of other requests."""
+    """Whether a prompt is computed in several steps, together with the tokens of other requests."""
     chunk_size: Annotated[int | Literal["auto"] | None, In("chunked_prefill"), POSITIVE] = None
-    """Most prompt tokens of one request in one step. "auto" chooses by how long steps take, by a prompt's length and by
-    what else waits. None: as `chunk_size_of` has it for the instance's role."""
+    """Largest number of prompt tokens of one request in one step. "auto" chooses by how long steps take, by a prompt's
+    length and by what else waits. None is "auto" or CHUNK_SIZE: see `chunk_size_of`."""
     itl_target_ms: Annotated[float | None, In("chunked_prefill"), Bounds(0.1)] = None
-    """With chunk_size "auto", which it makes the default of all instances: a step with prompt tokens is to take no
-    longer than this where sequences decode beside them. None: as long as suits prompts."""
+    """Longest time that a step with prompt tokens should take if it also decodes other sequences. None: as long as
+    suits prompts. It has an effect only with chunk_size "auto", which it makes the default of all instances."""
     max_chunk_prefill_tokens: Annotated[int, In("chunked_prefill"), POSITIVE] = 4096
-    """Most prompt tokens of all requests together in one step."""
+    """Largest number of prompt tokens of all requests together in one step."""
 
     cuda_graph_enabled: Annotated[bool, In("cuda_graph")] = True
-    """Replay steps from CUDA graphs; on the CPU without effect."""
+    """Whether steps are replayed from CUDA graphs. Has no effect on the CPU."""
     cuda_graph_max_seq_len: Annotated[int, In("cuda_graph"), POSITIVE] = 2048
-    """Longest prompt chunk that runs in a graph, with decodes beside it."""
+    """Length in tokens of the longest prompt chunk that runs in a CUDA graph, with decodes beside it."""
 
     device: Annotated[str, In("engine"), DEVICE] = "auto"
-    """"auto" (CUDA if there is one), "cpu", or "cuda:N"."""
+    """Device of an instance: "auto" (CUDA if there is one), "cpu", or "cuda:N"."""
     num_threads: Annotated[int, In("engine"), NOT_NEGATIVE] = 0
-    """Threads of torch's CPU operators in an instance, of all its ranks together. 0: the instances of a deployment
-    share their host's cores, and an engine alone leaves torch's choice."""
+    """Number of threads of torch's CPU operators in an instance, all its ranks together. 0: the instances of a
+    deployment divide their host's cores among them, and an engine on its own keeps torch's default."""
     block_size: Annotated[int, In("engine"), POSITIVE] = 16
     """Tokens per KV block."""
     kv_cache_dtype: Annotated[Literal["auto", "fp8"], In("engine")] = "auto"
-    """"auto" keeps keys and values in the model's dtype; "fp8" in 8-bit floats (e4m3), by the scales that a checkpoint
-    has for them, or 1. Instances that send KV to each other must have the same."""
+    """Dtype of keys and values: "auto" is the model's; "fp8" is 8-bit floats (e4m3), with the checkpoint's scales for
+    them, or 1 if it has none. Instances that send KV to each other must have the same."""
     widen_weights: Annotated[bool, In("engine")] = False
-    """On CUDA, keep quantised weights in the model's dtype, as on the CPU, and not as narrow as they are stored."""
+    """Whether CUDA keeps quantised weights in the model's dtype, as the CPU does, instead of as narrow as stored."""
     keep_activations: Annotated[bool, In("engine")] = False
-    """On CUDA, more than 64 rows too are multiplied with 8-bit weights in the model's dtype: prefill is slower then,
-    and not rounded to 8 bits."""
+    """Whether CUDA keeps activations in the model's dtype even when it multiplies more than 64 rows with 8-bit weights.
+    Prefill is then slower, but its activations are not rounded to 8 bits."""
     num_blocks: Annotated[int | None, In("engine"), POSITIVE] = None
-    """KV blocks in each instance's pool; None sizes the pool from free memory."""
+    """Number of KV blocks in each instance's pool; None sizes the pool from free memory."""
     gpu_memory_utilization: Annotated[float, In("engine"), Bounds(0.01, 1)] = 0.9
     """Fraction of a GPU's memory that all instances on it take together."""
     max_num_seqs: Annotated[int, In("engine"), POSITIVE] = 256
-    """Most sequences in one step of an instance."""
+    """Largest number of sequences in one step of an instance."""
     max_num_batched_tokens: Annotated[int, In("engine"), POSITIVE] = 2048
-    """Most tokens in one step of an instance."""
+    """Largest number of tokens in one step of an instance."""
     health_port: Annotated[int | None, In("engine"), PORT] = None
-    """HTTP port for /health, /ready and /metrics: an instance with kv_rank r listens at it + r; 0 lets the OS choose,
-    and None is none."""
+    """HTTP port for /health, /ready and /metrics: an instance with kv_rank r listens at this port + r. 0 lets the OS
+    choose; None opens no such port."""
     prefix_caching: Annotated[bool, In("engine")] = True
-    """Keep the KV of prompts that have ended, for others that begin in the same way."""
+    """Whether the KV of finished requests is kept for prompts that begin in the same way."""
 
     @property
     def most_graph_tokens(self) -> int:
-        """Of a step with prompts that has a CUDA graph: those of the longest chunk and of as many decodes beside it as
-        the graph has room for. 0 without graphs."""
+        """Largest number of tokens in a step with prompts that has a CUDA graph: the longest chunk, and as many decodes
+        beside it as the graph has room for. 0 without graphs."""
         longest = self.cuda_graph_max_seq_len if self.cuda_graph_enabled else 0
         return min(longest + min(self.max_num_seqs, longest // ROWS_PER_SEQUENCE), self.max_num_batched_tokens)
 
@@ -145,30 +146,31 @@ class EngineSettings(msgspec.Struct, kw_only=True):
 def chunk_size_of(
     chunk_size: int | Literal["auto"] | None, role: Role, itl_target_ms: float | None
 ) -> int | Literal["auto"]:
-    """What the setting means for an instance: where nobody has chosen, "auto" on those that only compute prompts, and
-    where a target says how long those who decode beside them wait for a chunk; elsewhere CHUNK_SIZE."""
+    """Return the chunk size of an instance. None becomes "auto" on prefill instances, and on all others if
+    `itl_target_ms` limits how long decoding sequences wait for a chunk; otherwise it becomes CHUNK_SIZE."""
     return chunk_size or ("auto" if role == "prefill" or itl_target_ms is not None else CHUNK_SIZE)
 
 
 class KVTransferSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """Settings of KV transfers that every instance of a deployment takes as they are."""
+    """Settings of KV transfers, which apply unchanged to every instance of a deployment."""
 
     backend: str = "nccl"
-    """nccl, mooncake, ipc, auto, the name of an entry point in the group `hbserve_kv.backends`, or `module:Class`."""
+    """Way in which KV moves: nccl, mooncake, ipc, auto, the name of an entry point in the group `hbserve_kv.backends`,
+    or `module:Class`."""
     buffer_size: int = 1 << 30
-    """Bytes of each instance's lookup buffer, where transfers wait that nobody has asked for yet. Touched as it is
-    used."""
+    """Size in bytes of each instance's lookup buffer, which holds transfers that nobody has asked for yet. Its memory
+    is touched only as it is used."""
     timeout_s: Annotated[float, Bounds(0.1)] = 30.0
-    """A peer that is silent for so long has failed."""
+    """Time of silence after which a peer counts as failed."""
     checksum: bool = False
-    """As a receiver, verify a checksum of each block: KV that was corrupted on its way fails its transfer, and is
+    """Whether a receiver verifies a checksum of each block. KV that was corrupted on its way fails its transfer, and is
     computed again."""
     options: dict[str, Any] = {}
-    """Handed to a custom backend."""
+    """Options that are passed to a custom backend."""
 
 
 def out_of_bounds(settings: object) -> Iterator[tuple[str, object, Bounds | Form]]:
-    """Name, value and bounds, or form, of each field that has some and whose value is not allowed."""
+    """Yield the name, value, and bounds or form of each field whose bounds or form do not allow its value."""
     for name, (bounds, others) in _bounded_fields(type(settings)).items():
         value = getattr(settings, name)
         if not bounds.allow(value) and value not in others:
@@ -176,10 +178,10 @@ def out_of_bounds(settings: object) -> Iterator[tuple[str, object, Bounds | Form
 
 
 def misfits(settings: object) -> Iterator[tuple[str, str]]:
-    """Name of each field that cannot be what it is, and one line that says so: of another type, or out of its bounds.
+    """Yield the name of each field whose value has the wrong type or is out of bounds, and one line that says so.
 
-    For structs that are made in Python, of which msgspec checks nothing, and by its decoders, which call the same; and
-    for dataclasses.
+    It is for dataclasses, and for the `__post_init__` of structs: msgspec checks nothing when one is made in Python,
+    and its decoders call `__post_init__` too.
     """
     for name, kind in _field_types(type(settings)).items():
         value = getattr(settings, name)
@@ -194,7 +196,7 @@ def misfits(settings: object) -> Iterator[tuple[str, str]]:
 
 
 def _require_as_it_is(found: object, value: object) -> None:
-    """Raises ValidationError: a struct or a dataclass was made of what is none."""
+    """Raise ValidationError if msgspec made a struct or a dataclass of something else, such as a dict."""
     if (isinstance(found, msgspec.Struct) or is_dataclass(found)) and found is not value:
         raise msgspec.ValidationError(f"Expected `{type(found).__name__}`, got `{type(value).__name__}`")
     if isinstance(found, (list, tuple)) and isinstance(value, (list, tuple)):
@@ -210,7 +212,7 @@ def _field_types(kind: type[Any]) -> dict[str, Any]:
 
 
 def _bounded_fields(struct: type[Any]) -> dict[str, tuple[Bounds | Form, tuple[object, ...]]]:
-    """Bounds, or the form, of each field that has some, and what it may be besides."""
+    """Return the bounds or form of each field that has one, and the other values that it may have, such as None."""
     return {
         name: (bounds, tuple(_no_numbers(get_args(kind)[0])))
         for name, kind in _field_types(struct).items()
@@ -238,4 +240,4 @@ def _key(name: str, annotated: Any) -> tuple[str, str]:
 ENGINE_KEYS: dict[str, tuple[str, str]] = {
     field.name: _key(field.name, field.type) for field in msgspec.structs.fields(EngineSettings)
 }
-"""Field of EngineSettings: its section of the YAML file, and its key there."""
+"""Section of the YAML file and key there, by field of EngineSettings."""
