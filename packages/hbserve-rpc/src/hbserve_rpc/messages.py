@@ -23,30 +23,30 @@ from hbserve_rpc.sampling_params import LONGEST_TIMEOUT_S, SamplingParams
 
 MOST_TOKENS = 1 << 22
 TokenIds = Annotated[list[int], msgspec.Meta(max_length=MOST_TOKENS)]
-"""More than any model takes. A longer one is refused before it is decoded, which would take a second and a gigabyte."""
+"""Token ids, more than any model takes. Longer lists are refused before they cost a second and a gigabyte to decode."""
 LeftS = Annotated[float, msgspec.Meta(ge=0, le=LONGEST_TIMEOUT_S)] | None
-"""Time until a request's deadline as the message was sent: clocks of two processes need not agree. The instance ends
-the request by itself then. None: there is none."""
+"""Time left until a request's deadline when the message was sent, because clocks of two processes need not agree. The
+instance ends the request by itself at the deadline. None: there is no deadline."""
 Role = Literal["prefill", "decode", "hybrid"]
 TokenLogprobs = dict[int, float]
-"""Of one place: the log-probabilities of the most likely tokens, in order, and of the one that is there: if it is none
-of those, it comes last."""
+"""Log-probabilities at one place, by token id: those of the most likely tokens in order, and last that of the actual
+token if it is not one of them."""
 FinishReason = Literal["stop", "length", "abort"]
-InstanceStatus = Literal["starting", "ready", "suspect", "draining", "failed", "lost"]  # suspect, lost: others say so
+InstanceStatus = Literal["starting", "ready", "suspect", "draining", "failed", "lost"]  # suspect, lost: said by others
 
 
 class Empty(msgspec.Struct, frozen=True, tag=True):
-    """A request or reply that says nothing more than that it came."""
+    """A request or reply without content."""
 
 
 # ---- requests ----------------------------------------------------------------------------------------------------
 
 
 class GenerateRequest(msgspec.Struct, frozen=True, tag=True):
-    """Generate after `prompt_token_ids + output_token_ids`.
+    """Request to generate tokens after `prompt_token_ids + output_token_ids`.
 
     `output_token_ids` are tokens of this request that the client already has, from an earlier attempt;
-    `params.max_tokens` counts them too, and TokenEvent.index goes on from them.
+    `params.max_tokens` counts them too, and TokenEvent.index continues after them.
     """
 
     request_id: str
@@ -54,13 +54,13 @@ class GenerateRequest(msgspec.Struct, frozen=True, tag=True):
     params: SamplingParams
     output_token_ids: TokenIds = []
     left_s: LeftS = None
-    """Of `params.timeout_s`, or of what the deployment allows. To a scheduler it says nothing: there it begins."""
+    """Time left of `params.timeout_s`, or of the deployment's limit. A scheduler ignores it: the time begins there."""
     shape: PromptShape | None = None
-    """Of the prompt, a tuple, which need not be looked at again then."""
+    """Shape of the prompt, if it is a checked tuple already: its tokens are then not looked at again."""
 
 
 class DecodeRequest(msgspec.Struct, frozen=True, tag=True):
-    """Reserve blocks for a request whose prompt a prefill instance will compute, then decode it."""
+    """Request to reserve blocks for a prompt that a prefill instance will compute, and then to decode."""
 
     request_id: str
     transfer_id: str
@@ -69,18 +69,18 @@ class DecodeRequest(msgspec.Struct, frozen=True, tag=True):
     output_token_ids: TokenIds = []
     left_s: LeftS = None
     prefill_instance: str = ""
-    """Id of the one whose KV is taken; "" is any."""
+    """Id of the prefill instance whose KV is accepted; "" is any."""
 
 
 class PrefillRequest(msgspec.Struct, frozen=True, tag=True):
-    """Compute a prompt, emit its first token, and move its KV to where `grant` says.
+    """Request to compute a prompt, emit its first token, and move its KV to where `grant` says.
 
-    An empty `grant` moves nothing: used when the first token is known to be the last. One that turns out to be the last
-    (a stop token, say) ends the transfer in order, without the blocks that were not sent yet.
+    An empty `grant` moves nothing; it is used when the first token is known to be the last. A first token that turns
+    out to be the last (a stop token, say) ends the transfer in order, without the blocks that were not sent yet.
 
-    With `grant_follows` the grant comes by GRANT, and `grant` is empty until then. The first token is told when the
-    grant is there, and where that is after the prompt was computed, when the KV has moved: a request that waits does so
-    for its first token, not for its second.
+    With `grant_follows` the grant comes by GRANT, and `grant` is empty. The first token is sent once the grant is
+    there, or if the prompt was computed before that, once the KV has moved: a request that has to wait should wait for
+    its first token, not for its second.
     """
 
     request_id: str
@@ -94,53 +94,53 @@ class PrefillRequest(msgspec.Struct, frozen=True, tag=True):
 
 
 class GrantRequest(msgspec.Struct, frozen=True, tag=True):
-    """The grant of a PrefillRequest that said that it follows. Of no effect if there is no such request (any more)."""
+    """The grant for a PrefillRequest with `grant_follows`. Has no effect if there is no such request (any more)."""
 
     request_id: str
     grant: bytes
-    """Empty if nothing is to be moved, because the decode instance has failed: then the first token is told as soon as
-    it is there."""
+    """The grant; empty if nothing is to be moved because the decode instance has failed. The first token is then sent
+    as soon as it is there."""
 
 
 class CachedPrefixesRequest(msgspec.Struct, frozen=True, tag=True):
-    """Which blocks of prompts are in the prefix cache?"""
+    """Request for the digests of the blocks that are in the prefix cache."""
 
     known: int = -1
-    """The version that the client has."""
+    """Version that the client has already; -1: none."""
 
 
 class CachedPrefixes(msgspec.Struct, frozen=True, tag=True):
     version: int
-    """Of this epoch."""
+    """Version of the digests; versions are counted within one epoch."""
     digests: Annotated[bytes, msgspec.Meta(max_length=DIGEST_BYTES * MOST_REPORTED)] | None = None
-    """DIGEST_BYTES of each block's, as of PromptShape; None: the client has this version."""
+    """Digests of the cached blocks, as in PromptShape, DIGEST_BYTES each; None: the client has this version."""
 
 
 class ConnectRequest(msgspec.Struct, frozen=True, tag=True):
-    """Connect to a decode instance, so that the first request of the pair need not wait for that."""
+    """Request to connect to a decode instance, so that the first request of the pair need not wait for that."""
 
     kv_endpoint: bytes
-    """As its InstanceInfo says it."""
+    """KV endpoint in the decode instance's InstanceInfo."""
 
 
 class AbortRequest(msgspec.Struct, frozen=True, tag=True):
     request_id: str
     reason: FinishReason = "abort"
-    """What the request's end will say: "stop" when the client has found a stop string."""
+    """Finish reason that the request will have: "stop" when the client has found a stop string."""
     choice: int | None = None
-    """The one of its choices that ends; None: all of them."""
+    """Choice of the request that ends; None: all of them."""
 
 
 class EndChoice(msgspec.Struct, frozen=True, tag=True):
-    """One of several choices is not wanted any more; the stream goes on with the others. Of no effect if there is no
-    such request, or none any more."""
+    """Notice that one of several choices is no longer wanted; the stream goes on with the others. Has no effect if
+    there is no such request (any more)."""
 
     request_id: str
     choice: int
 
 
 class InstanceDied(msgspec.Struct, frozen=True, tag=True):
-    """Known by whoever has started it: nobody need wait for its heartbeats to fail."""
+    """Notice of an instance's death from whoever started it, so that nobody need wait for its heartbeats to fail."""
 
     instance_id: str
     why: str
@@ -148,7 +148,7 @@ class InstanceDied(msgspec.Struct, frozen=True, tag=True):
 
 class Aborted(msgspec.Struct, frozen=True, tag=True):
     found: bool
-    """False: no such request, or it had ended."""
+    """Whether there was such a request that had not ended."""
 
 
 # ---- what comes back ---------------------------------------------------------------------------------------------
@@ -158,9 +158,9 @@ class Granted(msgspec.Struct, frozen=True, tag=True):
     """First item of a decode stream: the blocks are reserved and the receive is posted."""
 
     grant: bytes
-    """Opaque to the scheduler: made by the decode side's hbserve_kv, read by the prefill side's."""
+    """Grant made by the decode side's hbserve_kv and read by the prefill side's; opaque to the scheduler."""
     num_cached_tokens: int = 0
-    """Tokens of the prompt whose KV the decode instance holds already; these are not moved."""
+    """Number of prompt tokens whose KV the decode instance holds already; it is not moved."""
 
 
 class TokenEvent(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
@@ -172,23 +172,23 @@ class TokenEvent(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     A receiver that already has these tokens drops them.
     """
     token_ids: Annotated[list[Annotated[int, msgspec.Meta(ge=0)]], msgspec.Meta(max_length=MOST_TOKENS)]
-    """Checked where they are read from a wire, and by nobody again."""
+    """New tokens. They are checked where they are read from a wire, and nowhere again."""
     finish_reason: FinishReason | None = None
-    """Set on the last event of the choice, and only there."""
+    """Reason why the choice ended; set on its last event, and only there."""
     logprobs: list[TokenLogprobs] = []
-    """Of each of `token_ids`, if the request asks for them."""
+    """Log-probabilities at each of `token_ids`, if the request asks for them."""
     prompt_logprobs: list[TokenLogprobs] = []
-    """With output token 0, if the request asks for them: of each prompt token but the first. Of several choices, with
-    the first one."""
+    """Log-probabilities at each prompt token but the first, if the request asks for them. They come with output token
+    0; of several choices, with that of the first one."""
     choice: int = 0
-    """Of `SamplingParams.n`."""
+    """Number of the choice, from 0 to `SamplingParams.n` - 1."""
     num_preemptions: int = 0
-    """How often it has given its blocks up to others on its instance so far, and was computed again."""
+    """Number of times that it gave its blocks up to others on its instance so far, and was computed again."""
 
 
 class Milestone(msgspec.Struct, frozen=True, tag=True, array_like=True):
-    """How far something had come, some time before the message that tells of it was sent: clocks of two processes need
-    not agree, and what is added by the message's way is less than a round trip."""
+    """Progress some time before the message about it was sent. The time is an age, because clocks of two processes need
+    not agree; the message's way adds less than a round trip to it."""
 
     age_s: float
     count: int
@@ -202,33 +202,33 @@ class TransferDone(msgspec.Struct, frozen=True, tag=True):
     time_s: float
     """Time during which at least one part of this transfer was moving."""
     num_cached_tokens: int = 0
-    """Prompt tokens that the prefill instance took from its prefix cache."""
+    """Number of prompt tokens that the prefill instance took from its prefix cache."""
     computed: list[Milestone] = []
-    """Tokens of the prompt, after each chunk."""
+    """Number of prompt tokens computed, after each chunk."""
     pushed: list[Milestone] = []
-    """Blocks that were handed to the transfer, after each part."""
+    """Number of blocks handed to the transfer, after each part."""
 
 
 class RequestFinished(msgspec.Struct, frozen=True, tag=True):
-    """Last item of a client's stream; of `SamplingParams.n` choices, each has one. Times are in seconds, on the
+    """Last item of a client's stream; each of `SamplingParams.n` choices has one. Times are in seconds, by the
     scheduler's clock."""
 
     finish_reason: FinishReason
     num_prompt_tokens: int
     num_output_tokens: int
     queue_time_s: float
-    """Submitted to first handed to an instance."""
+    """Time from submission until the request is first handed to an instance."""
     ttft_s: float
-    """Submitted to first token (time to first token)."""
+    """Time to first token, from submission."""
     tpot_s: float
     """Mean time per output token after the first; 0 when there is only one."""
     e2e_s: float
-    """Submitted to finished."""
+    """Time from submission to the end."""
     handoff_s: float = 0.0
-    """First token to second: with prefill and decode apart, how long the request stood still while it changed hands. On
-    a hybrid instance a step. 0 when there is no second, or both came at once."""
+    """Time from the first token to the second: with prefill and decode apart, how long the request stood still while it
+    changed hands; on a hybrid instance, a step. 0 if there is no second token, or both came at once."""
     kv_bytes: int = 0
-    """All that was moved of the request until then. Of several choices each says so, and it was moved once."""
+    """Bytes of KV moved for the request until then. Each of several choices has the figure, but it was moved once."""
     kv_transfer_time_s: float = 0.0
     num_cached_tokens: int = 0
     num_attempts: int = 1
@@ -238,59 +238,59 @@ class RequestFinished(msgspec.Struct, frozen=True, tag=True):
 
 
 class InstanceInfo(msgspec.Struct, frozen=True, tag=True):
-    """What an instance is. Constant for one epoch once `status` is no longer "starting"."""
+    """Description of an instance. It is constant for one epoch once `status` is no longer "starting"."""
 
     instance_id: str
     role: Role
     epoch: str
-    """One life of the instance: of its process, and in this role."""
+    """Id of one life of the instance: of its process, and in this role."""
     status: InstanceStatus
     model: str = ""
-    """Where the model was loaded from."""
+    """Path or name that the model was loaded from."""
     max_model_len: int = 0
-    """Most tokens of one sequence, prompt and output together."""
+    """Largest number of tokens in one sequence, prompt and output together."""
     max_num_seqs: int = 0
-    """Most sequences in one step."""
+    """Largest number of sequences in one step."""
     max_prompt_len: int = 0
-    """Most prompt tokens that the instance can take."""
+    """Largest number of prompt tokens that the instance can take."""
     vocab_size: int = 0
     block_size: int = 0
     num_blocks: int = 0
     kv_backend: str = ""
     kv_endpoint: bytes = b""
-    """Where a decode instance receives KV. Opaque to the scheduler: made and read by hbserve_kv."""
+    """Endpoint where a decode instance receives KV; made and read by hbserve_kv, and opaque to the scheduler."""
     device: str = ""
     dtype: str = ""
     pid: int = 0
     error: str = ""
-    """Why `status` is "failed"."""
+    """Reason why `status` is "failed"."""
     serves_generate: bool = False
-    """A decode instance that computes prompts too, where there is nobody else for it."""
+    """Whether a decode instance also computes prompts, where there is nobody else to do it."""
     started_as: Role | None = None
-    """The role that it was started with, if it has another one now: see `members.INSTANCE_FLIP`."""
+    """Role that the instance was started with, if it has another one now: see `members.INSTANCE_FLIP`."""
 
 
 class InstanceStats(msgspec.Struct, frozen=True, tag=True):
-    """A snapshot. Counters count from the start of the process."""
+    """Snapshot of an instance. Its counters count from the start of the process."""
 
     instance_id: str
     role: Role
     status: InstanceStatus
     epoch: str = ""
     active_requests: int = 0
-    """Requests that the instance knows of, in whatever state."""
+    """Number of requests that the instance knows of, in whatever state."""
     waiting_requests: int = 0
     running_requests: int = 0
     num_blocks: int = 0
     free_blocks: int = 0
-    """Blocks that nobody holds, those kept as prefix cache included."""
+    """Number of blocks that nobody holds, including those kept as prefix cache."""
     cached_blocks: int = 0
-    """Of the free ones, those kept as prefix cache."""
+    """Number of free blocks that are kept as prefix cache."""
     reserved_blocks: int = 0
-    """Of requests that wait for a transfer. One that several of them share counts for each."""
+    """Number of blocks of requests that wait for a transfer. A block that several of them share counts for each."""
     quarantined_blocks: int = 0
     active_transfers: int = 0
-    """Each pair of ranks counts, where instances have several; in failed_transfers too."""
+    """Number of transfers under way. Like failed_transfers, it counts each pair of ranks if instances have several."""
     buffered_bytes: int = 0
     """Bytes of unexpected transfers in the KV lookup buffer."""
     total_requests: int = 0
@@ -303,16 +303,16 @@ class InstanceStats(msgspec.Struct, frozen=True, tag=True):
     kv_transfer_time_s: float = 0.0
     failed_transfers: int = 0
     dropped_messages: int = 0
-    """Late, duplicate, unknown and stale-epoch transfer messages."""
+    """Number of late, duplicate, unknown and stale-epoch transfer messages."""
     iteration_tokens: Histogram | None = None
-    """Tokens computed in one step, of all steps so far."""
+    """Numbers of tokens computed in one step, for all steps so far."""
     loop_lag: Histogram | None = None
-    """Seconds that its event loop was late. See loop_lag.py."""
+    """Seconds for which the instance's event loop was late: see loop_lag.py."""
     rpc: RpcFaults = RpcFaults()
 
 
 class LatencySummary(msgspec.Struct, frozen=True, tag=True):
-    """A latency over the requests that ended last."""
+    """Percentiles of a latency over the requests that ended last."""
 
     count: int = 0
     p50_s: float = 0.0
@@ -327,56 +327,56 @@ class SchedulerStats(msgspec.Struct, frozen=True, tag=True):
     rejected_requests: int = 0
     waiting_requests: int = 0
     waiting_tokens: int = 0
-    """Of prompts that wait in the scheduler."""
+    """Number of tokens in prompts that wait in the scheduler."""
     running_requests: int = 0
     retries: int = 0
     refusals: int = 0
-    """Places that an instance would not give, having enough to do."""
+    """Number of times that an instance refused a request because it had enough to do."""
     local_prefills: int = 0
-    """Attempts in which a decode instance computed the prompt itself."""
+    """Number of attempts in which a decode instance computed the prompt itself."""
     success_rate: float = 1.0
-    """completed / (completed + failed), in [0, 1]; 1 while nothing has ended. What callers cause does not count."""
+    """completed / (completed + failed), in [0, 1]; 1 while nothing has ended. Errors of callers are not counted."""
     handoff: LatencySummary = LatencySummary()
-    """See RequestFinished.handoff_s; of requests that had a second token."""
+    """Summary of RequestFinished.handoff_s, for requests that had a second token."""
     prompt_tokens: int = 0
-    """Of requests whose first token was delivered."""
+    """Number of prompt tokens of requests whose first token was delivered."""
     output_tokens: int = 0
-    """That were delivered."""
+    """Number of output tokens that were delivered."""
     ended_requests: dict[str, int] = {}
-    """By finish reason, or "error"."""
+    """Number of requests that ended, by finish reason, or "error"."""
     failed_attempts: dict[str, int] = {}
-    """By the name of the error, of those that were tried again too."""
+    """Number of failed attempts, by name of the error; includes those that were tried again."""
     delay_s: dict[str, float] = {}
     """Time that requests have waited for others, by cause: see RequestRecord.delays."""
     delayed_requests: dict[str, int] = {}
-    """Those that were held up for much of their time, by the main cause."""
+    """Number of requests that were held up for much of their time, by the main cause."""
     histograms: dict[str, Histogram] = {}
-    """By the name of the metric: in seconds, bytes or tokens, as it says."""
+    """Histograms in seconds, bytes or tokens, by name of the metric, which says the unit."""
     links: dict[str, LinkCounts] = {}
-    """By "prefill > decode"."""
+    """Counts of each link, by "prefill > decode"."""
     http: dict[str, HttpCounts] = {}
-    """Of the front ends, by method, path and status."""
+    """Counts of the front ends' HTTP requests, by method, path and status."""
     rpc: RpcFaults = RpcFaults()
-    """Of the schedulers."""
+    """Faults of the schedulers' RPC servers."""
     instances: list[InstanceStats] = []
 
 
 class ServiceInfo(msgspec.Struct, frozen=True, tag=True):
-    """What a client needs to know of a running deployment."""
+    """Description of a running deployment for its clients."""
 
     ready: bool
     model_path: str
     max_model_len: int = 0
     instances: list[InstanceInfo] = []
     digest_block_size: int = 0
-    """Requests are to bring the digests of their prompts' blocks of so many tokens; 0: of none."""
+    """Block size, in tokens, of the digests that requests should have in their prompt's shape; 0: they need none."""
 
 
 ClientEvent = TokenEvent | RequestFinished
 
 DESCRIBE: Method[Empty, InstanceInfo] = Method("instance.describe", Empty, InstanceInfo)
 CONNECT: Method[ConnectRequest, Empty] = Method("instance.connect", ConnectRequest, Empty)
-"""Answered when a transfer would find a link. Idempotent: at once, if there is one."""
+"""Method that is answered once a transfer would find a link; at once if there is one. It is idempotent."""
 CACHED_PREFIXES: Method[CachedPrefixesRequest, CachedPrefixes] = Method(
     "instance.cached_prefixes", CachedPrefixesRequest, CachedPrefixes
 )

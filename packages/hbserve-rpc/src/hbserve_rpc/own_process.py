@@ -1,9 +1,9 @@
-"""Set-up of HBServe's own processes, against what they inherit: commands, instances, ranks.
+"""Set-up of HBServe's own processes (commands, instances, ranks), which corrects what they inherit.
 
-Whoever uses the packages as a library has a process of his own, in which nothing here is called.
+A program that uses the packages as a library has its own process, in which nothing here is called.
 
-What comes from a shell, a supervisor or a caller's thread may be unusual, and each breaks something far away: a closed
-descriptor is given to the next socket, into which a C library then writes its warnings; a signal that is blocked never
+What is inherited from a shell, a supervisor or a caller's thread may be unusual, and then breaks something far away: a
+closed descriptor is given to the next socket, into which a C library then writes its warnings; a blocked signal never
 ends anything; where SIGCHLD is ignored, nobody learns how a child has ended.
 """
 
@@ -25,18 +25,19 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 MOST_FILES = 65536
-"""More are not asked for, whatever the system would give: some libraries go through all that are possible."""
+"""Largest limit of open files that is asked for. Some libraries go through all files that are possible."""
 SELDOM = 100
-"""Collections of the middle generation until a full one may come, not 10: 700,000 objects more than were freed."""
+"""Number of collections of the middle generation until a full one may come, instead of 10. By then 700,000 more objects
+were made than freed."""
 NO_FILE_LEFT = (errno.EMFILE, errno.ENFILE)
-"""Numbers of errors where this process, or its system, has no file left: the fault of nobody else."""
+"""Numbers of errors that mean that this process, or its system, may open no more files. No peer is to blame."""
 RAISED_AGAIN_S = 0.05
-"""How soon a KeyboardInterrupt that Python has ignored comes again."""
+"""Time after which a KeyboardInterrupt that Python has ignored is raised again."""
 _ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Signalled(BaseException):
-    """A signal has ended what was done."""
+    """A signal that has ended a job."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -44,8 +45,8 @@ class Signalled(BaseException):
 
 
 def signal_name(number: int) -> str:
-    """Also of one of real time, of which Python knows the first and the last only: init systems and runtimes of
-    containers send some."""
+    """Return the name of a signal. Python names only the first and the last real-time signal, but init systems and
+    container runtimes send others."""
     try:
         return signal.Signals(number).name
     except ValueError:
@@ -53,7 +54,7 @@ def signal_name(number: int) -> str:
 
 
 def set_up() -> None:
-    """Make the process as it would be in a terminal. To be called first, in the main thread."""
+    """Bring the process into the state that it would have in a terminal. Must be called first, in the main thread."""
     _open_standard_streams()
     _lose_what_stderr_does_not_take()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [*_ENDING, signal.SIGCHLD])
@@ -63,24 +64,24 @@ def set_up() -> None:
 
 
 def ending_signals() -> list[signal.Signals]:
-    """The signals that end this process in order: not those of the terminal (Ctrl-C, and its closing) that whoever
-    started it has had ignored, as `nohup` does, and a script for what it starts with `&`."""
+    """Return the signals that end this process in order. Those of the terminal (Ctrl-C, and its closing) are left out
+    if whoever started the process made it ignore them, as `nohup` does, and a script for jobs started with `&`."""
     return [each for each in _ENDING if each is signal.SIGTERM or signal.getsignal(each) is not signal.SIG_IGN]
 
 
 def end_at_once_by_ctrl_c() -> None:
-    """Ctrl-C ends this process as SIGTERM does wherever neither is handled: without a traceback, at any moment."""
+    """Make Ctrl-C end this process as an unhandled SIGTERM does: without a traceback, at any moment."""
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def freeze_heap() -> None:
-    """Let the garbage collector look at no object again that exists now: those of modules, mostly. To be called when
+    """Make the garbage collector skip all objects that exist now, which are mostly those of modules. Call it when
     everything is loaded: a full collection through torch's objects stops all threads for a tenth of a second or two, in
     the middle of a step or of an answer.
 
-    Later full collections are seldom: a thousand requests that wait are 200,000 objects, which would be looked through,
-    in as long, whenever there are a quarter more. What has no cycle is freed without them.
+    It also makes later full collections rare. A thousand waiting requests are 200,000 objects; going through them takes
+    as long, and would happen whenever there are a quarter more. Objects without cycles are freed without collections.
     """
     gc.collect()
     gc.freeze()
@@ -90,18 +91,18 @@ def freeze_heap() -> None:
 
 @contextlib.contextmanager
 def on_ending_signals(tell: Callable[[signal.Signals], object]) -> Iterator[None]:
-    """While this is entered, each signal that ends the process calls `tell` in the running event loop instead. Must run
-    in the main thread."""
+    """Context in which each signal that would end the process calls `tell` in the running event loop instead. Must be
+    entered in the main thread."""
     with on_signals(ending_signals(), tell):
         yield
 
 
 @contextlib.contextmanager
 def on_signals(numbers: list[signal.Signals], tell: Callable[[signal.Signals], object]) -> Iterator[None]:
-    """The same for some signals.
+    """Context in which each of these signals calls `tell` in the running event loop. Must be in the main thread.
 
-    Afterwards they do what they did before. An event loop's own `remove_signal_handler` makes SIGINT a
-    KeyboardInterrupt, whatever it was before: a Ctrl-C while the loop closes would be a traceback.
+    Afterwards the signals do what they did before. An event loop's own `remove_signal_handler` makes SIGINT raise
+    KeyboardInterrupt, whatever it did before, so that a Ctrl-C while the loop closes would show a traceback.
     """
     loop = asyncio.get_running_loop()
 
@@ -119,8 +120,8 @@ def on_signals(numbers: list[signal.Signals], tell: Callable[[signal.Signals], o
 
 @contextlib.contextmanager
 def _woken_by_signals(loop: asyncio.AbstractEventLoop) -> Iterator[None]:
-    """A signal that comes when the loop is just about to wait, or that the system gives to another thread, is handled
-    only when the loop wakes: at its next timer, or never."""
+    """Context in which each signal wakes the loop. Otherwise a signal that comes just before the loop waits, or that
+    the system gives to another thread, would be handled only when the loop wakes: at its next timer, or never."""
     woken, waking = socket.socketpair()
     with woken, waking:
         woken.setblocking(False)
@@ -135,19 +136,19 @@ def _woken_by_signals(loop: asyncio.AbstractEventLoop) -> Iterator[None]:
 
 
 async def until_signalled(job: Coroutine[Any, Any, T]) -> T:
-    """What a job returns. A signal ends it in order, by a cancellation, which arrives wherever the job waits: an
-    exception of the signal's own would come anywhere, also where Python ignores exceptions, or in a task for whose
-    result nobody waits. Another signal, while it ends, at once.
+    """Run a job and return its result. A signal ends it in order, by a cancellation, which arrives where the job waits:
+    an exception raised by the signal itself could come anywhere, even where Python ignores exceptions, or in a task for
+    whose result nobody waits. Another signal while the job ends cancels it again, which ends it at once.
 
     Raises:
-        Signalled: a signal has ended it.
+        Signalled: a signal has ended the job.
     """
     task = asyncio.current_task()
     assert task is not None
     received: list[signal.Signals] = []
 
     def end(number: signal.Signals) -> None:
-        if received:  # the event loop will have ended before its processes have, of which asyncio would complain
+        if received:  # the event loop ends before its child processes do, which asyncio would warn about
             logging.getLogger("asyncio").setLevel(logging.ERROR)
         received.append(number)
         task.cancel()
@@ -163,9 +164,9 @@ async def until_signalled(job: Coroutine[Any, Any, T]) -> T:
 
 @contextlib.contextmanager
 def keeping_interrupts() -> Iterator[None]:
-    """Around what is no event loop, and is interrupted by a KeyboardInterrupt: one that is raised where Python ignores
-    exceptions (in a `__del__`, a callback of a weak reference or of the garbage collector) is raised again soon after.
-    Must run in the main thread."""
+    """Context for code outside an event loop that a KeyboardInterrupt is to interrupt: if it is raised where Python
+    ignores exceptions (in a `__del__`, a callback of a weak reference or of the garbage collector), it is raised again
+    soon after. Must be entered in the main thread."""
 
     is_pending = False
 
@@ -188,20 +189,20 @@ def keeping_interrupts() -> Iterator[None]:
 
 
 def _open_standard_streams() -> None:
-    """Those that are closed lead nowhere from now on. `sys.stdout` stays None then: who has an answer to write must say
-    that it cannot."""
+    """Open closed standard streams to the null device. `sys.stdout` then stays None, because code that has an answer to
+    write must say that it cannot."""
     for fd in range(3):
         try:
             os.fstat(fd)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free, which is this one
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
             os.set_inheritable(fd, True)
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  as long as the process
 
 
 class _LosingFile(io.FileIO):
-    """Takes what cannot be written, too."""
+    """File that accepts data even if it cannot be written, and loses it."""
 
     def write(self, data: Any, /) -> int:
         try:
@@ -211,16 +212,16 @@ class _LosingFile(io.FileIO):
 
 
 def _lose_what_stderr_does_not_take() -> None:
-    """Its reader may have ended (`2>&1 | head`, a collector of logs), or its disk be full: a notice that nobody can
-    read must end nothing. The log loses such lines by itself: see `stderr_log`."""
+    """Make stderr lose what cannot be written. Its reader may have ended (`2>&1 | head`, a log collector), or its disk
+    may be full: a notice that nobody can read must end nothing. The log loses lines by itself: see `stderr_log`."""
     before = sys.stderr
-    if isinstance(before, io.TextIOWrapper) and before is sys.__stderr__:  # else whoever runs this has put it there
+    if isinstance(before, io.TextIOWrapper) and before is sys.__stderr__:  # else somebody has replaced it
         binary = io.BufferedWriter(_LosingFile(before.fileno(), "w", closefd=False))
         sys.stderr = io.TextIOWrapper(binary, before.encoding, before.errors, line_buffering=True, write_through=True)
 
 
 def with_file_limit(text: str) -> str:
-    """What somebody says, a library too, and the limit with its cure if that was met."""
+    """Return an error's text, even a library's. If it is about too many open files, add the limit and its remedy."""
     if re.search(r"Too many open files(?! in system)", text) is None or "`ulimit -n`" in text:
         return text
     most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -228,9 +229,10 @@ def with_file_limit(text: str) -> str:
 
 
 def _allow_many_files() -> None:
-    """Each peer and client is one. The usual limit, 1024, is kept low for programs that call select()."""
+    """Raise the limit of open files: each peer and client takes one. The usual limit, 1024, is low only for the sake of
+    programs that call select()."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
     if soft != resource.RLIM_INFINITY and soft < wanted:
-        with contextlib.suppress(ValueError, OSError):  # where the system does not let us, the limit stays
+        with contextlib.suppress(ValueError, OSError):  # if the system does not allow it, the limit stays
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

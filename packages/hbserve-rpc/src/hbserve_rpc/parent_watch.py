@@ -1,6 +1,6 @@
-"""The end of the process that has started this one.
+"""Detection of the end of the process that started this one.
 
-The end of stdin says it too, but late where somebody else has its other end: what the parent has forked inherits that.
+The end of stdin tells it too, but late if another process has the other end, as processes forked by the parent do.
 """
 
 import os
@@ -11,7 +11,8 @@ from collections.abc import Callable
 
 
 def when_parent_ends(call: Callable[[], object]) -> None:
-    """Call it once, from a thread of its own. Systems without process descriptors have only stdin."""
+    """Call `call` once when the parent process ends, from a thread of its own. Does nothing on systems without process
+    descriptors, which have only the end of stdin."""
     try:
         parent = os.pidfd_open(os.getppid())
     except (OSError, AttributeError):
@@ -27,12 +28,13 @@ def when_parent_ends(call: Callable[[], object]) -> None:
 
 
 def when_launcher_ends(call: Callable[[], object]) -> None:
-    """The same, and also when stdin ends, which it does not before. The call may come twice."""
+    """Call `call` when the parent process ends, and when stdin ends, which does not happen before. It may be called
+    twice."""
 
     def wait() -> None:
         sys.stdin.buffer.read()
         call()
 
     when_parent_ends(call)
-    # A daemon: nothing can wake it from its read, so the process must not wait for it.
+    # It is a daemon, because nothing can wake it from its read, so the process must not wait for it.
     threading.Thread(target=wait, name="launcher-watch", daemon=True).start()

@@ -1,9 +1,10 @@
-"""Values as callers have them, made plain Python or refused in words. Every entry uses these: there is no other check.
+"""Conversion of callers' values to plain Python, or their refusal with a message. Every entry point uses these
+functions: there is no other check.
 
-What is given may be of numpy or torch, which this package does not import: a scalar of theirs has `item()`, an array
+Values may be numpy's or torch's, which this package does not import: their scalars have `item()`, their arrays
 `tolist()`. Whatever is returned is a new object, so that nothing that the caller changes later changes a request.
 
-What a caller's own iterator or mapping raises passes: it is the caller's error, not one about a value.
+An exception of a caller's own iterator or mapping is passed on: it is the caller's error, not one about a value.
 """
 
 from collections.abc import Iterable, Mapping, Sequence, Set
@@ -17,60 +18,60 @@ import msgspec
 from hbserve_rpc.errors import InvalidRequest
 
 LARGEST_INT = 2**63 - 1
-"""What every reader of the wire format can hold."""
+"""Largest integer that every reader of the wire format can hold."""
 LARGEST_TOKEN_ID = 2**31 - 1
 MAX_ID_LENGTH = 256
 MOST_ITEMS = 2**24
-"""Of an iterator: one that never ends must not fill the memory."""
+"""Largest number of items taken from an iterator: one that never ends must not fill the memory."""
 _SHOWN = 120
 
 
 def shown(value: object) -> str:
-    """`repr`, but short, and for every value: a message must not fail, nor fill a log."""
+    """Return a short `repr` for any value. A message must neither fail nor fill a log."""
     try:
         text = repr(value)
-    except Exception:  # an integer of more digits than Python spells; a __repr__ of somebody else
+    except Exception:  # an integer with more digits than Python converts, or somebody's own __repr__
         return f"<{type(value).__name__}>"
     return cut(text).encode(errors="backslashreplace").decode()  # it goes to other processes, as UTF-8
 
 
 def cut(text: str) -> str:
-    """The beginning of a text that may have any length, for a message."""
+    """Return the beginning of a text of any length, for a message."""
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}…"
 
 
 def num_dimensions(value: object) -> Any:
-    """Of an array of numpy or torch; None: it is none."""
+    """Return the number of dimensions of an array of numpy or torch, or None for another value."""
     try:
         return getattr(value, "ndim", None)
-    except Exception:  # a __getattr__ of somebody else
+    except Exception:  # somebody's own __getattr__
         return None
 
 
 def plain_scalar(value: object) -> Any:
-    """A scalar of numpy or torch as Python's; everything else as it is."""
+    """Return a scalar of numpy or torch as a Python one, and any other value unchanged."""
     if num_dimensions(value) != 0:
         return value
     try:
         return value.item()  # type: ignore[attr-defined]
-    except Exception:  # for example a tensor without data: no scalar then, which whoever asked refuses
+    except Exception:  # for example a tensor without data: it is no scalar, so the caller refuses it
         return value
 
 
 def plain_int(name: str, value: object, low: int, high: int = LARGEST_INT) -> int:
-    """Raises InvalidRequest: names the field, the value and the range."""
+    """Return a plain int from `low` to `high`. Raises InvalidRequest, naming the field, the value and the range."""
     if type(value) is int and low <= value <= high:  # nearly always, and several times for each request
         return value
     value = plain_scalar(value)
     if isinstance(value, int) and not isinstance(value, bool):
-        number = int.__int__(value)  # of a subclass, whose comparisons may be others
+        number = int.__int__(value)  # a subclass may compare differently
         if low <= number <= high:
             return number
     raise InvalidRequest(f"{name}={shown(value)}: expected an integer from {low} to {high}")
 
 
 def plain_bool(name: str, value: object) -> bool:
-    """Raises InvalidRequest: neither True nor False, of numpy or torch either."""
+    """Return a plain bool. Raises InvalidRequest if the value is neither True nor False, of Python, numpy or torch."""
     if type(value) is not bool:
         value = plain_scalar(value)
     if not isinstance(value, bool):
@@ -79,11 +80,12 @@ def plain_bool(name: str, value: object) -> bool:
 
 
 def plain_items(name: str, value: object, expected: str, most: int = MOST_ITEMS) -> list[Any]:
-    """A new list of what is in a list, tuple, array or any other ordered iterable. What an iterator raises passes.
+    """Return a new list of the items of a list, tuple, array or any other ordered iterable. What an iterator raises is
+    passed on.
 
     Raises:
-        InvalidRequest: it is none of these, or an iterator that does not end after `most` items. Text, bytes, mappings
-            and sets are none.
+        InvalidRequest: the value is none of these (text, bytes, mappings and sets are not), or an iterator that does
+            not end after `most` items.
     """
     if isinstance(value, (list, tuple)):
         return list(value)
@@ -107,7 +109,7 @@ def plain_items(name: str, value: object, expected: str, most: int = MOST_ITEMS)
 
 
 def plain_text(name: str, text: object) -> str:
-    """Raises InvalidRequest: not a string, or not Unicode text; says at which place."""
+    """Return a plain str. Raises InvalidRequest if it is no string or not Unicode text, and says at which place."""
     if not isinstance(text, str):
         raise InvalidRequest(f"{name}={shown(text)}: expected a string")
     text = str.__str__(text)
@@ -124,22 +126,22 @@ def plain_text(name: str, text: object) -> str:
 
 
 def plain_id(name: str, value: object) -> str:
-    """Raises InvalidRequest: not a string of 1 to MAX_ID_LENGTH characters of Unicode."""
+    """Return a plain id. Raises InvalidRequest if it is not a string of 1 to MAX_ID_LENGTH Unicode characters."""
     if not isinstance(value, str) or not 0 < len(value) <= MAX_ID_LENGTH:
         raise InvalidRequest(f"{name}={shown(value)}: expected a string of 1 to {MAX_ID_LENGTH} characters")
     return plain_text(name, value)
 
 
 def plain_token_ids(name: str, value: object, vocab_size: int = LARGEST_TOKEN_ID + 1) -> list[int]:
-    """A new list of Python integers, out of a list, array or iterator of whatever integers.
+    """Return a new list of Python integers from a list, array or iterator of any kind of integers.
 
     Raises:
-        InvalidRequest: something in it is no token id, or none of such a vocabulary; says what, and at which place.
+        InvalidRequest: an item is no token id, or not below `vocab_size`; says which, and at which place.
     """
     if isinstance(value, (list, tuple)):
-        if not value:  # as the output of a request that is new
+        if not value:  # such as the output of a new request
             return []
-        # One pass that is not Python's over what is right, as it mostly is.
+        # Mostly all ids are right, and one pass outside Python's interpreter is enough.
         with suppress(msgspec.ValidationError):
             ids: list[int] = msgspec.convert(value, _ids_below(vocab_size))
             return ids
@@ -158,7 +160,7 @@ def plain_token_ids(name: str, value: object, vocab_size: int = LARGEST_TOKEN_ID
 
 @lru_cache(maxsize=8)
 def _ids_below(vocab_size: int) -> Any:
-    """The type of token ids of such a vocabulary."""
+    """Return the type of lists of token ids below `vocab_size`."""
     return list[Annotated[int, msgspec.Meta(ge=0, lt=vocab_size)]]
 
 
@@ -170,7 +172,7 @@ def _token_id(name: str, place: int, value: object) -> int:
 
 
 def require_in_vocabulary(name: str, token_ids: Sequence[int], vocab_size: int) -> None:
-    """Raises InvalidRequest: names the first token that the model does not have, and its place."""
+    """Raise InvalidRequest, with the first token that the model does not have and its place, if there is one."""
     if token_ids and (max(token_ids) >= vocab_size or min(token_ids) < 0):
         place, worst = next((i, each) for i, each in enumerate(token_ids) if not 0 <= each < vocab_size)
         raise InvalidRequest(f"{name}[{place}]: token {worst} is outside the vocabulary [0, {vocab_size})")

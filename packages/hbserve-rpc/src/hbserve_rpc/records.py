@@ -1,4 +1,4 @@
-"""Records of requests: where each was, when, and how it ended. Log lines and figures are read from them.
+"""Records of requests: where each was and when, and how it ended. Log lines and statistics are made from them.
 
     submit        place           grant        first token     second        last
       ├── queue ────┤── reserve ────┤               │              │            │
@@ -15,41 +15,44 @@ from hbserve_rpc.messages import FinishReason, RequestFinished
 from hbserve_rpc.methods import Method
 
 Delay = Literal["queue", "reservation", "transfer", "preemption", "retry"]
-"""What a request may wait for beside its own computation: a place, room on the decode instance, its KV after the prompt
-was computed, blocks that it had to give up, and another attempt."""
+"""Cause for which a request waits, apart from its own computation: a place, room on the decode instance, its KV after
+the prompt was computed, blocks that it had to give up, and another attempt."""
 MUCH = 0.25
-"""Part of its time for which a request is held up by something that is to be named."""
+"""Part of a request's time from which on a delay is named as what held it up."""
 
 
 class AttemptRecord(msgspec.Struct, tag=True):
     """One try at a request. Times are in seconds from `submit`, on the scheduler's clock; None: not reached."""
 
     began_s: float
-    """It had its places."""
+    """Time when the attempt had its places on instances."""
     prefill_instance: str = ""
     decode_instance: str = ""
-    """Empty if there was nothing to decode."""
+    """Id of the decode instance; empty if there was nothing to decode."""
     granted_s: float | None = None
-    """The decode instance had room."""
+    """Time when the decode instance had room."""
     first_token_s: float | None = None
-    """The first token of this attempt was there."""
+    """Time when the first token of this attempt was there."""
     kv_moved_s: float | None = None
-    """The prefill instance has said that all KV is there. That comes by way of it, and may be late."""
+    """Time when the prefill instance said that all KV was moved. Coming from it, the news may be late."""
     decoding_s: float | None = None
-    """The first token of the decode instance was there, and so was the KV."""
+    """Time when the first token of the decode instance was there, by which it had all KV."""
     computed: list[tuple[float, int]] = []
-    """When the prefill instance had computed how many tokens of the prompt: one for each chunk. As late as the message
-    that told it was under way, at most; what moved no KV has none."""
+    """Times, and numbers of prompt tokens that the prefill instance had computed by then; one for each chunk. Times are
+    late by at most the time that their message was under way. Empty if no KV was moved."""
     pushed: list[tuple[float, int]] = []
-    """When it had handed over how many blocks: one for each part of the transfer."""
+    """Times, and numbers of blocks that the prefill instance had handed over; one for each part of the transfer."""
     ended_s: float | None = None
     error: str = ""
-    """Why it failed."""
+    """Reason why the attempt failed; "" if it did not."""
 
     def waits(self, end_s: float) -> "dict[Delay, float]":
-        """For the decode instance's room and then for the KV; `end_s` is when the request ended."""
+        """Return the time spent waiting for the decode instance's room, and then for the KV.
+
+        end_s: when the request ended.
+        """
         granted_s = end_s if self.granted_s is None else self.granted_s
-        # The prompt may be computed before there is room, and nobody waits for that meanwhile.
+        # The prompt may be computed before there is room; meanwhile nobody waits for room.
         before = [at_s for at_s, _ in self.computed if at_s <= granted_s]
         found: dict[Delay, float] = {"reservation": max(0.0, granted_s - max([self.began_s, *before]))}
         if (there_s := self.kv_there_s) is not None:
@@ -59,15 +62,15 @@ class AttemptRecord(msgspec.Struct, tag=True):
 
     @property
     def kv_there_s(self) -> float | None:
-        """All KV was with the decode instance, at the latest."""
+        """Time by which all KV was certainly with the decode instance; None: not reached."""
         if self.kv_moved_s is None or self.decoding_s is None:
             return self.decoding_s if self.kv_moved_s is None else self.kv_moved_s
         return min(self.kv_moved_s, self.decoding_s)
 
     @property
     def kv_overlap(self) -> float | None:
-        """Part of the transfer's time, from its first part to its end, in which the prompt was still being computed:
-        nobody waited for that. None: nothing was moved."""
+        """Fraction of the transfer's time, from its first part to its end, in which the prompt was being computed, so
+        that nobody waited for the transfer. None: nothing was moved."""
         if self.kv_moved_s is None or not self.pushed or not self.computed:
             return None
         began_s = self.pushed[0][0]
@@ -76,18 +79,18 @@ class AttemptRecord(msgspec.Struct, tag=True):
 
     @property
     def busy_instances(self) -> set[str]:
-        """Those that have it still, as far as the scheduler was told."""
+        """Ids of the instances that still have the request, as far as the scheduler knows."""
         if self.ended_s is not None:
             return set()
         return {self.decode_instance, self.prefill_instance if self.kv_moved_s is None else ""} - {""}
 
 
 class RequestRecord(msgspec.Struct, frozen=True, tag=True):
-    """A request that has ended. Times as an attempt's."""
+    """Record of a request that has ended. Its times are like those of an AttemptRecord."""
 
     request_id: str
     submitted_at: float
-    """Unix time, in seconds."""
+    """Time of submission: Unix time, in seconds."""
     num_prompt_tokens: int
     num_output_tokens: int
     num_cached_tokens: int
@@ -96,22 +99,22 @@ class RequestRecord(msgspec.Struct, frozen=True, tag=True):
     attempts: list[AttemptRecord]
     e2e_s: float
     finish_reason: FinishReason | None
-    """None: it has failed."""
+    """Reason why the request ended; None if it failed."""
     first_token_s: float | None = None
     second_token_s: float | None = None
     error: str = ""
     num_choices: int = 1
-    """Their tokens are all in `num_output_tokens`; other times than the end are of the first one."""
+    """Number of choices. `num_output_tokens` counts the tokens of all; times other than the end are the first one's."""
     num_preemptions: int = 0
-    """Of all choices: see TokenEvent."""
+    """Number of preemptions of all choices: see TokenEvent."""
     stalled: tuple[float, float] | None = None
-    """Of one that was preempted, the longest time between two messages with tokens: from, and to."""
+    """Start and end of the longest time between two messages with tokens, for a request that was preempted."""
     traceparent: str = ""
-    """The trace that it belongs to, and the span in it that has asked; "": none."""
+    """W3C traceparent: the trace that the request belongs to, and the span in it that made the request; "": none."""
 
     @property
     def queue_s(self) -> float:
-        """Until it had its first places, or its end if it never had any."""
+        """Time until the request had its first places on instances, or until its end if it never had any."""
         return self.attempts[0].began_s if self.attempts else self.e2e_s
 
     @property
@@ -123,18 +126,18 @@ class RequestRecord(msgspec.Struct, frozen=True, tag=True):
 
     @property
     def decode_s(self) -> float | None:
-        """First token to the end."""
+        """Time from the first token to the end; None if there was no token."""
         return None if self.first_token_s is None else self.e2e_s - self.first_token_s
 
     @property
     def tpot_s(self) -> float | None:
-        """See RequestFinished.tpot_s; None: there was one token at most."""
+        """Mean time per output token after the first (see RequestFinished.tpot_s); None if there is at most one."""
         num_tokens = self.num_output_tokens / self.num_choices
         return decode_s / (num_tokens - 1) if (decode_s := self.decode_s) and num_tokens > 1 else None
 
     @property
     def delays(self) -> dict[Delay, float]:
-        """Seconds that it waited, by cause."""
+        """Time in seconds that the request waited, by cause."""
         found: dict[Delay, float] = {"queue": self.queue_s}
         if self.attempts:
             last = self.attempts[-1]
@@ -148,21 +151,21 @@ class RequestRecord(msgspec.Struct, frozen=True, tag=True):
 
     @property
     def main_delay(self) -> Delay | None:
-        """The longest of them, if the request was held up by it for much of its time."""
+        """Cause of the longest delay, if it held the request up for much of its time; else None."""
         return self.main_of(self.delays)
 
     def main_of(self, delays: dict[Delay, float]) -> Delay | None:
-        """`main_delay`, where its `delays` are known."""
+        """Return `main_delay`, for callers that have computed the `delays` already."""
         cause = max(delays, key=delays.__getitem__)
         return cause if delays[cause] > MUCH * self.e2e_s else None
 
     @property
     def is_disaggregated(self) -> bool:
-        """Whether its last attempt prefilled on one instance and decoded on another."""
+        """Whether the last attempt prefilled on one instance and decoded on another."""
         return bool(self.attempts) and self.attempts[-1].decode_instance not in ("", self.attempts[-1].prefill_instance)
 
     def finished(self, reason: FinishReason, choice: int = 0) -> RequestFinished:
-        """What its client hears of it, or of one choice."""
+        """Make the last item of the client's stream, for the request or for one of its choices."""
         last = self.attempts[-1] if self.attempts else AttemptRecord(0.0)
         return RequestFinished(
             reason,
@@ -183,7 +186,7 @@ class RequestRecord(msgspec.Struct, frozen=True, tag=True):
         )
 
     def describe(self) -> str:
-        """One line for the log: figures only, no text of anybody's but the error's."""
+        """Return a line for the log. It has figures only, and no text from outside but the error's."""
         tokens = f"{self.num_prompt_tokens} + {self.num_output_tokens} tokens"
         if self.num_choices > 1:
             tokens += f" of {self.num_choices} choices"
@@ -204,7 +207,7 @@ class RequestRecord(msgspec.Struct, frozen=True, tag=True):
 
     @property
     def held_up(self) -> str:
-        """The main delay in words; "": there is none."""
+        """The main delay in words, or "" if there is none."""
         cause, last = self.main_delay, self.attempts[-1] if self.attempts else AttemptRecord(0.0)
         if cause is None:
             return ""
@@ -244,14 +247,14 @@ def _ms(time_s: float) -> str:
 
 
 class RecordsRequest(msgspec.Struct, frozen=True, tag=True):
-    """Requests that ended within the last `last_s` seconds, and of these one alone if `request_id` says which."""
+    """Request for records of requests that ended in the last `last_s` seconds; only of `request_id` unless it is ""."""
 
     last_s: float
     request_id: str = ""
 
 
 class Records(msgspec.Struct, frozen=True, tag=True):
-    """In the order in which they ended; the scheduler does not remember all."""
+    """Records of requests, in the order in which these ended. The scheduler does not remember all requests."""
 
     requests: list[RequestRecord]
 

@@ -1,4 +1,4 @@
-"""The stream in which an instance says unasked what has changed."""
+"""The stream in which an instance reports, unasked, what has changed."""
 
 from typing import Annotated
 
@@ -9,24 +9,24 @@ from hbserve_rpc.methods import StreamMethod
 
 
 class ReportsRequest(msgspec.Struct, frozen=True, tag=True):
-    """Tell of every change, until the stream is closed."""
+    """Request to report every change until the stream is closed."""
 
     interval_s: Annotated[float, msgspec.Meta(ge=0.01, le=3600)] = 1.0
-    """Pause between two reports, at least; what `InstanceInfo` says is told at once."""
+    """Shortest pause between two reports. A change of `InstanceInfo` is reported at once."""
 
 
 class InstanceReport(msgspec.Struct, frozen=True, tag=True):
-    """What an instance says unasked to one client, when it is another than what it said last. Its number is that of the
-    stream's item: none is lost or comes twice."""
+    """Report that an instance sends unasked to one client when it differs from its last report. Reports are numbered as
+    items of their stream, so none is lost or comes twice."""
 
     stats: InstanceStats
     other_requests: int = 0
-    """Of its active requests, those of other clients: several schedulers may give it requests."""
+    """Number of active requests of other clients: several schedulers may give an instance requests."""
     other_tokens: int = 0
-    """Of those, the prompts and the output that came with them."""
+    """Number of tokens in the prompts of these requests, and in the output that came with them."""
 
 
 REPORTS: StreamMethod[ReportsRequest, InstanceInfo | InstanceReport] = StreamMethod(
     "instance.reports", ReportsRequest, InstanceInfo | InstanceReport
 )
-"""First both; then whichever is another than before."""
+"""Stream that begins with one item of each type. Later items come when the info or the stats have changed."""

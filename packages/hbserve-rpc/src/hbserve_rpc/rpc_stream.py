@@ -1,4 +1,4 @@
-"""Items of a stream as its client waits for them; a call is a stream of one item."""
+"""The client's side of a stream, which waits for its items. A call is a stream of one item."""
 
 import asyncio
 import functools
@@ -17,7 +17,7 @@ R = TypeVar("R")
 
 
 class Client(Protocol):
-    """What streams need of an RpcClient."""
+    """The part of an RpcClient that streams need."""
 
     address: str
 
@@ -39,10 +39,10 @@ def _decoder(item: Any) -> msgspec.msgpack.Decoder[Any]:
 
 
 async def whenever_told(give: Callable[[], bool], listen: Callable[[Callable[[], None] | None], None]) -> None:
-    """Call `give` now, and in each turn of the loop in which it has something to give, until it returns True: no task
-    is woken for it. What it raises is raised here, and not where it was called.
+    """Call `give` now, and in each turn of the event loop in which it has something to give, until it returns True. No
+    task is woken for these calls. What `give` raises is raised here, and not where it was called.
 
-    listen: is passed the function to call, and None at the end.
+    listen: gets the function to call when there is something, and None at the end.
     """
     left, mishap = asyncio.get_running_loop().create_future(), None
 
@@ -54,7 +54,7 @@ async def whenever_told(give: Callable[[], bool], listen: Callable[[Callable[[],
             is_over = give()
         except Exception as error:
             mishap, is_over = error, True
-        if is_over and not left.done():  # `give` may have cancelled whoever waits here
+        if is_over and not left.done():  # `give` may have cancelled the task that waits here
             left.set_result(None)
 
     listen(tell)
@@ -68,7 +68,7 @@ async def whenever_told(give: Callable[[], bool], listen: Callable[[Callable[[],
 
 
 class RpcStream(AsyncIterator[R], Generic[R]):
-    """Items of one stream, in order; made by `RpcClient.stream`."""
+    """Iterator over the items of one stream, in order. It is made by `RpcClient.stream`."""
 
     def __init__(self, client: Client, id_: int, method: str, item: Any, timeout_s: float | None) -> None:
         self.id = id_
@@ -81,14 +81,15 @@ class RpcStream(AsyncIterator[R], Generic[R]):
         self._items: deque[R] = deque()
         self._error: Exception | None = None
         self._reader: asyncio.Future[None] | None = None
-        """Set while someone waits for an item or the end. An Event would take twice as long for each token."""
+        """Future of whoever waits for an item or the end. An Event would take twice as long for each token."""
         self._tell: Callable[[], None] | None = None
-        """Called for an item or the end, while `each` waits."""
+        """Function to call for an item or the end, while `each` waits."""
         self._num_received = 0
         self._num_taken = 0
 
     def receive_item(self, number: int, item: bytes | msgspec.Raw) -> bool:
-        """Take what arrived. False: it ended the stream here, while the server goes on and must be told."""
+        """Take an item that arrived. Return False if it ended the stream here, while the server goes on and must be
+        told."""
         if number != self._num_received:
             self.fail(PeerLost(f"{self._client.address} lost item {self._num_received} of {self.method}"))
             return False
@@ -111,7 +112,7 @@ class RpcStream(AsyncIterator[R], Generic[R]):
         self.fail(wire.revive_error(envelope) if isinstance(envelope, wire.Failed) else StopAsyncIteration())
 
     def fail(self, error: Exception) -> None:
-        """End the stream after what has already arrived. The first cause is kept."""
+        """End the stream after the items that have already arrived. The first cause is kept."""
         self._client.forget(self.id)
         self._error = self._error or error
         self._wake()
@@ -123,11 +124,11 @@ class RpcStream(AsyncIterator[R], Generic[R]):
             self._reader.set_result(None)
 
     async def each(self, take: Callable[[R], object]) -> bool:
-        """Pass every item to `take` as soon as it arrives, until that returns True or the stream ends. Returns whether
-        there may be more.
+        """Pass every item to `take` as soon as it arrives, until `take` returns True or the stream ends. Return whether
+        there may be more items.
 
-        No task is woken for an item: `take` is called in the turn of the loop in which it arrived. Meanwhile the stream
-        has no timeout.
+        No task is woken for an item: `take` is called in the turn of the event loop in which it arrived. Meanwhile the
+        stream has no timeout.
 
         Raises what iterating raises, and what `take` raises.
         """
@@ -161,7 +162,7 @@ class RpcStream(AsyncIterator[R], Generic[R]):
             if self._error is not None:
                 raise self._error
             self._reader = asyncio.get_running_loop().create_future()
-            if self._timeout_s is None:  # the path of each token: without even an idle timer
+            if self._timeout_s is None:  # the path of each token, so not even an idle timer is made
                 await self._reader
             else:
                 await self._wait(self._reader, self._timeout_s)
@@ -188,7 +189,7 @@ class RpcStream(AsyncIterator[R], Generic[R]):
         self._wake()
 
     async def aclose(self) -> None:
-        """Want no more items: the server stops. May be called twice, and after the end."""
+        """Close the stream, so that the server stops. May be called twice, and after the end."""
         self._close(StopAsyncIteration())
 
     def _close(self, why: Exception) -> None:

@@ -1,4 +1,4 @@
-"""RpcServer: the serving side of hbserve_rpc; its clients, and the handlers that run for them."""
+"""RpcServer: the serving side of hbserve_rpc, with its clients and the handlers that run for them."""
 
 import asyncio
 import contextlib
@@ -27,21 +27,21 @@ from hbserve_rpc.trace_context import TRACEPARENT
 logger = logging.getLogger(__name__)
 
 MOST_CLIENTS = 1 << 14
-"""Clients that a server knows at a time; one that leaves without a word counts until it has been silent for long
-enough."""
+"""Largest number of clients that a server knows at a time. One that leaves without a goodbye counts until it has been
+silent for its heartbeat timeout."""
 MOST_MESSAGES = 64
-"""Messages that ZeroMQ holds for a client that does not read them; its streams then wait."""
+"""Number of messages that ZeroMQ holds for a client that does not read them; its streams then wait."""
 MOST_WAITING_BYTES = 16 << 20
-"""Replies cannot wait: a client with this many bytes of them beyond the messages is given up, because it asks without
-reading the answers."""
+"""Number of bytes of replies, which unlike streams cannot wait, beyond these messages. A client that has more of them
+waiting asks without reading the answers, and is given up."""
 MOST_WORK = 1 << 14
-"""Calls, notifications and streams that may be under way for one client; more are refused as overload."""
+"""Largest number of calls, notifications and streams under way for one client; more are refused as overload."""
 OPTIONS: dict[int, int | bytes] = {
     zmq.ROUTER_HANDOVER: 1,
     zmq.ROUTER_MANDATORY: 1,
     zmq.SNDHWM: MOST_MESSAGES,
-    # Clients that connect and say nothing are disconnected, and so are hosts that have vanished; ZeroMQ's defaults are
-    # 30 s and never.
+    # Clients that connect and send nothing are disconnected, and so are hosts that have vanished. ZeroMQ's defaults for
+    # these are 30 s and never.
     zmq.HANDSHAKE_IVL: 10_000,
     zmq.TCP_KEEPALIVE: 1,
     zmq.TCP_KEEPALIVE_IDLE: 60,
@@ -49,17 +49,17 @@ OPTIONS: dict[int, int | bytes] = {
     zmq.TCP_KEEPALIVE_CNT: 3,
 }
 CLOSED_S = 0.2
-"""A client that has lost its connection, and has not ended, connects again sooner than this."""
+"""Time within which a client that has lost its connection connects again, unless it has ended."""
 
 Q = TypeVar("Q", bound=msgspec.Struct)
 R = TypeVar("R")
 
 
 class RpcServer:
-    """Serves methods on one address. Belongs to the event loop that ran `start`.
+    """Server of methods on one address. It belongs to the event loop that ran `start`.
 
     Handlers run as tasks of that loop, or directly in it if they are plain functions. A stream's handler is an async
-    generator; it is closed (its `finally` blocks run) when the client closes the stream, or was silent for its
+    generator. It is closed (its `finally` blocks run) when the client closes the stream, or has been silent for its
     heartbeat timeout.
     """
 
@@ -74,16 +74,16 @@ class RpcServer:
         keys: Keys | None = None,
         allows: Collection[Party] = PARTIES,
     ) -> None:
-        """`host`: an IP address without brackets, or a name, one address of which is served; 0.0.0.0 or :: means all.
+        """Make a server that does not serve yet.
 
-        drops_closed: a client whose connection has been closed for CLOSED_S, because its process has ended, loses what
-        is under way for it, like a silent one.
-
-        keys: with them every connection is encrypted, and only holders of a key of one of the parties that it `allows`
-        are let in; `calling_peer` tells a handler which. Without keys, anybody who reaches the address is let in.
+        host: an IP address without brackets, or a name, of which one address is served; 0.0.0.0 or :: means all.
+        drops_closed: whether the work of a client is ended once its connection has been closed for CLOSED_S, because
+        its process has ended. The work of silent clients is always ended.
+        keys: with them every connection is encrypted, and only holders of a key of one of the parties in `allows` are
+        let in; `calling_peer` tells a handler which. Without keys, anybody who reaches the address is let in.
 
         Raises:
-            InvalidAddress: (a ValueError) it is neither an address nor a name.
+            InvalidAddress: (a ValueError) `host` is neither an address nor a name.
         """
         check_host(host)
         self.host = host
@@ -96,7 +96,7 @@ class RpcServer:
         self._handlers: dict[str, tuple[Any, Callable[[Any], Any]]] = {}
         self._notified: dict[str, tuple[Any, Callable[[Any], Any]]] = {}
         self._waiting: set[str] = set()
-        """Notifications whose handlers may wait, and so run as tasks."""
+        """Names of notifications whose handlers may wait, and so run as tasks."""
         self._streams: dict[str, tuple[Any, Callable[[Any], AsyncIterator[Any]]]] = {}
         self._clients: dict[bytes, ConnectedClient] = {}
         self._drops_closed = drops_closed
@@ -107,12 +107,12 @@ class RpcServer:
         self._socket = MessageSocket(zmq.ROUTER, options, self._receive, context)
 
     def serve(self, method: Method[Q, R], handler: Callable[[Q], Awaitable[R]]) -> None:
-        """Answer `method` with what `handler` returns; its exception reaches the caller."""
+        """Answer `method` with what `handler` returns. An exception of the handler reaches the caller."""
         self._handlers[method.name] = (msgspec.msgpack.Decoder(method.request), handler)
 
     def serve_notification(self, method: Notification[Q], handler: Callable[[Q], Awaitable[None] | None]) -> None:
-        """Call `handler` for each notification: in its turn, or in a task if it is a coroutine function. What it raises
-        is logged and counted, because nobody waits for it."""
+        """Call `handler` for each notification: in its turn, or in a task if it is a coroutine function. Its exceptions
+        are logged and counted, because nobody waits for it."""
         self._notified[method.name] = (msgspec.msgpack.Decoder(method.request), handler)
         if inspect.iscoroutinefunction(handler):
             self._waiting.add(method.name)
@@ -123,12 +123,12 @@ class RpcServer:
 
     @property
     def faults(self) -> RpcFaults:
-        """What has come so far and had no effect."""
+        """Counts of the messages so far that had no effect."""
         return RpcFaults(self.dropped_frames, self.failed_notifications)
 
     @property
     def address(self) -> str:
-        """`host:port` that clients connect to. If it is a wildcard, they need an address of this machine instead."""
+        """Address `host:port` that clients connect to. For a wildcard, they need an address of this machine instead."""
         return format_address(self.host, self.port)
 
     async def start(self) -> None:
@@ -176,8 +176,8 @@ class RpcServer:
         try:
             await asyncio.gather(*running, return_exceptions=True)
         finally:
-            # Even if whoever stops it is cancelled: a context that is garbage-collected with an open socket waits for
-            # ever.
+            # This happens even if the stopping task is cancelled, because a context that is garbage-collected while it
+            # has an open socket waits for ever.
             self._clients.clear()
             self._close()
 
@@ -254,7 +254,7 @@ class RpcServer:
         self._send(identity, wire.Welcome(wire.PROTOCOL_VERSION, self.epoch))
 
     def _begin(self, client: ConnectedClient, id_: int, job: Any, credit: asyncio.Semaphore | None = None) -> None:
-        if id_ in client.work:  # no client of ours asks so: an answer would be taken for that of the first one
+        if id_ in client.work:  # our own client never does this: the answers could not be told apart
             job.close()
             self.dropped_frames += 1
             self._complaints.add("dropped a message of a client that has used its id already")
@@ -292,7 +292,7 @@ class RpcServer:
             self._note_failed(notify.method, error)
 
     def _take_notification(self, client: ConnectedClient, notify: wire.Notify, body: bytes) -> None:
-        """The same without a task. A client that was given up meanwhile is ignored."""
+        """Run the handler of a notification without a task. A client that was given up meanwhile is ignored."""
         if self._clients.get(client.peer.connection) is not client:
             return
         try:
@@ -321,7 +321,7 @@ class RpcServer:
                     await credit.acquire()
                     while client.waiting:
                         await client.takes_more.wait()
-                    if self._clients.get(identity) is client:  # otherwise it was given up, and is about to be told
+                    if self._clients.get(identity) is client:  # otherwise it was given up, and this is about to end
                         client.add_item(open_.id, number, wire.encode_body(item, f"an item of {open_.method}"))
                     number += 1
         except (Exception, asyncio.CancelledError) as error:  # as above
@@ -348,7 +348,7 @@ class RpcServer:
                     self._give_up(identity, f"was silent for {now_s - client.last_heard_s:.1f} s")
 
     async def _drop_closed_clients(self) -> None:
-        """Give up clients whose connection is closed: ZeroMQ does not report that, but sending fails then."""
+        """Give up clients whose connection is closed. ZeroMQ does not report that, but sending fails then."""
         since_s: dict[bytes, float] = {}
         while True:
             await asyncio.sleep(CLOSED_S / 2)
@@ -370,7 +370,7 @@ class RpcServer:
 
 
 def _reraise_if_stopped(error: BaseException) -> None:
-    """Raise a cancellation by Close, a silent client or `stop`; any other came from what the handler waited for."""
+    """Raise a cancellation by Close, a silent client or `stop`. Others came from what the handler waited for."""
     task = asyncio.current_task()
     if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
         raise error

@@ -1,4 +1,4 @@
-"""The connection of a client to its server: made, remade, refused, and tried with another key."""
+"""The connection of a client to its server: how it is made, remade, refused, and tried with another key."""
 
 import asyncio
 import uuid
@@ -11,16 +11,16 @@ from hbserve_rpc.keys import Keys, Party
 from hbserve_rpc.message_socket import CLIENTS, MessageSocket
 
 AGAIN_S = 0.2
-"""Pause before another key is tried, or a server that has refused this side."""
+"""Pause before another key is tried, or before a server that has refused this side is tried again."""
 MOST_HUNG_UP = 3
-"""Handshakes that a server may break off, per key that it may have, before that counts as a refusal."""
+"""Number of handshakes in a row that count as a refusal if the server breaks them off, per key that it may have."""
 
 
 class ServerConnection:
-    """A client's connection to its server, remade by itself for as long as it is open. Belongs to the loop that ran
-    `open`.
+    """A client's connection to its server, which is remade by itself until it is closed. It belongs to the event loop
+    that ran `open`.
 
-    What is sent before there is a connection waits for it. A short break of the network loses nothing.
+    Messages that are sent before there is a connection wait for it. A short break of the network loses nothing.
     """
 
     def __init__(
@@ -31,11 +31,12 @@ class ServerConnection:
         on_message: Callable[[list[bytes]], None],
         on_change: Callable[[], None],
     ) -> None:
-        """on_change: called when `is_there` or `refusal` has changed, and once more while it is not there."""
+        """Make a connection that is not open yet. on_change: called when `is_there` or `refusal` has changed, and maybe
+        again while there is no connection."""
         self._endpoint = f"tcp://{address}"
         self._keys = keys
         self._server_keys = deque(keys.public_keys[server] if keys else ())
-        """The first one is tried. If there are two, the server may have either."""
+        """Public keys that the server may have, one or two; the first of them is tried."""
         self._on_change = on_change
         options: dict[int, int | bytes] = {
             zmq.RECONNECT_IVL: 50,
@@ -45,11 +46,11 @@ class ServerConnection:
         self.socket = MessageSocket(zmq.DEALER, options, on_message, CLIENTS)
         self.is_there = False
         self.refusal = ""
-        """Why the server does not let this side in; "" while no refusal is known."""
+        """Reason why the server does not let this side in; "" while no refusal is known."""
         self._unheard: list[Sequence[bytes]] = []
-        """Sent while it is not connected, if there is another key to try: what was sent with the first one is lost."""
+        """Messages sent while there is no connection but another key to try. They are lost, and sent again with it."""
         self._num_hung_up = 0
-        """Handshakes in a row that the server has broken off."""
+        """Number of handshakes in a row that the server has broken off."""
         self._again: asyncio.TimerHandle | None = None
 
     def open(self, *, uses_ipv6: bool) -> None:
@@ -62,7 +63,7 @@ class ServerConnection:
         self.socket.send(frames)
 
     def stop(self) -> None:
-        """Report nothing more, and try nothing more."""
+        """Stop reporting events and trying to connect."""
         self.socket.stop_reading()
         self._try_no_more()
 
@@ -91,8 +92,8 @@ class ServerConnection:
         self._on_change()
 
     def _hung_up(self) -> None:
-        """The connection ended during a handshake: the server has ended, or breaks off with whoever knows another key
-        of it, or none."""
+        """Handle that the connection ended during a handshake: the server has ended, or it breaks off handshakes with
+        clients that know another key of it, or none."""
         self._num_hung_up += 1
         if self._num_hung_up >= MOST_HUNG_UP * max(1, len(self._server_keys)):
             self._refused(
@@ -103,7 +104,8 @@ class ServerConnection:
             self._again = asyncio.get_running_loop().call_later(AGAIN_S, self._try_next_key)
 
     def _refused(self, why: str) -> None:
-        """Try again, because the server may be restarted with other keys. ZeroMQ itself does not."""
+        """Report the refusal, and try again later: the server may be restarted with other keys. ZeroMQ itself does not
+        try again."""
         self._num_hung_up = 0
         self._try_no_more()
         self._again = asyncio.get_running_loop().call_later(AGAIN_S, self._try_again)
@@ -127,6 +129,7 @@ class ServerConnection:
             self.socket.send(frames)
 
     def _connect_again(self) -> None:
-        """Connect again with another identity. The earlier connection may still be in a handshake. The server could let
-        it in after this one, take it for a reconnect of this one, and stop reading this one, which stays open."""
+        """Connect again with another identity. The earlier connection may still be in a handshake: with the same
+        identity the server could let it in after the new one, take it for a reconnect of the new one, and stop reading
+        the new one, which stays open."""
         self.socket.connect_again(self._endpoint, {zmq.IDENTITY: uuid.uuid4().bytes} | self._key_options())

@@ -1,4 +1,4 @@
-"""The log of HBServe's own processes: lines on stderr, which wait for nobody who reads them."""
+"""The log of HBServe's own processes: lines on stderr that never wait for their reader."""
 
 import logging
 import os
@@ -8,27 +8,27 @@ from collections import deque
 from typing import TextIO
 
 PIECE_BYTES = 4096
-"""What a pipe that is writable at all takes without waiting; Linux guarantees it, and so much for a terminal too."""
+"""Number of bytes that a writable pipe takes without waiting, as Linux guarantees, and a terminal as well."""
 MOST_PIECES = 2000
 LINE = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 def log_to_stderr(level: str, line: str = LINE) -> None:
-    """To be called once, by the process that has this stderr. `line`: as logging formats it. Where logging is set up
-    already, it stays."""
+    """Log to stderr. To be called once, by the process that has this stderr. If logging is set up already, it stays as
+    it is. line: a format of `logging`."""
     if not logging.getLogger().handlers:
         logging.basicConfig(level=level, format=line, handlers=[UnblockedHandler(sys.stderr)])
 
 
 class UnblockedHandler(logging.StreamHandler[TextIO]):
-    """Writes lines when they can be written, and keeps some until then.
+    """Handler that writes lines when they can be written, and keeps some until then.
 
-    Ctrl-S in a terminal, a pager, or a collector of logs that hangs would otherwise stop the event loop at its next
-    line, and so every answer; and the heartbeats, so that other processes give up this one.
+    Otherwise Ctrl-S in a terminal, a pager, or a log collector that hangs would stop the event loop at its next line,
+    and so every answer; and also the heartbeats, so that other processes give this one up.
     """
 
     def __init__(self, stream: TextIO) -> None:
-        """stream: one of a descriptor."""
+        """Make a handler for a stream that has a file descriptor."""
         super().__init__(stream)
         self._room = select.poll()
         self._room.register(stream.fileno(), select.POLLOUT)
@@ -58,7 +58,7 @@ class UnblockedHandler(logging.StreamHandler[TextIO]):
             self._num_lost = num_lost
 
     def flush(self) -> None:
-        """Of what waits, what can be written now."""
+        """Write as much of the waiting lines as can be written now."""
         self.acquire()
         try:
             self._write()
@@ -74,9 +74,9 @@ class UnblockedHandler(logging.StreamHandler[TextIO]):
             piece = self._pieces.popleft()
             try:
                 num_written = os.write(self.stream.fileno(), piece)
-            except BlockingIOError:  # whoever shares it has made it so
+            except BlockingIOError:  # a process that shares the descriptor has made it non-blocking
                 num_written = 0
-            except OSError:  # there is no reader any more, nor room on the disk
+            except OSError:  # there is no reader any more, or no room on the disk
                 self._num_lost += 1 + len(self._pieces)
                 self._pieces.clear()
                 return

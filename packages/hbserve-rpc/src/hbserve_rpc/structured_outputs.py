@@ -1,4 +1,4 @@
-"""A grammar that a request's answer is to follow: a JSON schema, a regular expression, choices, or a grammar itself."""
+"""Grammar that a request's answer must follow: a JSON schema, a regular expression, choices, or a grammar itself."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -11,29 +11,31 @@ from hbserve_rpc.errors import InvalidRequest
 from hbserve_rpc.plain_values import plain_bool, plain_items, plain_text, shown
 
 MAX_GRAMMAR_BYTES = 65536
-"""UTF-8 bytes of a schema or whatever it is. How deep a compiler's recursion goes is bounded by it too."""
+"""Largest size in UTF-8 bytes of a schema, regular expression, grammar or all choices. It also bounds how deep a
+compiler's recursion goes."""
 MAX_SCHEMA_DEPTH = 256
-"""Of objects and lists within each other. Else Python's own limit decides, which differs between its versions."""
+"""Largest nesting of objects and lists. Otherwise Python's own limit would decide, which differs between versions."""
 MAX_CHOICES = 1024
 
 
 class StructuredOutputsParams(msgspec.Struct, frozen=True):
-    """What an answer must be: exactly one of the fields is given. Names are vLLM's. Never changes once it is made.
+    """Form that an answer must have, given by exactly one of the fields. Names are vLLM's. It never changes.
 
     Raises:
-        InvalidRequest: (a ValueError) none is given, or several, or one that cannot be; names it.
+        InvalidRequest: (a ValueError) no field is given, or several, or one with a wrong value; names it.
     """
 
     json: str | dict[str, Any] | None = None
-    """A JSON schema, as a dict or as its JSON; kept as JSON. The answer is JSON that validates against it."""
+    """JSON schema against which the answer validates, given as a dict or as JSON text; it is kept as JSON text."""
     regex: str | None = None
-    """The whole answer matches it. Without look-around and back-references."""
+    """Regular expression that the whole answer matches. It has no look-around and no back-references."""
     choice: Sequence[str] | None = None
-    """The answer is one of these texts."""
+    """Texts of which the answer is one."""
     grammar: str | None = None
-    """Lark, as llguidance extends it, or GBNF, as llama.cpp has it: the answer is a `start`, or a `root`."""
+    """Grammar of the answer: Lark with llguidance's extensions, where the answer is a `start`, or llama.cpp's GBNF,
+    where it is a `root`."""
     json_object: bool | None = None
-    """True: the answer is any JSON object. False is as if it were not there."""
+    """Whether the answer is any JSON object. False counts as not given."""
 
     def __post_init__(self) -> None:
         given = {"json_object": plain_bool("structured_outputs.json_object", self.json_object or False)}
@@ -49,12 +51,15 @@ class StructuredOutputsParams(msgspec.Struct, frozen=True):
 
     @property
     def kind(self) -> str:
-        """The field that is given."""
+        """Name of the field that is given."""
         return next(name for name in self.__struct_fields__ if getattr(self, name) is not None)
 
 
 def plain_structured_outputs(value: object) -> StructuredOutputsParams | None:
-    """What may be given for it: StructuredOutputsParams, a mapping of its fields, or None. Raises InvalidRequest."""
+    """Convert a value that callers may give: StructuredOutputsParams, a mapping of its fields, or None.
+
+    Raises InvalidRequest for any other value.
+    """
     if value is None or isinstance(value, StructuredOutputsParams):
         return value
     if not isinstance(value, Mapping):
@@ -68,7 +73,7 @@ def plain_structured_outputs(value: object) -> StructuredOutputsParams | None:
 
 
 def _plain_schema(name: str, value: object) -> str:
-    """JSON of a schema, in the order in which it was given: the answer's properties come in that order."""
+    """Return a schema as JSON, in its own order, because the answer's properties come in that order."""
     if isinstance(value, Mapping):
         try:
             value = json.dumps(value, allow_nan=False, ensure_ascii=False, separators=(",", ":"))

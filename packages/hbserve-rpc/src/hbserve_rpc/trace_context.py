@@ -1,4 +1,4 @@
-"""The trace that a piece of work belongs to, as W3C's header `traceparent` names it, on its way through processes.
+"""The trace that a piece of work belongs to, as W3C's header `traceparent` names it, on its way through processes:
 
 TRACEPARENT of a task ──▶ Open of its streams ──▶ TRACEPARENT of the handler there ──▶ its own streams …
 """
@@ -13,19 +13,19 @@ import msgspec
 
 _PATTERN = r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}"
 Traceparent = Annotated[str, msgspec.Meta(pattern=rf"^({_PATTERN})?\Z")]
-"""Version, trace, span of whoever asks, flags; or nothing."""
+"""Value of the header: version, trace, the caller's span, and flags; or "" for no trace."""
 TRACEPARENT: ContextVar[Traceparent] = ContextVar("TRACEPARENT", default="")
-"""Of the task that runs. Set it by `in_trace`: what is none would be refused by others."""
+"""The traceparent of the running task. Set it by `in_trace`, because other processes refuse an invalid one."""
 
 
 def traceparent_of(text: str) -> Traceparent:
-    """The header's value; "" if it is none, which then counts as none at all."""
+    """Return the header's value if it is valid, and "" otherwise: an invalid header counts as a missing one."""
     return text if re.fullmatch(_PATTERN, text) else ""
 
 
 @contextmanager
 def in_trace(text: str) -> Iterator[None]:
-    """What is asked within it belongs to this trace."""
+    """Context in which all calls and streams belong to this trace."""
     token = TRACEPARENT.set(traceparent_of(text))
     try:
         yield

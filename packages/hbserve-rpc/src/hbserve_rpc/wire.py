@@ -17,8 +17,8 @@
       Goodbye                    ──────▶       it ends in order: what it asked is not wanted any more
                                  ◀──────       Goodbye: it ends in order, and what was asked of it is lost
 Each envelope from the server has its epoch. A server that gets anything but a Hello from a client it does not know
-answers UnknownClient with the id of that message: it was restarted, and what the client asked up to that id is lost.
-What was asked later, after the Hello that an UnknownClient causes, is not.
+answers UnknownClient with the id of that message: it was restarted, and the client's requests up to that id are lost.
+Later requests, sent after the Hello that an UnknownClient causes, are not.
 
 The handlers of one client's calls, notifications and streams begin in the order in which it sent them.
 """
@@ -41,24 +41,24 @@ from hbserve_rpc.trace_context import Traceparent
 
 PROTOCOL_VERSION = 8
 OLDEST_VERSION = 8
-"""The oldest version that this side speaks. A release also speaks the previous one's, so that a deployment can be
-replaced process by process; nothing has been released yet."""
+"""Oldest version that this side speaks. A release also speaks the previous release's version, so that a deployment can
+be replaced process by process; nothing has been released yet."""
 CREDIT = 64
-"""Items that may be on their way in one stream."""
+"""Number of items that may be on their way in one stream."""
 MOST_FRAME_BYTES = 64 << 20
-"""Whoever sends a longer one is disconnected before it is read. The log-probabilities of a prompt of 100,000 tokens are
-30 MB; keys and values do not go this way."""
+"""Largest size of a frame. Whoever sends a larger one is disconnected before it is read. The log-probabilities of a
+prompt of 100,000 tokens are 30 MB; keys and values do not go this way."""
 LONGEST_SILENCE_S = 3600.0
-"""The longest silence that a client may ask to be allowed: its requests are kept that long after it is gone."""
+"""Longest silence that a client may ask to be allowed. Its requests are kept that long after it is gone."""
 
 
 class Hello(msgspec.Struct, frozen=True, tag=True):
     version: int
     heartbeat_timeout_s: Annotated[float, msgspec.Meta(gt=0, le=LONGEST_SILENCE_S)]
-    """The client's streams end when nothing has come from it for this long."""
+    """Time of silence after which the client's streams end."""
     oldest: int = 0
-    """The oldest version that the client speaks; 0: only `version`. The server accepts any in between, because it may
-    be the older side: differences are then left to fields with defaults, and to methods that are not served."""
+    """Oldest version that the client speaks; 0: only `version`. The server accepts any version in between, because it
+    may be the older side. Differences are then left to fields with defaults, and to methods that are not served."""
 
     def is_understood(self) -> bool:
         return self.version >= OLDEST_VERSION and (self.oldest or self.version) <= PROTOCOL_VERSION
@@ -78,12 +78,12 @@ class Open(msgspec.Struct, frozen=True, tag=True):
     id: int
     method: str
     traceparent: Traceparent = ""
-    """The trace that it belongs to."""
+    """Trace that the stream belongs to."""
 
 
 class Credits(msgspec.Struct, frozen=True, tag=True):
     id: int
-    """See Ping."""
+    """Id of this message: see `Ping.id`."""
     counts: Annotated[list[tuple[int, int]], msgspec.Meta(max_length=1 << 16)]
     """Pairs of (stream, additional items)."""
 
@@ -94,17 +94,17 @@ class Close(msgspec.Struct, frozen=True, tag=True):
 
 class Ping(msgspec.Struct, frozen=True, tag=True):
     id: int = 0
-    """From the same counter as the ids of calls, notifications and streams."""
+    """Id of this message, from the same counter as the ids of calls, notifications and streams."""
 
 
 class Goodbye(msgspec.Struct, frozen=True, tag=True):
-    """Sent by either side when it ends in order. A process that dies sends none; its connection ends then, see
-    `RpcClient`."""
+    """Message that either side sends when it ends in order. A process that dies sends none, but its connection ends:
+    see `RpcClient`."""
 
     epoch: str = ""
-    """The server's."""
+    """Epoch of the server, if it sends this."""
     id: int = 0
-    """The client's, as in a Ping."""
+    """Id of this message, as in a Ping, if the client sends it."""
 
 
 class Welcome(msgspec.Struct, frozen=True, tag=True):
@@ -120,7 +120,7 @@ class Refused(msgspec.Struct, frozen=True, tag=True):
 class UnknownClient(msgspec.Struct, frozen=True, tag=True):
     epoch: str
     id: int
-    """Of the message that came from an unknown client."""
+    """Id of the message that came from an unknown client."""
 
 
 class Pong(msgspec.Struct, frozen=True, tag=True):
@@ -135,7 +135,7 @@ class Reply(msgspec.Struct, frozen=True, tag=True):
 class Items(msgspec.Struct, frozen=True, tag=True):
     epoch: str
     items: list[tuple[int, int, msgspec.Raw]]
-    """(stream, number within it, item). Numbers are 0, 1, 2 …: a gap means that a frame was lost."""
+    """Items as (stream, number within it, item). Numbers are 0, 1, 2 …: a gap means that a frame was lost."""
 
 
 class End(msgspec.Struct, frozen=True, tag=True):
@@ -152,7 +152,7 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     code: str
     message: str
     retry_after_s: float = 0.0
-    """Of an Overloaded."""
+    """Value of an Overloaded; 0 for other errors."""
 
 
 FromClient = Hello | Call | Notify | Open | Credits | Close | Ping | Goodbye
@@ -163,25 +163,25 @@ decode_from_client: Any = msgspec.msgpack.Decoder(FromClient).decode
 decode_from_server: Any = msgspec.msgpack.Decoder(FromServer).decode
 
 UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
-"""What decoding raises for bytes that are not what was expected: among others for text that is no UTF-8, and for what
-is nested thousands deep, even in a field that nobody reads."""
+"""Errors that decoding raises for unexpected bytes: for example for text that is not UTF-8, or for data that is nested
+thousands deep, even in a field that nobody reads."""
 
 _CROSS_UNCHANGED: dict[str, type[HBServeRpcError]] = {
     error.code: error for error in (EngineFailed, InvalidRequest, LogitsNotFinite, RequestTimeout, Unavailable)
 }
 LONGEST_RETRY_S = 3600.0
-"""Longer times from a peer are cut to this, and invalid ones count as none."""
+"""Largest `retry_after_s` accepted from a peer. Longer times are cut to this, and invalid ones count as 0."""
 
 
 def mismatch(theirs: int, what: str) -> str:
-    """The error about a peer whose version this side does not speak: which side is to be upgraded."""
+    """Return the message about a peer whose version this side does not speak. It says which side to upgrade."""
     here = f"{PROTOCOL_VERSION}" if OLDEST_VERSION == PROTOCOL_VERSION else f"{OLDEST_VERSION} to {PROTOCOL_VERSION}"
     older = "this side" if theirs > PROTOCOL_VERSION else "the other side"
     return f"{what} speaks version {theirs} of the protocol, this side {here}: {older} is older, upgrade hbserve there"
 
 
 def describe_error(epoch: str, id_: int, error: BaseException) -> Failed:
-    """An error that a handler raised, for the caller of this id."""
+    """Return the answer to call `id_` for an error that its handler raised."""
     if not isinstance(error, HBServeRpcError):
         return Failed(epoch, id_, RemoteError.code, _sendable(f"{type(error).__name__}: {error}"))
     after_s = error.retry_after_s if isinstance(error, Overloaded) else 0.0
@@ -189,7 +189,7 @@ def describe_error(epoch: str, id_: int, error: BaseException) -> Failed:
 
 
 def encode_body(body: Any, what: str) -> bytes:
-    """Raises InvalidRequest: it is longer than what may be sent."""
+    """Encode a body. Raises InvalidRequest if it is longer than what may be sent."""
     encoded = encode(body)
     if len(encoded) > MOST_FRAME_BYTES:
         raise InvalidRequest(f"{what}: {len(encoded)} bytes; at most {MOST_FRAME_BYTES} can be sent")
@@ -197,23 +197,23 @@ def encode_body(body: Any, what: str) -> bytes:
 
 
 def own_pause(before_s: float, now_s: float, slept_s: float) -> float:
-    """How long this process stood still while it meant to sleep `slept_s`.
+    """Return how long this process stood still when it meant to sleep for `slept_s`.
 
-    A process that was frozen, or whose event loop was blocked, has read nothing meanwhile: that says nothing about its
-    peer.
+    A process that was frozen, or whose event loop was blocked, has read nothing meanwhile. So that time says nothing
+    about its peer.
     """
     late_s = now_s - before_s - slept_s
     return late_s if late_s > slept_s else 0.0
 
 
 def _sendable(text: str) -> str:
-    """Replaces lone surrogates, as file names may have them, which would keep the whole answer from being sent."""
+    """Replace lone surrogates, which file names may have, and which would keep the whole answer from being sent."""
     return text.encode(errors="backslashreplace").decode()
 
 
 def revive_error(failed: Failed) -> HBServeRpcError:
-    """The caller's half of `describe_error`: errors that decide whether to try again keep their class, any other
-    becomes a RemoteError."""
+    """Return the caller's error for a Failed, the inverse of `describe_error`. Errors that decide whether to try again
+    keep their class; any other becomes a RemoteError."""
     if failed.code == Overloaded.code:
         after_s = failed.retry_after_s if failed.retry_after_s > 0 else 0.0
         return Overloaded(failed.message, min(after_s, LONGEST_RETRY_S))
