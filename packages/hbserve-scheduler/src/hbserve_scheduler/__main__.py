@@ -1,4 +1,4 @@
-"""`python -m hbserve_scheduler`, and the script `hbserve-scheduler`: a scheduler node, which has no torch."""
+"""Command `python -m hbserve_scheduler`, also installed as `hbserve-scheduler`: a scheduler node, without torch."""
 
 import argparse
 import asyncio
@@ -17,7 +17,7 @@ from hbserve_scheduler.server import SchedulerServer
 
 
 def check_ports(config: DeploymentConfig) -> None:
-    """A scheduler that dials instances needs to know their ports.
+    """Check that every instance has a fixed port, because this scheduler must know where to connect.
 
     Raises:
         ConfigError: an instance lets the OS choose its port.
@@ -31,8 +31,8 @@ def check_ports(config: DeploymentConfig) -> None:
 
 
 def _told_to_clients(model_path: str | None) -> str:
-    """A path that means the same in a client's folder; "" for None. Others stay, which each host looks for itself: `~`,
-    and what is nowhere here, such as an id of Hugging Face's hub."""
+    """Return the model path in a form that means the same in a client's folder; "" for None. A path stays as it is if
+    each host must resolve it itself: one with `~`, or one that is not found here, such as a Hugging Face model id."""
     if model_path is None or model_path.startswith("~") or not Path(model_path).exists():
         return model_path or ""
     return str(Path(model_path).absolute())
@@ -45,7 +45,7 @@ def _load(path: str | Path) -> DeploymentConfig:
 
 
 async def serve_config(path: str | Path) -> None:
-    """Schedule what a configuration file describes, until SIGTERM, SIGINT or SIGHUP.
+    """Run the scheduler of the deployment in a configuration file, until SIGTERM, SIGINT or SIGHUP.
 
     Raises:
         ConfigError: the file is wrong.

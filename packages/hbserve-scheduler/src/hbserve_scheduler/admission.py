@@ -1,8 +1,8 @@
 """Admission: checks whether a request can ever run, holds the requests that wait, and bounds their number.
 
-The queue is bounded by `max_queue_size` requests, and by time: a request is refused if those ahead of it have more
-tokens than the scheduler starts in `max_queue_time_s`, at the measured rate. Until a rate is known, only their number
-counts.
+The queue is bounded by number, `max_queue_size` requests, and by time: a request is refused if the requests ahead of it
+have more tokens than the scheduler starts in `max_queue_time_s`, at the measured rate. Until a rate is known, only the
+number of requests counts.
 """
 
 import asyncio
@@ -23,17 +23,17 @@ from hbserve_scheduler.request import ScheduledRequest
 SOONEST_RETRY_S, LATEST_RETRY_S = 1.0, 60.0
 """Bounds of `Overloaded.retry_after_s`, in seconds."""
 MEMORY_S, LEAST_S = 10.0, 2.0
-"""The rate is measured over about the last MEMORY_S seconds, and is unknown for the first LEAST_S."""
+"""Approximate time over which the rate is measured, and time for which it is unknown at the beginning, in seconds."""
 
 
 def admitted(request: GenerateRequest, infos: Sequence[InstanceInfo], digest_block_size: int = 0) -> GenerateRequest:
-    """The request with its prompt's shape: normalised, copied, and checked against the instances that are ready.
+    """Return a normalised copy of the request, with its prompt's shape, checked against the instances that are ready.
 
-    While none is ready, instances check it themselves later. A prompt that comes with its shape has been normalised
-    already and cannot be changed by anybody, so it is neither checked nor copied again.
+    If none is ready, instances check the request themselves later. A prompt that comes with its shape has been
+    normalised already and cannot be changed by anybody, so it is neither checked nor copied again.
 
     Raises:
-        InvalidRequest: says what is wrong, and what is allowed.
+        InvalidRequest: the request can never run; says what is wrong, and what is allowed.
     """
     request_id = plain_id("request_id", request.request_id)
     if not isinstance(request.params, SamplingParams):
@@ -66,22 +66,22 @@ def admitted(request: GenerateRequest, infos: Sequence[InstanceInfo], digest_blo
 
 
 class WaitingRequests(Sequence[ScheduledRequest]):
-    """A queue: lowest `SamplingParams.priority` first, then oldest first. Finding by id, removing, and access to both
-    ends take constant time, whatever its length.
+    """Queue of requests: lowest `SamplingParams.priority` first, then oldest first. Finding a request by id, removing
+    one, and access to both ends take constant time, whatever the queue's length.
 
-    A deque would have to be searched from end to end to remove a request or to look up its id: 5 ms with 20,000
-    requests.
+    A deque would have to be searched from end to end to remove a request or to find it by id, which takes 5 ms with
+    20,000 requests.
     """
 
     def __init__(self) -> None:
         self.by_id: dict[str, ScheduledRequest] = {}
-        """In no order. Whether it is empty is asked several times for each request, and this is the fastest way to
-        know."""
+        """Waiting requests by id, in no order. Whether any wait is asked several times for each request, and to look at
+        this dict is the fastest way."""
         self._levels: dict[int, OrderedDict[str, ScheduledRequest]] = {}
-        """By priority. An OrderedDict is a linked list: a dict takes long to find its first entry once many have been
-        removed there."""
+        """Waiting requests by priority, then by id. An OrderedDict is a linked list; a dict takes long to find its
+        first entry after many have been removed at its beginning."""
         self._priorities: list[int] = []
-        """The priorities that have requests, ascending."""
+        """Priorities that have requests, ascending."""
         self._tokens: dict[int, int] = {}
         self.num_tokens = 0
 
@@ -98,7 +98,7 @@ class WaitingRequests(Sequence[ScheduledRequest]):
         self.num_tokens += num_tokens
 
     def remove(self, entry: ScheduledRequest) -> None:
-        """Raises ValueError: it is not waiting."""
+        """Remove a request. Raises ValueError if it is not waiting."""
         if entry not in self:
             raise ValueError(f"request {entry.request.request_id!r} is not waiting")
         priority, num_tokens = entry.request.params.priority, entry.num_tokens
@@ -113,7 +113,7 @@ class WaitingRequests(Sequence[ScheduledRequest]):
         return self.by_id.get(request_id)
 
     def num_tokens_before(self, priority: int) -> int:
-        """Tokens of the requests that would go before a new one of this priority."""
+        """Return the number of tokens of the requests that would go before a new one of this priority."""
         if not self._priorities or priority >= self._priorities[-1]:
             return self.num_tokens
         return sum(count for each, count in self._tokens.items() if each <= priority)
@@ -152,10 +152,10 @@ class WaitingRequests(Sequence[ScheduledRequest]):
 
 
 class BeginningRate:
-    """Tokens per second of the requests that are started while others have to wait: how fast a queue drains.
+    """Rate at which the queue drains: tokens per second of the requests that are started while others have to wait.
 
-    At all other times it would be the rate at which requests arrive. Observations fade, by half in about 7 s of time in
-    which requests wait.
+    At other times the rate of starts is only the rate at which requests arrive. Observations fade by half in about 7 s,
+    counting only time in which requests wait.
     """
 
     def __init__(self) -> None:
@@ -164,14 +164,14 @@ class BeginningRate:
 
     @property
     def tokens_per_s(self) -> float | None:
-        """None: nothing has to wait, or the rate is not known yet."""
+        """Tokens per second; None if nothing has to wait, or the rate is not known yet."""
         if self._seconds < LEAST_S or self._waiting_since_s is None:
             return None
-        # Half of the last one: it was started at once, and no other is until it has made room.
+        # The last request counts half: it was started at once, and no other is until it has made room.
         return max(0.0, self._tokens - self._last / 2) / self._seconds
 
     def update(self, now_s: float, *, some_wait: bool) -> None:
-        """Take note that no more requests can be started now. `some_wait`: some are waiting for room."""
+        """Note that no more requests can be started now. some_wait: whether some are waiting for room."""
         if self._waiting_since_s is not None and now_s > self._waiting_since_s:
             passed_s = now_s - self._waiting_since_s
             kept = math.exp(-passed_s / MEMORY_S)
@@ -180,14 +180,14 @@ class BeginningRate:
         self._waiting_since_s = now_s if some_wait else None
 
     def begun(self, num_tokens: int) -> None:
-        if self._waiting_since_s is not None:  # otherwise neither it nor any before it had to wait
+        if self._waiting_since_s is not None:  # otherwise neither this request nor any before it had to wait
             self._tokens += num_tokens
             self._last = num_tokens
 
 
 class Admission:
-    """Bounds of the queue: refuses requests for which it has no room, and lets callers wait for room. Belongs to one
-    event loop."""
+    """Bounds of the queue. They refuse requests for which it has no room, and let callers wait for room. An object
+    belongs to one event loop."""
 
     def __init__(self, config: SchedulerConfig, waiting: WaitingRequests) -> None:
         self._config = config
@@ -196,10 +196,10 @@ class Admission:
         self._changed = asyncio.Event()
 
     def update(self, now_s: float, *, is_served: bool) -> None:
-        """Take note that no more requests can be started now. `is_served`: there are instances that serve requests."""
+        """Note that no more requests can be started now. is_served: whether there are instances that serve requests."""
         if is_served:
             self._rate.update(now_s, some_wait=bool(self._waiting))
-        else:  # what is started without instances says nothing of the rate with those that may come
+        else:  # a rate measured without instances says nothing about the rate with instances that may come
             self._rate = BeginningRate()
         self.wake()
 
@@ -207,14 +207,14 @@ class Admission:
         self._rate.begun(entry.num_tokens)
 
     def _queue_time_s(self, priority: int) -> float | None:
-        """How long a new request would wait; None: not at all, or it is not known yet."""
+        """Return how long a new request would wait, in seconds; None if it would not wait, or the rate is unknown."""
         num_tokens, rate = self._waiting.num_tokens_before(priority), self._rate.tokens_per_s
         if num_tokens == 0 or rate is None:
             return None
         return num_tokens / rate if rate > 0 else math.inf
 
     def require_room(self, priority: int) -> None:
-        """Raises Overloaded, with the time to come back after: the queue is full for a new request of this priority."""
+        """Raise Overloaded, with the time to wait before another try, if the queue is full for this priority."""
         num_waiting, queue_time_s = len(self._waiting), self._queue_time_s(priority)
         most_s = self._config.max_queue_time_s
         if num_waiting >= self._config.max_queue_size:
@@ -227,18 +227,18 @@ class Admission:
         raise Overloaded(problem, self._half_a_queue_s(queue_time_s))
 
     def _half_a_queue_s(self, queue_time_s: float | None) -> float:
-        """Roughly when half of a full queue will have been started."""
-        if queue_time_s is None:  # someone who came now would wait as long as the first one has
+        """Return roughly the time until half of a full queue will have been started."""
+        if queue_time_s is None:  # a request that comes now will wait as long as the first one has so far
             queue_time_s = asyncio.get_running_loop().time() - self._waiting[0].submitted_s
         return min(max(queue_time_s / 2, SOONEST_RETRY_S), LATEST_RETRY_S)
 
     def is_half_full(self, priority: int) -> bool:
-        """Whether callers with many requests should wait, to leave room for others."""
+        """Whether callers with many requests should wait, in order to leave room for others."""
         too_many = len(self._waiting) >= max(1, self._config.max_queue_size // 2)
         return too_many or (self._queue_time_s(priority) or 0.0) > self._config.max_queue_time_s / 2
 
     async def wait_until(self, there_is: Callable[[], bool]) -> None:
-        """Wait until `there_is()`, which is asked whenever `wake` is called."""
+        """Wait until `there_is()` is true. It is asked whenever `wake` is called."""
         while not there_is():
             self._changed.clear()
             await self._changed.wait()

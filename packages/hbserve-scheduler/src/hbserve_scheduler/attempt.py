@@ -1,6 +1,6 @@
 """One attempt at a request, on a pair of instances or on one hybrid instance.
 
-P is the prefill instance and D the decode instance; a leg is one stream, to either of them:
+P is the prefill instance and D the decode instance. A leg is one stream, to either of them:
 
     DECODE to D ──▶ Granted (room, and where the KV goes) ──▶ TokenEvents of D
     PREFILL to P ──▶ first token ──▶ TransferDone          the grant comes in PREFILL, or after it in GRANT
@@ -38,17 +38,17 @@ from hbserve_scheduler.request import ScheduledRequest
 logger = logging.getLogger(__name__)
 
 VERDICT_TIMEOUT_S = 0.08
-"""How long, after one leg has failed, to wait for what the other leg reports. Then it is cancelled, within 0.1 s in
-all."""
+"""Time to wait, after one leg has failed, for what the other leg reports. Then the other is cancelled, which
+takes at most 0.1 s in all."""
 
 ACCOUNT_TIMEOUT_S = 1.0
-"""How long a request that has all its tokens waits to hear what P has moved, for its record: on a busy machine P may be
-later than D's few tokens. The client already has its last token by then, but not the end of the stream."""
+"""Time for which a request that has all its tokens waits to hear what P has moved, for its record: on a busy machine P
+may be later than D's few tokens. The client already has its last token by then, but not the end of the stream."""
 
 
 class Attempt:
-    """Follows a request until its last token. All its ids are new, so that nothing of an earlier attempt is mistaken
-    for it."""
+    """One attempt, which follows a request until its last token. All ids that it uses are new, so that nothing of an
+    earlier attempt can be mistaken for part of this one."""
 
     def __init__(self, entry: ScheduledRequest, placement: Placement) -> None:
         self._entry = entry
@@ -60,22 +60,22 @@ class Attempt:
         entry.attempts.append(self._record)
         self._transfer_id = os.urandom(16).hex()
         self._moving: LinkCounts | None = None
-        """The link that its transfer uses, from the grant to the end of the transfer."""
+        """Counts of the link that the transfer uses, from the grant to the end of the transfer."""
         self._lives = [(handle, handle.epoch) for handle in (prefill, decode) if handle is not None]
-        """The instances that compute for it, each with its epoch at the start of the attempt."""
+        """Instances that compute for the request, each with its epoch at the start of the attempt."""
         self._request_id = f"{entry.request.request_id}.{self._transfer_id[:8]}"
         self._decode_epoch = ""
-        """Epoch of D, where P computes for it."""
+        """Epoch of D, if P computes for it."""
         self._first_token = asyncio.Event()
         self._decided = self._loop.create_future()
-        """Set when the last token has come, or a leg has failed."""
+        """Future that is set when the last token has come, or a leg has failed."""
 
     def _decide(self) -> None:
         if not self._decided.done():
             self._decided.set_result(None)
 
     async def run(self) -> None:
-        """Run it to its end. Raises HBServeRpcError if it fails; tokens delivered until then stay delivered."""
+        """Run the attempt. Raises HBServeRpcError if it fails; tokens delivered until then stay delivered."""
         try:
             await self._run()
             self._end_transfer("completed")
@@ -83,7 +83,7 @@ class Attempt:
             self._end_transfer("failed")
             self._record.error = str(error)
             self._debug("failed: %s", error)
-            if not isinstance(error, Overloaded):  # whoever refuses has not computed it
+            if not isinstance(error, Overloaded):  # an instance that refuses has not computed anything
                 self._entry.was_on += self._lives
             self._entry.num_tried = self._entry.num_delivered
             raise
@@ -98,13 +98,13 @@ class Attempt:
             logger.debug(f"request %s, attempt %d, %.1f ms: {what}", *at, *details)
 
     def _end_transfer(self, outcome: str) -> None:
-        """Count the transfer as ended, unless it has been already."""
+        """Count the transfer as ended, unless it has been counted already."""
         if self._moving is not None:
             self._moving.end(outcome)
             self._moving = None
 
     async def _run(self) -> None:
-        """On one instance, on P alone, or on P and D."""
+        """Run the request on one instance, on P alone, or on P and D."""
         entry, place = self._entry, self._placement
         self._debug("placed on %s and %s", self._record.prefill_instance, self._record.decode_instance)
         if place.prefill is None:
@@ -140,16 +140,16 @@ class Attempt:
         self._require_end(instance)
 
     def _take(self, event: Granted | TokenEvent) -> bool:
-        """Deliver an event; returns True for the last one that is wanted."""
+        """Deliver an event. Return True if no more events are wanted."""
         if isinstance(event, TokenEvent):
             self._deliver(event)
             if self._placement.is_pending:
                 self._placement.granted()
-        # All choices may have ended here, while the instance does not know and goes on with those that were ended here.
+        # All choices may have ended here, while the instance does not know it and goes on with those ended here.
         return bool(self._entry.choices) and self._entry.finish_reason is not None
 
     def _tell_ends_of_choices(self, instance: InstanceHandle) -> None:
-        """Tell an instance which choices are not wanted any more, now and from now on."""
+        """Tell an instance which choices are no longer wanted, now and whenever another one ends."""
         if not self._entry.choices:
             return
 
@@ -169,13 +169,13 @@ class Attempt:
             self._debug("first token")
 
     def _require_end(self, instance: InstanceHandle) -> None:
-        """Raises RemoteError: an instance has ended its stream, but the request has not ended."""
+        """Raise RemoteError if the instance has ended its stream although the request has not ended."""
         if self._entry.finish_reason is None:
             problem = f"ended the stream after {len(self._entry.output)} tokens, without a finish reason"
             raise self._note_failure(instance, RemoteError(problem))
 
     async def _pair(self, prefill: InstanceHandle, decode: InstanceHandle) -> None:
-        """Reserve on D, prefill on P, decode on D. If one leg fails, the other is closed and the cause raised."""
+        """Reserve on D, prefill on P, decode on D. If one leg fails, close the other and raise the cause."""
         entry, self._decode_epoch = self._entry, decode.epoch
         request = DecodeRequest(
             self._request_id,
@@ -188,7 +188,7 @@ class Attempt:
         )
         async with decode.client.stream(DECODE, request) as events:
             if self._placement.may_begin:
-                # In this order: the instance must know of the request before it gets the grant.
+                # The order matters: the prefill instance must know the request before it gets the grant.
                 await self._both(
                     self._prefill(prefill, b"", grant_follows=True), self._grant_and_decode(prefill, decode, events)
                 )
@@ -197,7 +197,7 @@ class Attempt:
                 await self._both(self._prefill(prefill, grant), self._decode(decode, events))
 
     async def _reserve(self, decode: InstanceHandle, events: InstanceStream[Granted | TokenEvent]) -> bytes:
-        """Wait for room on D; returns the grant."""
+        """Wait for room on D, and return the grant."""
         try:
             granted = await anext(events, None)
             if granted is None:
@@ -217,17 +217,17 @@ class Attempt:
     async def _grant_and_decode(
         self, prefill: InstanceHandle, decode: InstanceHandle, events: InstanceStream[Granted | TokenEvent]
     ) -> None:
-        """D's leg, where P computes already and waits for the grant."""
+        """Run D's leg when P computes already and waits for the grant."""
         try:
             grant = await self._reserve(decode, events)
         except InvalidRequest:
             raise
         except HBServeRpcError:
-            # What P computes is not lost: the client gets the first token, and the next attempt finds all but the last
-            # block in P's prefix cache.
+            # P's work is not lost: the client gets the first token, and the next attempt finds all but the last block
+            # in P's prefix cache.
             with contextlib.suppress(PeerLost):
                 prefill.client.notify(GRANT, GrantRequest(self._request_id, b""))
-            await self._first_token.wait()  # or for P's failure, which ends this leg
+            await self._first_token.wait()  # if P fails instead, this leg is cancelled
             self._entry.computed_on = prefill.instance_id
             raise
         try:
@@ -239,15 +239,15 @@ class Attempt:
     async def _both(self, *legs: Coroutine[Any, Any, None]) -> None:
         """Run P's leg and D's together.
 
-        One may fail only because the other has ended, well or not, and its failure may be heard first. So the first
-        failure is not raised at once, and P's rather than D's: P knows better why nothing more came from it.
+        One leg may fail only because the other has ended, well or not, and its failure may be heard first. So the first
+        failure is not raised at once. If both fail, P's is raised: P knows better why nothing more came from it.
         """
         prefill, decode = tasks = [self._loop.create_task(self._deciding(leg)) for leg in legs]
         try:
             await self._decided
             await self._hear_other(prefill, decode)
             if self._entry.finish_reason is None and self._record.decoding_s is not None and prefill.done():
-                # D has sent tokens, so it has the KV, whatever has become of P since.
+                # D has sent tokens, so it has the KV, whatever has happened to P since.
                 await decode
             for task in tasks:
                 if task.done() and self._entry.finish_reason is None:
@@ -259,9 +259,8 @@ class Attempt:
                 await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _hear_other(self, prefill: "asyncio.Task[None]", decode: "asyncio.Task[None]") -> None:
-        """Wait a moment for the leg that has not ended, if it may say why the other has failed, or what was moved."""
-        # Without a grant, neither side knows why the other has failed; without a first token, D does not know why P
-        # has.
+        """Wait a moment for the leg that has not ended, if it may tell why the other failed, or what was moved."""
+        # Without a grant, neither side knows why the other failed. Without a first token, D does not know why P failed.
         is_granted = self._record.granted_s is not None
         may_know = is_granted and (self._first_token.is_set() or not prefill.done())
         if may_know and not (prefill.done() and decode.done()):
@@ -299,7 +298,7 @@ class Attempt:
             entry.is_prefilling = False
             if entry.finish_reason is None:
                 entry.tell_ends()
-        self._lives = [life for life in self._lives if life[0] is not instance]  # it holds nothing of it any more
+        self._lives = [life for life in self._lives if life[0] is not instance]  # P holds nothing of it any more
         self._placement.prefilled()
 
     def _take_prefilled(self, event: TokenEvent | TransferDone) -> bool:
@@ -330,9 +329,9 @@ class Attempt:
 
     async def _decode(self, instance: InstanceHandle, events: InstanceStream[Granted | TokenEvent]) -> None:
         num_delivered = len(self._entry.output)
-        # P sends these with its first token, and D does not have them.
+        # P sends prompt_logprobs with its first token; D does not have them.
         expects_logprobs = self._entry.request.params.prompt_logprobs is not None and num_delivered == 0
-        early: list[TokenEvent] = []  # at most one, which has overtaken P's token: that comes by another connection
+        early: list[TokenEvent] = []  # at most one, which has overtaken P's token on its own connection
 
         def take(event: Granted | TokenEvent) -> bool:
             if not isinstance(event, TokenEvent):
@@ -365,14 +364,14 @@ class Attempt:
         return self._take(event)
 
     def _doubt_link(self) -> None:
-        """Prefer other pairs for now: an attempt may have failed because these two are no longer connected."""
+        """Make placements prefer other pairs for now: this one may have failed because it is no longer connected."""
         prefill = self._placement.prefill
         if prefill is not None and prefill.links.get(self._decode_epoch):
             del prefill.links[self._decode_epoch]
 
     def _note_failure(self, instance: InstanceHandle, error: HBServeRpcError) -> HBServeRpcError:
-        """Note what an error says of its instance: a lost one, for example, is not used again until it has answered.
-        Returns the same error with the instance's name, to be raised."""
+        """Note what an error says about its instance: a lost one, for example, is not used again until it has answered.
+        Return the same error with the instance's name, to be raised."""
         problem = f"{instance.instance_id}: {error}"
         if isinstance(error, Overloaded):
             instance.refused()

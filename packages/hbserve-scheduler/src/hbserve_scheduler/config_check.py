@@ -1,4 +1,4 @@
-"""Checks of a configuration: types, ranges, and what must fit together. Every problem is one ConfigError line."""
+"""Checks of a configuration: types, ranges, and values that must fit together. Each problem is one ConfigError line."""
 
 import re
 import sys
@@ -19,20 +19,20 @@ from hbserve_scheduler.policies import check_policy
 UNITS = {"": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 ORIGIN = re.compile(r"\*|null|[a-zA-Z][a-zA-Z0-9+.-]*://[^\s/?#]+")
 ONE_IP_VERSION = ("nccl", "mooncake")
-"""Backends whose two ends have addresses of one version of IP."""
+"""Backends that need addresses of the same IP version on both sides."""
 
 
 def convert(content: Any) -> DeploymentConfig:
-    """A checked configuration from plain data, as YAML or JSON give it.
+    """Make a checked configuration from plain data, as YAML or JSON give it.
 
     Raises:
-        ConfigError: names the key by its path, its value, and what is allowed.
+        ConfigError: a value is not allowed; names the key by its path, its value, and what is allowed.
     """
     try:
         config = msgspec.convert(content, DeploymentConfig)
     except msgspec.ValidationError as error:
         raise ConfigError(describe_misfit(error, content, DeploymentConfig, "the file")) from None
-    except UnicodeEncodeError:  # msgspec does not say where
+    except UnicodeEncodeError:  # msgspec does not say at which key
         _require_plain(content)
         raise
     check(config)
@@ -40,7 +40,7 @@ def convert(content: Any) -> DeploymentConfig:
 
 
 def check(config: DeploymentConfig) -> None:
-    """Check what types cannot say. Raises ConfigError."""
+    """Check the rules that types cannot express. Raises ConfigError."""
     if config.scheduler.heartbeat_timeout_s <= config.scheduler.heartbeat_interval_s:
         raise ConfigError(
             f"scheduler.heartbeat_timeout_s={config.scheduler.heartbeat_timeout_s!r}: expected more than "
@@ -67,8 +67,7 @@ def _require_plain(content: Any) -> None:
 
 
 def _check_plain(path: str, value: Any) -> None:
-    """Raises InvalidRequest: something would be refused, or become another value, on its way to other processes as
-    JSON."""
+    """Raise InvalidRequest if a value would be refused, or changed, on its way to other processes as JSON."""
     if isinstance(value, msgspec.Struct):
         value = msgspec.structs.asdict(value)
     if isinstance(value, dict):
@@ -87,7 +86,7 @@ def _check_plain(path: str, value: Any) -> None:
 
 
 def sections(config: DeploymentConfig) -> Iterator[tuple[str, msgspec.Struct]]:
-    """Each with its path; an entry of `gpu_instances` is one."""
+    """Yield each section with its path; each entry of `gpu_instances` is a section."""
     for name in config.__struct_fields__:
         section = getattr(config, name)
         if isinstance(section, msgspec.Struct):
@@ -97,7 +96,8 @@ def sections(config: DeploymentConfig) -> Iterator[tuple[str, msgspec.Struct]]:
 
 
 def _check_hosts(config: DeploymentConfig) -> None:
-    """The scheduler may listen on every address. Of the others, each is what its peers and the scheduler dial."""
+    """Check hosts. Only the scheduler may listen on every address. Every other host is one that peers and the scheduler
+    connect to."""
     dialled = {f"gpu_instances[{i}].host": instance.host for i, instance in enumerate(config.gpu_instances)}
     if config.kv_transfer.ip is not None:
         dialled["kv_transfer.ip"] = config.kv_transfer.ip
@@ -110,7 +110,8 @@ def _check_hosts(config: DeploymentConfig) -> None:
 
 
 def _check_ip_versions(config: DeploymentConfig) -> None:
-    """Names are left to those who look them up. With kv_transfer.ip every KV listener is there."""
+    """Check that all hosts have the same IP version, where the backend needs that. Names are not looked up. With
+    kv_transfer.ip, every KV listener is at that address."""
     if config.kv_transfer.backend not in ONE_IP_VERSION or config.kv_transfer.ip is not None:
         return
     hosts = {instance.host: i for i, instance in enumerate(config.gpu_instances) if instance.instance_type != "hybrid"}
@@ -149,14 +150,14 @@ def _check_instances(instances: Sequence[InstanceSection]) -> None:
 
 
 def check_instance_id(path: str, name: str) -> None:
-    """Raises ConfigError: no log line, label or message could have it."""
+    """Raise ConfigError if this id could not be in a log line, a label or a message."""
     if not name.strip() or not name.isprintable() or len(name) > MAX_ID_LENGTH:
         problem = f"expected a name of one line, of {MAX_ID_LENGTH} characters at most"
         raise ConfigError(f"{path}={shown(name)}: {problem}")
 
 
 def _check_discovered(path: str, instance: InstanceSection) -> None:
-    """Check an entry with `discover`: each instance that is found says itself what it is."""
+    """Check an entry with `discover`. It has no other keys, because each instance that is found describes itself."""
     try:
         DnsName.of(instance.discover or "")
     except ConfigError as error:
@@ -182,7 +183,7 @@ def _check_server(config: DeploymentConfig) -> None:
         if not name.strip():
             raise ConfigError(f"server.served_model_names[{i}]={name!r}: expected a name")
     for i, origin in enumerate(server.cors_origins):
-        if not ORIGIN.fullmatch(origin):  # browsers send it so; no other is ever equal to it
+        if not ORIGIN.fullmatch(origin):  # browsers send this form, so no other could ever match
             problem = "expected '*', or a scheme and a host alone, such as 'https://example.com'"
             raise ConfigError(f"server.cors_origins[{i}]={shown(origin)}: {problem}")
     if not re.fullmatch(r"(/[^\s?#]*)?", server.root_path):
@@ -190,8 +191,8 @@ def _check_server(config: DeploymentConfig) -> None:
 
 
 def _check_texts(config: DeploymentConfig) -> None:
-    """A text that may be left out is not an empty one: a variable that nobody has set would ask for no key, or be a
-    path of this folder."""
+    """Check that no optional text is empty. If a variable that nobody has set was written there, an empty text would
+    mean no API key, or the path of the current folder."""
     for path, section in sections(config):
         for field in msgspec.structs.fields(section):
             value = getattr(section, field.name)
@@ -200,7 +201,7 @@ def _check_texts(config: DeploymentConfig) -> None:
 
 
 def _check_ports(config: DeploymentConfig) -> None:
-    """Nobody listens where another does."""
+    """Check that no two servers listen at the same address."""
     taken: dict[tuple[str, int], str] = {}
     for key, host, base, i in _ports(config):
         if base == 0:
@@ -218,12 +219,13 @@ def _check_ports(config: DeploymentConfig) -> None:
 
 
 def _ports(config: DeploymentConfig) -> Iterator[tuple[str, str, int, int | None]]:
-    """Key, host, port, and which instance's kv_rank is added to it, if one is."""
+    """Yield key, host and port of each server, and the index of the instance whose kv_rank is added to the port, or
+    None."""
     scheduler, kv = config.scheduler, config.kv_transfer
     yield "scheduler.port", scheduler.host, scheduler.port, None
     yield "scheduler.health_port", scheduler.host, scheduler.health_port or 0, None
     if config.server.enabled and config.server.uds is None:
-        # An instance may be there where nobody runs this server, which has a port whether the file names it or not.
+        # Where this server does not run, an instance may listen at its port, which has a default value.
         yield "server.port", config.server.host, config.server.port, None
     named = [(i, each) for i, each in enumerate(config.gpu_instances) if each.discover is None]
     for i, each in named:
@@ -235,10 +237,10 @@ def _ports(config: DeploymentConfig) -> Iterator[tuple[str, str, int, int | None
 
 
 def parse_size(path: str, value: int | str) -> int:
-    """Bytes, from a number or a text like "1GiB".
+    """Return a number of bytes, from a number or a text like "1GiB".
 
     Raises:
-        ConfigError: neither, or not positive.
+        ConfigError: the value is neither, or not positive.
     """
     text = str(value) if isinstance(value, str) or abs(value) <= LARGEST_INT else ""
     match = re.fullmatch(r"\s*([0-9]{1,30}(?:\.[0-9]+)?)\s*([KMG]?I?B?)\s*", text, re.IGNORECASE)

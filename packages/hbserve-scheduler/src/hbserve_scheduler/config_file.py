@@ -1,4 +1,4 @@
-"""Reads a DeploymentConfig from a YAML file; errors name the file, the line and the key."""
+"""Reading a DeploymentConfig from a YAML file. Errors name the file, the line and the key."""
 
 import os
 import re
@@ -18,8 +18,8 @@ NOT_REPLACED = "variables of the environment are not replaced in this file"
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that is written twice: YAML would keep the last one in silence. And a text with a NUL, which no
-    path, address or name can have."""
+    """YAML loader that refuses a key that is written twice, of which YAML would silently keep the last one, and a text
+    with a NUL, which no path, address or name can have."""
 
 
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Hashable, Any]:
@@ -41,7 +41,8 @@ def _text(loader: _Loader, node: yaml.ScalarNode) -> str:
 
 
 def _number(loader: _Loader, node: yaml.ScalarNode) -> int | float:
-    """Refuses 012, which is 10 to YAML 1.1 and 12 to YAML 1.2, and 1:30, which is 90 to one and a text to the other."""
+    """Construct a number, but refuse 012, which is 10 in YAML 1.1 and 12 in YAML 1.2, and 1:30, which is 90 in YAML 1.1
+    and a text in YAML 1.2."""
     is_int = node.tag == "tag:yaml.org,2002:int"
     if ":" in node.value or (is_int and re.fullmatch(r"[+-]?0[0-7_]+", node.value)):
         problem = f"{node.value} is another number by YAML 1.1 than by YAML 1.2, or none; expected decimal digits"
@@ -60,7 +61,7 @@ def load_config(path: str | Path) -> DeploymentConfig:
     """Read and check a configuration file.
 
     Raises:
-        ConfigError: the file is missing or not YAML, or a key is unknown, of a wrong type, or cannot be.
+        ConfigError: the file is missing or not YAML, or a key is unknown or has a wrong type or value.
     """
     path = Path(os.path.expanduser(path))
     try:
@@ -76,9 +77,9 @@ def load_config(path: str | Path) -> DeploymentConfig:
         raise ConfigError(f"{path}: character {error.position} is {error.character:#x}: {error.reason}") from None
     except RecursionError:
         raise ConfigError(f"{path}: lists or mappings are nested too deep") from None
-    except ValueError as error:  # a date that there is not, an integer of more digits than Python reads
+    except ValueError as error:  # a date that does not exist, or an integer with more digits than Python converts
         raise ConfigError(f"{path}: {error}") from None
-    if content is None:  # not a deployment of defaults: a file that was cut short would start a demo
+    if content is None:  # not taken for a deployment of defaults: a file that was cut short would start a demo
         raise ConfigError(f"{path}: the file is empty")
     try:
         config = convert(content)
@@ -90,7 +91,8 @@ def load_config(path: str | Path) -> DeploymentConfig:
 
 
 def _require_no_variables(file: Path, config: DeploymentConfig) -> None:
-    """Raises ConfigError: `api_key: ${KEY}`, as other programs read it, would be a key that everybody can guess."""
+    """Raise ConfigError if a text has a variable: `api_key: ${KEY}`, which other programs replace, would be a key that
+    everybody can guess."""
     for path, section in sections(config):
         for name in section.__struct_fields__:
             value, key = getattr(section, name), f"{path}.{name}"

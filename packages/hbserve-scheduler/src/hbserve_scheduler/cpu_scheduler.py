@@ -29,9 +29,8 @@ TICK_S = 0.5
 
 
 class CpuScheduler:
-    """Takes requests, finds instances for each, and follows it to its end, over as many attempts as needed.
-
-    Lives in the event loop that ran `start` and uses its clock; no thread, no torch, no tokenizer.
+    """Scheduler that takes requests, finds instances for each, and follows it to its end, over several attempts if need
+    be. It lives in the event loop that ran `start` and uses its clock; it needs no thread, no torch and no tokenizer.
 
     To schedule differently, override `_schedule_waiting_requests`. Its tools are `waiting_requests`, `has_room()` and
     `start_request(entry)`.
@@ -44,12 +43,12 @@ class CpuScheduler:
         model_path: str = "",
         client_factory: ClientFactory = RpcClient,
     ) -> None:
-        """client_factory: makes the connection to each instance; a simulator passes its own."""
+        """Make a scheduler without instances. client_factory: makes the connection to each; a simulator has its own."""
         self.config = config or SchedulerConfig()
         self.model_path = model_path
-        """The model that `info` reports to clients."""
+        """Path or name of the model that `info` reports to clients."""
         self.keys: Keys | None = None
-        """Used to dial instances."""
+        """Keys for connecting to instances."""
         self.waiting_requests = WaitingRequests()
         self.running_requests: dict[str, ScheduledRequest] = {}
         self._changed = asyncio.Event()
@@ -71,23 +70,23 @@ class CpuScheduler:
         self.fleet.client_factory = partial(RpcClient, keys=keys)
 
     async def add_instance(self, instance_id: str, role: Role, address: str) -> None:
-        """Dial an instance at `host:port`. It need not be there yet."""
+        """Connect to an instance at `host:port`. It need not be there yet."""
         await self.fleet.add(instance_id, role, address)
 
     async def remove_instance(self, instance_id: str) -> None:
-        """Stop using it. Its requests get another attempt elsewhere."""
+        """Stop using an instance. Its requests get another attempt elsewhere."""
         await self.fleet.remove(instance_id)
 
     async def instance_died(self, instance_id: str, why: str) -> None:
-        """Report that its process is known to have ended, rather than wait for its heartbeats to fail."""
+        """Report that an instance's process is known to have ended, so that nobody waits for its heartbeats to fail."""
         await self.fleet.handles[instance_id].drop(why)
 
     async def wait_ready(self, timeout_s: float) -> None:
         """Wait until every instance is ready.
 
         Raises:
-            InstanceFailed: one reports that it cannot run; at once, with its reason.
-            NotReady: not in time; names those that are missing.
+            InstanceFailed: an instance reports that it cannot run. Raised at once, with its reason.
+            NotReady: some are not ready in time; names them.
         """
         await self.fleet.wait_ready(timeout_s)
 
@@ -98,7 +97,7 @@ class CpuScheduler:
         self._scheduling = asyncio.create_task(self._schedule())
 
     async def stop(self) -> None:
-        """End every request; those without all of their tokens count as aborted. Leaves no task or socket behind."""
+        """End every request, and leave no task or socket behind. Requests without all their tokens count as aborted."""
         self._stopped = True
         self.figures.loop_lag.stop()
         self._admission.wake()
@@ -116,14 +115,14 @@ class CpuScheduler:
     # ---- requests ------------------------------------------------------------------------------------------------
 
     def submit(self, request: GenerateRequest) -> EventStream:
-        """Take a request. It is copied: what the caller changes later does not change it.
+        """Take a request, and return the stream of its events. The request is copied, so the caller may change it.
 
         Raises, at once:
-            InvalidRequest: it can never run; says why.
+            InvalidRequest: the request can never run; says why.
             Overloaded: the queue is full; has the time after which it may have room.
             Unavailable: the scheduler has been stopped.
         """
-        # First, because an overloaded scheduler must not begin by checking more requests in detail.
+        # This comes first, because an overloaded scheduler must not spend time on checking more requests.
         self.require_room(getattr(request.params, "priority", 0))
         try:
             request = self.check(request)
@@ -139,10 +138,10 @@ class CpuScheduler:
         return EventStream(entry, self._abandon, self._turn_end)
 
     def require_room(self, priority: int = 0) -> None:
-        """Check whether `submit` would take a request now, before work is done for one.
+        """Check whether `submit` would take a request now, before any work is done for one.
 
         Raises:
-            Overloaded: the queue is full; has the time after which it may have room. It counts as refused.
+            Overloaded: the queue is full; has the time after which it may have room. Counts as a refused request.
             Unavailable: the scheduler has been stopped.
         """
         self._require_running()
@@ -153,7 +152,7 @@ class CpuScheduler:
             raise
 
     def check(self, request: GenerateRequest) -> GenerateRequest:
-        """The request as `submit` would keep it, checked as far as is possible now. Raises InvalidRequest."""
+        """Return the request as `submit` would keep it, checked as far as possible now. Raises InvalidRequest."""
         return admitted(request, self.fleet.limiting_infos(), self.digest_block_size)
 
     @property
@@ -170,7 +169,7 @@ class CpuScheduler:
             raise InvalidRequest(f"request_id={request_id!r} is in use")
 
     async def wait_for_room(self, priority: int = 0) -> None:
-        """Wait until less than half of the queue is taken: for callers with many requests, who leave room for others.
+        """Wait until less than half of the queue is taken. Callers with many requests do so to leave room for others.
 
         Raises:
             Unavailable: the scheduler has been stopped.
@@ -179,9 +178,9 @@ class CpuScheduler:
         self._require_running()
 
     async def abort(self, request_id: str, reason: FinishReason = "abort", choice: int | None = None) -> bool:
-        """End a request now, or one of its choices, with `reason`. False: no such request, or it has ended.
+        """End a request, or one of its choices, with `reason`. Return False if there is none, or it has ended.
 
-        With "stop" it counts as completed: the client has found a stop string, and has all that it wanted.
+        With "stop" it counts as completed: the client has found a stop string, and has everything that it wanted.
         """
         request_id = plain_id("request_id", request_id)
         entry = self.running_requests.get(request_id) or self.waiting_requests.find(request_id)
@@ -196,7 +195,7 @@ class CpuScheduler:
         return True
 
     def _abandon(self, entry: ScheduledRequest) -> None:
-        if entry.finish_reason is None:  # otherwise its instances are finishing by themselves
+        if entry.finish_reason is None:  # otherwise its instances finish by themselves
             self._end(entry, "abort")
 
     def _end(self, entry: ScheduledRequest, reason: FinishReason) -> None:
@@ -207,7 +206,7 @@ class CpuScheduler:
         self._drop(entry)
 
     def _drop(self, entry: ScheduledRequest) -> None:
-        """Remove a request that has ended from the queue, or cancel what is still done for it."""
+        """Remove a request that has ended from the queue, or cancel the work that is still done for it."""
         if entry in self.waiting_requests:
             self.waiting_requests.remove(entry)
         elif entry.task is not None:
@@ -216,17 +215,17 @@ class CpuScheduler:
     # ---- scheduling ----------------------------------------------------------------------------------------------
 
     async def _schedule_waiting_requests(self) -> None:
-        """Start waiting requests, as far as there is room. Called when a request comes, at every change of a request or
-        an instance while some wait, and every TICK_S."""
+        """Start waiting requests while there is room. This is called when a request comes, at every change of a request
+        or an instance while some requests wait, and every TICK_S."""
         while self.waiting_requests and self.has_room():
             self.start_request(self.waiting_requests[0])
 
     def has_room(self) -> bool:
-        """Whether some pair, or some hybrid instance, would take one more request now."""
+        """Whether a pair of instances, or a hybrid instance, would take one more request now."""
         return self.fleet.has_room()
 
     def start_request(self, entry: ScheduledRequest) -> None:
-        """Take one request out of `waiting_requests` and follow it to its end. Needs `has_room()`."""
+        """Take a request out of `waiting_requests` and follow it to its end. Call it only if `has_room()`."""
         placement = self.fleet.place_request(entry)
         if placement is None:
             raise Overloaded("start_request: there is no room; ask has_room() first")
@@ -244,13 +243,13 @@ class CpuScheduler:
         self._may_have_room()
 
     def _may_have_room(self) -> None:
-        """To be called when a request or an instance has changed. Cheap if nothing waits: it is called five times per
-        request."""
+        """Wake the scheduling task if something waits; called when a request or an instance has changed. It is cheap if
+        nothing waits, because it is called five times per request."""
         if self.waiting_requests.by_id or self.retries.waiting:
             self._changed.set()
 
     def _tick(self) -> None:
-        """Wake the scheduling task regularly, for what depends on time alone."""
+        """Wake the scheduling task regularly, for changes that depend on time alone."""
         self._changed.set()
         self._ticking = asyncio.get_running_loop().call_later(TICK_S, self._tick)
 
@@ -263,14 +262,14 @@ class CpuScheduler:
                 self.retries.place()
             try:
                 await self._schedule_waiting_requests()
-            except Exception:  # from an override: requests must not wait for ever because of it
+            except Exception:  # a bug in an override: requests must not wait for ever because of it
                 logger.exception("_schedule_waiting_requests failed; scheduling first come, first served instead")
                 await CpuScheduler._schedule_waiting_requests(self)
             self._fail_hopeless()
             self._admission.update(loop.time(), is_served=self.fleet.may_serve())
 
     def _out_of_time(self, entry: ScheduledRequest) -> None:
-        if entry.finish_reason is not None:  # it has all of its tokens; only its instances are not done
+        if entry.finish_reason is not None:  # it has all its tokens; only its instances are not done
             self._end(entry, entry.finish_reason)
             return
         state = "started" if entry in self.waiting_requests else "finished"
@@ -295,7 +294,7 @@ class CpuScheduler:
             await self._attempts(entry, placement)
         except HBServeRpcError as error:
             entry.fail(error)
-        except Exception as error:  # a bug of this package: the client must hear of it all the same
+        except Exception as error:  # a bug of this package: the client must be told nevertheless
             logger.exception("request %s failed", entry.request.request_id)
             entry.fail(RequestFailed(f"internal error: {error!r}"))
         else:
@@ -305,7 +304,7 @@ class CpuScheduler:
             self._give_back(entry, placement)
 
     async def _attempts(self, entry: ScheduledRequest, placement: Placement, before: Collection[str] = ()) -> None:
-        """before: what has gone wrong so far."""
+        """Make attempts until one succeeds or no more may be made. before: descriptions of earlier failures."""
         problems = list(before)
         while True:
             try:
@@ -329,7 +328,7 @@ class CpuScheduler:
         return placement
 
     async def _choices_apart(self, entry: ScheduledRequest, problems: Collection[str]) -> None:
-        """Further attempts at each choice that has not ended, from where it was. One that fails ends the request."""
+        """Make further attempts at each unfinished choice, from where it was. If one fails, the request fails."""
         moved = entry.kv_bytes, entry.kv_transfer_time_s
 
         async def follow(choice: ScheduledRequest) -> None:
@@ -363,26 +362,26 @@ class CpuScheduler:
             **self.figures.snapshot(),
             waiting_requests=len(self.waiting_requests),
             waiting_tokens=self.waiting_requests.num_tokens,
-            # One that has ended may still have to be cancelled on its instances.
+            # A request that has ended may still have to be cancelled on its instances.
             running_requests=sum(not each.ended for each in self.running_requests.values()),
             instances=[handle.stats for handle in self.fleet.handles.values()],
         )
 
     def active_requests(self) -> Counter[str]:
-        """How many of this scheduler's requests each instance has now; its own figures are a report old."""
+        """Count this scheduler's requests on each instance now; the instances' own figures are one report old."""
         running = [each for each in self.running_requests.values() if not each.ended]
         return Counter(name for each in running for name in each.busy_instances)
 
     def records(self, last_s: float, request_id: str = "") -> list[RequestRecord]:
-        """Requests that ended within the last `last_s` seconds, or the one with this id."""
+        """Return records of requests that ended in the last `last_s` seconds, or only that of `request_id`."""
         return [each for each in self.figures.lately(last_s) if request_id in ("", each.request_id)]
 
     async def refresh(self) -> None:
-        """Ask every instance for its figures now, so that `stats` is not up to one heartbeat old."""
+        """Ask every instance for its stats now; otherwise `stats` is up to one heartbeat old."""
         await self.fleet.refresh()
 
     def may_serve(self) -> bool:
-        """Whether the instances that answer requests now suffice to serve."""
+        """Whether the instances that answer requests now are enough to serve."""
         return self.fleet.may_serve()
 
     def info(self) -> ServiceInfo:
