@@ -1,4 +1,4 @@
-"""Instances that a deployment's file declares: by name and address, and behind names that are looked up."""
+"""Instances that a deployment's file declares: by id and address, or behind DNS names that are looked up."""
 
 import asyncio
 from collections.abc import Callable
@@ -13,9 +13,8 @@ from hbserve_scheduler.membership import Membership
 
 
 class DeclaredInstances:
-    """Has its instances join, and again those that are other ones when the file is read again.
-
-    Those that a command has called or sent away since are left as they are.
+    """Instances declared in a file. They join at the start, and those that have changed join anew when the file is read
+    again. Instances that a command has added or sent away since then are left as they are.
     """
 
     def __init__(
@@ -26,9 +25,9 @@ class DeclaredInstances:
         *,
         starts_its_own: bool = False,
     ) -> None:
-        """load: reads the file again; None: there is none.
+        """Prepare to declare the instances of `config`. load: reads the file again; None: there is no file.
 
-        starts_its_own: those that have an id are started by this process, and only the others join here.
+        starts_its_own: whether this process starts the instances that have an id, so that only the others join here.
         """
         self._members = members
         self._config = config
@@ -46,10 +45,10 @@ class DeclaredInstances:
         await asyncio.gather(*(each.close() for each in self._discoveries))
 
     async def reload(self) -> Reloaded:
-        """Read the file again.
+        """Read the file again, and have instances join and leave accordingly.
 
         Raises:
-            InvalidRequest: it is wrong, and nothing has changed; or there is none.
+            InvalidRequest: the file is wrong, in which case nothing has changed; or there is no file.
         """
         if self._load is None:
             raise InvalidRequest("this deployment has no file")
@@ -78,7 +77,7 @@ class DeclaredInstances:
         return Reloaded(new, leaving, restart)
 
     async def _undiscover(self, config: DeploymentConfig) -> list[str]:
-        """Look up no more what is not declared any more; returns who leaves by that."""
+        """Stop looking up names that are no longer declared. Return the ids of the instances that leave by that."""
         wanted = _discovered(config)
         gone = [each for each in self._discoveries if (each.role, each.name) not in wanted]
         self._discoveries = [each for each in self._discoveries if each not in gone]

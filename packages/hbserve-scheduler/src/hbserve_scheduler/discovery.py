@@ -1,10 +1,10 @@
-"""Discovery of instances behind a name: whoever is found there joins, and whoever is found no more leaves.
+"""Discovery of instances behind a DNS name: an instance that is found there joins, and one no longer found leaves.
 
     gpu_instances: [{instance_type: prefill, discover: "dns:prefill.example:5555"}]
 
-A name has as many addresses as there are instances, all of the same port; a headless service of Kubernetes is one. What
-each of them is, it says itself. Only an answer without an address removes its instance: that nobody answers, or that
-the name has no address at all, says nothing of instances.
+A name has as many addresses as there are instances, all with the same port; a headless service of Kubernetes is such a
+name. Each instance describes itself. An instance is removed only by an answer that lacks its address: no answer at all,
+or a name without any address, says nothing about instances.
 """
 
 import asyncio
@@ -25,19 +25,19 @@ logger = logging.getLogger(__name__)
 
 INTERVAL_S = 5.0
 TIMEOUT_S = 5.0
-"""How long one look-up may take."""
+"""Longest time of one look-up."""
 
 
 @dataclass(frozen=True)
 class DnsName:
-    """A name with the port of all instances behind it."""
+    """A DNS name, with the port of all instances behind it."""
 
     host: str
     port: int
 
     @classmethod
     def of(cls, text: str) -> "DnsName":
-        """Raises ConfigError, which begins with the value."""
+        """Parse `dns:NAME:PORT`. Raises ConfigError, whose message begins with the value."""
         match = re.fullmatch(r"dns:([^:]+):([0-9]{1,5})", text)
         if match is None or not (int(match[2]) >= 1 and PORT.allow(int(match[2]))):
             raise ConfigError(f"{text!r}: expected dns:NAME:PORT, with a port from 1 to 65535")
@@ -48,14 +48,14 @@ class DnsName:
         return cls(match[1], int(match[2]))
 
     async def addresses(self) -> set[str]:
-        """Look the name up, in a thread of the event loop's: every address, as `host:port`. Raises OSError."""
+        """Look the name up, in a thread of the event loop, and return every address as `host:port`. Raises OSError."""
         loop = asyncio.get_running_loop()
         found = await loop.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
         return {format_address(str(place[0]), self.port) for *_, place in found}
 
 
 class Discovery:
-    """Looks one name up every INTERVAL_S, from `start` to `close`."""
+    """Follower of one name, which it looks up every INTERVAL_S from `start` to `close`."""
 
     def __init__(self, members: Membership, role: Role, name: DnsName) -> None:
         self.role = role
@@ -65,20 +65,20 @@ class Discovery:
         """Ids of the instances that have joined, by address; an instance may have several."""
         self._failing = Reminder(0.0)
         self._refused: dict[str, str] = {}
-        """Why those that were found could not join; each reason is said once."""
+        """Reasons why instances that were found could not join, by address. Each reason is logged once."""
         self._following: asyncio.Task[None] | None = None
 
     def start(self) -> None:
         self._following = asyncio.create_task(self._follow())
 
     async def close(self) -> None:
-        """Look no more. Who has joined stays."""
+        """Stop looking the name up. Instances that have joined stay."""
         if self._following is not None:
             self._following.cancel()
             await asyncio.gather(self._following, return_exceptions=True)
 
     def leave(self) -> list[str]:
-        """Have all leave that have joined; returns who they are."""
+        """Have all instances leave that have joined, and return their ids."""
         left = sorted(set(self._ids.values()))
         self._ids.clear()
         for instance_id in left:
@@ -114,8 +114,8 @@ class Discovery:
         await asyncio.gather(*map(self._join, sorted(new)))
 
     async def _join(self, address: str) -> None:
-        """Have whoever is at the address join, also if it is known and not reached: another one may have its address by
-        now."""
+        """Have the instance at the address join. This includes a known one that is not reachable, because another one
+        may have its address by now."""
         before = self._ids.get(address)
         try:
             info = await self._members.join(address, self.role)
@@ -130,5 +130,5 @@ class Discovery:
             self._see_off(str(before))
 
     def _see_off(self, instance_id: str) -> None:
-        with contextlib.suppress(InvalidRequest):  # it has left otherwise
+        with contextlib.suppress(InvalidRequest):  # it has already left in another way
             self._members.leave(instance_id, for_good=False)  # it may be found again

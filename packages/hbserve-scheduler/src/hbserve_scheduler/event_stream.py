@@ -1,4 +1,4 @@
-"""Events of one request, as its client reads them."""
+"""The stream of events of one request that its client reads."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
@@ -10,8 +10,8 @@ from hbserve_scheduler.request import ScheduledRequest
 
 
 class TurnEnd:
-    """Functions to call at the end of this turn of the event loop, all by one callback: asyncio takes longer to
-    schedule a callback than most of them take to run."""
+    """Functions to call at the end of this turn of the event loop. One callback calls them all, because asyncio takes
+    longer to schedule a callback than most of them take to run."""
 
     def __init__(self) -> None:
         self._due: list[Callable[[], None]] = []
@@ -29,8 +29,8 @@ class TurnEnd:
 
 
 class EventStream(AsyncIterator[ClientEvent]):
-    """TokenEvents, then a RequestFinished for each choice; or the error that ended the request. `aclose` before the end
-    aborts the request."""
+    """Stream of TokenEvents, and then a RequestFinished for each choice or the error that ended the request. `aclose`
+    before the end aborts the request."""
 
     def __init__(self, entry: ScheduledRequest, abandon: Callable[[ScheduledRequest], None], turn_end: TurnEnd) -> None:
         self._entry = entry
@@ -59,11 +59,11 @@ class EventStream(AsyncIterator[ClientEvent]):
         raise event
 
     async def each(self, take: Callable[[ClientEvent], object]) -> bool:
-        """Pass every event to `take`, until that returns True or there are no more. Returns whether there may be more.
+        """Pass every event to `take`, until `take` returns True or there are no more. Return whether there may be more.
 
-        No task is woken for an event. The events of one turn of the loop are passed on at its end, all tokens in one
-        event: a process that falls behind reads several engine steps in one turn, and should hand them on only once.
-        What `take` raises is raised here.
+        No task is woken for an event. The events of one turn of the event loop are passed on at its end, all tokens in
+        one event: a process that falls behind reads several engine steps in one turn, and should hand them on only
+        once. What `take` raises is raised here.
         """
 
         def give() -> bool:

@@ -1,4 +1,4 @@
-"""Figures of one scheduler over all its requests: counters, and how long each phase of them took."""
+"""Figures of one scheduler over all its requests: counters, and histograms of how long each phase took."""
 
 import logging
 import math
@@ -16,11 +16,12 @@ from hbserve_rpc.records import Delay, RequestRecord
 logger = logging.getLogger(__name__)
 
 MOST_RECORDS = 4096
-"""How many ended requests are remembered."""
+"""Number of ended requests that are remembered."""
 RECENT_REQUESTS = 1024
-"""How many latencies a LatencySummary covers."""
+"""Number of latencies that a LatencySummary covers."""
 FEW_LINKS = 64
-"""So many are kept without a look at whose they are; later twice as many as there were at the last look."""
+"""Number of links below which none is checked for instances that have left. Later it is twice the number of links left
+after the last check, if that is more."""
 SHORT_S = "0.001 0.0025 0.005 0.01 0.025 0.05 0.075 0.1 0.15 0.2 0.3 0.4 0.5 0.75 1 2.5 5 7.5 10 20 40 80"
 FIRST_S = "0.001 0.0025 0.005 0.01 0.02 0.04 0.06 0.08 0.1 0.25 0.5 0.75 1 2.5 5 7.5 10 20 40 80 160 640 2560"
 LONG_S = "0.005 0.05 0.1 0.3 0.5 0.8 1 1.5 2 2.5 5 10 15 20 30 40 50 60 120 240 480 960 1920 7680"
@@ -48,35 +49,35 @@ BOUNDS = {
 
 
 class Figures:
-    """Figures of one scheduler, which grow by what happens to requests. Read by `CpuScheduler.stats`."""
+    """Figures of one scheduler, which are updated as requests proceed. `CpuScheduler.stats` reads them."""
 
     def __init__(self, members: Container[str] | None = None) -> None:
-        """members: the instances that there are, by their ids; links of others are forgotten. None: no link is."""
+        """Begin with zeros. members: ids of the present instances; links of others are forgotten. None: no link is."""
         self._members = members
         self.num_submitted = self.num_rejected = self.num_retries = self.num_refusals = self.num_local_prefills = 0
         self.prompt_tokens = 0
-        """Prompt tokens of requests that have a first token."""
+        """Number of prompt tokens of requests that have a first token."""
         self.output_tokens = 0
         self.ended = Counter[str]()
-        """Requests by finish reason, or "error"."""
+        """Number of ended requests, by finish reason, or "error"."""
         self.failed_attempts = Counter[str]()
         self.histograms = {name: Histogram.over([*map(float, bounds.split())]) for name, bounds in BOUNDS.items()}
         self.between_tokens = self.histograms["inter_token_latency_seconds"]
         self.delay_s: dict[str, float] = dict.fromkeys(get_args(Delay), 0.0)
         self.delayed = Counter[str]()
-        """Requests by the main cause of their delay."""
+        """Number of requests, by the main cause of their delay."""
         self.loop_lag = LoopLag()
         self.histograms["event_loop_lag_seconds"] = self.loop_lag.histogram
         self.links: dict[str, LinkCounts] = {}
         self._most_links = FEW_LINKS
         self.http: dict[str, HttpCounts] = {}
-        """Counted by whoever serves this scheduler over HTTP."""
+        """Counts of HTTP requests, kept by whoever serves this scheduler over HTTP."""
         self.records: deque[RequestRecord] = deque(maxlen=MOST_RECORDS)
-        """Requests that have ended, the latest last."""
+        """Records of requests that have ended, the latest last."""
         self._ended_s: deque[float] = deque(maxlen=MOST_RECORDS)
-        """When, each: records have the time of day, which may be set, by an hour too."""
+        """Monotonic time at which each of these ended. Records have the time of day, which may be set by an hour."""
         self.on_record: Callable[[RequestRecord], None] | None = None
-        """Called with each request that has ended."""
+        """Callback that gets the record of each request that has ended."""
         self._handoffs: deque[float] = deque(maxlen=RECENT_REQUESTS)
 
     def add(self, record: RequestRecord) -> None:
@@ -102,13 +103,13 @@ class Figures:
                 self.histograms[name].observe(value)
 
     def lately(self, last_s: float) -> list[RequestRecord]:
-        """Requests that ended within the last `last_s` seconds, the latest last."""
+        """Return records of requests that ended in the last `last_s` seconds, the latest last."""
         since_s = time.monotonic() - last_s
         latest_first = zip(reversed(self._ended_s), reversed(self.records), strict=True)
         return [record for _, record in takewhile(lambda each: each[0] >= since_s, latest_first)][::-1]
 
     def link(self, prefill: str, decode: str) -> LinkCounts:
-        """Counts of the link between these two instances, over all of their lives until one of them has left."""
+        """Return the counts of the link between two instances, which include all their lives until one has left."""
         key = f"{prefill} > {decode}"
         if key not in self.links:
             if len(self.links) >= self._most_links:
@@ -118,13 +119,13 @@ class Figures:
         return self.links[key]
 
     def _forget_links(self) -> None:
-        """Those of instances that have left: where instances come under new names, they would be ever more."""
+        """Forget links of instances that have left. They would become ever more if instances come under new names."""
         if (there := self._members) is not None:
             found = self.links.items()
             self.links = {key: each for key, each in found if each.active or each.is_between(there)}
 
     def snapshot(self) -> dict[str, Any]:
-        """Fields of SchedulerStats, as copies that do not change afterwards."""
+        """Return fields of SchedulerStats, as copies that do not change afterwards."""
         self._forget_links()
         completed, failed = self.ended["stop"] + self.ended["length"], self.ended["error"]
         return {
@@ -151,8 +152,8 @@ class Figures:
 
 
 def _values(record: RequestRecord) -> dict[str, float]:
-    """What a completed request adds to the histograms: only times that its client has noticed. Aborted requests are in
-    none; they would measure how patient clients are."""
+    """Return the values that a completed request adds to the histograms: only times that its client has noticed.
+    Aborted requests are in none, because they would measure how patient clients are."""
     queue_s = record.queue_s
     values = {
         "e2e_request_latency_seconds": record.e2e_s,
@@ -183,7 +184,8 @@ def _values(record: RequestRecord) -> dict[str, float]:
 
 
 def _summary(latencies: Collection[float]) -> LatencySummary:
-    """Percentiles are latencies that occurred: the smallest one that at least this share of all does not exceed."""
+    """Summarise latencies. Each percentile is a latency that occurred: the smallest one that at least this share of all
+    does not exceed."""
     if not latencies:
         return LatencySummary()
     ordered = sorted(latencies)
@@ -192,7 +194,8 @@ def _summary(latencies: Collection[float]) -> LatencySummary:
 
 
 def longest_pause(times_s: Sequence[float], since_s: float) -> tuple[float, float] | None:
-    """The longest interval between neighbours, from and to, counted from `since_s`; None: there are fewer than two."""
+    """Return start and end of the longest interval between neighbours, relative to `since_s`; None for fewer than two
+    times."""
     if len(times_s) < 2:
         return None
     end = max(range(1, len(times_s)), key=lambda i: times_s[i] - times_s[i - 1])

@@ -1,4 +1,4 @@
-"""The instances of one deployment, and which of them takes a request."""
+"""The instances of one deployment, and the choice of those that take a request."""
 
 import asyncio
 import contextlib
@@ -32,7 +32,7 @@ REFRESH_TIMEOUT_S = 2.0
 
 
 class Fleet:
-    """The instances of one scheduler, which come, go and come back, and the places that requests take on them."""
+    """The instances of one scheduler, which come, go and come back, and the places of requests on them."""
 
     def __init__(
         self, config: SchedulerConfig, on_change: Callable[[], None], client_factory: ClientFactory = RpcClient
@@ -42,7 +42,7 @@ class Fleet:
         self._on_change = on_change
         self.client_factory = client_factory
         self.on_members: Callable[[], None] = lambda: None
-        """Called when an instance is added, removed or drained."""
+        """Callback for when an instance is added, removed or drained."""
         self.links = Links(self.handles, config.max_warm_links)
         self._started = False
         self.prefixes = Prefixes()
@@ -56,14 +56,14 @@ class Fleet:
         self._roles_asked = {
             role for role, each in self._available.items() if getattr(each.policy, "wants_digests", False)
         }
-        """Roles for which it matters what instances have cached."""
+        """Roles for which the choice of an instance depends on what instances have cached."""
         if config.local_prefill_tokens:
             self._roles_asked.add("decode")
         self._asking: asyncio.Task[None] | None = None
         self._turns = itertools.count(1)
-        # What follows from all instances together is computed when one of them changes, not for each request.
+        # These depend on all instances together, and are computed when one of them changes, not for each request.
         self._decodes: dict[str, InstanceHandle] = {}
-        """Decode instances by epoch."""
+        """Decode instances, by epoch."""
         self._limiting: list[InstanceInfo] | None = None
         self._roles_there: dict[bool, bool] = {}
         self._lacks_prefill: bool | None = None
@@ -81,7 +81,7 @@ class Fleet:
             await handle.start()
 
     async def remove(self, instance_id: str, why: str = "it was removed") -> None:
-        """Stop using it. What it has not finished fails, with `why` as the cause."""
+        """Stop using an instance. Its unfinished requests fail there, with `why` as the cause."""
         handle = self.handles.pop(instance_id)
         handle.lost(why, level=logging.INFO)
         self._available[handle.role].forget(handle)
@@ -89,14 +89,14 @@ class Fleet:
         await handle.close(why)
 
     def drain(self, instance_id: str, epoch: str) -> None:
-        """Give it no new requests while it is in this life; with "" as the epoch, let it have requests again."""
+        """Give an instance no new requests in the life of this epoch; with "" as the epoch, let it have some again."""
         handle = self.handles[instance_id]
         if handle.health.drained != epoch:
             handle.drain(epoch)
             self.on_members()
 
     def make_client(self, address: str) -> InstanceClient:
-        """A connection to an instance, not started yet."""
+        """Make a connection to an instance. It is not started yet."""
         settings = self._config
         return self.client_factory(
             address,
@@ -125,11 +125,11 @@ class Fleet:
 
     @property
     def digest_block_size(self) -> int:
-        """Tokens of the blocks whose digests policies ask for; 0: none does, or there is no instance."""
+        """Number of tokens in the blocks whose digests policies need; 0: none needs any, or there is no instance."""
         return next((info.block_size for info in self.limiting_infos()), 0) if self._roles_asked else 0
 
     def limiting_infos(self) -> list[InstanceInfo]:
-        """The ready instances with the lowest limits for prompts and for token ids: what these accept, all accept."""
+        """Return the ready instances with the lowest limits of prompts and token ids: what these accept, all accept."""
         if self._limiting is None:
             ready = [handle.info for handle in self.handles.values() if handle.status in SERVING and handle.info]
             bounds = (attrgetter("max_prompt_len"), attrgetter("vocab_size"))
@@ -137,30 +137,30 @@ class Fleet:
         return self._limiting
 
     def _handle_changed(self, handle: InstanceHandle) -> None:
-        """Take note of a change of an instance: there may be more room than before."""
+        """Note that an instance has changed, so that there may be more room than before."""
         self._available[handle.role].update(handle)
         self._on_change()
 
     def _info_changed(self, handle: InstanceHandle) -> None:
-        """Take note of another state, or another life, of an instance."""
+        """Note that an instance is in another state, or another life."""
         self._limiting, self._roles_there, self._lacks_prefill = None, {}, None
         self._decodes = {each.epoch: each for each in self.handles.values() if each.role == "decode" and each.info}
         for role, available in self._available.items():
             if role != handle.role:
-                available.forget(handle)  # it may have been the one with that id
+                available.forget(handle)  # it may have had that role before
         self._available[handle.role].update(handle)
         self.links.update()
 
     async def refresh(self) -> None:
-        """Ask every reachable instance for its figures; one that does not answer soon keeps its last ones."""
+        """Ask every reachable instance for its stats. One that does not answer soon keeps its last ones."""
         heard = [handle for handle in self.handles.values() if handle.status not in ("lost", "suspect")]
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(REFRESH_TIMEOUT_S):
                 await asyncio.gather(*(handle.refresh() for handle in heard), return_exceptions=True)
 
     async def wait_ready(self, timeout_s: float, only: str | None = None) -> None:
-        """Wait for all, or `only` one. Raises InstanceFailed at once when one reports failure, NotReady after
-        `timeout_s`."""
+        """Wait until all instances, or `only` one, are ready. Raises InstanceFailed at once when one reports a failure,
+        and NotReady after `timeout_s`."""
         deadline_s = asyncio.get_running_loop().time() + timeout_s
         while missing := [
             handle
@@ -182,10 +182,10 @@ class Fleet:
         return bool(there["decode"].members and (there["prefill"].members or self._has_no_prefill()))
 
     def place_request(self, entry: ScheduledRequest) -> Placement | None:
-        """Choose instances for a request and take places there; None if there is no room.
+        """Choose instances for a request and take places on them. Return None if there is no room.
 
-        Instances on which it has failed are chosen only if there are no others. A prefill instance that has its prompt
-        in the prefix cache since an earlier attempt is chosen if it has room.
+        Instances on which the request has failed are chosen only if there are no others. A prefill instance that has
+        the prompt in its prefix cache since an earlier attempt is chosen if it has room.
         """
         there = self._available
         prefill: InstanceHandle | None = None
@@ -208,8 +208,8 @@ class Fleet:
         return placement
 
     def _has_no_prefill(self) -> bool:
-        """Whether none is ready, and decode instances are to compute prompts in that case. A restarted one may take
-        minutes to load its model."""
+        """Whether no prefill instance is ready and decode instances are to compute prompts instead. A restarted prefill
+        instance may take minutes to load its model."""
         if self._lacks_prefill is None:
             handles = self.handles.values()
             self._lacks_prefill = (
@@ -220,8 +220,8 @@ class Fleet:
         return self._lacks_prefill
 
     def _choose_local(self, num_tokens: int, avoid: Collection[str], prompt: PromptShape) -> InstanceHandle | None:
-        """A decode instance that is to compute the prompt itself, because it has most of it cached, or because there is
-        no prefill instance. None: there is no such instance."""
+        """Return a decode instance that is to compute the prompt itself, because the prompt is short or mostly cached
+        there, or because there is no prefill instance. None: there is no such instance."""
         available, most = self._available["decode"], self._config.local_prefill_tokens
         if not available.members:
             return None
@@ -255,7 +255,7 @@ class Fleet:
         return available.choose(prompt, candidates)
 
     def _linked_to(self, prefill: InstanceHandle) -> Iterator[InstanceHandle]:
-        """The decode instances with room to which it has a link."""
+        """Yield the decode instances with room to which a prefill instance has a link."""
         there, decodes = self._available["decode"].members, self._decodes
         for epoch, is_up in prefill.links.items():
             if is_up and (decode := decodes.get(epoch)) is not None and decode in there:
@@ -273,15 +273,15 @@ class Fleet:
         return available.choose(prompt, candidates)
 
     def linked(self) -> Iterator[tuple[InstanceHandle, InstanceHandle, bool]]:
-        """The prefill and decode instances between which a link is kept, and whether it is up."""
+        """Yield the prefill and decode instances between which a link is kept, and whether it is up."""
         for prefill in self.handles.values():
             for epoch, is_up in prefill.links.items():
                 if (decode := self._decodes.get(epoch)) is not None:
                     yield prefill, decode, is_up
 
     def may_serve(self, *, soon: bool = False) -> bool:
-        """Whether each role that a request needs has an instance that serves; with `soon`, or one that is loading its
-        model."""
+        """Whether each role that a request needs has an instance that serves. With `soon`, an instance that is loading
+        its model counts too."""
         if soon not in self._roles_there:
             statuses = (*SERVING, "starting") if soon else SERVING
             roles = {handle.role for handle in self.handles.values() if handle.status in statuses}
@@ -294,7 +294,7 @@ class Fleet:
         return f"no instances for {self._config.instance_wait_s:g} s: {problems}"
 
     def problems(self) -> list[str]:
-        """What may keep the fleet from serving: instances that do not serve, and roles that no instance has."""
+        """Describe what may keep the fleet from serving: instances that are not ready, and roles without instances."""
         if not self.handles:
             return ["no instance has been added"]
         problems = [each.describe_problem() for each in self.handles.values() if each.status != "ready"]
@@ -302,7 +302,7 @@ class Fleet:
 
 
 def missing_roles(there: Collection[Role]) -> list[str]:
-    """Which instances are missing, in words, if only these roles are there."""
+    """Describe which instances are missing if there are only these roles."""
     if "hybrid" in there:
         return []
     return [f"there is no {role} instance" for role in ("prefill", "decode") if role not in there]
@@ -313,14 +313,14 @@ def _computes_prompts(decode: InstanceHandle) -> bool:
 
 
 def _others(available: Iterable[InstanceHandle], avoid: Collection[str]) -> list[InstanceHandle]:
-    """All but those to avoid, unless there are no others."""
+    """Return all instances but those to avoid, or all if there are no others."""
     everyone = list(available)
     return [each for each in everyone if each.instance_id not in avoid] or everyone
 
 
 def _best_link(prefill: InstanceHandle, epochs: Collection[str]) -> bool | None:
-    """The best link to any decode instance with one of these epochs: True for connected, None for not connected yet,
-    False where none can be connected."""
+    """Return the state of the best link to any decode instance with one of these epochs: True for connected, None for
+    not connected yet, False if none can be connected."""
     if any(is_there and epoch in epochs for epoch, is_there in prefill.links.items()):
         return True
     return False if all(prefill.links.get(epoch) is False for epoch in epochs) else None

@@ -1,4 +1,4 @@
-"""The state in which a scheduler sees one instance, and every way from one state to another.
+"""The states in which a scheduler sees one instance, and every transition from one to another.
 
     added       it answers          it serves           silent, or not connected ─▶
       │             │                   │            ◀─ heard again
@@ -12,51 +12,52 @@
       └ silent for so long, in      │ draining │ ◀────────────┘
         whatever state it was       └──────────┘
 
-One that was lost and answers may be in any of these; and from each it is "failed" when it says so, with its reason.
+A lost instance that answers may be in any of these states; and from each it becomes "failed" when it says so, with its
+reason.
 
-A new request goes to those that are ready, and to no others. What a suspect or a draining one has goes on there; what a
-lost one had gets another attempt elsewhere. Whether one is ready has nothing to do with others: a pair that is not
-connected yet is a fact of both, see links.py.
+New requests go only to ready instances. Requests of a suspect or draining instance go on there; those of a lost one get
+another attempt elsewhere. Whether an instance is ready does not depend on others: that a pair is not connected yet is a
+fact about both, see links.py.
 
-To be drained belongs to one life: its next one, of another epoch, takes requests again.
+Draining applies to one life of an instance: the next one, with another epoch, takes requests again.
 """
 
 from hbserve_rpc.messages import InstanceInfo, InstanceStatus
 
 SERVING: tuple[InstanceStatus, ...] = ("ready", "suspect")
-"""States of an instance that takes requests, or will in a moment."""
+"""States of an instance that takes requests, or probably will in a moment."""
 
 
 class Health:
-    """State of one instance, which follows from what it has said and from the connection to it. Every method returns
-    whether the state has changed."""
+    """State of one instance, which is derived from what the instance has reported and from the connection to it. Every
+    method returns whether the state has changed."""
 
     def __init__(self) -> None:
         self.state: InstanceStatus = "lost"
         self.why = "it has not answered yet"
-        """Why it is in this state; "" where that needs no reason."""
+        """Reason for the state; "" where it needs none."""
         self._info: InstanceInfo | None = None
         self._doubt = ""
         self.drained = ""
-        """Epoch of the life that is to take no more requests."""
+        """Epoch of the life that is to take no more requests; "" if there is none."""
 
     def answers(self, info: InstanceInfo) -> bool:
-        """Take in what it says of itself."""
+        """Note what the instance reports about itself."""
         self._info = info
         return self._derive()
 
     def doubted(self, why: str) -> bool:
-        """Note why it may be lost: it is silent, or not connected. "": it is heard again."""
+        """Note why the instance may be lost: it is silent, or not connected. "" means that it is heard again."""
         self._doubt = why
         return self._derive()
 
     def lost(self, why: str) -> bool:
-        """Forget what it has said."""
+        """Note that the instance is lost, and forget what it has reported."""
         self._info, self._doubt = None, ""
         return self._become("lost", why)
 
     def drain(self, epoch: str) -> bool:
-        """Give the life of this epoch no more requests; "": it may have some again."""
+        """Give the life of this epoch no more requests; with "", let the instance have some again."""
         self.drained = epoch
         return self._derive()
 

@@ -1,4 +1,4 @@
-"""A connection to one instance as the scheduler needs it: RpcClient is one, and a simulator has another."""
+"""The interface of a connection to one instance. RpcClient is one implementation, and a simulator has another."""
 
 from collections.abc import AsyncIterator, Callable
 from types import TracebackType
@@ -15,7 +15,7 @@ Item = TypeVar("Item", covariant=True)
 
 
 class InstanceStream(Protocol[Item]):
-    """As RpcStream: to leave it before its end is to abort."""
+    """Interface of a stream like RpcStream. Leaving it before its end aborts it."""
 
     def __aiter__(self) -> AsyncIterator[Item]:
         return self
@@ -23,7 +23,8 @@ class InstanceStream(Protocol[Item]):
     async def __anext__(self) -> Item: ...
 
     async def each(self, take: Callable[[Item], object]) -> bool:
-        """As RpcStream's, which wakes nobody for an item: here for those in whose place a test has few."""
+        """See `RpcStream.each`, which wakes no task for an item. This simple version is for streams with few items, as
+        in tests."""
         async for item in self:
             if take(item):
                 return True
@@ -37,7 +38,7 @@ class InstanceStream(Protocol[Item]):
 
 
 class InstanceClient(Protocol):
-    """As RpcClient, whose contracts these are."""
+    """Interface of a client of an instance. The contracts are those of RpcClient."""
 
     on_lost: Callable[[PeerLost], None]
     on_doubt: Callable[[str], None]
@@ -55,4 +56,4 @@ class InstanceClient(Protocol):
 
 
 ClientFactory = Callable[..., InstanceClient]
-"""Called as RpcClient is: with an address, `heartbeat_interval_s` and `heartbeat_timeout_s`."""
+"""Maker of clients, which is called as RpcClient is: with an address, `heartbeat_interval_s`, `heartbeat_timeout_s`."""

@@ -1,6 +1,6 @@
 """The scheduler's handle of one instance, and the places that requests take there.
 
-A handle is a connection to the instance, and what the scheduler knows of it.
+A handle is a connection to the instance, with what the scheduler knows about it.
 """
 
 import asyncio
@@ -20,17 +20,17 @@ from hbserve_scheduler.instance_client import InstanceClient
 logger = logging.getLogger(__name__)
 
 SPARE_PART = 10
-"""One block in this many is kept free when a request is sent to prefill before its grant."""
+"""Number of blocks of which one must stay free when a request is sent to prefill before its grant."""
 MOST_DEATHS_KEPT = 32
 REFUSED_S = 0.1
-"""How long an instance that has refused a request is left alone."""
+"""Time for which an instance that has refused a request is left alone."""
 SAY_AFTER_S = 5.0
-"""How long a call to an instance that cannot be reached may go unanswered before that is logged as a failure."""
+"""Time for which a call to an instance may go unanswered before it is logged that the instance cannot be reached."""
 
 
 class InstanceHandle:
-    """Dials one instance and hears its reports. A lost instance is dialled again and again: it may come back, in a new
-    epoch."""
+    """Handle of one instance, which connects to it and receives its reports. It tries a lost instance again and again,
+    because that may come back, in a new epoch."""
 
     def __init__(
         self,
@@ -42,40 +42,43 @@ class InstanceHandle:
         on_info: "Callable[[InstanceHandle], None]",
         make_client: Callable[[str], InstanceClient] = RpcClient,
     ) -> None:
-        """on_change: called when there may be more room than before; on_info: called when `info` has changed."""
+        """Make a handle that is not connected yet.
+
+        on_change: called when there may be more room than before. on_info: called when `info` has changed.
+        """
         self.instance_id = instance_id
         self.role: Role = role
-        self.declared: Role = role  # the role that it was started with; it may have been flipped since
+        self.declared: Role = role  # the role that the instance was started with; it may have changed since
         self.address = address
         self.info: InstanceInfo | None = None
         self.last_stats: InstanceStats | None = None
         self.health = Health()
         self.load = self.load_of_others = 0
-        """Work that it has: prompt tokens on a prefill instance, elsewhere requests, each choice counted. Includes that
-        of other schedulers, as of the last report; `load_of_others` is their share."""
+        """Amount of work that the instance has: prompt tokens on a prefill instance, requests on others, where each
+        choice counts. Includes work of other schedulers by the last report; `load_of_others` is their share."""
         self.is_full = False
-        """Whether it has just refused a request, and is left alone for REFUSED_S."""
+        """Whether the instance has just refused a request, and is left alone for REFUSED_S."""
         self.turn = 0
-        """Set anew by the fleet whenever it gets a request: the lower, the longer ago."""
+        """Number that the fleet sets anew whenever the instance gets a request: the lower, the longer ago."""
         self.num_inflight = self.num_pending = 0
-        """Prompts that are on a prefill instance; requests that wait for room on a decode instance."""
+        """Number of prompts on a prefill instance, and of requests that wait for room on a decode instance."""
         self.num_given = self.tokens_given = 0
-        """Requests, and their tokens, that were ever given to a decode instance."""
+        """Number of requests, and of their tokens, that were ever given to a decode instance."""
         self._given_at_report = 0, 0
         self.died: dict[str, None] = {}
-        """Epochs of its last lives that did not end in order."""
+        """Epochs of the instance's last lives that did not end in order."""
         self.links: dict[str, bool] = {}
-        """Of a prefill instance: by the epoch of each decode instance, whether they are connected (True) or cannot be
-        for now (False). See links.py."""
+        """State of a prefill instance's links, by epoch of the decode instance: connected (True), or cannot be for now
+        (False). See links.py."""
         self._config, self._make, self._on_info, self._on_change = config, make_client, on_info, on_change
         self._following: asyncio.Task[None] | None = None
         self._outage: Reminder | None = None
-        """Set while it cannot be reached."""
+        """Timer of warnings while the instance cannot be reached; else None."""
         self.client = self._make_client()
 
     def _make_client(self) -> InstanceClient:
         client = self._make(self.address)
-        # Even if nothing waits for it: nothing more is to be sent there.
+        # The handle must hear of a loss even if no call waits there, because nothing more must be sent there.
         client.on_lost = lambda lost: self._client_lost(client, lost)
         client.on_doubt = lambda why: self._client_in_doubt(client, why)
         return client
@@ -83,7 +86,7 @@ class InstanceHandle:
     def _client_lost(self, client: InstanceClient, lost: PeerLost) -> None:
         if client is self.client:
             has_died = isinstance(lost, PeerDied)
-            # Whoever ended one that says goodbye knows of it: often it was the Ctrl-C that ends this process too.
+            # If the instance says goodbye, whoever ended it knows: often it was the Ctrl-C that ends this process too.
             self.lost(str(lost), has_died=has_died, level=logging.WARNING if has_died else logging.INFO)
 
     def _client_in_doubt(self, client: InstanceClient, why: str) -> None:
@@ -109,38 +112,38 @@ class InstanceHandle:
 
     @property
     def epoch(self) -> str:
-        """The epoch of its present life; "" while it cannot be reached."""
+        """Epoch of the instance's present life; "" while it cannot be reached."""
         return self.info.epoch if self.info is not None else ""
 
     @property
     def stats(self) -> InstanceStats:
-        """The last snapshot that it reported, with its present status and role."""
+        """The last snapshot that the instance reported, with its present status and role."""
         last = self.last_stats
         if last is None or self.info is None:
             return InstanceStats(self.instance_id, self.role, self.status)
         return msgspec.structs.replace(last, status=self.status, role=self.role)
 
     def reports_room(self, num_tokens: int, num_choices: int = 1) -> bool:
-        """Whether its last report leaves room for one more request, besides those given to it since, and spare room for
-        its requests to grow. Each choice of a request counts as one; they share their prompt's tokens."""
+        """Return whether the last report leaves room for one more request, besides those given since the report, and
+        spare room for requests to grow. Each choice of a request counts as one; choices share their prompt's tokens."""
         info, report = self.info, self.last_stats
         if info is None or report is None or report.epoch != info.epoch or report.waiting_requests:
             return False
         num_requests = self.num_given - self._given_at_report[0] + num_choices
         tokens = self.tokens_given - self._given_at_report[1] + num_tokens
-        num_blocks = tokens // max(1, info.block_size) + num_requests  # each has a last block that is not full
+        num_blocks = tokens // max(1, info.block_size) + num_requests  # each request's last block is not full
         left = report.free_blocks - num_blocks
         return left >= info.num_blocks // SPARE_PART and report.active_requests + num_requests <= info.max_num_seqs
 
     async def refresh(self) -> None:
-        """Ask it for its figures now. Raises what `RpcClient.call` raises."""
+        """Ask the instance for its stats now. Raises what `RpcClient.call` raises."""
         given, client = (self.num_given, self.tokens_given), self.client
         stats = await client.call(STATS, Empty(), timeout_s=self._config.heartbeat_timeout_s)
-        if client is self.client:  # otherwise it was dropped meanwhile, and these are figures of the life that ended
+        if client is self.client:  # otherwise it was dropped meanwhile, and these are stats of the life that ended
             self.last_stats, self._given_at_report = stats, given
 
     async def _follow(self, pause_s: float = 0.0) -> None:
-        """Hear its reports, as soon as it can be reached and until it is lost."""
+        """Receive the instance's reports from when it can be reached until it is lost."""
         await asyncio.sleep(pause_s)
         complaint = asyncio.get_running_loop().call_later(SAY_AFTER_S, self._complain)
 
@@ -168,7 +171,7 @@ class InstanceHandle:
         self.changed()
 
     def take_info(self, info: InstanceInfo) -> None:
-        """Take in what it reports itself to be."""
+        """Handle the instance's description of itself."""
         started_as = info.started_as or info.role
         if info.instance_id != self.instance_id or started_as != self.declared:
             self.lost(
@@ -186,7 +189,7 @@ class InstanceHandle:
         self._set_info(info)
 
     def lost(self, why: str, *, has_died: bool = False, level: int = logging.WARNING) -> None:
-        """Do not use it until it answers again. `has_died`: its process has ended, and not in order."""
+        """Stop using the instance until it answers again. has_died: its process has ended, and not in order."""
         if has_died:
             self.note_death(self.epoch)
         if self.info is not None:
@@ -196,7 +199,7 @@ class InstanceHandle:
             self._set_info(None)
         self._pass_on(self.health.lost(why), level=level)
         self._complain()
-        # Whatever the cause, it is to describe itself anew; but not if the event loop is cancelling what follows it.
+        # Whatever the cause, the instance must describe itself anew, unless the event loop is cancelling this task.
         if self._following is not None and not self._following.done():
             self._following.cancel()
             self._following = asyncio.create_task(self._follow(self._config.heartbeat_interval_s))
@@ -209,11 +212,11 @@ class InstanceHandle:
             self._pass_on(self.health.answers(info), is_another=is_another)
 
     def drain(self, epoch: str) -> None:
-        """Give it no new requests while it is in this life; with "" as the epoch, let it have requests again."""
+        """Give it no new requests in the life of this epoch; with "" as the epoch, let it have some again."""
         self._pass_on(self.health.drain(epoch))
 
     def _pass_on(self, has_changed: bool, *, is_another: bool = False, level: int = logging.INFO) -> None:
-        """Log and pass on a change of its state, or of what it reports itself to be."""
+        """Log and pass on a change of the instance's state; only pass on a change of its description."""
         if has_changed:
             why = f": {self.health.why}" if self.health.why else ""
             logger.log(level, "%s at %s is %s%s", self.instance_id, self.address, self.status, why)
@@ -222,7 +225,7 @@ class InstanceHandle:
             self.changed()
 
     def refused(self) -> None:
-        """Send nothing more there for now: other schedulers have given it more than its last report says."""
+        """Send no requests there for now: other schedulers have given the instance more than its last report says."""
         if not self.is_full:
             self.is_full = True
             asyncio.get_running_loop().call_later(REFUSED_S, self._may_be_asked)
@@ -233,25 +236,26 @@ class InstanceHandle:
         self.changed()
 
     def changed(self) -> None:
-        """Pass on that there may be more room than before."""
+        """Report that there may be more room than before."""
         self._on_change(self)
 
     def _complain(self) -> None:
-        """Log that it cannot be reached, if that is due."""
+        """Log that the instance cannot be reached, if a warning is due."""
         now_s = asyncio.get_running_loop().time()
         if self._outage is not None and self._outage.say_now(now_s):
             silent_s = now_s - self._outage.began_s
             logger.warning("not reachable for %.0f s; still trying: %s", silent_s, self.describe_problem())
 
     async def drop(self, why: str) -> None:
-        """Fail what waits for it now, rather than when heartbeats are missed, because it is known to be dead."""
+        """Fail everything that waits for the instance now, and not after missed heartbeats: it is known to be dead."""
         old, self.client = self.client, self._make_client()
         self.lost(why, has_died=True)
         await self.client.start()
         await old.close(why, error=PeerDied)
 
     def note_death(self, epoch: str) -> None:
-        """Remember that a life of it ended by what it computed, or was killed: from here nobody can tell which."""
+        """Remember that a life of the instance has died, either of what it computed, or because it was killed. Which of
+        the two cannot be told from here."""
         if epoch:
             self.died[epoch] = None
             while len(self.died) > MOST_DEATHS_KEPT:
@@ -263,9 +267,9 @@ class InstanceHandle:
 
 
 class Placement:
-    """The places that one attempt has on its instances: taken when it is made, until each is given back.
+    """The places that one attempt has on its instances. They are taken when it is made, and given back one by one.
 
-    `prefill` is None if `decode` computes the prompt too: a hybrid instance, or a decode instance by itself.
+    `prefill` is None if `decode` computes the prompt too: a hybrid instance, or a decode instance on its own.
     """
 
     def __init__(
@@ -279,7 +283,7 @@ class Placement:
         self._num_tokens = num_tokens
         self._num_choices = num_choices
         self.is_pending = prefill is not None or decode.role == "decode"
-        """The decode instance may not have found room yet."""
+        """Whether the decode instance may not have found room yet."""
         self._prefilling = prefill is not None
         self._decoding = True
         decode.load += num_choices
@@ -291,8 +295,7 @@ class Placement:
             prefill.load += num_tokens
 
     def granted(self) -> None:
-        """Note that the decode instance has found room, or, where it computes the prompt itself, that it has done
-        so."""
+        """Note that the decode instance has found room, or if it computes the prompt itself, that it has done so."""
         if self.is_pending:
             self.is_pending = False
             self.decode.num_pending -= 1
@@ -307,7 +310,7 @@ class Placement:
             self.prefill.changed()
 
     def end(self) -> None:
-        """Give back what is still taken."""
+        """Give back all places that are still taken."""
         if not self._decoding:  # it is given back last
             return
         self.granted()

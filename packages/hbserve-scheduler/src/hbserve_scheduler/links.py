@@ -1,8 +1,8 @@
 """Links between prefill and decode instances, made ahead of the requests that would have to wait for them.
 
-A link is a fact of the two instances, and what is known of it here is a memory: CONNECT was answered, or a transfer has
-gone over it. Whether instances are ready has nothing to do with it. A pair that cannot be connected is asked again ever
-more rarely, and one that is connected now and then, because its link may break while nobody uses it.
+A link is a fact about two instances. What is known of it here is a memory: CONNECT was answered, or a transfer has gone
+over it. Whether the instances are ready does not depend on it. A pair that cannot be connected is asked again less and
+less often; a connected one is asked from time to time, because its link may break while nobody uses it.
 """
 
 import asyncio
@@ -19,26 +19,26 @@ from hbserve_scheduler.instances import InstanceHandle
 logger = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_S = 120.0
-"""Instances have deadlines of their own, `kv_transfer.timeout_s` for each way of connecting."""
+"""Longest wait for CONNECT. Instances have their own deadline, `kv_transfer.timeout_s` for each way of connecting."""
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
 CHECK_S = 10.0
 
 
 class Links:
-    """Belongs to one event loop. Keeps at most `most` links of each instance."""
+    """Keeper of at most `most` links of each instance. It belongs to one event loop."""
 
     def __init__(self, handles: Mapping[str, InstanceHandle], most: int) -> None:
         self._handles = handles
         self._most = most
         self._keeping: dict[tuple[str, str], asyncio.Task[None]] = {}
-        """A task for each link that is kept, by the epochs of both instances."""
+        """Task that keeps each link, by the epochs of the prefill and the decode instance."""
         self._is_update_due = False
 
     def update(self) -> None:
-        """Keep links between those that serve. To be called when an instance comes, goes, or is another life.
+        """Keep links between instances that serve. To be called when an instance comes, goes, or begins another life.
 
-        All that change in one turn of the loop are looked at together, at its end: to look at all pairs once for each
-        of a thousand instances that are ready at the same time took 20 s.
+        All changes in one turn of the event loop are handled together at its end: to look at all pairs for each one of
+        a thousand instances that became ready at the same time took 20 s.
         """
         if not self._is_update_due:
             self._is_update_due = True
@@ -60,13 +60,13 @@ class Links:
             if degree[epoch] >= self._most:
                 continue
             free = [peer for peer in decodes if degree[peer] < self._most and (epoch, peer) not in self._keeping]
-            # Those with the fewest first, so that each gets some.
+            # Instances with the fewest links come first, so that each gets some.
             for peer in sorted(free, key=degree.__getitem__)[: self._most - degree[epoch]]:
                 self._keeping[epoch, peer] = asyncio.create_task(self._keep(prefill, decodes[peer]))
                 degree.update((epoch, peer))
 
     async def close(self) -> None:
-        """End what is kept, and keep nothing from now on."""
+        """Stop keeping links, now and from now on."""
         tasks, self._most = list(self._keeping.values()), 0
         self._keeping.clear()
         for task in tasks:
@@ -74,7 +74,7 @@ class Links:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _keep(self, prefill: InstanceHandle, decode: InstanceHandle) -> None:
-        """Keep one link, until the task is cancelled because one of the two has gone, or is another life."""
+        """Keep one link, until the task is cancelled because one of the two has gone, or begun another life."""
         assert decode.info is not None, "it is ready"
         epoch, request = decode.epoch, ConnectRequest(decode.info.kv_endpoint)
         loop = asyncio.get_running_loop()

@@ -1,7 +1,8 @@
 """Membership of a running deployment: instances join it, are drained, take another role, and leave.
 
-Whoever is asked to do so (a command, an instance that registers itself, a name that is looked up, the file that is read
-again) does it here; siblings, which are other schedulers of the same instances, are told the whole list each time.
+All changes are made here, whoever asks for them: a command, an instance that registers itself, a DNS name that is
+looked up, or the file that is read again. Each time the whole list is sent to the siblings, which are other schedulers
+of the same instances.
 """
 
 import asyncio
@@ -19,20 +20,20 @@ logger = logging.getLogger(__name__)
 
 DESCRIBE_TIMEOUT_S = 5.0
 LOOK_S = 0.2
-"""Pause between two looks at whether an instance that leaves has nothing left."""
+"""Pause between two checks whether a leaving instance has no requests left."""
 MOST_SENT_AWAY = 1024
 FORGOTTEN_S = 60.0
-"""How long an instance that has joined by itself, and is lost, stays a member if it does not join again."""
+"""Time for which an instance that joined by itself, and is lost, stays a member if it does not join again."""
 
 
 class Membership:
-    """Belongs to the event loop of its scheduler."""
+    """The members of a scheduler's fleet. An object belongs to the event loop of its scheduler."""
 
     def __init__(self, fleet: Fleet) -> None:
         self._fleet = fleet
         self._leaving: dict[str, asyncio.Task[None]] = {}
         self._sent_away: dict[str, None] = {}
-        """Epochs of the last MOST_SENT_AWAY lives that were told to leave: they do not come back by themselves."""
+        """Epochs of the last MOST_SENT_AWAY lives that were told to leave. They cannot come back by themselves."""
         self._setting = asyncio.Lock()
         self._forgetting: dict[str, asyncio.TimerHandle] = {}
 
@@ -45,29 +46,29 @@ class Membership:
         await asyncio.gather(*leaving, return_exceptions=True)
 
     def has(self, instance_id: str) -> bool:
-        """Whether it is a member that is reached, or has been a moment ago."""
+        """Return whether the instance is a member that is reachable, or was so a moment ago."""
         handle = self._fleet.handles.get(instance_id)
         return handle is not None and handle.status != "lost"
 
     async def add(self, member: Member) -> None:
-        """Use it as soon as it is there. One of this id stays what it is."""
+        """Use a member as soon as it is there. If there is one with its id already, that one stays as it is."""
         if member.instance_id not in self._fleet.handles:
             await self._fleet.add(member.instance_id, member.role, member.address)
 
     async def remove(self, instance_id: str) -> None:
-        """Stop using it at once: its requests get another attempt elsewhere. One that is not there is passed over."""
+        """Stop using an instance at once; its requests get another attempt elsewhere. An unknown id is ignored."""
         if instance_id in self._fleet.handles:
             await self._fleet.remove(instance_id)
 
     # ---- asked for by somebody who decides -----------------------------------------------------------------------
 
     async def join(self, address: str, role: Role | None = None, *, again: bool = False) -> InstanceInfo:
-        """Add the instance at `host:port`, by what it says of itself. One that is a member already stays so.
+        """Add the instance at `host:port`, as it describes itself. If it is a member already, it stays one.
 
-        again: also a life that was told to drain or to leave for good, which takes requests then.
+        again: whether to add even a life that was told to drain or to leave for good, which then takes requests again.
 
         Raises:
-            InvalidRequest: it cannot be a member; says why.
+            InvalidRequest: the instance cannot be a member; says why.
             HBServeRpcError: nobody answers there.
         """
         try:
@@ -82,7 +83,7 @@ class Membership:
             raise InvalidRequest(f"{info.instance_id} at {address}: it is a {started_as} instance, expected {role}")
         known = self._fleet.handles.get(info.instance_id)
         if known is not None and known.address != address:
-            if known.epoch == info.epoch:  # another address of the same life
+            if known.epoch == info.epoch:  # this is another address of the same life
                 return info
             if known.status != "lost":
                 raise InvalidRequest(f"{info.instance_id} at {address}: {known.address} has this id and is in use")
@@ -98,7 +99,7 @@ class Membership:
         return info
 
     def _watch(self, instance_id: str) -> None:
-        """Begin anew to wait for FORGOTTEN_S: it has just joined by itself."""
+        """Restart the timer of FORGOTTEN_S for an instance that has joined by itself."""
         if (before := self._forgetting.pop(instance_id, None)) is not None:
             before.cancel()
         loop = asyncio.get_running_loop()
@@ -126,7 +127,7 @@ class Membership:
         self._fleet.drain(info.instance_id, "")
 
     def drain(self, instance_id: str) -> None:
-        """Give this life of it no new requests; those that it has go on. Its next life takes some again.
+        """Give an instance no new requests in its present life; those that it has go on. Its next life takes requests.
 
         Raises:
             InvalidRequest: there is no such instance, or nobody answers there.
@@ -137,7 +138,7 @@ class Membership:
         self._fleet.drain(instance_id, handle.epoch)
 
     def _require(self, instance_id: str) -> InstanceHandle:
-        """Raises InvalidRequest: there is no such instance."""
+        """Return an instance's handle. Raises InvalidRequest if there is no such instance."""
         handle = self._fleet.handles.get(instance_id)
         if handle is None:
             there = ", ".join(self._fleet.handles) or "none"
@@ -145,10 +146,10 @@ class Membership:
         return handle
 
     def leave(self, instance_id: str, within_s: float | None = None, *, for_good: bool = True) -> None:
-        """Drain it, and remove it when it has nothing left of any scheduler; after `within_s`, whatever it has: that
-        gets another attempt elsewhere. One that is not reached is removed at once.
+        """Drain an instance, and remove it when it has no requests of any scheduler left. After `within_s` it is
+        removed anyhow, and its requests get another attempt elsewhere. An unreachable instance is removed at once.
 
-        for_good: this life does not come back by itself, because somebody has said so.
+        for_good: whether somebody decided that this life must not come back by itself.
 
         Raises:
             InvalidRequest: there is no such instance.
@@ -165,12 +166,12 @@ class Membership:
         self._leaving[instance_id] = asyncio.create_task(self._see_off(handle, within_s))
 
     async def flip(self, request: FlipRequest) -> AsyncGenerator[str, None]:
-        """Drain an instance, and have it serve as the other role from then on, in what is another life of it. Yields
-        lines of what is waited for and done. Until it is done, whatever goes wrong, also that nobody reads these lines
-        any more: then it takes requests again, as what it was.
+        """Drain an instance, and have it serve in the other role from then on, which is another life of it. Yield lines
+        about what is being waited for, and what was done. If anything goes wrong before it is done, or nobody reads
+        these lines any more, the instance takes requests again in its old role.
 
         Raises:
-            InvalidRequest: it cannot be; says why.
+            InvalidRequest: the role cannot be changed; says why.
             HBServeRpcError: the instance no longer answers.
         """
         name, role = request.instance_id, request.role
@@ -190,7 +191,7 @@ class Membership:
                     continue
                 if handle.health.drained != epoch:
                     raise InvalidRequest(f"{name} was called back, and stays a {handle.role} instance")
-                with contextlib.suppress(Overloaded):  # a sibling's, which had not heard that it is drained
+                with contextlib.suppress(Overloaded):  # a sibling that had not heard of the draining gave it a request
                     handle.take_info(await handle.client.call(INSTANCE_FLIP, request, timeout_s=DESCRIBE_TIMEOUT_S))
         finally:
             if handle.health.drained == epoch and self._fleet.handles.get(name) is handle:
@@ -198,7 +199,7 @@ class Membership:
         yield f"{name} is a {role} instance"
 
     def _require_flippable(self, handle: InstanceHandle) -> None:
-        """Raises InvalidRequest: it cannot get another role now."""
+        """Raise InvalidRequest if the instance cannot get another role now."""
         name, peers = handle.instance_id, self._fleet.handles.values()
         if handle.role == "hybrid":
             raise InvalidRequest(f"{name} is a hybrid instance, which moves no KV, and stays one")
@@ -208,7 +209,7 @@ class Membership:
             raise InvalidRequest(f"{name} is the last {handle.role} instance that takes requests")
 
     async def until_left(self, instance_id: str) -> bool:
-        """Wait until one that was told to leave has left. False: it was called back meanwhile."""
+        """Wait until an instance that was told to leave has left. Return False if it was called back meanwhile."""
         while (leaving := self._leaving.get(instance_id)) is not None:
             await asyncio.wait([leaving])
         return instance_id not in self._fleet.handles
@@ -222,15 +223,15 @@ class Membership:
         except TimeoutError:
             why = f"it was told to leave, and had {within_s:g} s to finish what it had"
         except HBServeRpcError:
-            pass  # it is not reached, and has nothing that could end
+            pass  # it is not reachable, and has no requests that could end
         del self._leaving[instance_id]
         if self._fleet.handles.get(instance_id) is handle:
             await self._fleet.remove(instance_id, why)
             logger.info("%s has left", instance_id)
 
     async def _until_empty(self, handle: InstanceHandle) -> int:
-        """Wait for a moment, or two, and return how many requests it has left. 0: it had none twice in a row, so that
-        one of a sibling that had not heard of this has not come either."""
+        """Wait for one or two moments, and return how many requests an instance has left. 0: it had none twice in a
+        row, so none has come from a sibling that had not heard of the draining either."""
         for _ in range(2):
             if num_left := await self._num_left(handle):
                 await asyncio.sleep(LOOK_S)
@@ -253,7 +254,7 @@ class Membership:
         ]
 
     async def set_members(self, members: Sequence[Member]) -> None:
-        """Have these and no others, as the scheduler that knows says it."""
+        """Have exactly these members, as told by the scheduler that knows them."""
         async with self._setting:
             wanted = {each.instance_id: each for each in members}
             for instance_id, handle in list(self._fleet.handles.items()):

@@ -1,4 +1,4 @@
-"""Metrics of a deployment, of its scheduler's stats: requests, links, and instances."""
+"""Metrics of a deployment, made from its scheduler's stats: of requests, links, and instances."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from operator import attrgetter
@@ -20,7 +20,7 @@ COUNTERS = {
     "rpc_frames_dropped": "rpc.dropped_frames",
     "rpc_notifications_failed": "rpc.failed_notifications",
 }
-"""Name of the metric, without prefix and suffix: field of the stats."""
+"""Field of the stats, by name of the metric without prefix and suffix."""
 
 
 def deployment_metrics(stats: SchedulerStats) -> Iterator[Family]:

@@ -1,7 +1,7 @@
 """Policies that choose which of several instances takes the next request.
 
-`prefill_policy` and `decode_policy` name one each. To write your own, see PlacementPolicy: a class with `choose`, named
-by an entry point in the group `hbserve_scheduler.policies` or as `module:Class`.
+`prefill_policy` and `decode_policy` each name one. To write your own, see PlacementPolicy: a class with `choose`, which
+is named by an entry point in the group `hbserve_scheduler.policies`, or as `module:Class`.
 """
 
 import heapq
@@ -25,42 +25,43 @@ logger = logging.getLogger(__name__)
 
 ENTRY_POINT_GROUP = "hbserve_scheduler.policies"
 SPARE_REQUESTS = 4
-"""How many more requests an instance with a link may have than one without before the latter is preferred. Less work is
-worth more than a link, which is made only once."""
+"""Number of requests that an instance with a link may have more than one without, before the latter is preferred. Less
+work is worth more than a link, which is made only once."""
 MOST_COMPARED = 32
-"""How many of the instances that hold the same prefix are compared. Where there are more, nearly all hold it, and no
-choice is bad."""
+"""Largest number of instances with the same prefix that are compared. If there are more, nearly all instances hold it,
+and no choice is bad."""
 SortKey = tuple[int, ...]
-"""The lowest comes first. No two instances have the same, because the last number is the instance's turn."""
+"""Sort key of an instance; the lowest comes first. No two are equal, because the last number is the instance's turn."""
 SPARE_ENTRIES = 64
-"""The heap is rebuilt when it has this many entries more than it needs."""
+"""Number of superfluous entries at which the heap is rebuilt."""
 
 
 class PlacementPolicy(Protocol):
-    """Chooses among the instances of one role. Each scheduler has one object for each role, in its event loop.
+    """Interface of a policy, which chooses among the instances of one role. Each scheduler has one object for each
+    role, and calls it in its event loop.
 
-    If it has `wants_digests = True`, prompts come with the digests of their blocks.
+    If a policy has `wants_digests = True`, prompts come with the digests of their blocks.
     """
 
     def choose(self, candidates: Sequence[InstanceHandle], prompt: PromptShape) -> InstanceHandle:
-        """One of `candidates`, which are never empty: the instances that can take a request now, in no order.
+        """Return one of `candidates`: the instances that can take a request now, in no order, and at least one.
 
-        Called for each request, so it must be fast. Looking at all candidates takes longer the more instances there
-        are; `candidates[i]` does not.
+        This is called for each request, so it must be fast. Looking at all candidates takes longer the more instances
+        there are; `candidates[i]` does not.
         """
 
 
 def round_robin(instance: InstanceHandle) -> SortKey:
-    """One after another; those that cannot take a request now are skipped."""
+    """Return a key for taking instances one after another. Those that cannot take a request now are skipped."""
     return (instance.turn,)
 
 
 least_loaded: Callable[[InstanceHandle], SortKey] = attrgetter("load", "turn")
-"""The one with the least work; in turn where several have equally little, so that an idle deployment uses all."""
+"""Key for the instance with the least work, or of several such, the next in turn: an idle deployment uses all."""
 
 
 class LowestKey:
-    """Takes the instance with the lowest key."""
+    """Policy that takes the instance with the lowest key."""
 
     def __init__(self, key: Callable[[InstanceHandle], SortKey]) -> None:
         self.key = key
@@ -70,7 +71,8 @@ class LowestKey:
 
 
 class PowerOfTwo:
-    """Draws two instances at random, and takes the one with less work (Mitzenmacher 2001, "the power of two choices").
+    """Policy that draws two instances at random, and takes the one with less work (Mitzenmacher 2001, "the power of two
+    choices").
 
     Several schedulers know of each other's requests only by reports, which are up to a second old. If each took the
     least loaded instance, all would take the same one until its next report.
@@ -83,11 +85,11 @@ class PowerOfTwo:
 
 
 class LeastLoadedUnlessShared:
-    """Takes the instance with the least work while nobody else gives work to instances of this role, for then this
-    scheduler's knowledge is exact. Otherwise as PowerOfTwo."""
+    """Policy that takes the instance with the least work while no other scheduler gives work to instances of this role,
+    because this scheduler's knowledge is then exact. Otherwise it chooses like PowerOfTwo."""
 
     is_shared = False
-    """Whether the last reports show requests of other schedulers. Kept up to date by Available."""
+    """Whether the last reports show requests of other schedulers. Available keeps it up to date."""
 
     def __init__(self) -> None:
         self._alone, self._among_others = LowestKey(least_loaded), PowerOfTwo()
@@ -97,12 +99,12 @@ class LeastLoadedUnlessShared:
 
 
 class PrefixAware:
-    """Takes an instance that holds the longest part of the prompt in its prefix cache, unless it has too much to do;
-    then, or if none holds any, as PowerOfTwo.
+    """Policy that takes an instance with the longest part of the prompt in its prefix cache, unless that one has too
+    much to do. Then, or if no instance has any part, it takes another one, chosen like PowerOfTwo.
 
-    A prefill instance has too much to do if it has more work than that other one and the cached part together: the
-    request would wait longer than the cache saves. Others, whose load is counted in requests, have if they have more
-    than SPARE_REQUESTS more.
+    A prefill instance has too much to do if it has more work than the other one and the cached part together: the
+    request would wait longer than the cache saves. The load of other instances is counted in requests; they have too
+    much to do if they have over SPARE_REQUESTS more than the other one.
     """
 
     wants_digests = True
@@ -132,10 +134,10 @@ POLICIES: dict[str, Callable[[Prefixes], PlacementPolicy]] = {
 
 
 def check_policy(key: str, name: str) -> None:
-    """Check that a policy of this name may exist, without importing it: whoever reads a configuration need not have it.
+    """Check that a policy of this name may exist, without importing it: readers of a configuration need not have it.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is no such policy.
     """
     if name in POLICIES:  # asking for entry points reads the metadata of every installed distribution: 50 ms
         return
@@ -145,10 +147,10 @@ def check_policy(key: str, name: str) -> None:
 
 
 def make_policy(key: str, name: str, prefixes: Prefixes) -> PlacementPolicy:
-    """The policy that a configuration's `key` names: a built-in one, or what `find_class` finds.
+    """Make the policy that a configuration names under `key`: a built-in one, or one that `find_class` finds.
 
     Raises:
-        ConfigError: there is none of this name, or it is not a policy.
+        ConfigError: there is nothing of this name, or it is not a policy.
     """
     if name in POLICIES:
         return POLICIES[name](prefixes)
@@ -164,18 +166,18 @@ def make_policy(key: str, name: str, prefixes: Prefixes) -> PlacementPolicy:
 
 
 class InstanceHeap:
-    """Finds the instance with the lowest key. It looks at one instance when that has changed, so asking takes no longer
-    with more instances."""
+    """Heap that finds the instance with the lowest key. It looks at an instance only when that has changed, so asking
+    takes no longer with more instances."""
 
     def __init__(self, key: Callable[[InstanceHandle], SortKey]) -> None:
         self._key = key
         self._keys: dict[InstanceHandle, SortKey] = {}
         self._heap: list[tuple[SortKey, InstanceHandle]] = []
-        """Every key that an instance has had; outdated ones are skipped. The instance is last in each entry, and no two
-        keys are equal, so that instances are never compared."""
+        """Entries of (key, instance), outdated ones included, which are skipped. No two keys are equal, so that
+        instances, which come last in an entry, are never compared."""
 
     def update(self, handle: InstanceHandle) -> None:
-        """Take note of an instance that is new, or whose key may have changed."""
+        """Note that an instance is new, or that its key may have changed."""
         key = self._key(handle)
         if self._keys.get(handle) != key:
             self._keys[handle] = key
@@ -188,7 +190,7 @@ class InstanceHeap:
         self._keys.pop(handle, None)
 
     def first(self) -> InstanceHandle:
-        """There must be one."""
+        """Return the instance with the lowest key. There must be an instance."""
         while True:
             key, handle = self._heap[0]
             if self._keys.get(handle) is key:
@@ -199,8 +201,8 @@ class InstanceHeap:
 class Available(Sequence[InstanceHandle]):
     """The instances of one role that can take a request now.
 
-    It looks at one instance when that has changed, not at all of them for each request: choosing must not take longer
-    with more instances.
+    It looks at an instance when that has changed, and not at all instances for each request: choosing must not take
+    longer with more instances.
     """
 
     def __init__(self, policy: PlacementPolicy, has_room: Callable[[InstanceHandle], bool]) -> None:
@@ -209,8 +211,8 @@ class Available(Sequence[InstanceHandle]):
         self._has_room = has_room
         self._members: list[InstanceHandle] = []
         self.members: dict[InstanceHandle, int] = {}
-        """The same instances, with their places in `_members`. Whether one is there, or any, is looked up without a
-        call: several times for each request."""
+        """The same instances, with their places in `_members`. Whether one is there, or any, is looked up several times
+        for each request, and here without a call."""
         self._by_load = InstanceHeap(least_loaded)
         self._by_policy = self._by_load
         self._shared: set[InstanceHandle] = set()
@@ -219,7 +221,7 @@ class Available(Sequence[InstanceHandle]):
             self._by_policy = InstanceHeap(policy.key)
 
     def update(self, handle: InstanceHandle) -> None:
-        """Take note of an instance that is new, has gone, or has another load."""
+        """Note that an instance is new, has gone, or has another load."""
         if handle.load_of_others or self._shared:
             self._note_others(handle, handle.load_of_others)
         if handle.health.state != "ready" or handle.is_full or not self._has_room(handle):
@@ -233,7 +235,7 @@ class Available(Sequence[InstanceHandle]):
             self._by_policy.update(handle)
 
     def forget(self, handle: InstanceHandle) -> None:
-        """Drop an instance that was removed, or has another role."""
+        """Drop an instance that was removed, or that has another role now."""
         self._note_others(handle, 0)
         self._leave(handle)
 
@@ -254,15 +256,16 @@ class Available(Sequence[InstanceHandle]):
                 self.policy.is_shared = bool(self._shared)
 
     def first(self) -> InstanceHandle:
-        """The one with the lowest key of the policy, or the least loaded if it has none. There must be one."""
+        """Return the instance with the policy's lowest key, or the least loaded if the policy has no key. There must be
+        an instance."""
         return self._by_policy.first()
 
     def least_load(self) -> int:
-        """The least load of any of them. There must be one."""
+        """Return the smallest load of any instance. There must be an instance."""
         return self._by_load.first().load
 
     def choose(self, prompt: PromptShape, among: Sequence[InstanceHandle] | None = None) -> InstanceHandle:
-        """The policy's choice from all that are available, or from `among` some of them. There must be one."""
+        """Return the policy's choice from all available instances, or from those in `among`. There must be one."""
         candidates = self if among is None else among
         if self._is_ours:
             return self.policy.choose(candidates, prompt)
@@ -271,7 +274,7 @@ class Available(Sequence[InstanceHandle]):
             if chosen in candidates:
                 return chosen
             problem = f"it chose {chosen!r}, which is none of the candidates"
-        except Exception as error:  # a user's policy: requests must not stand still because of it
+        except Exception as error:  # a bug in a user's policy: requests must not stand still because of it
             problem = repr(error)
         logger.error("%s cannot choose, so the least loaded instance is taken: %s", type(self.policy).__name__, problem)
         return self._by_load.first() if among is None else min(among, key=least_loaded)
@@ -298,11 +301,11 @@ class Available(Sequence[InstanceHandle]):
 def connected_first(
     candidates: list[InstanceHandle], link: Callable[[InstanceHandle], bool | None], num_tokens: int
 ) -> list[InstanceHandle]:
-    """Those of `candidates` that are best connected, by `link`: True for connected, None for not yet, False for cannot
-    be.
+    """Return those of `candidates` that are best connected. `link` gives the state of each: True for connected, None
+    for not connected yet, False for cannot be connected.
 
-    Instead of these, those not connected yet that have so much less work than any of them that connecting pays;
-    `num_tokens` is the work of one request.
+    If some that are not connected yet have so much less work than any connected one that connecting pays, return those
+    instead. num_tokens: the work of one request.
     """
     by_link: dict[bool | None, list[InstanceHandle]] = {}
     for candidate in candidates:

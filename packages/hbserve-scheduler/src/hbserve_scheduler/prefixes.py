@@ -1,4 +1,4 @@
-"""Prefixes of prompts that instances have cached, as they report it, the other way round: who holds which."""
+"""Prefixes of prompts that instances have cached, by prefix: which instances hold it, by their own reports."""
 
 import asyncio
 import contextlib
@@ -12,29 +12,29 @@ from hbserve_scheduler.instances import InstanceHandle
 
 ASK_TIMEOUT_S = 5.0
 AT_ONCE = 256
-"""How many digests of a report are taken in at a time. All 8192 of a busy instance would take 5 ms and more, in which
-no token gets through."""
+"""Number of digests of a report that are processed at a time. All 8192 of a busy instance would take 5 ms and more, in
+which no token gets through."""
 
 
 class Prefixes:
-    """Belongs to one event loop. What it knows is as old as the pause between two questions: a request that was sent
-    by it may find less, and is computed all the same."""
+    """Index of which instances hold which cached blocks. It belongs to one event loop. It is as old as the pause
+    between two questions: a request placed by it may find fewer blocks cached, and is then computed all the same."""
 
     def __init__(self) -> None:
         self._holders: dict[bytes, set[InstanceHandle]] = {}
         self._held: dict[InstanceHandle, set[bytes]] = {}
         self._versions: dict[InstanceHandle, tuple[str, int]] = {}
-        """Epoch, and the version of what it holds."""
+        """Epoch, and version of the blocks that it holds, of each instance."""
 
     def num_cached(self, digests: Sequence[bytes], handle: InstanceHandle) -> int:
-        """Leading blocks that an instance holds."""
+        """Return the number of leading blocks that an instance holds."""
         held: Collection[bytes] = self._held.get(handle, ())
         return _first_false(len(digests), lambda place: digests[place] in held)
 
     def longest(
         self, digests: Sequence[bytes], among: Collection[InstanceHandle]
     ) -> tuple[int, Iterator[InstanceHandle]]:
-        """Blocks of the longest prefix that one `among` these holds, and who holds it."""
+        """Return the number of blocks in the longest prefix that any of `among` holds, and those that hold it."""
 
         def holders(place: int) -> Iterator[InstanceHandle]:
             known = self._holders.get(digests[place], set())
@@ -45,12 +45,12 @@ class Prefixes:
         return num_blocks, holders(num_blocks - 1) if num_blocks else iter(())
 
     def set(self, handle: InstanceHandle, held: Collection[bytes]) -> None:
-        """What an instance holds; nothing, if it is not there any more."""
+        """Set the digests that an instance holds; none if it has gone."""
         for _ in self._replace(handle, held):
             pass
 
     def _replace(self, handle: InstanceHandle, held: Collection[bytes]) -> Iterator[None]:
-        """The same, with a pause after every AT_ONCE changes. Must be exhausted."""
+        """Set the digests that an instance holds, yielding after every AT_ONCE changes. Must be exhausted."""
         before, now = self._held.pop(handle, set()), set(held)
         if now:
             self._held[handle] = now
@@ -66,7 +66,7 @@ class Prefixes:
                 yield
 
     async def keep(self, handles: Callable[[], Collection[InstanceHandle]], interval_s: float) -> None:
-        """Ask those `handles` that are ready, again and again."""
+        """Ask the ready ones of `handles` what they hold, again and again."""
         while True:
             serving = [handle for handle in handles() if handle.status in SERVING]
             for gone in self._versions.keys() - set(serving):
@@ -79,7 +79,7 @@ class Prefixes:
         epoch, version = self._versions.get(handle, ("", -1))
         request = CachedPrefixesRequest(version if epoch == handle.epoch else -1)
         epoch = handle.epoch
-        with contextlib.suppress(HBServeRpcError):  # it is lost, or of a version that does not know this
+        with contextlib.suppress(HBServeRpcError):  # it is lost, or its version does not know this method
             reply = await handle.client.call(CACHED_PREFIXES, request, timeout_s=ASK_TIMEOUT_S)
             if reply.digests is not None and handle.epoch == epoch:
                 places = range(0, len(reply.digests), DIGEST_BYTES)
@@ -89,8 +89,8 @@ class Prefixes:
 
 
 def _first_false(count: int, is_true: Callable[[int], bool]) -> int:
-    """The first number from 0 to `count` for which it is false, by halving: who holds a block of a prompt holds those
-    before it too."""
+    """Return the first number from 0 to `count` for which `is_true` is false, or `count`. It is found by bisection, as
+    an instance that holds a block of a prompt also holds the blocks before it."""
     low, high = 0, count
     while low < high:
         middle = (low + high) // 2

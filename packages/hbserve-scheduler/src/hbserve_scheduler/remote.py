@@ -51,12 +51,15 @@ class RemoteScheduler:
     """Client of a SchedulerServer at `host:port`."""
 
     def __init__(self, address: str, *, heartbeat_timeout_s: float = 10.0, keys: Keys | None = None) -> None:
-        """`heartbeat_timeout_s`: each side takes the other for lost after so much silence, and ends its requests.
-        `keys`: a client's, or a scheduler's, where the other has keys."""
+        """Make a client that is not connected yet.
+
+        heartbeat_timeout_s: time of silence after which each side takes the other for lost, and ends its requests.
+        keys: those of a client or of a scheduler, if the server has keys.
+        """
         self.address = address
         self._infos: list[InstanceInfo] = []
         self.digest_block_size = 0
-        """As of CpuScheduler, by what `find` heard last."""
+        """See `CpuScheduler.digest_block_size`; the value that `find` received last."""
         self._client = RpcClient(
             address,
             heartbeat_interval_s=heartbeat_timeout_s / 5,
@@ -75,7 +78,8 @@ class RemoteScheduler:
         """Wait until the scheduler answers. Requests wait there for instances that are not ready yet.
 
         Raises:
-            NotReady: not in time; at once, if the scheduler does not let this side in, or speaks another protocol.
+            NotReady: it did not answer in time. Raised at once if the scheduler does not let this side in, or speaks
+                another protocol version.
         """
         deadline_s = asyncio.get_running_loop().time() + timeout_s
         problem = "no answer"
@@ -93,50 +97,52 @@ class RemoteScheduler:
         raise NotReady(f"no scheduler at {self.address} within {timeout_s:g} s: {problem}")
 
     def submit(self, request: GenerateRequest) -> RpcStream[ClientEvent]:
-        """TokenEvents, then one RequestFinished. Raises, at the first item, what `CpuScheduler.submit` raises."""
+        """Return a stream of TokenEvents, then a RequestFinished for each choice. Its first item raises what
+        `CpuScheduler.submit` raises."""
         return self._client.stream(SCHEDULER_GENERATE, self.check(request))
 
     def check(self, request: GenerateRequest) -> GenerateRequest:
-        """As `CpuScheduler.check`, by what `find` heard last."""
+        """See `CpuScheduler.check`. This checks against the instances that `find` received last."""
         return admitted(request, self._infos, self.digest_block_size)
 
     async def wait_for_room(self, priority: int = 0) -> None:
-        """The queue is elsewhere, and says Overloaded itself."""
+        """Return at once: the queue is in the other process, which answers Overloaded itself."""
 
     async def abort(self, request_id: str, reason: FinishReason = "abort", choice: int | None = None) -> bool:
-        """As `CpuScheduler.abort`."""
+        """See `CpuScheduler.abort`."""
         request_id = plain_id("request_id", request_id)
         request = AbortRequest(request_id, reason, choice)
         reply = await self._client.call(SCHEDULER_ABORT, request, timeout_s=CALL_TIMEOUT_S)
         return reply.found
 
     def instance_died(self, instance_id: str, why: str) -> None:
-        """As `CpuScheduler.instance_died`; nothing says when it has heard."""
+        """See `CpuScheduler.instance_died`. Nothing tells when the scheduler has heard of it."""
         self._client.notify(SCHEDULER_INSTANCE_DIED, InstanceDied(instance_id, why))
 
     async def join(self, address: str, role: Role | None = None, *, again: bool = True) -> InstanceInfo:
-        """Have the instance at `host:port` used, as `Membership.join` says."""
+        """Have the scheduler use the instance at `host:port`: see `Membership.join`."""
         return await self._client.call(SCHEDULER_JOIN, JoinRequest(address, role, again), timeout_s=CALL_TIMEOUT_S)
 
     async def drain(self, instance_id: str, *, leaves: bool = False, within_s: float | None = None) -> None:
-        """Have an instance get no new requests, and leave when it has none, as `Membership` says."""
+        """Have an instance get no new requests, and with `leaves`, leave when it has none left: see `Membership`."""
         request = DrainRequest(instance_id, leaves, within_s)
         await self._client.call(SCHEDULER_DRAIN, request, timeout_s=CALL_TIMEOUT_S)
 
     def flip(self, instance_id: str, role: Literal["prefill", "decode"]) -> RpcStream[ScaleNews]:
-        """Have an instance serve as the other role, as `Membership.flip` says; ends when it does.
+        """Have an instance serve in the other role: see `Membership.flip`. The stream ends when it does.
 
         Raises, while iterating:
-            InvalidRequest: it cannot be; says why.
+            InvalidRequest: the role cannot be changed; says why.
         """
         return self._client.stream(SCHEDULER_FLIP, FlipRequest(instance_id, role))
 
     def scale(self, wanted: Mapping[Role, int]) -> RpcStream[ScaleNews]:
-        """Have so many instances of these roles, of those that the deployment has started; ends when it is done.
+        """Have `wanted[role]` instances of each role, of those that the deployment has started. The stream ends when
+        that is done.
 
         Raises, while iterating:
             InvalidRequest: there cannot be so many, or this scheduler starts none; says why.
-            RemoteError: one has not started; has its reason.
+            RemoteError: an instance did not start; has its reason.
         """
         return self._client.stream(SCHEDULER_SCALE, ScaleRequest(dict(wanted)))
 
@@ -145,13 +151,13 @@ class RemoteScheduler:
         return await self._client.call(SCHEDULER_RELOAD, Empty(), timeout_s=CALL_TIMEOUT_S)
 
     def tell_members(self, members: list[Member]) -> None:
-        """Have a sibling use these instances and no others; nothing says when it has heard."""
+        """Have a sibling use exactly these instances. Nothing tells when it has heard of it."""
         self._client.notify(SCHEDULER_MEMBERS, Members(members))
 
     async def fetch_stats(self) -> SchedulerStats:
         return await self._client.call(SCHEDULER_STATS, Empty(), timeout_s=CALL_TIMEOUT_S)
 
     async def fetch_records(self, last_s: float, request_id: str = "") -> list[RequestRecord]:
-        """As `CpuScheduler.records`."""
+        """See `CpuScheduler.records`."""
         request = RecordsRequest(last_s, request_id)
         return (await self._client.call(SCHEDULER_RECORDS, request, timeout_s=CALL_TIMEOUT_S)).requests

@@ -1,7 +1,7 @@
 """One request in the scheduler: what was asked, what was delivered, and what the client reads.
 
-A request of several choices (`SamplingParams.n`) is attempted as a whole: it is placed once, and its prompt computed
-and moved once. What is delivered belongs to each choice. If an attempt fails after tokens were delivered, each choice
+A request with several choices (`SamplingParams.n`) is attempted as a whole: it is placed once, and its prompt is
+computed and moved once. Each choice has its own output. If an attempt fails after tokens were delivered, each choice
 continues by itself, as a request that already has output.
 """
 
@@ -26,7 +26,7 @@ from hbserve_scheduler.instances import InstanceHandle
 
 @dataclass(eq=False, slots=True)
 class ScheduledRequest:
-    """A request from `submit` to its end. Times are those of its event loop, as everywhere in the scheduler."""
+    """A request from `submit` to its end. Times are those of the event loop, as everywhere in the scheduler."""
 
     request: GenerateRequest
     num_prompt_tokens: int = field(init=False)
@@ -34,52 +34,52 @@ class ScheduledRequest:
     """Figures of all requests."""
     submitted_s: float = field(default_factory=lambda: asyncio.get_running_loop().time())
     arrivals: "array[float]" = field(default_factory=lambda: array("d"))
-    """When messages with new tokens came."""
+    """Times at which messages with new tokens came."""
     num_first: int = 0
-    """How many tokens the first of them brought."""
+    """Number of tokens in the first of these messages."""
     num_preemptions: int = 0
     output: list[int] = field(default_factory=list)
     """Tokens that were delivered, over all attempts."""
     finish_reason: FinishReason | None = None
-    """Set with the last token; the request's instances may still be busy then."""
+    """Reason for the end, set with the last token; the request's instances may still be busy then."""
     ended: bool = False
-    """The client's stream has its last item, and nothing is added to it."""
+    """Whether the client's stream has its last item, so that nothing more is added to it."""
     failed_on: set[str] = field(default_factory=set)
-    """Instances on which an attempt failed: the next one avoids them, if there are others."""
+    """Ids of instances on which an attempt failed. The next one avoids them, if there are others."""
     was_on: list[tuple[InstanceHandle, str]] = field(default_factory=list)
-    """Instances, each with the epoch that it had, that computed for it in attempts that failed."""
+    """Instances that computed for the request in attempts that failed, each with its epoch at the time."""
     num_tried: int = 0
-    """Tokens that had been delivered when the last attempt failed."""
+    """Number of tokens that had been delivered when the last attempt failed."""
     on_progress: Callable[[], None] | None = None
-    """Called once, at the next token."""
+    """Function that is called once, at the next token."""
     computed_on: str = ""
-    """The prefill instance whose prefix cache has the prompt, because an attempt failed after it was computed."""
+    """Id of the prefill instance that has the prompt in its prefix cache since an attempt that failed afterwards."""
     events: "deque[ClientEvent | Exception | ScheduledRequest]" = field(default_factory=deque)
-    """What the client has not taken: at most one event of tokens, to which new ones are added; or choices that have
-    some."""
+    """Events that the client has not taken: at most one with tokens, to which new ones are added. If there are several
+    choices, those that have events."""
     reader: "asyncio.Future[None] | None" = None
-    """Set while someone waits for an event. An asyncio.Event would take twice as long for each token."""
+    """Future of whoever waits for an event. An asyncio.Event would take twice as long for each token."""
     on_event: Callable[[], None] | None = None
-    """Called for each event, when all else is up to date; in place of `reader`."""
+    """Function that is called for each event, after everything else is up to date; used instead of `reader`."""
     task: asyncio.Task[None] | None = None
     attempts: list[AttemptRecord] = field(default_factory=list)
     num_cached_tokens: int = 0
     kv_bytes: int = 0
     kv_transfer_time_s: float = 0.0
     choices: "list[ScheduledRequest]" = field(default_factory=list)
-    """Each as a request of its own, where there are several."""
+    """Choices, each as a request of its own; empty if there is only one."""
     choice: int = 0
-    """Its place among the choices of `parent`."""
+    """Number of this choice among those of `parent`."""
     parent: "ScheduledRequest | None" = field(default=None, repr=False)
     is_prefilling: bool = False
-    """What is known of the transfer is not complete: ends of choices are not reported until it is."""
+    """Whether what is known of the transfer is incomplete. Ends of choices are not reported until it is complete."""
     on_choice_ended: Callable[[int], None] | None = None
-    """Called when a choice is ended from here while an instance computes all of them."""
+    """Function that is called when a choice is ended from here while an instance computes all of them."""
     deadline_s: float = math.inf
     time_limit: str = ""
-    """The setting that gave the deadline, and its value."""
+    """Name and value of the setting that gave the deadline."""
     traceparent: str = field(default_factory=TRACEPARENT.get)
-    """Trace context of whoever submitted it."""
+    """Trace context in which the request was submitted."""
     _timer: asyncio.TimerHandle | None = None
     _num_counted: int = 0
     _output_counted: int = 0
@@ -96,29 +96,29 @@ class ScheduledRequest:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that are known: prompt, and output so far."""
+        """Number of tokens that are known: prompt, and output so far."""
         return self.num_prompt_tokens + len(self.output)
 
     @property
     def deaths(self) -> list[str]:
-        """The instances that died while it was on them: because of it, or of something else."""
+        """Ids of instances that died while the request was on them, because of it or of something else."""
         return [handle.instance_id for handle, epoch in self.was_on if epoch in handle.died]
 
     @property
     def num_delivered(self) -> int:
-        """Output tokens, of all choices together."""
+        """Number of output tokens of all choices together."""
         return sum([len(each.output) for each in self.choices]) if self.choices else len(self.output)
 
     @property
     def is_suspect(self) -> bool:
-        """Whether an instance died while the request was on it, and it has got no further since."""
+        """Whether an instance died while the request was on it, and the request has made no progress since."""
         return not self.ended and self.num_delivered == self.num_tried and bool(self.deaths)
 
     def deliver(self, event: TokenEvent) -> None:
-        """Pass new tokens on, without those that the client already has. The event is this request's from now on.
+        """Pass new tokens on, without those that the client already has. The event belongs to this request from now on.
 
         Raises:
-            RemoteError: tokens are missing between those delivered and these.
+            RemoteError: tokens are missing between those delivered and these, or the request cannot have them.
         """
         if self.choices:
             self._deliver_choice(event)
@@ -158,7 +158,7 @@ class ScheduledRequest:
         if not self.events:
             self._add(new)
             return
-        waiting = self.events[-1]  # nothing else comes before the last token
+        waiting = self.events[-1]  # an event of tokens, because nothing else comes before the last token
         assert isinstance(waiting, TokenEvent)
         waiting.token_ids.extend(new.token_ids)
         waiting.logprobs.extend(new.logprobs)
@@ -175,7 +175,7 @@ class ScheduledRequest:
             self.parent._add(self)
 
     def take(self) -> ClientEvent | Exception:
-        """Its next event; there must be one."""
+        """Remove and return the next event; there must be one."""
         event = self.events.popleft()
         if not isinstance(event, ScheduledRequest):
             return event
@@ -197,8 +197,8 @@ class ScheduledRequest:
             self.finish_choice(choice, choice.finish_reason)
 
     def finish_choice(self, choice: "ScheduledRequest", reason: FinishReason) -> None:
-        """Note that a choice has ended, here or on its instance. The end of the last one is reported when the request
-        has ended too, as it is without choices."""
+        """Note that a choice has ended, here or on its instance. The end of the last choice is reported with the end of
+        the request, as it is without choices."""
         choice.finish_reason = reason
         if all(each.finish_reason is not None for each in self.choices):
             self.finish_reason = reason
@@ -214,7 +214,7 @@ class ScheduledRequest:
                 choice.finish(choice.finish_reason)
 
     def end_choice(self, number: int, reason: FinishReason) -> bool:
-        """End one of several choices before its instances do. False: there is no such choice, or it has ended."""
+        """End one of several choices before its instances do. Return False if there is none, or it has ended."""
         if not 0 <= number < len(self.choices):
             return False
         choice = self.choices[number]
@@ -228,27 +228,27 @@ class ScheduledRequest:
         return True
 
     def hand_down(self, choice: "ScheduledRequest") -> None:
-        """Give a choice, when it continues by itself, what has happened to all of them so far."""
+        """Give a choice that continues by itself the history that all choices have in common."""
         choice.attempts, choice.failed_on, choice.was_on = [*self.attempts], {*self.failed_on}, [*self.was_on]
         choice.computed_on, choice.num_cached_tokens = self.computed_on, self.num_cached_tokens
         choice.kv_bytes, choice.kv_transfer_time_s = self.kv_bytes, self.kv_transfer_time_s
 
     def gather(self, choice: "ScheduledRequest", kv_bytes: int, kv_transfer_time_s: float) -> None:
-        """Add to the request what has happened to a choice since it continued by itself; what happened before was
-        handed down to it."""
+        """Add to the request what has happened to a choice since it continued by itself. kv_bytes, kv_transfer_time_s:
+        the values that were handed down to the choice then."""
         self.attempts = max(self.attempts, choice.attempts, key=len)
         self.kv_bytes += choice.kv_bytes - kv_bytes
         self.kv_transfer_time_s += choice.kv_transfer_time_s - kv_transfer_time_s
 
     @property
     def has_parted(self) -> bool:
-        """Whether its choices have tokens already: then they still share a prompt, but no attempt."""
+        """Whether the choices have tokens already. Then they still share a prompt, but no further attempt."""
         return any(len(each.output) > len(self.output) for each in self.choices)
 
     # ---- figures -------------------------------------------------------------------------------------------------
 
     def count(self) -> None:
-        """Add what was delivered since the last call to the figures: doing so token by token would be too slow."""
+        """Add what was delivered since the last call to the figures. Doing so token by token would be too slow."""
         for each in self.choices:
             each.count()
         if not self.arrivals:
@@ -278,7 +278,7 @@ class ScheduledRequest:
 
     @property
     def busy_instances(self) -> set[str]:
-        """Instances that still have it, or one of its choices."""
+        """Ids of the instances that still have the request, or one of its choices."""
         last = [each.attempts[-1] for each in [self, *self.choices] if each.attempts and not each.ended]
         return set().union(*(attempt.busy_instances for attempt in last))
 
@@ -286,7 +286,7 @@ class ScheduledRequest:
         return asyncio.get_running_loop().time() - self.submitted_s
 
     def record(self, error: str = "") -> RequestRecord:
-        """The record that is kept of it. To be called when it has ended."""
+        """Make the record that is kept of the request. To be called when it has ended."""
         self.count()
         e2e_s, parts = self.since_submit_s(), self.choices or [self]
         pauses = [longest_pause(each.arrivals, self.submitted_s) for each in parts if each.num_preemptions]
@@ -312,8 +312,7 @@ class ScheduledRequest:
         )
 
     def limit_time(self, most_s: float | None, on_end: "Callable[[ScheduledRequest], None]") -> None:
-        """Call `on_end` with the request unless it has ended within `most_s`, or its own `timeout_s`, after it was
-        submitted."""
+        """Call `on_end` with the request unless it ends within `most_s`, or its own `timeout_s`, after submission."""
         own_s = self.request.params.timeout_s
         if most_s is None and own_s is None:  # the common case
             return
@@ -327,7 +326,7 @@ class ScheduledRequest:
             each.deadline_s = self.deadline_s
 
     def left_s(self) -> float | None:
-        """Seconds until its deadline; None: it has none."""
+        """Return the seconds left until the deadline; None if there is none."""
         return None if self.deadline_s == math.inf else max(0.0, self.deadline_s - asyncio.get_running_loop().time())
 
     def _end_timer(self) -> None:
@@ -336,7 +335,7 @@ class ScheduledRequest:
             self._timer = None
 
     def fail(self, error: Exception) -> None:
-        """End it with an error, unless it has ended."""
+        """End the request with an error, unless it has ended."""
         if self.ended:
             return
         self._end_timer()

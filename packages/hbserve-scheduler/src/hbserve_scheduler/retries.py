@@ -1,4 +1,4 @@
-"""Requests between two attempts. They come before those that wait, which would otherwise take every free place."""
+"""Requests between two attempts. They come before waiting requests, which would otherwise take every free place."""
 
 import asyncio
 import logging
@@ -14,30 +14,29 @@ from hbserve_scheduler.request import ScheduledRequest
 logger = logging.getLogger(__name__)
 
 MOST_DEATHS = 2
-"""Deaths of instances that a request may have been on: one of them may have been killed, two tell of the request. See
-`Retries` for requests that were there by chance."""
+"""Number of instances that must have died under a request for it to be given up. One may have been killed, but two
+point to the request. For requests that were there by chance, see `Retries`."""
 MOST_SUSPECTS = 8
-"""Suspects that are tried at a time. If one of them is what an instance died of, the next instance dies too, and only
-so many are on it that were on the first: the scheduler gives these up. All others are tried as soon as those have got a
-token more."""
+"""Number of suspects that are tried at a time. If an instance died of one of them, the next instance dies too, and only
+these suspects were on both: the scheduler gives them up. If these get one more token, the others are tried."""
 
 
 class Retries:
-    """Gives places to requests whose attempt has failed, first come first served.
+    """Queue of requests whose attempt has failed, which get places first come, first served.
 
-    An instance that dies had many requests, of which one may have killed it. All of these are suspects until they have
-    got beyond the place where they were then, and few suspects are tried at a time, so that the next death tells few.
+    An instance that dies had many requests, one of which may have killed it. All of these are suspects until they get
+    beyond the token at which they were then. Few suspects are tried at a time, so that the next death points to few.
     """
 
     def __init__(self, fleet: Fleet, on_change: Callable[[], None]) -> None:
         self._fleet = fleet
         self._on_change = on_change
         self.waiting: deque[tuple[ScheduledRequest, asyncio.Future[Placement]]] = deque()
-        """Requests in the order in which they came, each with the place that it waits for."""
+        """Requests in the order in which they came, each with a future of the place that it waits for."""
         self._on_trial: list[ScheduledRequest] = []
 
     def place(self) -> None:
-        """Give places to those that are waiting, as far as there are some. To be called when there may be room."""
+        """Give places to waiting requests while there are some. To be called when there may be room."""
         self._on_trial = [entry for entry in self._on_trial if entry.is_suspect]
         for entry, place in list(self.waiting):
             if self._is_held_back(entry):
@@ -55,15 +54,15 @@ class Retries:
         return len(self._on_trial) >= MOST_SUSPECTS and entry.is_suspect
 
     async def wait_for_place(self, entry: ScheduledRequest, timeout_s: float) -> Placement | None:
-        """A place away from the instances that failed, if there are others; None if there is none in time."""
-        if entry in self._on_trial:  # until its next place
+        """Return a place, on instances that have not failed if there are others; None if there is no place in time."""
+        if entry in self._on_trial:  # it is not, until it has its next place
             self._on_trial.remove(entry)
         place: asyncio.Future[Placement] = asyncio.get_running_loop().create_future()
         self.waiting.append((entry, place))
         self._on_change()
         try:
             while not (await asyncio.wait([place], timeout=timeout_s))[0] and self._is_held_back(entry):
-                pass  # nobody lacks: others are on trial, whose attempts have deadlines of their own
+                pass  # no instance is missing: others are on trial, and their attempts have deadlines of their own
         except asyncio.CancelledError:
             if place.done():
                 place.result().end()
@@ -75,15 +74,16 @@ class Retries:
 
 
 def require_another_attempt(entry: ScheduledRequest, error: HBServeRpcError, problems: list[str], most: int) -> None:
-    """The last attempt has failed; it is added to `problems`, unless it was none. `most` may be made.
+    """Decide whether to make another attempt, of at most `most`, after the last one failed with `error`. The failure is
+    added to `problems`, unless an instance refused the request, which counts as no attempt.
 
-    Raises what ends the request: another attempt would not help, or would do harm.
+    Raises the error that ends the request if another attempt would not help, or would do harm.
     """
-    if isinstance(error, InvalidRequest | LogitsNotFinite | RequestTimeout):  # another instance would say the same
+    if isinstance(error, InvalidRequest | LogitsNotFinite | RequestTimeout):  # another instance would answer the same
         raise error
     if isinstance(error, Overloaded) and entry.attempts[-1].first_token_s is None:
         logger.debug("request %s is to be placed again: %s", entry.request.request_id, error)
-        entry.attempts.pop()  # who refuses has not begun: that was none
+        entry.attempts.pop()  # an instance that refuses has not begun: that was no attempt
         entry.figures.num_refusals += 1
         return
     problems.append(f"attempt {len(entry.attempts)}: {error}")
@@ -95,4 +95,4 @@ def require_another_attempt(entry: ScheduledRequest, error: HBServeRpcError, pro
         raise RequestFailed("; ".join([*problems, why])) from error
     if len(entry.attempts) >= most:
         raise RequestFailed("; ".join(problems)) from error
-    entry.figures.num_retries += not entry.has_parted  # else each choice goes on by itself
+    entry.figures.num_retries += not entry.has_parted  # otherwise each choice goes on by itself, and is counted

@@ -1,4 +1,4 @@
-"""Keys of a deployment, and what is to be said where it has none and strangers reach it."""
+"""Keys of a deployment, and the warning if it has none and others can reach it."""
 
 import logging
 from collections.abc import Iterator
@@ -13,25 +13,25 @@ from hbserve_scheduler.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 REFUSED_FROM = (0, 2)
-"""Version from which on a deployment without keys that others can reach must say that it is meant to be one."""
+"""Version from which on a deployment without keys that others can reach must be declared as intended."""
 
 
 def deployment_keys(config: DeploymentConfig, party: Party) -> Keys | None:
-    """The keys of one party; None where the deployment has none.
+    """Load the keys of one party. Return None if the deployment has no keys.
 
     Raises:
-        KeysError: (a ValueError) its file cannot be used.
+        KeysError: (a ValueError) the party's file cannot be used.
     """
     return load_keys(config.security.keys, party) if config.security.keys is not None else None
 
 
 def require_keys(config: DeploymentConfig, *, launched: bool) -> None:
-    """Warn of addresses at which anybody would be served; from REFUSED_FROM on, refuse them.
+    """Warn about addresses at which anybody would be served; from version REFUSED_FROM on, refuse them.
 
-    launched: one process starts all instances, which then have keys of their own in any case.
+    launched: whether one process starts all instances, which then have keys of their own in any case.
 
     Raises:
-        ConfigError: names the address, and what cures it.
+        ConfigError: an address is refused; names it, and the remedy.
     """
     if config.security.keys is not None or config.security.allow_insecure:
         return

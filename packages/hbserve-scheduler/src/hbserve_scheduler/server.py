@@ -1,4 +1,4 @@
-"""A CpuScheduler behind RPC, for clients in other processes."""
+"""The RPC server of a CpuScheduler, for clients in other processes."""
 
 import asyncio
 import contextlib
@@ -54,21 +54,23 @@ logger = logging.getLogger(__name__)
 
 
 class SchedulerServer:
-    """Starts and stops with its scheduler. A client that goes away aborts its requests.
+    """Server of a scheduler, with which it starts and stops. The requests of a client that goes away are aborted.
 
-    Its figures are those of its scheduler and of `siblings` together, and whoever aborts a request need not know which
-    of them has it.
+    Its figures are those of its scheduler and of `siblings` together. To abort a request, a client need not know which
+    of these has it.
     """
 
     def __init__(self, scheduler: CpuScheduler, *, keys: Keys | None = None) -> None:
-        """keys: a scheduler's; then only who has keys is served, and siblings must have some."""
+        """Make a server that does not serve yet. keys: those of a scheduler; with them only holders of keys are served,
+        and siblings must have keys."""
         self.scheduler = scheduler
         self.keys = keys
         self.members = Membership(scheduler.fleet)
         self.declared: DeclaredInstances | None = None
-        """From its file, if whoever starts it has one; to be set before `start`."""
+        """Instances from the deployment's file, if there is one. To be set before `start`."""
         self.scale: Callable[[Mapping[Role, int]], AsyncGenerator[str, None]] | None = None
-        """Have so many instances of these roles, and yield lines of what is done. Set by whoever starts instances."""
+        """Function that scales each role to a number of instances, and yields lines about what is done. It is set by
+        whoever starts instances."""
         self.siblings = Siblings(self.members.members, keys)
         scheduler.fleet.on_members = self.siblings.tell_members
         self._server = RpcServer(scheduler.config.host, scheduler.config.port, drops_closed=True, keys=keys)
@@ -99,7 +101,7 @@ class SchedulerServer:
         return self._server.address
 
     async def start(self) -> None:
-        """Raises AddressInUse."""
+        """Start the server and its scheduler. Raises AddressInUse."""
         try:
             await self._server.start()
         except AddressInUse:
@@ -134,7 +136,7 @@ class SchedulerServer:
         return self.scheduler.info()
 
     async def fetch_stats(self) -> SchedulerStats:
-        """Figures of the scheduler and its siblings, as of the instances' last reports."""
+        """Return the figures of the scheduler and its siblings, by the instances' last reports."""
         own = msgspec.structs.replace(self.scheduler.stats(), rpc=self._server.faults)
         return await self.siblings.total(own)
 
@@ -153,9 +155,9 @@ class SchedulerServer:
         return Records(await self.fetch_records(request.last_s, request.request_id))
 
     async def fetch_records(self, last_s: float, request_id: str = "") -> list[RequestRecord]:
-        """As `CpuScheduler.records`, of the scheduler and its siblings, in the order in which they ended."""
+        """Return `CpuScheduler.records` of the scheduler and its siblings, in the order in which requests ended."""
         own, others = self.scheduler.records(last_s, request_id), await self.siblings.records(last_s, request_id)
-        # Each scheduler's stay in its order: by the time of day, which may be set back, the latest may come first.
+        # Each scheduler's records keep their order: the time of day may be set back, so sorting could reverse them.
         return list(heapq.merge(own, *others, key=lambda each: each.submitted_at + each.e2e_s))
 
     async def _abort(self, request: AbortRequest) -> Aborted:
@@ -163,7 +165,7 @@ class SchedulerServer:
         return Aborted(await self.scheduler.abort(*asked) or await self.siblings.abort(*asked))
 
     async def instance_died(self, instance_id: str, why: str) -> None:
-        """As `CpuScheduler.instance_died`, for the siblings too. One that is not known is passed over."""
+        """See `CpuScheduler.instance_died`; the siblings are told too. An unknown instance is ignored."""
         self.siblings.instance_died(instance_id, why)
         if instance_id in self.scheduler.fleet.handles:
             await self.scheduler.instance_died(instance_id, why)

@@ -1,4 +1,4 @@
-"""Other schedulers over the same instances, each in a process of its own: their figures are added, news reach all."""
+"""Other schedulers over the same instances, each in its own process. Their figures are added up, and news reach all."""
 
 import asyncio
 import contextlib
@@ -17,29 +17,29 @@ from hbserve_scheduler.remote import RemoteScheduler
 T = TypeVar("T")
 
 PATIENCE_S = 2.0
-"""How long a sibling may take to answer. One that does not counts with the figures that it gave last."""
+"""Longest time that a sibling may take to answer. One that takes longer counts with its last figures."""
 NO_SUMS = {"success_rate", "handoff", "instances"}
 """Fields of SchedulerStats that are not added up."""
 
 
 class Siblings:
-    """The other schedulers, which come and go. What one has counted stays counted, so that sums never fall; but as in
-    each of them, links of instances that have left are forgotten."""
+    """The other schedulers, which come and go. What one has counted stays counted, so that sums never fall. But links
+    of instances that have left are forgotten, as in each scheduler."""
 
     def __init__(self, members: Callable[[], list[Member]], keys: Keys | None = None) -> None:
-        """members: the instances that all are to use."""
+        """Begin without siblings. members: returns the instances that all schedulers should use."""
         self._members = members
         self._keys = keys
         self._remotes: dict[str, RemoteScheduler] = {}
-        """Their clients, by name."""
+        """Clients of the siblings, by name."""
         self._last: dict[str, SchedulerStats] = {}
-        """The last figures of each, by name."""
+        """Last figures of each sibling, by name."""
         self._gone = SchedulerStats()
-        """Figures of those that have ended, together."""
+        """Sum of the figures of siblings that have ended."""
 
     async def add(self, name: str, address: str) -> None:
-        """Count a SchedulerServer at `host:port` in. One that has this name already is an earlier life of it, and has
-        ended."""
+        """Add a SchedulerServer at `host:port` as a sibling. A sibling with this name is an earlier life of it, which
+        has ended."""
         await self.remove(name)
         remote = RemoteScheduler(address, keys=self._keys)
         await remote.start()
@@ -47,7 +47,7 @@ class Siblings:
         remote.tell_members(self._members())
 
     async def remove(self, name: str) -> None:
-        """Note that it has ended. One that is not there is passed over."""
+        """Note that a sibling has ended. An unknown one is ignored."""
         remote, last = self._remotes.pop(name, None), self._last.pop(name, None)
         if last is not None:
             links = {key: msgspec.structs.replace(each, active=0) for key, each in last.links.items()}
@@ -61,7 +61,8 @@ class Siblings:
             await self.remove(name)
 
     async def total(self, own: SchedulerStats) -> SchedulerStats:
-        """Figures of all schedulers, `own` included. All have the same instances: those of `own` are the latest."""
+        """Return the sum of the figures of all schedulers, `own` included. All schedulers have the same instances, of
+        which those in `own` are the latest."""
         await asyncio.gather(*(self._ask(name, remote) for name, remote in self._remotes.items()))
         there = {each.instance_id for each in self._members()}
         links = {key: each for key, each in self._gone.links.items() if each.is_between(there)}
@@ -70,11 +71,11 @@ class Siblings:
 
     async def _ask(self, name: str, remote: RemoteScheduler) -> None:
         found = await _in_time(remote.fetch_stats())
-        if found is not None and self._remotes.get(name) is remote:  # else it was removed meanwhile
+        if found is not None and self._remotes.get(name) is remote:  # otherwise it was removed meanwhile
             self._last[name] = found
 
     async def records(self, last_s: float, request_id: str) -> list[list[RequestRecord]]:
-        """As `CpuScheduler.records`, of each sibling that answers."""
+        """Return `CpuScheduler.records` of each sibling; an empty list for one that does not answer."""
         asking = [_in_time(remote.fetch_records(last_s, request_id)) for remote in self._remotes.values()]
         return [found or [] for found in await asyncio.gather(*asking)]
 
@@ -87,13 +88,13 @@ class Siblings:
             remote.instance_died(instance_id, why)
 
     async def abort(self, request_id: str, reason: FinishReason, choice: int | None = None) -> bool:
-        """End a request of one of them. Returns whether one of them had it."""
+        """End a request, whichever sibling has it, and return whether one had it."""
         asking = [_in_time(remote.abort(request_id, reason, choice)) for remote in self._remotes.values()]
         return any(await asyncio.gather(*asking))
 
 
 async def _in_time(asking: Coroutine[Any, Any, T]) -> T | None:
-    """What is answered; None: there was no answer."""
+    """Return the answer, or None if there was none in time."""
     with contextlib.suppress(HBServeRpcError, TimeoutError):
         async with asyncio.timeout(PATIENCE_S):
             return await asking
@@ -101,7 +102,7 @@ async def _in_time(asking: Coroutine[Any, Any, T]) -> T | None:
 
 
 def total(several: Sequence[SchedulerStats]) -> SchedulerStats:
-    """Sums, with the instances of the first."""
+    """Add figures up. The instances are those of the first."""
     names = [name for name in SchedulerStats.__struct_fields__ if name not in NO_SUMS]
     sums = {name: reduce(_added, (getattr(each, name) for each in several)) for name in names}
     ended = sums["completed_requests"] + sums["failed_requests"]
@@ -111,14 +112,14 @@ def total(several: Sequence[SchedulerStats]) -> SchedulerStats:
 
 
 def _added(one: Any, other: Any) -> Any:
-    """The sum of numbers, of histograms, or of dicts of them key by key."""
+    """Return the sum of two numbers or histograms, or of dicts of them key by key."""
     if not isinstance(one, dict):
         return one + other
     return one | {key: one[key] + value if key in one else value for key, value in other.items()}
 
 
 def _joint(latencies: list[LatencySummary]) -> LatencySummary:
-    """One summary for all, as far as summaries say it: the mean of medians, and the worst 99th percentile."""
+    """Summarise all, as far as summaries allow it: by the mean of the medians, and the worst 99th percentile."""
     count = sum(each.count for each in latencies)
     if not count:
         return LatencySummary()

@@ -1,10 +1,10 @@
-"""An event loop whose time jumps to the next timer: hours of a deployment in seconds, and the same in every run.
+"""An event loop whose time jumps to the next timer. It runs hours of a deployment in seconds, each time the same way.
 
     with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
         runner.run(simulate())
 
-All of the scheduler's times are of its loop, so that CpuScheduler runs in it as it is. What comes from outside, like an
-answer over a socket or from a thread, has no time there: nothing waits for it, and there are no sockets.
+All times of the scheduler are those of its loop, so CpuScheduler runs in this loop unchanged. Events from outside, such
+as an answer over a socket or from a thread, have no time in it: nothing waits for them, and there are no sockets.
 """
 
 import asyncio
@@ -21,11 +21,11 @@ Ts = TypeVarTuple("Ts")
 
 
 class VirtualTimeLoop(asyncio.BaseEventLoop):
-    """Begins at 0 s. Work takes no time in it, only waiting does.
+    """Event loop in which only waiting takes time, and work takes none. Its time begins at 0 s.
 
-    asyncio's own loop with a selector that jumps would do, but most of a simulation was that loop: it makes handles and
-    compares timers in Python, and looks at the selector in every turn. `_run_once` is what BaseEventLoop calls until
-    `_stopping`, in all versions of Python that we run on.
+    asyncio's own loop with a selector that jumps would work too, but it took most of a simulation's time: it makes
+    handles and compares timers in Python, and looks at the selector in every turn. BaseEventLoop calls `_run_once`
+    until `_stopping`, in all versions of Python that we support.
     """
 
     def __init__(self) -> None:
@@ -33,10 +33,10 @@ class VirtualTimeLoop(asyncio.BaseEventLoop):
         self._now_s = 0.0
         self._soon: deque[_Callback] = deque()
         self._later: dict[float, list[_Callback]] = {}
-        """By time, those of the same time in the order in which they came: in a fleet thousands are due together."""
+        """Timers by time; those of the same time are in order. In a fleet thousands are due together."""
         self._times: list[float] = []
-        """A heap of these times."""
-        # In place of methods in Python, which would be called for each task and future.
+        """Heap of these times."""
+        # These replace methods written in Python, which would be called for each task and future.
         self.get_debug: Callable[[], bool] = bool
         self.create_future: Callable[[], asyncio.Future[Any]] = partial(asyncio.Future, loop=self)
         self.create_task: Callable[..., asyncio.Task[Any]] = partial(asyncio.Task, loop=self)
@@ -73,10 +73,10 @@ class VirtualTimeLoop(asyncio.BaseEventLoop):
         return handle
 
     def _run_once(self) -> None:
-        """All that is to happen until the loop is stopped: what is to happen now, in the order in which it was asked
-        for, then a jump to the next timer, and so on.
+        """Run all callbacks until the loop is stopped: those due now, in the order in which they were scheduled, then
+        those of the next timer, to which the time jumps, and so on.
 
-        Raises RuntimeError: all wait for each other, and there is no timer that would end it.
+        Raises RuntimeError if everything waits for something else, and there is no timer that would end it.
         """
         soon, next_one = self._soon, self._soon.popleft
         while not self._stopping:  # type: ignore[attr-defined]  # BaseEventLoop's
@@ -100,13 +100,13 @@ class VirtualTimeLoop(asyncio.BaseEventLoop):
 
 
 class _Callback(msgspec.Struct, eq=False):
-    """What call_soon and call_at return, as asyncio.TimerHandle: made without a line of Python."""
+    """Handle that call_soon and call_at return, like asyncio.TimerHandle. It is made without running Python code."""
 
     callback: Callable[..., object] | None
-    """None: it was cancelled."""
+    """Function to call; None if it was cancelled."""
     args: tuple[Any, ...]
     context: Context | None
-    """A task's own. Without one it runs in the loop's, where asyncio would copy that of whoever has asked for it."""
+    """Context of a task. Without one the callback runs in the loop's context; asyncio would copy the caller's."""
     at_s: float
 
     def cancel(self) -> None:
