@@ -29,8 +29,8 @@ class ListeningSocket(socket.socket):
         """Take over a socket, or its descriptor.
 
         is_plain: whether a refused client can be told so by unencrypted HTTP; otherwise its connection is just closed.
-        files_left: number of the files that the process may open to reserve for other uses than this socket's
-            connections.
+        files_left: number of files, of those that the process may open, that stay reserved for everything else than
+            this socket's connections.
         """
         self._spare: int | None = os.open(os.devnull, os.O_RDONLY)
         super().__init__(fileno=bound if isinstance(bound, int) else bound.detach())

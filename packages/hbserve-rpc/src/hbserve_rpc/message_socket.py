@@ -148,7 +148,7 @@ class MessageSocket:
         self._monitor = self._socket.get_monitor_socket(WATCHED, f"inproc://monitor.{next(_NUMBERS)}")
         self._sockets.append(self._monitor)
         self._loop.add_reader(self._monitor.FD, self._read_events, on_event)
-        self._loop.call_soon(self._read_events, on_event)  # or the descriptor may never signal: see `_look_again`
+        self._loop.call_soon(self._read_events, on_event)  # else the descriptor may never signal: see `_look_again`
 
     def _read_events(self, on_event: Callable[[int], None]) -> None:
         while self._is_reading and self._monitor is not None and _has_message(self._monitor):

@@ -21,9 +21,9 @@ from hbserve_rpc.methods import Method, Notification, StreamMethod
 from hbserve_rpc.prompt_shape import DIGEST_BYTES, MOST_REPORTED, PromptIds, PromptShape
 from hbserve_rpc.sampling_params import LONGEST_TIMEOUT_S, SamplingParams
 
-MOST_TOKENS = 1 << 22
+MOST_TOKENS = 1 << 22  # more than any model takes
 TokenIds = Annotated[list[int], msgspec.Meta(max_length=MOST_TOKENS)]
-"""Token ids, more than any model takes. Longer lists are refused before they cost a second and a gigabyte to decode."""
+"""Token ids. A list of over MOST_TOKENS is refused before it is decoded, which would take a second and a gigabyte."""
 LeftS = Annotated[float, msgspec.Meta(ge=0, le=LONGEST_TIMEOUT_S)] | None
 """Time left until a request's deadline when the message was sent, because clocks of two processes need not agree. The
 instance ends the request by itself at the deadline. None: there is no deadline."""

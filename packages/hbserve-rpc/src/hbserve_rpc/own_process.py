@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 MOST_FILES = 65536
-"""Largest limit of open files that is asked for. Some libraries go through all files that are possible."""
+"""Largest limit of open files to ask for, whatever the system allows: some libraries go through all possible files."""
 SELDOM = 100
 """Number of collections of the middle generation until a full one may come, instead of 10. By then 700,000 more objects
 were made than freed."""

@@ -119,7 +119,7 @@ class RequestRecord(msgspec.Struct, frozen=True, tag=True):
 
     @property
     def handoff_s(self) -> float | None:
-        """See RequestFinished.handoff_s."""
+        """Time from the first token to the second (see RequestFinished.handoff_s); None if there is no second one."""
         if self.first_token_s is None or self.second_token_s is None:
             return None
         return self.second_token_s - self.first_token_s

@@ -60,7 +60,7 @@ class SamplingParams(msgspec.Struct):
     top_k: int = -1
     """Number of most likely tokens to sample from; -1 or 0 turns it off."""
     top_p: float = 1.0
-    """Total probability of the tokens to sample from: the fewest that add up to it; 1 turns it off."""
+    """Total probability of the tokens to sample from, which are the fewest that add up to it; 1 turns it off."""
     seed: int | None = None
     """Seed of the random choice. The same seed, prompt and parameters give the same tokens, whatever else is in the
     batch."""
@@ -89,8 +89,8 @@ class SamplingParams(msgspec.Struct):
     """Number of most likely tokens, up to 20, whose log-probabilities are given at each place of the output, in
     addition to that of the output token. 0 gives the output token's alone; None turns it off."""
     prompt_logprobs: int | None = None
-    """The same for each prompt token but the first. The prompt is then computed even where its prefix is cached. They
-    come with the first output token, so a request that has output already, from an earlier attempt, gets none."""
+    """Like `logprobs`, but for each prompt token except the first. The prompt is then computed even where its prefix is
+    cached. They come with the first output token, so a request that has output from an earlier attempt gets none."""
     include_stop_str_in_output: bool = False
     """Whether the text ends with the stop string instead of before it."""
     structured_outputs: StructuredOutputsParams | None = None

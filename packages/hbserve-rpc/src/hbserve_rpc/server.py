@@ -32,8 +32,8 @@ silent for its heartbeat timeout."""
 MOST_MESSAGES = 64
 """Number of messages that ZeroMQ holds for a client that does not read them; its streams then wait."""
 MOST_WAITING_BYTES = 16 << 20
-"""Number of bytes of replies, which unlike streams cannot wait, beyond these messages. A client that has more of them
-waiting asks without reading the answers, and is given up."""
+"""Largest number of bytes kept for a client beyond these messages, because replies cannot wait as streams do. A client
+with more asks without reading the answers, and is given up."""
 MOST_WORK = 1 << 14
 """Largest number of calls, notifications and streams under way for one client; more are refused as overload."""
 OPTIONS: dict[int, int | bytes] = {
@@ -278,7 +278,7 @@ class RpcServer:
         try:
             handler, request = self._decode(self._handlers, call.method, body)
             reply = wire.encode_body(await handler(request), f"the reply to {call.method}")
-        except (Exception, asyncio.CancelledError) as error:  # the top of a handler: what it raised is the caller's
+        except (Exception, asyncio.CancelledError) as error:  # whatever the handler raised is for the caller
             self._fail(client, call.id, call.method, error)
         else:
             self._send(client.peer.connection, wire.Reply(self.epoch, call.id), reply)

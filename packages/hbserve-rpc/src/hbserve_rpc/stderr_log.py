@@ -54,7 +54,7 @@ class UnblockedHandler(logging.StreamHandler[TextIO]):
         num_lost, self._num_lost = self._num_lost, 0
         self._keep(f"{num_lost} lines of this log are lost: they could not be written")
         self._write()
-        if self._num_lost:  # nor could this one
+        if self._num_lost:  # this line could not be written either
             self._num_lost = num_lost
 
     def flush(self) -> None:

@@ -38,8 +38,8 @@ from hbserve_scheduler.request import ScheduledRequest
 logger = logging.getLogger(__name__)
 
 VERDICT_TIMEOUT_S = 0.08
-"""Time to wait, after one leg has failed, for what the other leg reports. Then the other is cancelled, which
-takes at most 0.1 s in all."""
+"""Time to wait, after one leg has failed, for what the other leg reports. Then the other is cancelled, so that all this
+takes at most 0.1 s."""
 
 ACCOUNT_TIMEOUT_S = 1.0
 """Time for which a request that has all its tokens waits to hear what P has moved, for its record: on a busy machine P

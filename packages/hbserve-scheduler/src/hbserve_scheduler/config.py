@@ -219,7 +219,7 @@ class RaySection(Section, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
     place: Literal["any", "pair"] = "any"
     """Way in which instances are placed. any: each on any node that has room for it; pair: the first prefill and the
-    first decode instance on one node, the second of each on one node, and so on."""
+    first decode instance on one node, the second of each on the same node, and so on."""
     resources: dict[Role, dict[str, float]] = {}
     """Amounts of its node's Ray resources that each instance of a role takes in addition to cores and GPUs."""
     accelerator_type: dict[Role, str] = {}

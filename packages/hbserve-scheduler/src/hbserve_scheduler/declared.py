@@ -66,7 +66,7 @@ class DeclaredInstances:
             restart += ["gpu_instances"] if changed or new else []
             changed, new = [], []
         for name in changed:
-            if name in named:  # another role, or at another address
+            if name in named:  # it has another role, or another address
                 await self._members.remove(name)
             elif self._members.has(name):
                 self._members.leave(name)

@@ -311,7 +311,7 @@ class Placement:
 
     def end(self) -> None:
         """Give back all places that are still taken."""
-        if not self._decoding:  # it is given back last
+        if not self._decoding:  # this place is given back last, so all are
             return
         self.granted()
         self.prefilled()

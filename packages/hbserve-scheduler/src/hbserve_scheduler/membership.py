@@ -110,7 +110,7 @@ class Membership:
         if self.has(instance_id):
             self._watch(instance_id)
         elif instance_id in self._fleet.handles:
-            self.leave(instance_id, for_good=False)  # which is at once
+            self.leave(instance_id, for_good=False)  # it is not reachable, so it is removed at once
 
     async def _describe(self, address: str) -> InstanceInfo:
         client = self._fleet.make_client(address)
