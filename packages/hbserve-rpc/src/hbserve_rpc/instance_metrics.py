@@ -2,45 +2,59 @@
 
 from collections.abc import Iterator, Sequence
 from operator import attrgetter
-from typing import get_args
+from typing import Literal, get_args
 
 from hbserve_rpc.messages import InstanceStats, InstanceStatus
 from hbserve_rpc.metrics_text import Family
 
 LABELS = ["instance_id", "role"]
 GAUGES = {
-    "instance_active_requests": "active_requests",
-    "instance_waiting_requests": "waiting_requests",
-    "instance_running_requests": "running_requests",
-    "kv_blocks": "num_blocks",
-    "kv_blocks_free": "free_blocks",
-    "kv_blocks_quarantined": "quarantined_blocks",
-    "kv_transfers_active": "active_transfers",
-    "kv_lookup_buffer_bytes": "buffered_bytes",
+    "instance_active_requests": ("active_requests", "Requests that the instance has."),
+    "instance_waiting_requests": ("waiting_requests", "Requests that wait in the instance to be computed."),
+    "instance_running_requests": ("running_requests", "Requests that the instance computes."),
+    "kv_blocks": ("num_blocks", "KV blocks of the instance."),
+    "kv_blocks_free": ("free_blocks", "KV blocks that may be given out, those of the prefix cache included."),
+    "kv_blocks_quarantined": ("quarantined_blocks", "KV blocks that a failed transfer might still write to."),
+    "kv_transfers_active": ("active_transfers", "KV transfers under way."),
+    "kv_lookup_buffer_bytes": ("buffered_bytes", "Bytes in the KV lookup buffer."),
 }
+"""Field of the stats, and description, by name of the metric without prefix."""
 COUNTERS = {
-    "instance_requests": "total_requests",
-    "instance_generation_tokens": "generated_tokens",
-    "instance_prompt_tokens": "prefill_tokens",
-    "instance_prompt_tokens_cached": "cached_tokens",
-    "instance_preemptions": "preemptions",
-    "kv_bytes_sent": "kv_bytes_sent",
-    "kv_bytes_received": "kv_bytes_received",
-    "kv_transfer_busy_seconds": "kv_transfer_time_s",
-    "kv_transfers_failed": "failed_transfers",
-    "kv_messages_dropped": "dropped_messages",
-    "instance_rpc_frames_dropped": "rpc.dropped_frames",
-    "instance_rpc_notifications_failed": "rpc.failed_notifications",
-}
-"""Field of the stats, by name of the metric without prefix and suffix."""
+    "instance_requests": ("total_requests", "Requests that the instance was given."),
+    "instance_generation_tokens": ("generated_tokens", "Tokens that the instance has generated."),
+    "instance_prompt_tokens": ("prefill_tokens", "Prompt tokens that the instance has computed."),
+    "instance_prompt_tokens_cached": ("cached_tokens", "Prompt tokens that were found in the prefix cache."),
+    "instance_preemptions": ("preemptions", "Requests that lost their KV blocks, and were computed again."),
+    "kv_bytes_sent": ("kv_bytes_sent", "Bytes of KV that the instance has sent."),
+    "kv_bytes_received": ("kv_bytes_received", "Bytes of KV that the instance has received."),
+    "kv_transfer_busy_seconds": ("kv_transfer_time_s", "Seconds that KV transfers took, added over transfers."),
+    "kv_transfers_failed": ("failed_transfers", "KV transfers that failed, those of aborted requests included."),
+    "kv_messages_dropped": ("dropped_messages", "Messages that the KV lookup buffer has dropped."),
+    "instance_rpc_frames_dropped": (
+        "rpc.dropped_frames", "RPC messages that were unreadable, or of a client that is not known."
+    ),
+    "instance_rpc_notifications_failed": (
+        "rpc.failed_notifications", "RPC notifications that were refused, or whose handler failed."
+    ),
+}  # fmt: skip
+"""The same for counters, whose names do not have their suffix either."""
+KINDS: dict[Literal["gauge", "counter"], dict[str, tuple[str, str]]] = {"gauge": GAUGES, "counter": COUNTERS}
 
 
 def instance_metrics(instances: Sequence[InstanceStats]) -> Iterator[Family]:
-    up = Family("hbserve:instance_up", "gauge", "1 while it is ready.", LABELS)
-    is_in = Family("hbserve:instance_state", "gauge", "1 for the state that it is in.", [*LABELS, "state"])
-    tokens = Family("hbserve:iteration_tokens_total", "histogram", "Tokens computed in one step.", LABELS)
-    lag = Family("hbserve:instance_event_loop_lag_seconds", "histogram", "How late it was.", LABELS)
-    states = Family("hbserve:kv_blocks_by_state", "gauge", "Their sum is kv_blocks.", [*LABELS, "state"])
+    up = Family("hbserve:instance_up", "gauge", "1 while the instance is ready.", LABELS)
+    is_in = Family(
+        "hbserve:instance_state", "gauge", "1 for the state that the instance is in, 0 for others.", [*LABELS, "state"]
+    )
+    tokens = Family(
+        "hbserve:iteration_tokens_total", "histogram", "Tokens that one step of the engine computes.", LABELS
+    )
+    lag = Family(
+        "hbserve:instance_event_loop_lag_seconds", "histogram", "How late the event loop ran what was due.", LABELS
+    )
+    states = Family(
+        "hbserve:kv_blocks_by_state", "gauge", "KV blocks by state; their sum is kv_blocks.", [*LABELS, "state"]
+    )
     for each in instances:
         of = each.instance_id, each.role
         up.add(int(each.status == "ready"), *of)
@@ -52,16 +66,12 @@ def instance_metrics(instances: Sequence[InstanceStats]) -> Iterator[Family]:
         for state, count in block_states(each).items():
             states.add(count, *of, state)
     yield from (up, is_in, tokens, lag, states)
-    for name, field in GAUGES.items():
-        family = Family(f"hbserve:{name}", "gauge", f"Of each instance: {field}.", LABELS)
-        for each in instances:
-            family.add(getattr(each, field), each.instance_id, each.role)
-        yield family
-    for name, field in COUNTERS.items():
-        family = Family(f"hbserve:{name}", "counter", f"Of each instance: {field}.", LABELS)
-        for each in instances:
-            family.add(attrgetter(field)(each), each.instance_id, each.role)
-        yield family
+    for kind, metrics in KINDS.items():
+        for name, (field, description) in metrics.items():
+            family = Family(f"hbserve:{name}", kind, description, LABELS)
+            for each in instances:
+                family.add(attrgetter(field)(each), each.instance_id, each.role)
+            yield family
 
 
 def block_states(stats: InstanceStats) -> dict[str, int]:

@@ -15,7 +15,7 @@ from hbserve.server.http.http_figures import http_metrics
 from hbserve.server.service import ServedModel, Service
 from hbserve_rpc.messages import InstanceInfo, SchedulerStats
 from hbserve_rpc.metrics_text import CONTENT_TYPE, Family, text_of
-from hbserve_scheduler.metrics import deployment_metrics
+from hbserve_scheduler.metrics import HISTOGRAMS, deployment_metrics
 
 ONLY_OURS = ("kv_", "reservation_", "request_attempts", "event_loop_")
 """Beginnings of the names of histograms that vLLM has not."""
@@ -31,7 +31,7 @@ async def show_metrics(request: Request) -> Response:
 
 def _families(service: Service, stats: SchedulerStats | None) -> Iterator[Family]:
     model = service.model
-    up = Family("hbserve:up", "gauge", "1 while new requests are taken.")
+    up = Family("hbserve:up", "gauge", "1 while the server takes new requests.")
     up.add(int(model is not None and not service.draining))
     yield up
     if model is not None and stats is not None:
@@ -53,7 +53,7 @@ class _Aliases:
         yield from self._counters()
         for name, histogram in self._stats.histograms.items():
             if not name.startswith(ONLY_OURS):
-                family = Family(f"vllm:{name}", "histogram", "Of requests that have all of their tokens.", OF_VLLM)
+                family = Family(f"vllm:{name}", "histogram", HISTOGRAMS[name], OF_VLLM)
                 family.add_histogram(histogram, *self._labels(0))
                 yield family
 
@@ -66,10 +66,17 @@ class _Aliases:
         yield self._with("num_requests_waiting", "gauge", {"": stats.waiting_requests})
         waiting = {"capacity": stats.waiting_requests, "deferred": 0}
         yield self._with("num_requests_waiting_by_reason", "gauge", waiting, "reason")
-        usage = Family("vllm:kv_cache_usage_perc", "gauge", "Part of the KV blocks in use, 0 to 1.", OF_VLLM)
+        usage = Family("vllm:kv_cache_usage_perc", "gauge", "Part of the KV blocks that are in use, 0 to 1.", OF_VLLM)
         sizes = ["block_size", "num_gpu_blocks"]
-        config = Family("vllm:cache_config_info", "gauge", "Always 1.", [*OF_VLLM, *sizes])
-        tokens = Family("vllm:iteration_tokens_total", "histogram", "Tokens computed in one step.", OF_VLLM)
+        config = Family(
+            "vllm:cache_config_info",
+            "gauge",
+            "Always 1; its labels are the settings of the KV cache.",
+            [*OF_VLLM, *sizes],
+        )
+        tokens = Family(
+            "vllm:iteration_tokens_total", "histogram", "Tokens that one step of the engine computes.", OF_VLLM
+        )
         for i, each in enumerate(stats.instances):
             labels = self._labels(i)
             info = self._infos.get(each.instance_id, InstanceInfo(each.instance_id, each.role, "", each.status))
@@ -105,7 +112,7 @@ class _Aliases:
     ) -> Family:
         """`values` by what `label` says, or one value."""
         labels = OF_VLLM if label is None else [*OF_VLLM, label]
-        family = Family(f"vllm:{name}", kind, "As hbserve: has it, under vLLM's name.", labels)
+        family = Family(f"vllm:{name}", kind, "HBServe's figure for vLLM's metric of this name.", labels)
         for of, value in values.items():
             family.add(value, *self._labels(0), *([of] if label else []))
         return family

@@ -51,22 +51,34 @@ class HttpFigures:
 def http_metrics(counts: Iterable[HttpCounts]) -> Iterator[Family]:
     """What /metrics says of them."""
     found = list(counts)
-    requests = Family("http_requests", "counter", "HTTP requests.", ["method", "status", "handler"])
+    requests = Family(
+        "http_requests",
+        "counter",
+        "HTTP requests, by method, class of status, and path.",
+        ["method", "status", "handler"],
+    )
     for each in found:
         requests.add(sum(each.seconds.counts), each.method, each.status, each.path)
     yield requests
     sizes = {"request": "request_bytes", "response": "response_bytes"}
     for what, field in sizes.items():
-        family = Family(f"http_{what}_size_bytes", "summary", f"Of the {what}'s body.", ["handler"])
+        family = Family(f"http_{what}_size_bytes", "summary", f"Bytes of the bodies of {what}s.", ["handler"])
         for path in sorted({each.path for each in found}):
             same = [each for each in found if each.path == path]
             count = sum(sum(each.seconds.counts) for each in same)
             family.add_summary(count, sum(getattr(each, field) for each in same), path)
         yield family
-    of_all = Family("http_request_duration_highr_seconds", "histogram", "Of all requests.")
+    of_all = Family(
+        "http_request_duration_highr_seconds", "histogram", "Time until the end of the answer, of all requests."
+    )
     of_all.add_histogram(_total(found))
     yield of_all
-    by_path = Family("http_request_duration_seconds", "histogram", "By path and method.", ["method", "handler"])
+    by_path = Family(
+        "http_request_duration_seconds",
+        "histogram",
+        "Time until the end of the answer, by path and method.",
+        ["method", "handler"],
+    )
     for method, path in sorted({(each.method, each.path) for each in found}):
         same = [each for each in found if (each.method, each.path) == (method, path)]
         by_path.add_histogram(_total(same), method, path, bounds=COARSE_BOUNDS)
