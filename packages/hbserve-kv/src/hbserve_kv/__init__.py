@@ -1,7 +1,7 @@
 """KV-cache transfer between LLM engines: blocks of a paged pool, or whole tensors, over several backends.
 
-What is not needed to configure transfers is imported with the first name that is asked for, and torch with the first
-tensor: it is an extra, without which `ipc` and `mooncake` serve host memory.
+Names that are not needed to configure transfers are imported when they are first used. torch is an extra and is
+imported with the first tensor; without it, `ipc` and `mooncake` serve host memory.
 """
 
 from importlib import import_module
@@ -89,7 +89,7 @@ _LATER = {
 
 
 def __getattr__(name: str) -> Any:
-    """Called for names that are not here yet (PEP 562)."""
+    """Import a name of `_LATER` when it is first used (PEP 562)."""
     if name not in _LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = found = getattr(import_module(f"{__name__}.{_LATER[name]}"), name)

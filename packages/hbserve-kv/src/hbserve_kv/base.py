@@ -24,29 +24,31 @@ class KVTransferBase(ABC):
         self.options = options
 
     async def start(self) -> None:  # noqa: B027  optional
-        """Called once, before anything else."""
+        """Prepare the backend. Called once, before anything else."""
 
     async def close(self) -> None:  # noqa: B027  optional
-        """Called once, after everything else; must end what `send` and `receive` still wait for."""
+        """Release everything. Called once, after everything else; must end what `send_kv_cache` and `receive_kv_cache`
+        still wait for."""
 
     def describe(self) -> bytes:
-        """What a peer needs to reach this rank, for example an address. Sent to each peer at its handshake."""
+        """Return what a peer needs to reach this rank, for example an address. It is sent to each peer at the
+        handshake."""
         return b""
 
     async def connect(self, rank: int, description: bytes) -> None:  # noqa: B027  optional
-        """Called on both sides with a peer's `rank` and `describe()`, before the two exchange anything.
+        """Prepare for a peer, given its `rank` and its `describe()`.
 
-        Called again when the peer was restarted.
+        Called on both sides before the two exchange anything, and again when the peer was restarted.
         """
 
     @abstractmethod
     async def send_kv_cache(self, request_id: str, kv_buffer: "torch.Tensor", target_rank: int) -> None:
         """Send `kv_buffer` to the rank whose `receive_kv_cache` names the same `request_id`.
 
-        HBServe calls this once for each part of a transfer, with an id that it uses once only,
-        so a backend need not keep any order. The buffer is contiguous, of dtype uint8 and shape (num_blocks,
-        block_bytes), on the CPU or a CUDA device; it may be read until this returns, and not longer. It may return
-        before the peer has received, and is cancelled when the peer will not.
+        HBServe calls this once for each part of a transfer, with an id that it uses only once, so a backend need not
+        keep any order. The buffer is contiguous, of dtype uint8 and shape (num_blocks, block_bytes), on the CPU or a
+        CUDA device. The method may read it until it returns, and no longer. It may return before the peer has received
+        the data. It is cancelled when the peer will not receive it.
 
         Raises:
             Exception: any error fails the transfer; the receiver is told.
@@ -54,8 +56,8 @@ class KVTransferBase(ABC):
 
     @abstractmethod
     async def receive_kv_cache(self, request_id: str, source_rank: int) -> "torch.Tensor":
-        """The tensor that `source_rank` sent under `request_id`: same bytes, any shape and device.
+        """Return the tensor that `source_rank` sent under `request_id`: the same bytes, in any shape and on any device.
 
-        May be called before or after the peer's send; returns when the tensor is there. Is cancelled when the transfer
-        is given up. Anything other than a tensor of the same number of bytes fails the transfer.
+        May be called before or after the peer's send; returns when the tensor is there. It is cancelled when the
+        transfer is given up. Anything other than a tensor of the same number of bytes fails the transfer.
         """

@@ -2,8 +2,8 @@
 
 Each row is a whole transfer, from the grant to the acknowledged commit; "moving" is the part of it in which bytes move.
 
-What a receiver waits for is less: an instance has opened the transfer while it computes the blocks, and the receiver
-goes on when the commit arrives, not when it has been answered. `Sender.hand_over` measures that.
+A receiver waits for less than that: an instance opens the transfer while it computes the blocks, and the receiver goes
+on when the commit arrives, not when it has been answered. `Sender.hand_over` measures that.
 """
 
 import argparse
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 DEADLINE_S = 120.0
 MIB = 1 << 20
 COMPUTING_CYCLES = 20_000_000
-"""Of the device, some 10 ms: while it is busy, the copies of a part are queued."""
+"""GPU clock cycles, some 10 ms, for which the GPU is kept busy, so that the copies of a part are queued meanwhile."""
 RECEIVER = (sys.executable, "-P", "-m", "hbserve_kv.bench", "--receive")
 
 
@@ -44,12 +44,12 @@ class Settings(msgspec.Struct, frozen=True):
     block_bytes: int = 2 * MIB
     checksum: bool = False
     peer_device: str = ""
-    """Of the receiving process; "": the same."""
+    """Device of the receiving process; "": the same as `device`."""
     num_layers: int = 0
-    """Of pools that are layer-major, keys and values of each layer apart; 0: a block is one piece."""
+    """Layers of a layer-major pool, with keys and values of each layer apart; 0: a block is one piece."""
 
     def of_peer(self) -> "Settings":
-        """As the other process has them."""
+        """Return the settings of the receiving process."""
         return msgspec.structs.replace(self, device=self.peer_device or self.device)
 
 
@@ -57,14 +57,14 @@ class Settings(msgspec.Struct, frozen=True):
 class Measurement:
     num_bytes: int
     time_s: float
-    """Of the whole transfer."""
+    """Duration of the whole transfer, from opening it to the acknowledged commit."""
     moving_s: float
     behind_s: float
-    """From when the blocks were computed until the receiver had them all."""
+    """Time from when the blocks were computed until the receiver had them all."""
 
 
 def make_pool(settings: Settings) -> "torch.Tensor":
-    """(num_blocks, block_bytes) uint8, every page touched."""
+    """Make a uint8 tensor (num_blocks, block_bytes), and touch every page of it."""
     import torch
 
     make: Any = shared_empty if settings.device == "cpu" else torch.empty
@@ -81,7 +81,7 @@ def make_manager(settings: Settings, rank: int, pool: "torch.Tensor") -> KVTrans
 
 
 def chosen_blocks(settings: Settings, count: int, scattered: bool, seed: int) -> list[int]:
-    """`count` blocks of the pool: neighbours, or in random order."""
+    """Choose `count` blocks of the pool: neighbours, or blocks in random order."""
     ids = list(range(settings.num_blocks))
     if scattered:
         random.Random(seed).shuffle(ids)
@@ -89,8 +89,8 @@ def chosen_blocks(settings: Settings, count: int, scattered: bool, seed: int) ->
 
 
 async def receive(settings: Settings) -> None:
-    """The receiving process: a line of JSON with block ids on stdin is one transfer; its grant goes to stdout, and then
-    when it was all there, by the clock that processes of a host share."""
+    """Run the receiving process. Each line on stdin, a JSON list of block ids, is one transfer. Its grant is written to
+    stdout, and then the time at which all of it was there, by the clock that processes of a host share."""
     manager = make_manager(settings, 1, make_pool(settings))
     await manager.start()
     try:
@@ -109,7 +109,7 @@ async def receive(settings: Settings) -> None:
 
 
 class _Computed:
-    """What the blocks of a transfer wait for, from now on: nothing, or some work of the device."""
+    """Work that the blocks of a transfer wait for, begun now: some of the GPU, or none."""
 
     def __init__(self, device: str = "cpu") -> None:
         self.ready: Any = None
@@ -128,26 +128,27 @@ class _Computed:
             self.ready.record()
 
     def ended_s(self) -> float:
-        """When it was done, once it is: by the device's own clock, for the host would look too late."""
+        """Return when the work was done, once it is; by the device's own clock, because the host would look too
+        late."""
         return self._began_s if self.ready is None else self._began_s + self._began.elapsed_time(self.ready) / 1e3
 
 
 class Sender:
-    """This process, which sends to one that it has started. Made by `sender`."""
+    """The sending process: this one, which sends to one that it has started. Made by `sender`."""
 
     def __init__(self, manager: KVTransferManager, process: asyncio.subprocess.Process, device: str) -> None:
-        """device: of the manager's pool."""
+        """`device` is the device of the manager's pool."""
         self.manager = manager
         self._process = process
         self._device = device
         self._number = 0
 
     async def transfer(self, source: Sequence[int], target: Sequence[int]) -> Measurement:
-        """Of blocks that are there."""
+        """Measure a transfer of blocks that are there already."""
         return await self._transfer(source, target, "cpu")
 
     async def hand_over(self, source: Sequence[int], target: Sequence[int]) -> Measurement:
-        """Of blocks that are computed, on a GPU, while the transfer is begun, as instances do."""
+        """Measure a transfer that is begun while a GPU still computes its blocks, as instances do."""
         return await self._transfer(source, target, self._device)
 
     async def _transfer(self, source: Sequence[int], target: Sequence[int], device: str) -> Measurement:
@@ -171,8 +172,8 @@ class Sender:
 
 @contextlib.asynccontextmanager
 async def sender(settings: Settings, receiver: Sequence[str] = RECEIVER) -> AsyncIterator[Sender]:
-    """Start the receiving process, by the command `receiver` and its settings, and a manager here; both end with the
-    context."""
+    """Start a manager here, and the receiving process by the command `receiver` with its settings as an argument. Both
+    end with the context."""
     manager = make_manager(settings, 0, make_pool(settings))
     await manager.start()
     pipe = asyncio.subprocess.PIPE
@@ -194,7 +195,7 @@ async def sender(settings: Settings, receiver: Sequence[str] = RECEIVER) -> Asyn
 async def measure(
     settings: Settings, num_bytes: int, scattered: bool, num_rounds: int
 ) -> tuple[list[Measurement], str]:
-    """`measure_with` a process that is started for it."""
+    """Do what `measure_with` does, with a receiving process that is started for it."""
     async with sender(settings) as there:
         return await measure_with(there, settings, num_bytes, scattered, num_rounds)
 
@@ -202,7 +203,8 @@ async def measure(
 async def measure_with(
     there: Sender, settings: Settings, num_bytes: int, scattered: bool, num_rounds: int
 ) -> tuple[list[Measurement], str]:
-    """Rounds after one that warms up, and what carried them; `there` was made by these settings."""
+    """Return the measured rounds, after one that warms up, and what carried the bytes. `there` must have been made with
+    these settings."""
     count = max(1, num_bytes // settings.block_bytes)
     source, target = (chosen_blocks(settings, count, scattered, seed) for seed in (1, 2))
     await there.transfer(source, target)
@@ -261,7 +263,7 @@ def main() -> None:
         return
     try:
         asyncio.run(run(arguments))
-    except (HBServeKVError, RuntimeError) as error:  # the latter by torch: no such device, or no memory
+    except (HBServeKVError, RuntimeError) as error:  # torch raises RuntimeError: no such device, or no memory
         parser.exit(1, f"{error}\n")
 
 

@@ -10,7 +10,7 @@ from hbserve_rpc.address import is_own_address
 from hbserve_rpc.settings import PORT, Bounds, KVTransferSettings, misfits
 
 GOODBYE_TIMEOUT_S = 1.0
-"""What a manager that is closed gives its peers to hear how their transfers ended, on either side."""
+"""How long a manager that is being closed gives its peers, on either side, to hear how their transfers ended."""
 
 
 class KVTransferBackend(StrEnum):
@@ -21,39 +21,39 @@ class KVTransferBackend(StrEnum):
     MOONCAKE = "mooncake"
     """Mooncake's TransferEngine: one-sided writes over TCP or RDMA."""
     IPC = "ipc"
-    """Between processes of one host: the receiver's memory is mapped, by CUDA IPC on GPUs, and written directly."""
+    """Direct writes between processes of one host: the sender maps the receiver's memory, by CUDA IPC on GPUs."""
     AUTO = "auto"
-    """For each pair the first that works: ipc on one host, mooncake where there is RDMA, nccl."""
+    """The first backend that works for each pair: ipc on one host, mooncake where there is RDMA, else nccl."""
 
 
 class KVTransferConfig(KVTransferSettings, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How one instance moves KV.
+    """Settings of one instance for moving KV.
 
     Raises:
-        ValueError: names the field, the value and what is allowed.
+        ValueError: a value is wrong; names the field, the value and what is allowed.
     """
 
     host: str = "127.0.0.1"
-    """Address that the control server binds, and that peers are told: an IP address without brackets, or a name."""
+    """Address that the control server binds and that peers are given: an IP address without brackets, or a name."""
     port: Annotated[int, PORT] = 0
     """Port of the control server; 0 lets the OS choose."""
     keys: Keys | None = None
-    """Of an instance: then the control server lets in only instances that have keys too. Without, anybody who reaches
-    it."""
+    """Keys of this instance. With keys, the control server lets in only instances that have keys too; without, anybody
+    who reaches it."""
     expiry_s: Annotated[float, Bounds(0.0)] = 120.0
-    """What nobody comes for in this time is given up: an unexpected transfer that was not asked for is dropped from the
-    lookup buffer, and a posted receive fails whose senders have not all begun."""
+    """Seconds after which a transfer is given up for which the other side has not come: an unexpected one that nobody
+    has asked for is dropped from the lookup buffer, and a posted receive fails if not all of its senders have begun."""
 
     def __post_init__(self) -> None:
         for _, problem in misfits(self):
             raise ValueError(problem)
 
     def check_host(self) -> None:
-        """Refuse what cannot work, before anything waits for it. May ask a name server.
+        """Refuse a `host` that cannot work, before anything waits for it. May ask a name server.
 
         Raises:
-            AddressNotAvailable: `host` is no address, none that peers could reach (0.0.0.0, ::), none of this machine,
-                or a name that nobody knows.
+            AddressNotAvailable: `host` is not an address, not one that peers could reach (0.0.0.0, ::), not one of this
+                machine, or an unknown name.
         """
         try:
             check_peer_host(self.host)

@@ -1,13 +1,13 @@
 """Errors of hbserve_kv.
 
 HBServeKVError
-├── BackendUnavailable (ImportError)   a backend, or a library that it needs, is missing; says what cures it
+├── BackendUnavailable (ImportError)   a backend, or a library that it needs, is missing; says how to cure that
 ├── FingerprintMismatch (ValueError)   the peer's KV means something else; names the field and both values
 ├── TransferFailed (ConnectionError)   a transfer ended without its data; says the first cause
 ├── TransferTimeout (TimeoutError)     nothing came, or no room was given, before the deadline
 ├── AddressNotAvailable (OSError)      this machine does not have the address, or no peer could reach it there
 ├── BufferTooSmall (ValueError)        a message cannot fit the peer's lookup buffer, even when that is empty
-└── BufferTooLarge (MemoryError)       this machine has not the memory for the lookup buffer that is configured
+└── BufferTooLarge (MemoryError)       this machine does not have the memory for the configured lookup buffer
 """
 
 

@@ -1,4 +1,4 @@
-"""KVTransferManager: everything that one instance sends and receives."""
+"""`KVTransferManager`, which does everything that one instance sends and receives."""
 
 import asyncio
 import logging
@@ -37,12 +37,12 @@ logger = logging.getLogger(__name__)
 
 
 class KVTransferManager(KVTransferBase):
-    """All transfers of one instance; under tensor parallelism, of one of its ranks. Belongs to the event loop that ran
-    `start`: call every method there. `async with` starts and closes it.
+    """Manager of all transfers of one instance; under tensor parallelism, of one of its ranks. It belongs to the event
+    loop that ran `start`: call every method there. `async with` starts and closes it.
 
-    Engines move blocks of their pool: the receiver calls `post_receive` and passes the grant on; the sender calls
-    `open_send` with it, `push`es as blocks fill, and `commit`s. To move whole tensors instead, use `send_kv_cache` and
-    `receive_kv_cache`, in any order; these go through the lookup buffer.
+    Engines move blocks of their pool. The receiver calls `post_receive` and passes the grant to the sender; the sender
+    calls `open_send` with it, `push`es blocks as they fill, and `commit`s. To move whole tensors instead, use
+    `send_kv_cache` and `receive_kv_cache`, in any order; these go through the lookup buffer.
     """
 
     def __init__(
@@ -57,12 +57,12 @@ class KVTransferManager(KVTransferBase):
         transport: Transport | None = None,
         name: str = "",
     ) -> None:
-        """`pool`: a PoolLayout; or one contiguous tensor (num_blocks, …), whose block i is `pool[i]`. It is on a GPU,
+        """`pool` is a PoolLayout, or one contiguous tensor (num_blocks, …) whose block i is `pool[i]`. It is on a GPU,
         or on the CPU, where it need not be a torch tensor. It must stay where it is until `close`.
 
-        `fingerprint` says what the bytes mean; both sides must have the same. `heads`: under tensor parallelism, the KV
-        heads that this rank's pool (num_blocks, …, heads.count, head_dim) holds. `transport` replaces the one that
-        `config.backend` names. `name`: receivers may grant transfers to this name.
+        `fingerprint` says what the bytes mean; both sides must have the same. `heads` are the KV heads that this rank's
+        pool (num_blocks, …, heads.count, head_dim) holds under tensor parallelism. `transport` replaces the one that
+        `config.backend` names. `name` is a name to which receivers may grant transfers.
 
         Raises:
             BackendUnavailable: the configured backend, or a library that it needs, is missing.
@@ -90,14 +90,14 @@ class KVTransferManager(KVTransferBase):
         self._claims: set[Claim] = set()
         self._addresses: dict[int, str] = {}
         self._outgoing: set[SendTransfer] = set()
-        """Sent transfers, until their receivers know how they ended."""
+        """Transfers that this side sends, until their receivers know how they ended."""
         self._sent, self._received, self._failed, self._busy_time_s = 0, 0, 0, 0.0
         self._is_started = self._closed = False
         self._loop: asyncio.AbstractEventLoop | None = None
-        """The loop that `start` ran in."""
+        """The loop that `start` ran in; None before."""
 
     def _make_peers(self, transports: Mapping[str, Transport]) -> Peers:
-        """The peers, to which these transports send."""
+        """Make the set of peers to which this instance sends by these transports."""
         return Peers(self._me, lambda: self.address, transports, self.config.timeout_s, self.config.keys)
 
     async def start(self) -> None:
@@ -105,7 +105,7 @@ class KVTransferManager(KVTransferBase):
 
         Raises:
             AddressInUse, AddressNotAvailable, BackendUnavailable.
-            RuntimeError: it was started, or closed, before.
+            RuntimeError: the manager was started, or closed, before.
         """
         if self._loop is not None or self._closed:
             raise RuntimeError(f"this manager {'is closed' if self._closed else 'was started before'}")
@@ -134,13 +134,13 @@ class KVTransferManager(KVTransferBase):
             raise
 
     async def transfer_to_itself(self) -> None:
-        """Move one block of the pool to another by each transport, as between two instances, and leave no trace: no
-        link, no byte in `stats`, and the pool as it was. To be called after `start`, before there are peers.
+        """Check each transport: move one block of the pool to another, as between two instances. This leaves no trace:
+        no link, no byte in `stats`, and the pool as it was. Call it after `start`, before there are peers.
 
         Custom backends are left out, because they need not be able to do so: see `Transport.connects_to_itself`.
 
         Raises:
-            BackendUnavailable: says by which transport a block does not arrive, and why.
+            BackendUnavailable: a block does not arrive; says by which transport, and why.
         """
         self._require_open("to itself")
         for name, transport in self._transports.items():
@@ -159,8 +159,8 @@ class KVTransferManager(KVTransferBase):
     async def close(self) -> None:
         """End every transfer and leave no thread, socket or task behind. May be called twice.
 
-        Peers are told, and have a second or two to answer. A part that is moving to a frozen peer is waited for until
-        its transport ends it (mooncake: `timeout_s`), because it reads the pool.
+        Peers are told, and have a second or two to answer. If a part is moving to a frozen peer, this waits until the
+        transport ends it (mooncake: after `timeout_s`), because the part reads the pool.
         """
         if self._closed:
             return
@@ -174,7 +174,7 @@ class KVTransferManager(KVTransferBase):
             transfer.state.fail("the sender was closed")
         if outgoing:
             await asyncio.wait([transfer.result for transfer in outgoing], timeout=GOODBYE_TIMEOUT_S)
-        # Those that still wait for their peer's answer do so only while there is a link to it.
+        # Transfers that still wait for their peer's answer do so only while there is a link to it.
         await self._peers.close()
         await asyncio.gather(*(task for transfer in outgoing for task in transfer.tasks), self._offers.closed())
         await self._receiver.say_goodbye()
@@ -197,22 +197,22 @@ class KVTransferManager(KVTransferBase):
         return self._server.address
 
     async def _alive(self, _: Nothing) -> Alive:
-        """Answer a receiver that has lost this sender: see `receiving/quarantine.py`."""
+        """Answer a receiver that has lost its link to this sender: see `receiving/quarantine.py`."""
         return Alive(self.epoch, self._peers.writing())
 
     # ---- links ahead of transfers --------------------------------------------------------------------------------
 
     @property
     def endpoint(self) -> bytes:
-        """Where this rank receives, for a sender's `open_link`. `join_grants` joins those of several ranks."""
+        """Address at which this rank receives, for a sender's `open_link`. `join_grants` joins those of several."""
         self._require_open("to an endpoint")
         return msgspec.msgpack.encode(Grant("", self.address, self.epoch, self.heads))
 
     async def open_link(self, endpoint: bytes) -> None:
         """Connect to a receiver before the first transfer, which then need not wait for what is done only once.
 
-        If the receiver has several ranks, connects to those that want heads of this one. Returns at once if they are
-        connected; after a failure, makes no further attempt for a while.
+        If the receiver has several ranks, this connects to those that want heads of this one. It returns at once if
+        they are connected; after a failure, it makes no further attempt for a while.
 
         Raises:
             FingerprintMismatch: the receiver's KV means something else.
@@ -227,12 +227,12 @@ class KVTransferManager(KVTransferBase):
     def post_receive(
         self, transfer_id: str, block_ids: Sequence[int], *, may_be_partial: bool = False, sender: str = ""
     ) -> PostedReceive:
-        """Expect one transfer into these blocks of the pool; with no blocks, only its commit. `sender`: the name of the
-        only instance that may send it; if that one had connected and is lost before it begins, the transfer fails then,
-        and not only after `config.expiry_s`.
+        """Expect one transfer into these blocks of the pool; with no blocks, only its commit. `sender` is the name of
+        the only instance that may send it. If that one had connected and is lost before it begins, the transfer fails
+        at once, not only after `config.expiry_s`.
 
-        A commit with fewer blocks fails the transfer. With `may_be_partial` it does not, and the result says so in
-        `TransferResult.is_partial`: whether the missing blocks are needed is for the caller to decide.
+        A commit with fewer blocks fails the transfer. With `may_be_partial` it does not; `TransferResult.is_partial` is
+        then true, and the caller decides whether the missing blocks are needed.
 
         Raises:
             ValueError: the id is in use, or a block is outside the pool or appears twice.
@@ -247,23 +247,23 @@ class KVTransferManager(KVTransferBase):
         return PostedReceive(transfer, msgspec.msgpack.encode(grant))
 
     async def open_send(self, transfer_id: str, grant: bytes | Sequence[bytes]) -> SendTransfer:
-        """Begin the transfer that `grant` allows; connects to its receiver if necessary.
+        """Begin the transfer that `grant` allows. Connects to its receiver if necessary.
 
         If the receiver has several ranks, `grant` is the grants of all of them, in a list or joined by `join_grants`.
-        Those that want heads of this rank get them: all accept the transfer, or none does.
+        The ranks that want heads of this one get them: all of these accept the transfer, or none does.
 
         Raises:
             FingerprintMismatch: the receiver's KV means something else.
             TransferFailed: the receiver is not there, was restarted, or has given up the transfer.
         """
         grants = [each for one in ([grant] if isinstance(grant, bytes) else grant) for each in read_grants(one)]
-        # If none is for this rank, the first receiver's refusal says what both have.
+        # If no grant is for this rank, the first receiver refuses and says which heads each side has.
         mine = [each for each in grants if self.heads.common(each.heads)] or grants[:1]
         return await self._open(Begin(transfer_id, link=""), [(each.address, each.epoch) for each in mine])
 
     def concerns(self, grant: bytes) -> bool:
-        """Whether this rank holds heads that the grant is for: under tensor parallelism, not every pair of ranks
-        does."""
+        """Whether this rank holds heads that the grant is for. Under tensor parallelism, not every pair of ranks has
+        heads in common."""
         return any(self.heads.common(each.heads) for each in read_grants(grant))
 
     def _require_open(self, transfer_id: str) -> None:
@@ -290,8 +290,8 @@ class KVTransferManager(KVTransferBase):
     def offer(self, transfer_id: str, *, lease_s: float = 30.0) -> Offer:
         """Offer a transfer whose receiver is not known yet: `push` its blocks, and `commit`.
 
-        It waits `lease_s` after the commit for a receiver, and `config.expiry_s` for a receiver that has claimed it to
-        have room. The engine has to pass the receiver what it needs to claim: the id, `address` and `epoch`.
+        After the commit, the offer waits `lease_s` for a receiver that claims it, and `config.expiry_s` for one that
+        has claimed it to have room. The engine has to pass on what a claim needs: the id, `address` and `epoch`.
 
         Raises:
             ValueError: the id is in use.
@@ -304,8 +304,8 @@ class KVTransferManager(KVTransferBase):
 
         If the sender has several ranks, `address` lists those that have heads of this one, each head once.
 
-        With an `epoch`, that life of the manager must offer it, now or in a moment; without, it may be offered at any
-        time within the manager's `expiry_s`.
+        With an `epoch`, that life of the manager must offer it, now or in a moment. Without one, it may be offered at
+        any time within the manager's `expiry_s`.
         """
         self._require_open(transfer_id)
         sources = [SourceRank(address, epoch)] if isinstance(address, str) else address
@@ -317,16 +317,16 @@ class KVTransferManager(KVTransferBase):
     # ---- whole tensors -------------------------------------------------------------------------------------------
 
     def add_peer(self, rank: int, address: str) -> None:
-        """Tell where a rank's manager is, which is needed to send to it by rank. Raises InvalidAddress, a
-        ValueError."""
+        """Note the address of a rank's manager, which is needed to send to it by rank. Raises InvalidAddress, which is
+        a ValueError."""
         parse_address(address)
         self._addresses[rank] = address
 
     async def send_kv_cache(self, request_id: str, kv_buffer: "torch.Tensor", target_rank: int) -> None:
-        """Send a tensor of any shape to the lookup buffer of `target_rank`; waits for room there.
+        """Send a tensor of any shape to the lookup buffer of `target_rank`. Waits for room there.
 
         Raises:
-            TransferFailed: the peer is unknown, lost, or has no room in time.
+            TransferFailed: the peer is unknown, is lost, or does not have room in time.
             BufferTooSmall: the tensor is larger than this side's lookup buffer.
         """
         if target_rank not in self._addresses:
@@ -350,11 +350,11 @@ class KVTransferManager(KVTransferBase):
             raise TransferFailed(f"{request_id}: {result.error}")
 
     async def receive_kv_cache(self, request_id: str, source_rank: int) -> "torch.Tensor":
-        """The tensor that was sent under this id: from the lookup buffer if it is there, else when it arrives.
+        """Return the tensor that was sent under this id: from the lookup buffer if it is there, else when it arrives.
 
         Raises:
             TransferTimeout: nothing arrived before the deadline.
-            TransferFailed: its sender failed, or describes it wrongly; or another call already waits for this id.
+            TransferFailed: the sender failed or describes it wrongly, or another call already waits for this id.
         """
         self._require_open(request_id)
         block_ids, result = await self._buffer.take(request_id)
@@ -394,7 +394,7 @@ class KVTransferManager(KVTransferBase):
         )
 
     def links(self) -> list[LinkInfo]:
-        """What carries the bytes to and from each connected peer."""
+        """Return what carries the bytes to and from each connected peer."""
         to = [(each.link, each.transport) for each in self._peers.links.values()]
         of = [(each.link, each.transport) for each in self._receiver.links.values()]
         return [LinkInfo(link.peer_rank, link.is_sender, by.name, link.summary) for link, by in [*to, *of]]

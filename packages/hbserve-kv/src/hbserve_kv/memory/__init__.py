@@ -1,1 +1,1 @@
-"""Memory that transfers read and write, and how its blocks are copied. Knows no peer."""
+"""Memory that transfers read and write, and how its blocks are copied. Nothing here knows about peers."""

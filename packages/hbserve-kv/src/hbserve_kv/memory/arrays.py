@@ -1,5 +1,6 @@
-"""Memory of others, as an address, a shape and strides: torch tensors, whatever has the buffer protocol, and whatever
-has `__dlpack__`. torch is needed for memory of a GPU only, and is not imported here: who brings tensors has it.
+"""Memory that others own, described by address, shape and strides: torch tensors, and objects that have the buffer
+protocol or `__dlpack__`. torch is needed only for memory of a GPU, and is not imported here: whoever passes a tensor
+has imported it.
 
 Structures: CPython's `Py_buffer` (PEP 3118), and `DLManagedTensor` of DLPack before version 1.
 """
@@ -13,36 +14,36 @@ from typing import Any
 
 DLPACK_CPU, DLPACK_PINNED = 1, 3
 PYBUF_RECORDS = 0x0018 | 0x0004 | 0x0001
-"""PyBUF_STRIDES, FORMAT, WRITABLE."""
+"""The flags PyBUF_STRIDES, PyBUF_FORMAT and PyBUF_WRITABLE, of which `PyBUF_RECORDS` consists."""
 
 
 @dataclass(frozen=True, eq=False)
 class Array:
     owner: Any
-    """Keeps the memory alive; a torch tensor, where there is one, tells the address anew after it was moved."""
+    """The object that keeps the memory alive. If it is a torch tensor, it also knows the address after a move."""
     start: int
-    """The address of its first element, as it was when this was made."""
+    """Address of the first element when this was made."""
     shape: tuple[int, ...]
     strides: tuple[int, ...]
-    """Of each dimension, in bytes."""
+    """Stride of each dimension, in bytes."""
     itemsize: int
     device: Any = None
-    """A torch device; None: the host, of a process that need not have torch."""
+    """The torch device; None: host memory, for which the process need not have torch."""
 
     @property
     def address(self) -> int:
-        """`share_memory_` moves a tensor."""
+        """Address of the first element now: `share_memory_` moves a tensor."""
         return int(self.owner.data_ptr()) if is_tensor(self.owner) else self.start
 
     @property
     def span(self) -> int:
-        """Bytes from its first to behind its last element."""
+        """Number of bytes from the beginning of the first element to the end of the last one."""
         steps = zip(self.shape, self.strides, strict=True)
         return self.itemsize + sum((size - 1) * stride for size, stride in steps)
 
     @property
     def dims(self) -> "Dims":
-        """Its dimensions, the widest stride first."""
+        """Dimensions of the array that have more than one place, the widest stride first."""
         named = [(stride, size) for stride, size in zip(self.strides, self.shape, strict=True) if size > 1]
         return sorted(named, reverse=True)
 
@@ -50,18 +51,20 @@ class Array:
 Dims = list[tuple[int, int]]
 """(stride in bytes, size) of each dimension that has more than one place, the widest first."""
 _MOST_STEPS = 1 << 12
-"""Of a comparison of two arrays."""
+"""Limit of steps for comparing two arrays."""
 
 
 def have_common_bytes(one: Array, other: Array) -> bool:
-    """Whether two arrays overlap, and do not only lie in between each other. Of strides that have nothing to do with
-    each other it sees what it can within some milliseconds."""
+    """Whether two arrays have bytes in common; arrays that only interleave do not.
+
+    If their strides are unrelated, the search ends after some milliseconds, and finds only what it can until then.
+    """
     steps = iter(range(_MOST_STEPS))
     return _meet(other.address - one.address, one.dims, one.itemsize, other.dims, other.itemsize, steps)
 
 
 def _meet(distance: int, one: Dims, size: int, other: Dims, other_size: int, steps: Iterator[int]) -> bool:
-    """distance: from the first byte of one to that of the other."""
+    """Whether elements meet. `distance` is from the first byte of `one` to that of `other`."""
     span, other_span = (
         bytes_ + sum(s * (n - 1) for s, n in dims) for dims, bytes_ in ((one, size), (other, other_size))
     )
@@ -87,8 +90,11 @@ def is_tensor(found: Any) -> bool:
 
 
 def as_array(found: Any) -> Array:
-    """Raises TypeError: it is no memory that this process can write, or on a GPU and no torch tensor; ValueError: it is
-    empty, its strides are not above 0, or numbers share a place."""
+    """Describe memory that someone else owns.
+
+    Raises TypeError: it is not memory that this process can write, or it is on a GPU and not a torch tensor.
+    Raises ValueError: it is empty, a stride is not above 0, or numbers share a place.
+    """
     array = _of_tensor(found) if is_tensor(found) else _of_buffer(found) or _of_dlpack(found)
     steps = zip(array.shape, array.strides, strict=True)
     if 0 in array.shape or any(stride <= 0 < size - 1 for size, stride in steps) or _overlaps(array):
@@ -118,7 +124,7 @@ def _of_tensor(tensor: Any) -> Array:
 
 
 _REFERENCES = re.compile(r"(^|[^a-zA-Z])O($|:)")
-"""In a format of the struct module, as it is for records of numpy too."""
+"""A reference to an object, in a format of the struct module; numpy describes its records in such formats too."""
 
 
 class _Buffer(ctypes.Structure):
@@ -149,7 +155,7 @@ def _of_buffer(found: Any) -> Array | None:
             f"pool: expected numbers, got references to objects ({type(found).__name__} of {view.format!r})"
         )
     raw = _Buffer()
-    # The view holds the memory for as long as it lives; this only asks where that is.
+    # The view keeps the memory for as long as it lives; this only asks for the address.
     api = ctypes.pythonapi
     if api.PyObject_GetBuffer(ctypes.py_object(view), ctypes.byref(raw), PYBUF_RECORDS):
         raise TypeError(f"pool: the memory of {type(found).__name__} cannot be described")
@@ -174,7 +180,8 @@ class _DLTensor(ctypes.Structure):
 
 
 def _of_dlpack(found: Any) -> Array:
-    """The capsule is never marked as used: it frees what it holds when it goes, as DLPack wants it then."""
+    """Describe memory that is exported by DLPack. The capsule is never marked as used, so it frees what it holds when
+    it is collected, as DLPack asks for."""
     if not hasattr(found, "__dlpack__"):
         raise TypeError(
             f"pool: expected torch tensors, or writable memory with the buffer protocol or __dlpack__, got "

@@ -1,7 +1,7 @@
-"""Blocks to blocks in one kernel of one GPU, which may write into another: each byte is read once and written once,
-wherever the pieces of a block lie on both sides.
+"""A GPU kernel that copies blocks to blocks, possibly into the memory of another GPU. It reads and writes each byte
+once, wherever the pieces of a block lie on either side.
 
-Imported on CUDA only: Triton is not there on every system that has no CUDA.
+This module is imported only where there is CUDA, because systems without CUDA may not have Triton.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from hbserve_kv.memory.layout import CopyPlan
 
 _WORDS = 4096
 _PIECE = 7
-"""Numbers of a piece: see `hbserve_kv.memory.layout.Piece`."""
+"""How many numbers describe a piece: see `hbserve_kv.memory.layout.Piece`."""
 
 
 @triton.jit(do_not_specialize=["num_units"])
@@ -33,7 +33,7 @@ def _copy(
     ALIGNED: tl.constexpr,
     WORDS: tl.constexpr,
 ):
-    """A program copies WORDS words of one piece of one unit."""
+    """Copy units of pieces; each program copies WORDS words of one piece of one unit."""
     number = tl.program_id(0)
     chunk = number % num_chunks
     piece = pieces + number // num_chunks % num_pieces * PIECE
@@ -42,21 +42,21 @@ def _copy(
     start = tl.load(piece) + here // source_ratio * tl.load(piece + 1) + here % source_ratio * tl.load(piece + 2)
     end = tl.load(piece + 3) + there // target_ratio * tl.load(piece + 4) + there % target_ratio * tl.load(piece + 5)
     word = chunk * WORDS + tl.arange(0, WORDS)
-    # Said of all three, or no load and no store takes more than one word at once.
+    # If one of the three hints is missing, each load and store takes only one word at once.
     start, end = tl.multiple_of(start, ALIGNED), tl.multiple_of(end, ALIGNED)
     inside = word < tl.multiple_of(tl.load(piece + 6), ALIGNED)
     tl.store(target + end + word, tl.load(source + start + word, mask=inside), mask=inside)
 
 
 class _Table:
-    """A plan's pieces on a device, in words."""
+    """The pieces of a plan as a tensor on a device, counted in words."""
 
     def __init__(self, plan: CopyPlan, source: int, target: int, device: Any) -> None:
         numbers = [number for piece in plan.pieces for number in piece]
         together = [source, target, *numbers]
         self.word_bytes = 8 if all(number % 8 == 0 for number in together) else 1
         self.aligned = 2 if all(number % 16 == 0 for number in together) else 1
-        """Words of which each place is a multiple."""
+        """Alignment, in words: each position and length is a multiple of it."""
         longest = max(piece.length for piece in plan.pieces) // self.word_bytes
         self.words = min(_WORDS, triton.next_power_of_2(longest))
         self.num_chunks = triton.cdiv(longest, self.words)
@@ -70,10 +70,10 @@ def copy_pieces(
     target: torch.Tensor,
     target_units: Sequence[int],
 ) -> None:
-    """Unit `source_units[i]` of one side becomes `target_units[i]` of the other: queued on the current stream of the
-    device for which both tensors are.
+    """Copy unit `source_units[i]` of one side to unit `target_units[i]` of the other. The copy is queued on the current
+    stream of the device on which both tensors are used.
 
-    source, target: of any type and length, from where a side's memory begins.
+    `source` and `target` begin where the memory of their side begins; they may have any type and length.
     """
     device, alignment = source.device, (source.data_ptr() % 16, target.data_ptr() % 16)
     table = plan.device_tables.get(alignment)
@@ -100,5 +100,5 @@ def copy_pieces(
 
 
 def _first_word(memory: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A kernel asks for its place and type only."""
+    """Return the first word of the memory as a tensor: the kernel uses only its address and its type."""
     return memory.view(-1).view(torch.uint8)[: dtype.itemsize].view(dtype)

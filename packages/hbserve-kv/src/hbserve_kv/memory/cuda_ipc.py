@@ -1,8 +1,8 @@
-"""GPU memory that another process can map: CUDA IPC, by the driver's own functions.
+"""GPU memory that another process can map, through CUDA IPC and the driver's own functions.
 
-torch shares tensors too, but counts references across processes and keeps memory until the other side has given it
-back, which a killed peer never does. Here the owner only names its memory, and a peer maps and unmaps it. The ranks of
-an hbserve_core instance do so too.
+torch shares tensors too, but it counts references across processes and keeps the memory until the other side has given
+it back, which a killed peer never does. Here the owner only names its memory, and a peer maps and unmaps it. The ranks
+of an hbserve_core instance do so too.
 Functions: CUDA Driver API, "cuIpcGetMemHandle", "cuIpcOpenMemHandle_v2", "cuIpcCloseMemHandle", "cuMemGetAddressRange",
 "cuMemcpyDtoDAsync".
 """
@@ -48,12 +48,12 @@ def _check(what: str, result: int) -> None:
 
 
 def name_memory(address: int, num_bytes: int, device: torch.device) -> tuple[bytes, int]:
-    """Name GPU memory for another process, which gives the name to `mapped`: the handle of its allocation, and its
-    offset there. The memory must stay allocated for as long as it is mapped.
+    """Name GPU memory for another process, which passes the name to `mapped`. Returns the handle of the allocation and
+    the offset in it. The memory must stay allocated for as long as it is mapped.
 
     Raises:
-        OSError: it cannot be shared: it lies in an expandable segment, or was otherwise mapped piece by piece, as by
-            engines that give memory back while they sleep.
+        OSError: it cannot be shared, because it lies in an expandable segment, or was mapped piece by piece in another
+            way, as engines do that give memory back while they sleep.
     """
     handle, base, size = _Handle(), ctypes.c_uint64(), ctypes.c_size_t()
     with torch.cuda.device(device):
@@ -67,7 +67,7 @@ def name_memory(address: int, num_bytes: int, device: torch.device) -> tuple[byt
 
 
 def export(extent: Extent) -> tuple[bytes, int, int, int]:
-    """Name a pool's memory: the handle of its allocation, its offset there, its length, and its address here.
+    """Name a pool's memory: the handle of its allocation, the offset in it, the length, and the address here.
 
     Raises OSError: see `name_memory`.
     """
@@ -83,7 +83,7 @@ def export(extent: Extent) -> tuple[bytes, int, int, int]:
 
 
 def device_of(uuid: str) -> torch.device:
-    """The GPU of that UUID. Raises OSError if this process does not see it."""
+    """Return the GPU with this UUID. Raises OSError if this process does not see it."""
     for index in range(torch.cuda.device_count()):
         if str(torch.cuda.get_device_properties(index).uuid) == uuid:
             return torch.device("cuda", index)
@@ -91,17 +91,18 @@ def device_of(uuid: str) -> torch.device:
 
 
 def enable_access(device: torch.device, other: torch.device) -> None:
-    """Let kernels on `device` use memory of `other` that this process itself has: torch does so when it copies."""
+    """Let kernels on `device` use memory that this process itself has on `other`: torch allows it when it copies."""
     torch.zeros(1, device=other).copy_(torch.zeros(1, device=device))
 
 
 @contextmanager
 def mapped(handle: bytes, device: torch.device) -> Iterator[int]:
-    """The address at which an allocation of another process begins, while the context lasts: for kernels on `device`,
-    whichever GPU of this host has the memory. This process need not see that GPU. Several tensors may lie in it.
+    """Map an allocation of another process for kernels on `device` while the context lasts, and yield the address at
+    which it begins. Any GPU of this host may have the memory; this process need not see that GPU. Several tensors may
+    lie in one allocation.
 
     Raises:
-        OSError: it cannot be mapped: the owner is gone, or the GPUs do not reach each other.
+        OSError: it cannot be mapped, because the owner is gone or the GPUs do not reach each other.
     """
     base = ctypes.c_uint64()
     with torch.cuda.device(device):
@@ -120,6 +121,6 @@ def mapped(handle: bytes, device: torch.device) -> Iterator[int]:
 
 
 def copy(target: int, source: int, num_bytes: int, stream: int) -> None:
-    """Queue a copy between addresses on a stream of the current device, by a copy engine. torch's own copy between two
-    GPUs takes the way that it finds by their numbers: PCI Express, where one of them is not this process's."""
+    """Queue a copy between addresses on a stream of the current device, done by a copy engine. torch's own copy between
+    two GPUs takes the path that it finds by their numbers: PCI Express, if this process does not see one of them."""
     _check("cuMemcpyDtoDAsync", _driver().cuMemcpyDtoDAsync_v2(target, source, num_bytes, stream))

@@ -1,4 +1,4 @@
-"""CUDA streams in our own threads, and events: tells when they have happened, without blocking on any of them."""
+"""CUDA streams in our own threads, and a watch that tells when CUDA events have happened, without blocking on one."""
 
 import asyncio
 import contextlib
@@ -10,16 +10,16 @@ from typing import Any
 INTERVAL_S = 1e-4
 """Seconds between two polls. The control messages of a transfer take ten times as long."""
 LINGER_S = 0.5
-"""How long the polling thread stays when nothing is left. Starting one holds its starter until the new thread has had
-its turn of the interpreter: in the event loop of a busy instance, longer than polling takes."""
+"""How long the polling thread stays when nothing is left to watch. Starting a thread blocks the starter until the new
+thread has had its turn of the interpreter: in the event loop of a busy instance, that takes longer than polling."""
 
 
 @contextlib.contextmanager
 def on_stream(stream: Any) -> Iterator[None]:
-    """`torch.cuda.stream` for our own threads, whose device becomes the stream's.
+    """Make `stream` current, as `torch.cuda.stream` does, and its device that of the thread, which must be our own.
 
-    A thread starts on the first GPU, and torch's own context manager would return to it. CUDA then makes a context
-    there, which takes 0.15 s in the middle of a transfer, and half a gigabyte of a GPU that belongs to another
+    A thread starts on the first GPU, and torch's own context manager would return to that one. CUDA would then make a
+    context there, which takes 0.15 s in the middle of a transfer, and half a gigabyte of a GPU that belongs to another
     instance.
     """
     import torch
@@ -30,10 +30,11 @@ def on_stream(stream: Any) -> Iterator[None]:
 
 
 class EventWatch:
-    """Polls events until they have happened: one thread for all, which exists while there are any, and a moment longer.
+    """Polls events until they have happened, in one thread for all, which exists while there are any, and a moment
+    longer.
 
-    Nothing blocks inside CUDA on one event, because another may happen first: of two transfers to one peer, the one
-    whose step ends later must not delay the other.
+    Nothing blocks inside CUDA on one event, because another may happen first: if there are two transfers to one peer,
+    the one whose step ends later must not delay the other.
     """
 
     def __init__(self) -> None:
@@ -42,14 +43,14 @@ class EventWatch:
         self._is_running = False
 
     def until(self, event: Any, since: Any = None) -> asyncio.Future[float]:
-        """A future of the running loop, done when `event` has happened: seconds since the event `since`, if given (then
-        both need timing), else 0. Fails with what the device raises."""
+        """Return a future of the running loop that is done when `event` has happened. Its result is the seconds since
+        the event `since`, if given (then both need timing), else 0. It fails with what the device raises."""
         future: asyncio.Future[float] = asyncio.get_running_loop().create_future()
         self.tell(future, event, since)
         return future
 
     def tell(self, future: asyncio.Future[float], event: Any, since: Any = None) -> None:
-        """The same for an existing future, from any thread."""
+        """Do the same as `until` for an existing future. May be called in any thread."""
         if self._has_settled(event, since, future):
             return
         with self._changed:
@@ -62,7 +63,7 @@ class EventWatch:
 
     @staticmethod
     def has_happened(event: Any) -> bool:
-        """Whether it has happened; False if its device has failed, which `until` reports."""
+        """Whether the event has happened; False if its device has failed, which `until` reports."""
         try:
             return bool(event.query())
         except RuntimeError:

@@ -9,8 +9,8 @@ anywhere:
 
 Two pools fit if they have the same planes in this order: layer by layer, keys before values. A plane that has the key
 and the value of each token side by side counts as two for a peer that has them apart. One side's blocks may have r
-times as many tokens as the other's: both then count *units*, the smaller blocks, and unit u of the larger ones is
-tokens [u % r * n, (u % r + 1) * n) of block u // r, with n tokens in a unit.
+times as many tokens as the other's. Both sides then count *units*, which are the smaller blocks: with n tokens in a
+unit, unit u of the side with the larger blocks is tokens [u % r * n, (u % r + 1) * n) of block u // r.
 
 Under tensor parallelism each rank's blocks hold the KV heads [first, first + count) of `total`. A prefill and a decode
 instance may be split differently: each prefill rank then sends to each decode rank the heads that both hold.
@@ -32,7 +32,7 @@ Positive = Annotated[int, msgspec.Meta(ge=1, le=1 << 48)]
 
 
 class HeadRange(msgspec.Struct, frozen=True, array_like=True):
-    """KV heads [first, first + count) of a model's `total`: those that one rank's blocks hold."""
+    """The KV heads that one rank's blocks hold: [first, first + count) of a model's `total`."""
 
     first: int = 0
     count: int = 1
@@ -50,14 +50,15 @@ class HeadRange(msgspec.Struct, frozen=True, array_like=True):
 
     @classmethod
     def of_rank(cls, rank: int, num_ranks: int, total: int) -> "HeadRange":
-        """An equal split. Raises ValueError if `total` heads cannot be split into `num_ranks` equal parts."""
+        """Return the heads of one rank in an equal split. Raises ValueError if `total` heads cannot be split into
+        `num_ranks` equal parts."""
         if total % num_ranks:
             raise ValueError(f"{total} heads cannot be split into {num_ranks} equal parts")
         count = total // num_ranks
         return cls(rank * count, count, total)
 
     def common(self, other: "HeadRange") -> "HeadRange | None":
-        """The heads that both hold; None if there are none."""
+        """Return the heads that both hold; None if there are none."""
         first, end = max(self.first, other.first), min(self.end, other.end)
         return HeadRange(first, end - first, self.total) if first < end else None
 
@@ -66,10 +67,10 @@ class HeadRange(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Plane(msgspec.Struct, frozen=True, array_like=True):
-    """Keys or values of one layer: see the formula above. All in bytes."""
+    """Keys or values of one layer: see the formula above. Offset, strides and size are in bytes."""
 
     extent: NotNegative
-    """Which of the pool's pieces of memory it lies in."""
+    """Index of the extent (contiguous piece of the pool's memory) in which the plane lies."""
     offset: NotNegative
     block: NotNegative
     token: NotNegative
@@ -78,24 +79,24 @@ class Plane(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Layout(msgspec.Struct, frozen=True):
-    """Where the blocks of a pool lie, as peers are told."""
+    """Positions of a pool's blocks in memory, as peers are told."""
 
     num_blocks: NotNegative
     num_tokens: Positive
-    """Tokens per block of a plane."""
+    """Tokens per block."""
     num_heads: Positive
     num_layers: Positive
     planes: Annotated[list[Plane], msgspec.Meta(min_length=1, max_length=1 << 14)]
-    """Layer by layer."""
+    """All planes, layer by layer."""
     extents: list[NotNegative]
-    """Bytes of each piece of memory."""
+    """Length of each extent (contiguous piece of memory), in bytes."""
     is_opaque: bool = False
-    """Nobody has said what a block consists of: `num_tokens` then counts places in it, and is no block size."""
+    """Whether nobody has said what a block consists of: `num_tokens` then counts places in it, and is no block size."""
     has_keys_beside_values: bool = False
-    """Each plane has both keys and values of a layer: for each token and head its key, then its value."""
+    """Whether each plane has both keys and values of a layer: for each token and head its key, then its value."""
 
     def __post_init__(self) -> None:
-        """Raises ValueError if a plane lies outside its memory; a peer's layout is checked too."""
+        """Check the planes, also of a layout that a peer sent. Raises ValueError if one lies outside its memory."""
         if len(self.planes) % self.num_layers:
             raise ValueError(f"{len(self.planes)} planes are not as many for each of {self.num_layers} layers")
         for plane in self.planes:
@@ -120,7 +121,7 @@ class Layout(msgspec.Struct, frozen=True):
         return self.num_heads * self.head_bytes
 
     def in_rows(self, num_blocks: int) -> "Layout":
-        """The same blocks, each in one piece, one after another."""
+        """Return the layout of `num_blocks` such blocks, each in one piece, one after another."""
         planes, offset = [], 0
         for size in self.sizes:
             planes.append(Plane(0, offset, self.block_bytes, self.num_heads * size, size, size))
@@ -129,7 +130,7 @@ class Layout(msgspec.Struct, frozen=True):
         return msgspec.structs.replace(self, num_blocks=num_blocks, planes=planes, extents=extents)
 
     def beside(self, theirs: "Layout") -> "Layout":
-        """This layout, with keys and values in separate planes if the other side has them so."""
+        """Return this layout, with keys and values in separate planes if the other side has them in separate ones."""
         if not self.has_keys_beside_values or theirs.has_keys_beside_values or any(size % 2 for size in self.sizes):
             return self
         planes = []
@@ -139,7 +140,7 @@ class Layout(msgspec.Struct, frozen=True):
         return msgspec.structs.replace(self, planes=planes, has_keys_beside_values=False)
 
     def mismatch(self, theirs: "Layout") -> tuple[str, object, object] | None:
-        """What differs and cannot be bridged: its name, their value, and this one's. None: the blocks fit."""
+        """Return what differs and cannot be bridged: its name, their value, and this one's; None if the blocks fit."""
         both = theirs.beside(self), self.beside(theirs)
         if self.is_opaque or theirs.is_opaque:
             name = (
@@ -158,7 +159,7 @@ class Layout(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, eq=False)
 class Side:
-    """What goes over a link of one side's blocks: which heads, and units, of which a block has `ratio`."""
+    """What a link moves of one side's blocks: some of their heads, in units, of which a block has `ratio`."""
 
     layout: Layout
     first_head: int
@@ -167,12 +168,12 @@ class Side:
 
     @property
     def is_whole(self) -> bool:
-        """Whether whole blocks go over it, with all heads."""
+        """Whether whole blocks with all heads go over the link."""
         return self.ratio == 1 and self.num_heads == self.layout.num_heads
 
     @property
     def num_units(self) -> int:
-        """Units in the pool."""
+        """Number of units in the pool."""
         return self.layout.num_blocks * self.ratio
 
     @property
@@ -189,7 +190,7 @@ class Side:
         return [block_id * self.ratio + unit for block_id in block_ids for unit in range(self.ratio)]
 
     def of_layers(self, layers: range | None) -> "Side":
-        """Only these layers; None: all."""
+        """Return this side with only these layers; None: all."""
         if layers is None:
             return self
         each = len(self.layout.planes) // self.layout.num_layers
@@ -197,7 +198,7 @@ class Side:
         return replace(self, layout=msgspec.structs.replace(self.layout, planes=planes, num_layers=len(layers)))
 
     def in_rows(self, num_units: int) -> "Side":
-        """The same units, each in one piece, one after another: as they are sent."""
+        """Return a side whose units have the same content, each in one piece, one after another: as they are sent."""
         unit = msgspec.structs.replace(
             self.layout,
             num_blocks=0,
@@ -208,8 +209,8 @@ class Side:
 
 
 def agreement(mine: Side, peer: Side) -> str:
-    """What a link between two different pools moves, for people to read; "" if they differ only in their numbers of
-    blocks."""
+    """Describe, for people to read, what a link between two different pools moves; "" if they differ only in their
+    numbers of blocks."""
     found, both = [], (mine, peer)
     if max(each.ratio for each in both) > 1:
         found.append(
@@ -224,7 +225,7 @@ def agreement(mine: Side, peer: Side) -> str:
 
 
 def sides(mine: Layout, my_heads: HeadRange, theirs: Layout, their_heads: HeadRange) -> tuple[Side, Side]:
-    """The two sides of a link, this one first, between layouts that fit and have heads in common."""
+    """Return the two sides of a link, this one first, for layouts that fit and have heads in common."""
     common = my_heads.common(their_heads)
     assert common is not None
     unit_tokens = min(mine.num_tokens, theirs.num_tokens)
@@ -236,7 +237,7 @@ def sides(mine: Layout, my_heads: HeadRange, theirs: Layout, their_heads: HeadRa
 
 
 class Piece(NamedTuple):
-    """Bytes of a unit that lie together on both sides. On each side, those of unit u begin at `offset + u // ratio *
+    """Bytes of a unit that are contiguous on both sides. On each side, those of unit u begin at `offset + u // ratio *
     block + u % ratio * unit`, counted from where that side's memory begins."""
 
     source: int
@@ -249,12 +250,13 @@ class Piece(NamedTuple):
 
 
 class CopyPlan:
-    """How units of one side become units of another: computed once for a link, for all parts of its transfers."""
+    """Plan for copying units of one side to units of another. Computed once for a link, for all parts of its
+    transfers."""
 
     def __init__(
         self, source: Side, source_addresses: Sequence[int], target: Side, target_addresses: Sequence[int]
     ) -> None:
-        """The addresses of each side's extents. Positions are relative to the first of them."""
+        """The addresses are those of each side's extents. Positions are relative to the first of them."""
         self.source_ratio, self.target_ratio = source.ratio, target.ratio
         self.pieces: list[Piece] = []
         for mine, theirs in zip(source.layout.planes, target.layout.planes, strict=True):
@@ -263,7 +265,7 @@ class CopyPlan:
                 (target_addresses[theirs.extent] - target_addresses[0], theirs, target),
             )
         self.device_tables: dict[tuple[int, int], Any] = {}
-        """The pieces on a GPU: see `hbserve_kv.memory.block_copy`."""
+        """The pieces on a GPU, by alignment of both sides' memory: see `hbserve_kv.memory.block_copy`."""
 
     def _add_plane(self, *both: tuple[int, Plane, Side]) -> None:
         (source, target), (mine, theirs) = ([each[0] + each[1].offset for each in both], [each[1] for each in both])
@@ -281,7 +283,7 @@ class CopyPlan:
             self._add(Piece(here, mine.block, units[0], there, theirs.block, units[1], run))
 
     def _add(self, piece: Piece) -> None:
-        """Merge it with the one before, if they are neighbours on both sides in every unit."""
+        """Append a piece, or merge it with the one before if they are neighbours on both sides in every unit."""
         if self.pieces:
             last = self.pieces[-1]
             grown = last._replace(length=last.length + piece.length)
@@ -302,7 +304,7 @@ class CopyPlan:
 
     @cached_property
     def shortest(self) -> int:
-        """Bytes of the shortest piece."""
+        """Length of the shortest piece, in bytes."""
         return min(piece.length for piece in self.pieces)
 
     @property
@@ -311,8 +313,8 @@ class CopyPlan:
         return self.pieces[0] if len(self.pieces) == self.source_ratio == self.target_ratio == 1 else None
 
     def moves(self, source_units: Sequence[int], target_units: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-        """(source, target, length) of each run of bytes, relative to where both sides' memory begins. Units that are
-        neighbours on both sides are one run."""
+        """Yield (source, target, length) of each run of bytes, relative to where both sides' memory begins. Units that
+        are neighbours on both sides are one run."""
         runs: dict[tuple[int, ...], list[tuple[int, int, int]]] = {}
         for piece in self.pieces:
             key = (piece.source_block, piece.source_unit, piece.target_block, piece.target_unit, piece.length)
@@ -331,7 +333,7 @@ def _offsets(units: Sequence[int], ratio: int, block: int, unit: int) -> list[in
 
 
 def runs_of(sources: Sequence[int], targets: Sequence[int], length: int) -> Iterator[tuple[int, int, int]]:
-    """(source, target, length) of runs of positions that are `length` apart in both lists."""
+    """Yield (source, target, length) of each run of positions that are `length` apart in both lists."""
     start = 0
     for i in range(1, len(sources) + 1):
         is_end = i == len(sources)
@@ -341,10 +343,11 @@ def runs_of(sources: Sequence[int], targets: Sequence[int], length: int) -> Iter
 
 
 def checked_blocks(block_ids: Iterable[int], num_blocks: int) -> list[int]:
-    """The same as Python integers: one-element tensors, for example, would all compare as different.
+    """Return the block ids as Python integers: one-element tensors, for example, would all compare as different.
 
     Raises:
-        TypeError: they are not integers; ValueError: one is outside the pool.
+        TypeError: they are not integers.
+        ValueError: one is outside the pool.
     """
     try:
         found = [index(each) for each in block_ids]
@@ -356,7 +359,8 @@ def checked_blocks(block_ids: Iterable[int], num_blocks: int) -> list[int]:
 
 
 def checked_layers(layers: object, num_layers: int) -> None:
-    """Raises TypeError or ValueError: not consecutive layers, or not there."""
+    """Check a range of layers; None is all of them. Raises TypeError if it is no range, and ValueError if the layers
+    are not consecutive or do not exist."""
     if layers is None:
         return
     if not isinstance(layers, range):

@@ -1,6 +1,6 @@
-"""The memory that a transfer may touch: the engine's block pool, and the arena, from which `LookupBuffer` has its room.
+"""The memory that a transfer may touch: the engine's block pool, and the arena, which is the room of `LookupBuffer`.
 
-A PoolLayout says where the pool's blocks lie; in the arena, blocks have the same bytes and lie one after another. torch
+A PoolLayout says where the pool's blocks lie. In the arena, blocks have as many bytes, and lie one after another. torch
 is imported only where there is a GPU, and for `Rows`.
 """
 
@@ -22,17 +22,17 @@ if TYPE_CHECKING:
 Region = Literal["pool", "arena"]
 REGIONS: tuple[Region, ...] = ("pool", "arena")
 _MANY_UNITS = 17
-"""From this many units on, torch gathers with another kernel."""
+"""Number of units from which on torch gathers with another kernel."""
 WORD_BYTES = 8
-"""Enough to tell where memory begins."""
+"""Length of a tensor that only tells where memory begins."""
 
 
 class Memory:
-    """Pool and arena of one instance. The arena is `buffer_size` bytes, which are handed out here by blocks: for whole
-    tensors that arrive, or are sent (`hbserve_kv.receiving.lookup_buffer`)."""
+    """Pool and arena of one instance. The arena has `buffer_size` bytes, which this class hands out in blocks, for
+    whole tensors that arrive or are sent (`hbserve_kv.receiving.lookup_buffer`)."""
 
     def __init__(self, pool: Any, buffer_size: int, heads: HeadRange | None = None) -> None:
-        """Raises TypeError or ValueError: it is no pool, or does not have as many heads; BufferTooLarge."""
+        """Raises TypeError or ValueError if `pool` is no pool or does not have that many heads; BufferTooLarge."""
         found = pool if isinstance(pool, PoolLayout) else PoolLayout.of_blocks(pool, heads)
         layout = found.layout
         if heads is not None and heads.count != layout.num_heads:
@@ -45,18 +45,18 @@ class Memory:
         arena = _make_arena(buffer_size, self.block_bytes, self.device if self.is_on_gpu else None)
         self.extents: dict[Region, list[Extent]] = {"pool": found.extents, "arena": extents_of(arena)}
         self.num_arena_blocks = buffer_size // self.block_bytes
-        # With small blocks there are so many that a list of all would be larger than the arena.
+        # If blocks are small, there are so many that a list of all of them would be larger than the arena.
         self._num_used = 0
         self._free: list[int] = []
         self.locate()
 
     def locate(self) -> None:
-        """Find the memory again, after a transport has moved some of it."""
+        """Read the addresses of the memory again, after a transport has moved some of it."""
         self.addresses = {region: [each.address for each in extents] for region, extents in self.extents.items()}
 
     @cached_property
     def events(self) -> "EventWatch":
-        """Tells when blocks have been computed, or copied, on a device."""
+        """The watch that tells when blocks have been computed, or copied, on a device."""
         from hbserve_kv.memory.events import EventWatch
 
         return EventWatch()
@@ -65,13 +65,14 @@ class Memory:
         return self.layout.num_blocks if region == "pool" else self.num_arena_blocks
 
     def side(self, of_link: Side, region: Region, layers: range | None = None) -> Side:
-        """What a link moves of a region; of the arena always whole blocks."""
+        """Return what a link moves of a region. Of the arena, these are always whole blocks."""
         if region == "pool":
             return of_link.of_layers(layers)
         return Side(self.layout.in_rows(self.num_arena_blocks), 0, self.layout.num_heads)
 
     def tensor(self, region: Region) -> "torch.Tensor":
-        """uint8 (num_blocks, block_bytes): of the arena, or of a pool whose blocks lie one after another."""
+        """Return a view of the region as uint8 (num_blocks, block_bytes). A pool must have its blocks one after
+        another."""
         layout = self.layout if region == "pool" else self.layout.in_rows(self.num_arena_blocks)
         assert layout.in_rows(layout.num_blocks).planes == layout.planes, "blocks are in several pieces"
         flat = tensor_at(self.addresses[region][0], layout.extents[0], self.device) if layout.extents[0] else _nothing()
@@ -93,7 +94,7 @@ class Memory:
         return self.num_arena_blocks - self._num_used + len(self._free)
 
     def allocate(self, num_blocks: int) -> list[int]:
-        """Take blocks of the arena; the caller has checked that there is room."""
+        """Take blocks of the arena. The caller has checked that there is room."""
         assert num_blocks <= self.num_free
         again = [self._free.pop() for _ in range(min(num_blocks, len(self._free)))]
         first, self._num_used = self._num_used, self._num_used + num_blocks - len(again)
@@ -113,7 +114,8 @@ class Memory:
 
 
 def _make_arena(buffer_size: int, block_bytes: int, gpu: Any) -> Any:
-    """As many blocks as fit. Touches no page of host memory: only what is used of it costs memory."""
+    """Allocate as many blocks as fit into `buffer_size`. No page of host memory is touched, so only what is used of it
+    costs memory."""
     if buffer_size < 0:
         raise ValueError(f"kv_transfer.buffer_size={buffer_size}: expected a number of bytes, 0 or more")
     num_bytes, total = buffer_size // block_bytes * block_bytes, _host_memory_bytes()
@@ -142,7 +144,7 @@ def _host_memory_bytes() -> int:
 
 
 def tensor_at(address: int, num_bytes: int, device: Any) -> "torch.Tensor":
-    """uint8 (num_bytes,) over memory that belongs to someone else. Not by __cuda_array_interface__, which needs
+    """Return a tensor uint8 (num_bytes,) over memory that someone else owns. `__cuda_array_interface__` would need
     numpy."""
     import torch
 
@@ -159,13 +161,14 @@ def _nothing() -> "torch.Tensor":
 def copy_on_host(
     plan: CopyPlan, source: int, source_units: Sequence[int], target: int, target_units: Sequence[int]
 ) -> None:
-    """By memmove, with positions relative to where both sides' memory begins."""
+    """Copy units by memmove. `source` and `target` are the addresses where the memory of each side begins."""
     for here, there, length in plan.moves(source_units, target_units):
         copy(target + there, source + here, length)
 
 
 class Rows:
-    """Units of one side as rows of bytes, (len(units), unit_bytes): how they are sent, and what checksums cover."""
+    """Access to units of one side as rows of bytes (len(units), unit_bytes), in which form they are sent and covered by
+    checksums."""
 
     def __init__(self, memory: Memory, side: Side, region: Region) -> None:
         self.unit_bytes = side.unit_bytes
@@ -174,7 +177,7 @@ class Rows:
         self._plan = CopyPlan(side, memory.addresses[region], side.in_rows(1), [0])
         self._memory = tensor_at(self._start, WORD_BYTES, self.device)
         self._whole: torch.Tensor | None = None
-        """All blocks, if each of them is one piece."""
+        """All blocks, if each of them is one piece; else None."""
         if (piece := self._plan.whole) is not None:
             num_bytes = (side.num_units - 1) * piece.source_block + piece.length
             flat = tensor_at(self._start + piece.source, num_bytes, self.device)
@@ -182,7 +185,7 @@ class Rows:
             self._wide = _wide(self._whole)
 
     def neighbours(self, units: Sequence[int]) -> "torch.Tensor | None":
-        """A contiguous view of these units, if they are neighbours in this order; else None."""
+        """Return a contiguous view of these units if they are neighbours in this order; else None."""
         if self._whole is None:
             return None
         first, last = units[0], units[-1]
@@ -192,13 +195,14 @@ class Rows:
         return view if view.is_contiguous() else None
 
     def empty(self, num_units: int, **options: Any) -> "torch.Tensor":
-        """Room for some units, on this memory's device unless `options` of torch say otherwise."""
+        """Allocate room for some units, on this memory's device unless `options` for torch say otherwise."""
         import torch
 
         return torch.empty((num_units, self.unit_bytes), dtype=torch.uint8, **({"device": self.device} | options))
 
     def gather(self, units: Sequence[int]) -> "torch.Tensor":
-        """A view if they are neighbours, else a copy; on a GPU by one kernel, on its current stream."""
+        """Return these units: a view if they are neighbours, else a copy. On a GPU, one kernel copies them, on the
+        current stream."""
         if (view := self.neighbours(units)) is not None:
             return view
         if self.device is not None and self._whole is not None:
@@ -215,13 +219,13 @@ class Rows:
         return blocks
 
     def places(self, units: Sequence[int]) -> Any:
-        """These units as `scatter` also takes them, like any slice of the result: sent to a GPU once for several
-        calls."""
+        """Return these units in another form that `scatter` takes, as it does any slice of it: on a GPU they are then
+        sent to the device once for several calls."""
         return units if self.device is None or self._whole is None else _indices(units, self.device)
 
     def scatter(self, units: Any, blocks: "torch.Tensor") -> None:
-        """Write what `gather` returned: uint8, of any shape, contiguous, on the same device. units: unit numbers, or
-        `places` of them."""
+        """Write what `gather` returned: uint8, of any shape, contiguous, on the same device. `units` are unit numbers,
+        or `places` of them."""
         if self.device is None:
             copy_on_host(self._plan.reversed, blocks.data_ptr(), range(len(units)), self._start, units)
         elif self._whole is not None:
@@ -233,8 +237,8 @@ class Rows:
             copy_pieces(self._plan.reversed, blocks, range(len(units)), self._memory, units)
 
     def load_kernels(self) -> None:
-        """Have a GPU load the kernels of `gather` and `scatter`, which takes longer than running them. Changes
-        nothing."""
+        """Have the GPU load the kernels of `gather` and `scatter`, which takes longer than running them. No block is
+        changed."""
         if self._whole is not None:
             for units in ([0] * 2, [0] * _MANY_UNITS):
                 some = self._whole[:1].clone()
@@ -248,7 +252,7 @@ class Rows:
 
 
 def _write(rows: "torch.Tensor", wide: "torch.Tensor", places: "torch.Tensor", new: "torch.Tensor") -> None:
-    """Write rows (len(places), row_bytes) over some of `rows`; `wide` is another view of it."""
+    """Write rows (len(places), row_bytes) over some of `rows`. `wide` is another view of `rows`."""
     new_wide = _wide(new)
     if wide.dtype == new_wide.dtype:
         wide.index_copy_(0, places, new_wide)
@@ -257,7 +261,7 @@ def _write(rows: "torch.Tensor", wide: "torch.Tensor", places: "torch.Tensor", n
 
 
 def _wide(blocks: "torch.Tensor") -> "torch.Tensor":
-    """The same bytes in larger elements, which kernels move faster."""
+    """View the same bytes as larger elements, if they are aligned for that: kernels move these faster."""
     import torch
 
     is_even = all(size % 8 == 0 for size in (*blocks.stride()[:-1], blocks.shape[-1], blocks.storage_offset()))
@@ -265,7 +269,7 @@ def _wide(blocks: "torch.Tensor") -> "torch.Tensor":
 
 
 def _indices(units: "Sequence[int] | torch.Tensor", device: Any) -> "torch.Tensor":
-    """Indices on the device, queued on its current stream: the host waits for nothing."""
+    """Send indices to the device on its current stream, without the host waiting for anything."""
     import torch
 
     if isinstance(units, torch.Tensor):

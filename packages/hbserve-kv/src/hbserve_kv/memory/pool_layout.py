@@ -1,4 +1,4 @@
-"""An engine's pool as the engine has it: tensors, and what their dimensions are."""
+"""An engine's pool as the engine describes it: its tensors, and the names of their dimensions."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -8,15 +8,16 @@ from hbserve_kv.memory.arrays import Array, as_array, contiguous_strides, have_c
 from hbserve_kv.memory.layout import HeadRange, Layout, Plane
 
 AXES = ("blocks", "layers", "kv", "tokens", "heads", "dim", "key+value")
-"""Of a pool's tensors: `kv` is keys and values, `dim` the numbers of one head; `key+value` is both in one dimension."""
+"""Names of dimensions of a pool's tensors. `kv` has keys and values, and `dim` the numbers of one head; `key+value` is
+both in one dimension."""
 
 
 class PoolLayout:
     """An engine's pool, for `KVTransferManager`: its tensors, and the names of their dimensions.
 
     `tensors` is one tensor, or one for each layer, or for each layer several that make it up, such as keys and values.
-    `axes` names the dimensions that each of them has, in order, of `AXES`; `blocks` must be among them, in any place,
-    and `dim`, if there is one, has its numbers side by side. All other strides may be any. Examples:
+    `axes` names the dimensions of each of them in order, with names of `AXES`. `blocks` must be among them, in any
+    place. The numbers of `dim`, if there is one, must be side by side; other dimensions may have any stride. Examples:
 
         PoolLayout(pool, "blocks layers kv tokens heads dim")          one tensor, block-major
         PoolLayout(caches, "kv blocks tokens heads dim")               a tensor for each layer
@@ -24,12 +25,12 @@ class PoolLayout:
         PoolLayout(caches, "blocks heads tokens key+value")            one for each layer, a value behind each key
         PoolLayout(caches, "blocks tokens dim")                        latents (MLA), for all heads
 
-    A tensor is a torch tensor; on the host also whatever has the buffer protocol or `__dlpack__`. It must not be moved
-    or freed while a manager has it.
+    A tensor is a torch tensor or, on the host, any object that has the buffer protocol or `__dlpack__`. It must not be
+    moved or freed while a manager has it.
     """
 
     def __init__(self, tensors: Any, axes: str) -> None:
-        """Raises TypeError or ValueError, with the tensor or axis that is wrong."""
+        """Raises TypeError or ValueError; says which tensor or axis is wrong."""
         if not isinstance(axes, str):
             raise TypeError(f"axes={axes!r}: expected names in one string, such as 'blocks tokens heads dim'")
         has_keys_beside_values, names = "key+value" in axes.split(), axes.replace("key+value", "dim").split()
@@ -80,7 +81,8 @@ class PoolLayout:
 
     @classmethod
     def of_blocks(cls, pool: Any, heads: HeadRange | None) -> "PoolLayout":
-        """A contiguous tensor (num_blocks, …), of which nothing else is known; or (num_blocks, …, heads, head_dim)."""
+        """Make the layout of a contiguous tensor: (num_blocks, …), of which nothing else is known, or with `heads`
+        (num_blocks, …, heads, head_dim)."""
         array = as_array(pool)
         size, shape = array.itemsize, array.shape
         if len(shape) < 2 or array.strides != contiguous_strides(shape, size):
@@ -107,7 +109,8 @@ def _known(device: Any) -> Any:
 
 
 def _refuse_overlap(arrays: Sequence[Array]) -> None:
-    """A block that is received would be another one's, too. They may take turns in the same memory."""
+    """Raise ValueError if tensors share bytes: receiving a block would then change another one. Tensors may interleave
+    in the same memory."""
     ordered, near = sorted(arrays, key=lambda each: each.address), list[Array]()
     for array in ordered:
         near = [each for each in near if array.address < each.address + each.span]
@@ -119,7 +122,7 @@ def _refuse_overlap(arrays: Sequence[Array]) -> None:
 
 
 def _one_by_one(tensors: Any) -> Sequence[Any]:
-    """The layers of what was given: a single tensor is one."""
+    """Return the layers of what was given; a single tensor counts as one."""
     if isinstance(tensors, list | tuple | zip):
         found = list(tensors)
         if not found:
@@ -129,7 +132,7 @@ def _one_by_one(tensors: Any) -> Sequence[Any]:
 
 
 class _Named:
-    """A tensor with named dimensions; one that it has not is of size 1."""
+    """A tensor with named dimensions. A dimension that it does not have is of size 1."""
 
     def __init__(self, array: Array, names: Sequence[str]) -> None:
         if len(array.shape) != len(names):
@@ -148,10 +151,10 @@ class _Named:
 
 @dataclass(eq=False)
 class Extent:
-    """Memory without a gap that some tensors of a pool lie in: transports map and register it once."""
+    """Contiguous memory in which one or more tensors of a pool lie. Transports map and register it once."""
 
     array: Array
-    """The one with which it begins."""
+    """The array that begins where this memory begins."""
     num_bytes: int
 
     @property
@@ -166,7 +169,8 @@ class Extent:
 
 
 def _extents(arrays: Sequence[Array]) -> list[Extent]:
-    """Tensors that overlap, as views of keys and of values do in which blocks take turns, are in one."""
+    """Find the contiguous memory of arrays. Arrays whose spans overlap share an extent: for example views of keys and
+    of values that interleave block by block."""
     found: list[Extent] = []
     for array in sorted(arrays, key=lambda each: each.address):
         last = found[-1] if found else None
@@ -178,5 +182,5 @@ def _extents(arrays: Sequence[Array]) -> list[Extent]:
 
 
 def extents_of(memory: Any) -> list[Extent]:
-    """Of one piece of memory; None: there is none."""
+    """Return the extents of one piece of memory; `memory` may be None, which has none."""
     return [] if memory is None else _extents([as_array(memory)])

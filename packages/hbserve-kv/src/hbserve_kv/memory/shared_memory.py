@@ -1,8 +1,8 @@
-"""Host memory that another process can map: anonymous files (memfd), so nothing has a name, and nothing is left behind
-when the last process that has it is gone, however it went.
+"""Host memory that another process can map. It is in anonymous files (memfd), so it has no name, and nothing is left
+behind when the last process that has it is gone, however that ended.
 
-A mapping is found again by its address in /proc/self/maps. So any tensor that lies in shared memory can be exported,
-whoever made it, and a tensor needs no wrapper that remembers its file.
+The file of a mapping is found by its address in /proc/self/maps. So any tensor that lies in shared memory can be
+exported, whoever made it, and a tensor needs no wrapper that remembers its file.
 """
 
 import ctypes
@@ -25,10 +25,10 @@ SHM_FOLDER = "/dev/shm"
 
 
 class SharedRegion(msgspec.Struct, frozen=True):
-    """Where a tensor lies, for another process of this host."""
+    """The place of a tensor in shared memory, for another process of this host."""
 
     fd: int
-    """Of the owning process: /proc/<pid>/fd/<fd>."""
+    """File descriptor in the owning process: /proc/<pid>/fd/<fd>."""
     offset: int
     num_bytes: int
     device: int
@@ -40,9 +40,10 @@ def is_available() -> bool:
 
 
 def shared_buffer(num_bytes: int) -> memoryview:
-    """Memory of zeros that `export` can name, for those that have no torch. The system gives pages as they are touched.
+    """Allocate zeroed memory that `export` can name, for processes without torch. The system provides pages as they are
+    touched.
 
-    Raises ValueError: no bytes are wanted; OSError: there is no such memory.
+    Raises ValueError if `num_bytes` is 0, and OSError if there is no such memory.
     """
     fd = os.memfd_create("hbserve-kv", os.MFD_CLOEXEC)
     try:
@@ -55,7 +56,8 @@ def shared_buffer(num_bytes: int) -> memoryview:
 def shared_empty(
     shape: Sequence[int], *, dtype: "torch.dtype", device: "torch.device | str | None" = None
 ) -> "torch.Tensor":
-    """A CPU tensor like torch.empty's, in memory that `export` can name. The system gives pages as they are touched."""
+    """Return a CPU tensor like that of torch.empty, in memory that `export` can name. The system provides pages as they
+    are touched."""
     import torch
 
     num_bytes = prod(shape) * dtype.itemsize
@@ -65,10 +67,10 @@ def shared_empty(
 
 
 def export(extent: Extent) -> SharedRegion:
-    """Name host memory. A torch tensor that is not shared yet is moved, as by its `share_memory_`.
+    """Name host memory. A torch tensor that is not in shared memory yet is moved there by its `share_memory_`.
 
     Raises:
-        OSError: it cannot be moved or named; says why, and the cure.
+        OSError: it cannot be moved or named; says why, and what would cure that.
     """
     region = _find(extent.address, extent.num_bytes)
     if region is None and is_tensor(owner := extent.array.owner):
@@ -116,10 +118,10 @@ def _with_open_file(device: int, inode: int, offset: int, num_bytes: int) -> Sha
 
 
 class Mapping:
-    """Another process's region in this one's memory, for as long as this lives."""
+    """Mapping of another process's region into this process, for as long as this object lives."""
 
     def __init__(self, pid: int, region: SharedRegion) -> None:
-        """Raises OSError: that process is gone, is not ours to look into, or is another one by now."""
+        """Raises OSError if that process is gone, may not be looked into, or is another one by now."""
         fd = os.open(f"/proc/{pid}/fd/{region.fd}", os.O_RDWR | os.O_CLOEXEC)
         try:
             found = os.fstat(fd)
@@ -134,5 +136,5 @@ class Mapping:
 
 
 def copy(target: int, source: int, num_bytes: int) -> None:
-    """memmove between addresses, without the GIL."""
+    """Copy between addresses by memmove, without the GIL."""
     ctypes.memmove(target, source, num_bytes)
