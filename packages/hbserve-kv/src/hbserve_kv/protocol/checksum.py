@@ -3,8 +3,9 @@
 Any change of one 8-byte word changes it (odd numbers are invertible), and so do words or blocks in another order. It
 finds memory that was overwritten, lost or mixed up; it is no defence against somebody who wants to deceive.
 
-A block's words are those of its bytes in one order for all layouts: see `hbserve_kv.memory.layout`. They are of 8
-bytes, or of one if that is not whole. Without torch it takes some 20 ms a megabyte.
+The words of a block are taken from its bytes in an order that is the same for all layouts: see
+`hbserve_kv.memory.layout`. A word is 8 bytes, or 1 byte if the length is not a multiple of 8. Without torch, checksums
+take some 20 ms per megabyte.
 """
 
 import ctypes
@@ -26,7 +27,7 @@ _FACTOR, _STEP = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9
 
 
 def checksums(blocks: "torch.Tensor") -> list[int]:
-    """One number in [0, 2^64) for each row of a contiguous uint8 tensor (num_blocks, …)."""
+    """Compute a number in [0, 2^64) for each row of a contiguous uint8 tensor (num_blocks, …)."""
     import torch
 
     rows = blocks.reshape(blocks.shape[0], -1)
@@ -36,15 +37,16 @@ def checksums(blocks: "torch.Tensor") -> list[int]:
         words = (rows.clone() if rows.data_ptr() % 8 else rows).view(torch.int64)
     sums = torch.empty(words.shape[0], dtype=torch.int64, device=words.device)
     weights = _weights(words.shape[1], words.device)
-    for i in range(words.shape[0]):  # a row at a time: the product must not take as much memory as the part
+    for i in range(words.shape[0]):  # row by row, so that the product does not take as much memory as the part
         sums[i] = (words[i] * weights).sum()
     return [int(number) & MASK for number in sums.tolist()]
 
 
 def link_checksums(memory: Memory, link: Link, region: Region, units: Sequence[int], ready: Any = None) -> list[int]:
-    """Of these units of this side, or of the heads of them that both sides hold. Blocks; runs in the link's thread.
+    """Compute checksums of these units of this side, over the heads that both sides hold. This blocks, so it runs in
+    the link's thread.
 
-    On CUDA in a stream of its own, after the event `ready`; no other stream is waited for.
+    On CUDA it runs in a stream of its own, after the event `ready`; it does not wait for other streams.
     """
     if not units:
         return []
@@ -79,7 +81,7 @@ def _without_torch(memory: Memory, link: Link, region: Region, units: Sequence[i
 
 @lru_cache(4)
 def _plain_weights(count: int) -> list[int]:
-    """As `_weights`, of which the second product is shifted as a signed number."""
+    """Compute the same weights as `_weights`, where the second product is shifted as a signed number."""
     return [(place * _FACTOR & MASK ^ _signed(place * _STEP & MASK) >> 29 & MASK) | 1 for place in range(count)]
 
 

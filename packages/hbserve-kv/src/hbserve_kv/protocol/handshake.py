@@ -1,5 +1,5 @@
-"""The first exchange between the two ends of a link, and what follows from it: that their KV means the same, and which
-transport carries it."""
+"""The first exchange between the two ends of a link, which makes sure that their KV means the same, and chooses the
+transport that carries it."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from hbserve_kv.transports.base import Transport
 from hbserve_rpc import InvalidAddress, InvalidRequest, parse_address
 
 KV_PROTOCOL = "protocol of hbserve_kv"
-"""Its name where two versions are compared; hbserve_rpc has a protocol version of its own."""
+"""Name of this protocol in errors about two versions; hbserve_rpc has a protocol version of its own."""
 
 
 @dataclass(frozen=True)
@@ -24,17 +24,17 @@ class Identity:
     fingerprint: dict[str, str | int]
     heads: HeadRange
     layout: Layout
-    """Of its pool."""
+    """Layout of its pool."""
     name: str = ""
-    """Of the instance."""
+    """Name of the instance, to which receivers may grant transfers."""
 
 
 def common_heads(hello: Handshake, me: Identity) -> HeadRange:
-    """The heads that both sides have.
+    """Compare the two sides of a handshake, and return the heads that both have.
 
     Raises:
         InvalidRequest: a field of the fingerprint differs, or the layouts differ in a way that cannot be bridged, or
-            the two have no head in common; says which, and both values. Or the address is not one.
+            the two have no head in common; says which, and both values. Or `hello.address` is not an address.
     """
     try:
         parse_address(hello.address)
@@ -49,8 +49,8 @@ def common_heads(hello: Handshake, me: Identity) -> HeadRange:
 
 
 def check_reply(reply: object, me: Identity, offers: Collection[str]) -> None:
-    """Raises InvalidRequest: it is no answer to a handshake with these offers; or what was to be compared by whoever
-    sent it does not fit after all."""
+    """Check the answer to a handshake. Raises InvalidRequest if it is no answer to these offers, or if the two sides do
+    not fit after all, although the peer should have compared them."""
     if not isinstance(reply, LinkReply):
         raise InvalidRequest(f"it answers a handshake with {type(reply).__name__}")
     if reply.transport not in offers:
@@ -81,10 +81,10 @@ def _mismatch(name: str, theirs: object, their_rank: int, mine: object, my_rank:
 def choose_transport(
     hello: Handshake, transports: Mapping[str, Transport], rank: int
 ) -> tuple[Transport, dict[str, str]]:
-    """The sender's best offer that works from here too, and for each better one, why it does not.
+    """Return the sender's best offer that works from here too, and for each better one, why it does not.
 
     Raises:
-        InvalidRequest: none works; says why, for each.
+        InvalidRequest: no offer works; says why, for each.
     """
     passed_over = {}
     for name, description in hello.offers.items():

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class TransferStats:
-    """Gauges are of now, counters from the start."""
+    """Figures of one manager. Gauges tell the present state; counters count from the start of the manager."""
 
     active_transfers: int = 0
     num_offers: int = 0
@@ -14,17 +14,17 @@ class TransferStats:
     num_quarantined: int = 0
     """Failed transfers that are not drained yet."""
     quarantined_blocks: int = 0
-    """Blocks of those: out of use. The log names the sender."""
+    """Blocks of these transfers, which are out of use. The log names the sender."""
     num_failed: int = 0
     bytes_sent: int = 0
     bytes_received: int = 0
     busy_time_s: float = 0.0
     """Time during which parts were moving to or from this instance, added up over transfers."""
     dropped_messages: int = 0
-    """Late, duplicate, unknown or of an earlier life: without effect."""
+    """Messages without effect: late, duplicate, unknown or of an earlier life."""
     dropped_frames: int = 0
     failed_notifications: int = 0
-    """As hbserve_rpc.counts.RpcFaults: of the server that peers talk to."""
+    """This and `dropped_frames` are counts of the server that peers talk to: see hbserve_rpc.counts.RpcFaults."""
 
 
 @dataclass(frozen=True)

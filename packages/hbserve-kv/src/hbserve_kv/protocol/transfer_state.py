@@ -5,17 +5,17 @@
        └────────── fail ─────────┴──────────────────────┴──▶ DRAINING ──no block is in use any more──▶ FAILED_DRAINED
                                                                 └──patience is over──▶ UNKNOWN ──(as above)──▶ ″
 
-Only a sender is COMMITTING, until every receiver has acknowledged. COMPLETED and FAILED_DRAINED are final: only in
-these may the blocks be freed, or used. The first cause of a failure is kept. Anything that does not fit the phase
-(late, duplicate, from another sender) changes nothing and returns False, for the caller to count.
+Only a sender is ever COMMITTING, until every receiver has acknowledged. COMPLETED and FAILED_DRAINED are final: only in
+these may the blocks be freed, or used. The first cause of a failure is kept. A call that does not fit the phase (late,
+duplicate, from another sender) changes nothing and returns False, so that the caller can count it.
 
 Under tensor parallelism a receiver has several senders, which bring different heads of the same blocks. Each begins and
 commits for itself; the transfer is COMPLETED when all heads have been committed. A sender is identified by its link,
-whose key no other life has. A sender has a leg to each rank of the receiver, whose progress is three integers: parts
-pushed, begun (announced, or handed to the transport) and moved. A leg that fails fails the transfer, unless its
-receiver has acknowledged it.
+whose key no other life has. A sender has a leg to each rank of the receiver. The progress of a leg is three integers:
+parts pushed, begun (announced, or handed to the transport) and moved. If a leg fails, so does the transfer, unless the
+leg's receiver has acknowledged it.
 
-Which side owns the blocks in each phase is drawn in docs/kv-transfer.md.
+docs/kv-transfer.md shows which side owns the blocks in each phase.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -24,7 +24,7 @@ from enum import Enum, IntEnum
 
 
 class Phase(IntEnum):
-    """Where a transfer is in its life, as drawn above."""
+    """Phase in the life of a transfer, as drawn above."""
 
     OPENING = 0
     """No sender has begun; at a sender, not every receiver has accepted."""
@@ -37,7 +37,7 @@ class Phase(IntEnum):
 
 
 class Outcome(Enum):
-    """How a transfer ended, which decides what may happen to its blocks; from the best to the worst."""
+    """Outcome of a transfer, which decides what may happen to its blocks. Members are in order, from best to worst."""
 
     COMPLETED = "completed"
     """All bytes are there."""
@@ -49,32 +49,32 @@ class Outcome(Enum):
 
 @dataclass(frozen=True)
 class TransferResult:
-    """How a transfer ended, on either side."""
+    """Result of a transfer, on either side."""
 
     outcome: Outcome
     payload: bytes = b""
-    """What the sender gave to `commit`; of several senders, the first one's."""
+    """What the sender passed to `commit`; if there are several senders, what the first one passed."""
     num_bytes: int = 0
     num_parts: int = 0
     time_s: float = 0.0
-    """Seconds during which a part of this transfer was moving, measured by the side that moved it; of several senders,
-    the longest."""
+    """Seconds during which a part of this transfer was moving, measured by the side that moved it; if there are several
+    senders, the longest of their times."""
     error: str = ""
-    """The first cause, unless the outcome is COMPLETED."""
+    """First cause of the failure; "" if the outcome is COMPLETED."""
     is_partial: bool = False
-    """COMPLETED with fewer blocks than were granted; only of a receive that was posted with `may_be_partial`."""
+    """Whether it is COMPLETED with fewer blocks than were granted. Only for a receive posted with `may_be_partial`."""
     is_trusted: bool = True
-    """For a receive: every sender had a key, or is a process of this host. Otherwise nobody knows who sent what is
-    there, and other requests must not use it."""
+    """Whether every sender of a receive had a key, or is a process of this host. If not, nobody knows who sent the
+    data, and other requests must not use it."""
 
 
 def worst(outcomes: Iterable[Outcome]) -> Outcome:
-    """Outcome of a transfer whose parts ended with these outcomes."""
+    """Return the outcome of a transfer whose parts ended with these outcomes."""
     return max(outcomes, key=list(Outcome).index)
 
 
 def joint_result(results: Sequence[TransferResult], error: str = "") -> TransferResult:
-    """Result of a transfer whose parts ended with these results: bytes are added up."""
+    """Return the result of a transfer whose parts ended with these results. Bytes and parts are added up."""
     return TransferResult(
         worst(each.outcome for each in results),
         results[0].payload,
@@ -93,7 +93,7 @@ class TransferState:
 
     phase: Phase = field(default=Phase.OPENING, init=False)
     cause: str = field(default="", init=False)
-    """Why it has failed; "" if it has not."""
+    """Why the transfer has failed; "" if it has not."""
 
     @property
     def failed(self) -> bool:
@@ -117,7 +117,8 @@ class SenderProgress:
 
     heads: frozenset[int]
     one_sided: bool
-    """It writes without our help, so that losing it does not prove that nothing more will land; its death does."""
+    """Whether it writes without our help. If so, losing it does not prove that nothing more will land; its death
+    does."""
     landed: set[int] = field(default_factory=set)
     in_flight: set[int] = field(default_factory=set)
     committed: bool = False
@@ -130,19 +131,20 @@ class SenderProgress:
 
 @dataclass
 class IncomingState(TransferState):
-    """A transfer at its receiver."""
+    """State of a transfer at its receiver."""
 
     heads: frozenset[int] = frozenset({0})
     """KV heads that must arrive."""
     num_blocks: int = 0
-    """Blocks that were granted: when a sender commits, it must have brought its heads of all of them."""
+    """Number of granted blocks. When a sender commits, it must have brought its heads of all of them."""
     may_be_partial: bool = False
-    """A sender may bring fewer."""
+    """Whether a sender may bring fewer blocks."""
     senders: dict[str, SenderProgress] = field(default_factory=dict)
+    """Senders that have begun, by the key of their link."""
 
     @property
     def missing(self) -> frozenset[int]:
-        """Heads that no sender has begun to bring yet, of a transfer that has not ended."""
+        """Heads that no sender has begun to bring yet; empty if the transfer has failed or ended."""
         if self.phase > Phase.MOVING:
             return frozenset()
         return self.heads.difference(*(sender.heads for sender in self.senders.values()))
@@ -156,8 +158,8 @@ class IncomingState(TransferState):
         return True
 
     def start_parts(self, link: str, *parts: int) -> bool:
-        """All of them or none. Allowed while draining too: what the sender has begun to send is taken, so that both
-        sides agree."""
+        """Note that parts are under way: all of them or, if one does not fit, none. This is allowed while draining too:
+        what the sender has begun to send is taken, so that both sides agree."""
         sender = self.senders.get(link)
         if sender is None or sender.committed or sender.drained or self.phase not in (Phase.MOVING, Phase.DRAINING):
             return False
@@ -167,7 +169,7 @@ class IncomingState(TransferState):
         return True
 
     def end_part(self, link: str, part: int, error: str = "") -> None:
-        """A part that was started has landed, or has failed so that nothing of it can land any more."""
+        """Note that a started part has landed or, with an `error`, has failed and nothing of it can land any more."""
         sender = self.senders[link]
         sender.in_flight.discard(part)
         if error:
@@ -177,7 +179,7 @@ class IncomingState(TransferState):
         self._drain()
 
     def commit(self, link: str, num_parts: int, num_blocks: int = 0) -> bool:
-        """`num_blocks`: how many of the granted blocks have arrived."""
+        """Note that a sender has sent all its parts. `num_blocks` is how many of the granted blocks have arrived."""
         sender = self.senders.get(link)
         if self.phase is not Phase.MOVING or sender is None or sender.committed:
             return False
@@ -198,8 +200,8 @@ class IncomingState(TransferState):
             self._drain()
 
     def sender_drained(self, link: str) -> bool:
-        """The sender sends nothing more: it says so, or its loss shows it; for a one-sided sender only its death
-        does."""
+        """Note that a sender sends nothing more, because it says so, or because it is lost. The loss of a one-sided
+        sender does not show that; only its death does."""
         sender = self.senders.get(link)
         if self.phase in (Phase.COMPLETED, Phase.FAILED_DRAINED) or sender is None:
             return False
@@ -208,7 +210,7 @@ class IncomingState(TransferState):
         return True
 
     def give_up(self) -> None:
-        """The deadline for draining has passed."""
+        """Note that the deadline for draining has passed."""
         if self.phase is Phase.DRAINING:
             self.phase = Phase.UNKNOWN
 
@@ -218,7 +220,7 @@ class IncomingState(TransferState):
             self.phase = Phase.FAILED_DRAINED
 
     def is_taking(self, link: str) -> bool:
-        """Whether parts that were started over this link are under way."""
+        """Whether started parts are still under way over this link."""
         return link in self.senders and bool(self.senders[link].in_flight)
 
     @property
@@ -228,8 +230,8 @@ class IncomingState(TransferState):
 
 
 class Coverage:
-    """Blocks of a transfer that were pushed, or have arrived; those that move layer by layer count when all layers
-    have."""
+    """Set of a transfer's blocks that were pushed, or have arrived. A block that moves layer by layer counts when all
+    its layers have."""
 
     def __init__(self, num_layers: int) -> None:
         self._whole: set[int] = set()
@@ -243,7 +245,7 @@ class Coverage:
 
     @property
     def by_layers(self) -> set[int]:
-        """Blocks that moved layer by layer, and are complete."""
+        """Blocks that moved layer by layer and are complete."""
         return set.intersection(*self._by_layer)
 
     def __len__(self) -> int:
@@ -251,7 +253,7 @@ class Coverage:
 
 
 def _are_all(parts: set[int], num_parts: int) -> bool:
-    """Whether they are 0, 1 … `num_parts` - 1. That number comes from a peer, and may be anything."""
+    """Whether the parts are 0, 1 … `num_parts` - 1. `num_parts` comes from a peer and may be any number."""
     return len(parts) == num_parts and all(0 <= part < num_parts for part in parts)
 
 
@@ -260,17 +262,17 @@ class LegProgress:
     """Progress of one leg, which is what a transfer sends to one rank of its receiver."""
 
     one_sided: bool = False
-    """Its receiver learns only from the commit that parts have landed."""
+    """Whether the receiver learns only from the commit that parts have landed."""
     accepted: bool = False
     num_pushed: int = 0
     num_begun: int = 0
     num_moved: int = 0
     num_moving: int = 0
-    """Parts that were begun and have not ended yet."""
+    """Number of parts that were begun and have not ended yet."""
     has_stray: bool = False
-    """A part that has failed may still be moving."""
+    """Whether a part that has failed may still be moving."""
     closed: bool = False
-    """Its connection is closed: nothing is read for it any more, whatever the transport reports later."""
+    """Whether its connection is closed. Then nothing is read for it any more, whatever the transport reports later."""
     acknowledged: bool = False
 
     @property
@@ -279,25 +281,26 @@ class LegProgress:
 
     @property
     def may_commit(self) -> bool:
-        """The receiver of a two-sided transport knows by itself when announced parts have landed."""
+        """Whether the leg has come far enough for a commit. The receiver of a two-sided transport knows by itself when
+        announced parts have landed, so there it is enough that all have begun."""
         return self.num_pushed == (self.num_moved if self.one_sided else self.num_begun)
 
 
 class SendState(TransferState):
-    """A transfer at its sender."""
+    """State of a transfer at its sender."""
 
     def __init__(self, num_legs: int = 1, on_change: Callable[[], None] = lambda: None) -> None:
-        """on_change: called after changes that somebody may wait for; parts that move before the commit are not among
-        them."""
+        """`on_change` is called after each change that somebody may wait for. A part that moves before the commit is
+        not such a change."""
         super().__init__()
         self.legs = [LegProgress() for _ in range(num_legs)]
         self.error: Exception | None = None
-        """The exception that the cause comes from, if it was one."""
+        """The exception that `cause` comes from; None if there was none."""
         self.payload = b""
         self._on_change = on_change
 
     def accept(self, leg: int, *, one_sided: bool) -> bool:
-        """The receiver has accepted this leg."""
+        """Note that the receiver has accepted this leg."""
         mine = self.legs[leg]
         if self.phase is not Phase.OPENING or mine.accepted:
             return False
@@ -332,8 +335,8 @@ class SendState(TransferState):
         return self._changed()
 
     def end_parts(self, leg: int, num_parts: int, error: str = "", *, may_go_on: bool = False) -> None:
-        """Parts that were begun have moved or, with an error, have failed; `may_go_on`: then they may still move until
-        `close`."""
+        """Note that parts that were begun have moved or, with an `error`, have failed. If `may_go_on`, the failed ones
+        may still move until `close`."""
         mine = self.legs[leg]
         mine.num_moving -= num_parts
         if error:
@@ -348,14 +351,14 @@ class SendState(TransferState):
         return self.phase is Phase.COMMITTING and self.legs[leg].may_commit
 
     def acknowledge(self, leg: int) -> bool:
-        """The receiver has all of this leg, whatever happens to its connection from now on."""
+        """Note that the receiver has all of this leg, whatever happens to its connection from now on."""
         if not self.may_commit(leg) or self.legs[leg].acknowledged:
             return False
         self.legs[leg].acknowledged = True
         return self._changed()
 
     def fail(self, cause: str, leg: int | None = None, error: Exception | None = None) -> bool:
-        """`leg`: the one that made the transfer fail."""
+        """Note that the transfer has failed. `leg` is the one that made it fail; None: none in particular."""
         given = self.legs if leg is None else [self.legs[leg]]
         if self.failed or all(each.acknowledged for each in given):
             return False
@@ -363,7 +366,7 @@ class SendState(TransferState):
         return self._changed()
 
     def close(self, leg: int) -> None:
-        """Nothing is read for this leg any more, not even for a part that has failed or has not ended."""
+        """Note that nothing is read for this leg any more, not even for a part that has failed or has not ended."""
         self.legs[leg].closed = True
         self._changed()
 

@@ -1,6 +1,6 @@
-"""Transfers that this side fetches: it says to the sender that it wants them, and later where they go.
+"""Transfers that this side fetches: it tells the sender that it wants them, and later where they go.
 
-Under tensor parallelism the sender is several ranks, of which this one fetches from those that have heads of it.
+Under tensor parallelism the sender is several ranks, and this rank fetches from those that have heads of it.
 """
 
 import asyncio
@@ -32,7 +32,7 @@ class _Sender:
 
 
 class Senders:
-    """One connection to each sender that something is claimed from, until it ends."""
+    """Connections to senders: one to each sender from which something is claimed, until it ends."""
 
     def __init__(self, timeout_s: float, keys: Keys | None) -> None:
         self.timeout_s = timeout_s
@@ -42,7 +42,7 @@ class Senders:
 
     @contextlib.asynccontextmanager
     async def use(self, address: str) -> AsyncIterator[RpcClient]:
-        """Raises TransferFailed if nobody is there."""
+        """Connect to a sender, or use the connection that there is. Raises TransferFailed if nobody is there."""
         sender = self._senders.get(address) or self._make(address)
         sender.num_claims += 1
         try:
@@ -80,7 +80,8 @@ class Senders:
 
 
 async def _start(client: RpcClient) -> None:
-    """An RPC client would wait for one that comes; who offers something is there."""
+    """Start a client, or fail if nobody listens. An RPC client would wait for a server that comes later, but a sender
+    that offers something is there already."""
     if await nobody_listens(client.address, ANSWER_TIMEOUT_S):
         raise TransferFailed(f"{client.address} has ended: nobody listens there")
     await client.start()
@@ -92,12 +93,12 @@ class SourceRank(NamedTuple):
     address: str
     epoch: str = ""
     num_receivers: int = 1
-    """Ranks on this side that fetch from it, this one among them. 0: none does, and it is told that it may forget the
-    transfer."""
+    """Number of ranks on this side that fetch from it, including this one. 0: none does, and the sender is told that it
+    may forget the transfer."""
 
 
 class Claim:
-    """An offer that this side wants: its sender keeps it, until `release` or the end of a fetch. Made by
+    """An offer that this side wants. Its sender keeps it until `release` or the end of a fetch. Made by
     `KVTransferManager.claim`."""
 
     def __init__(
@@ -108,21 +109,21 @@ class Claim:
         senders: Senders,
         post: Callable[[str, Sequence[int]], PostedReceive],
     ) -> None:
-        """`heads`: those that must come."""
+        """`heads` are those that must come."""
         self.transfer_id = transfer_id
         self.address = ", ".join(each.address for each in sources)
         self._heads = heads
         self._senders = senders
         self._post = post
         self._num_silent = len(sources)
-        """Sources that have not answered yet."""
+        """Number of sources that have not answered yet."""
         self._clients: list[RpcClient] = []
-        """Of those that have, and are fetched from."""
+        """Clients of sources that have answered and are fetched from."""
         self._offered: list[HeadRange] = []
         self._kept: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._posted: PostedReceive | None = None
         self._cause = ""
-        """Why it has ended; "" while it has not."""
+        """Why the claim has ended; "" while it has not."""
         self._fetching: asyncio.Task[None] | None = None
         self.task = asyncio.create_task(self._run(sources))
 
@@ -135,20 +136,20 @@ class Claim:
             cause = str(error)
         except asyncio.CancelledError:
             cause = "it was released"
-        for each in keeping:  # one that is lost ends it with the others
+        for each in keeping:  # if one sender is lost, the claim ends at the others too
             each.cancel()
         await asyncio.gather(*keeping, return_exceptions=True)
         self._cause = cause
         self._kept.cancel()
         if self._posted is not None:
-            self._posted.fail(cause)  # nothing, if all has come
+            self._posted.fail(cause)  # does nothing if all has come
 
     async def _keep(self, source: SourceRank) -> None:
-        """Hold one sender to it until it has ended there."""
+        """Keep the offer at one sender until it has ended there."""
         keep, has_offered = Keep(self.transfer_id, source.epoch, source.num_receivers), False
         async with self._senders.use(source.address) as client, client.stream(messages.KEEP, keep) as kept:
             async for offered in kept:
-                if has_offered:  # or it would be counted for a source that is silent
+                if has_offered:  # a second offer would be counted for a source that has not answered
                     raise TransferFailed(f"transfer {self.transfer_id}: {source.address} offers it a second time")
                 has_offered = True
                 self._num_silent -= 1
@@ -160,7 +161,7 @@ class Claim:
                     self._kept.set_result(None)
 
     def _check_heads(self) -> None:
-        """Raises TransferFailed: the senders have not all heads that are needed, each once."""
+        """Raise TransferFailed unless the senders have all heads that are needed, each once."""
         common = [heads for each in self._offered if (heads := self._heads.common(each))]
         if sorted(head for each in common for head in each.heads()) != list(self._heads.heads()):
             found, needed = ", ".join(map(_named, self._offered)), _named(self._heads)
@@ -168,15 +169,15 @@ class Claim:
             raise TransferFailed(f"{what} with heads {found}, where {needed} are needed, each once")
 
     async def kept(self) -> bool:
-        """Wait until the sender keeps it. False: it will not."""
+        """Wait until all senders keep the offer. Returns False if that will not happen."""
         await asyncio.wait([self._kept])
         return not self._kept.cancelled()
 
     def fetch(self, block_ids: Sequence[int], *, first: int = 0) -> PostedReceive:
-        """Want the blocks that were offered, from place `first` on, in these blocks of the pool. Returns at once.
+        """Fetch the offered blocks, from position `first` on, into these blocks of the pool. Returns at once.
 
         Raises:
-            ValueError: it was fetched already; or as `KVTransferManager.post_receive`.
+            ValueError: it was fetched already; otherwise see `KVTransferManager.post_receive`.
         """
         if self._posted is not None:
             raise ValueError(f"transfer {self.transfer_id} was fetched already")
@@ -198,13 +199,14 @@ class Claim:
             posted.fail(str(error))
 
     def _received(self, result: TransferResult) -> None:
-        """If all has come each sender is about to hear so, and ends it: it fails there if this leaves before."""
+        """Release the claim after a failure. If all has come, each sender is about to hear so and ends the claim
+        itself; if this side left before that, the transfer would fail there."""
         if result.outcome is not Outcome.COMPLETED:
             self.release()
 
     def release(self) -> None:
-        """Want it no more: the sender hears so, also if it has to offer it yet, and has its blocks back. Ends a fetch
-        that is under way."""
+        """Give up the claim. The sender hears so, even if it has yet to offer the transfer, and gets its blocks back.
+        This ends a fetch that is under way."""
         self._cause = self._cause or "it was released"
         if self._posted is not None:
             self._posted.fail(self._cause)

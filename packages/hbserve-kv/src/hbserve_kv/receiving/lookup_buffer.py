@@ -1,8 +1,8 @@
-"""The KV lookup buffer: where transfers wait that arrived before anybody asked for them.
+"""The KV lookup buffer, in which transfers wait that arrived before anybody asked for them.
 
-It is bounded by its blocks, and has at most as many messages as blocks, because one may have no bytes: a sender waits
-until there is room (this is its credit), and what nobody takes expires. So neither the order of requests nor a
-forgotten one can do harm.
+It is bounded by its blocks. Because a message may have no bytes, there are also at most as many messages as blocks. A
+sender waits until there is room (this is its credit), and a message that nobody takes expires. So neither the order of
+requests nor a forgotten one can do harm.
 """
 
 import asyncio
@@ -32,20 +32,20 @@ class LookupBuffer:
         self._timeout_s = timeout_s
         self._expiry_s = expiry_s
         self._arrived: dict[str, tuple[list[int], TransferResult, asyncio.Task[None]]] = {}
-        """Messages that nobody has taken yet, with the task that drops them then."""
+        """Messages that nobody has taken yet: blocks, result, and the task that drops the message when it expires."""
         self._num_messages = 0
-        """That have been given room, be it none."""
+        """Number of messages that have been given room, including those that need none."""
         self._waiting: dict[str, asyncio.Future[None]] = {}
-        """One for each caller that waits for a message; done when the message has arrived."""
+        """A future for each caller that waits for a message, by request id; done when the message has arrived."""
         self._room = asyncio.Condition()
         self._keeping: set[asyncio.Task[None]] = set()
 
     async def place(self, request_id: str, num_bytes: int) -> list[int]:
-        """Blocks of the arena for a message; waits for room.
+        """Allocate blocks of the arena for a message. Waits for room.
 
         Raises:
-            BufferTooSmall: it can never fit.
-            TransferTimeout: no room before the deadline.
+            BufferTooSmall: the message can never fit.
+            TransferTimeout: there was no room before the deadline.
         """
         num_blocks = self._memory.num_blocks_for(num_bytes)
         capacity = self._memory.num_arena_blocks
@@ -67,24 +67,24 @@ class LookupBuffer:
             ) from None
 
     async def free(self, block_ids: list[int]) -> None:
-        """Give back what `place` gave for one message."""
+        """Give back the blocks that `place` returned for one message."""
         async with self._room:
             self._num_messages -= 1
             self._memory.free(block_ids)
             self._room.notify_all()
 
     def __contains__(self, request_id: str) -> bool:
-        """Whether there is a message of this name that nobody has taken."""
+        """Whether there is a message with this id that nobody has taken."""
         return request_id in self._arrived
 
     def keep(self, transfer: IncomingTransfer) -> None:
-        """Follow an arriving message until somebody takes it, or it expires, or it failed and is drained."""
+        """Follow an arriving message until somebody takes it, it expires, or it has failed and is drained."""
         task = asyncio.create_task(self._keep(transfer))
         self._keeping.add(task)
         task.add_done_callback(self._keeping.discard)
 
     async def close(self) -> None:
-        """Tell those who wait for a message that none will come."""
+        """Tell callers that wait for a message that none will come."""
         for task in self._keeping:
             task.cancel()
         await asyncio.gather(*self._keeping, return_exceptions=True)
@@ -112,11 +112,12 @@ class LookupBuffer:
             await self.free(transfer.block_ids)
 
     async def take(self, request_id: str) -> tuple[list[int], TransferResult]:
-        """Blocks and result of a message that has arrived, or arrives before the deadline. The caller frees the blocks.
+        """Return the blocks and the result of a message that has arrived, or arrives before the deadline. The caller
+        must free the blocks.
 
         Raises:
             TransferTimeout: nothing arrived.
-            TransferFailed: its sender failed, or somebody else already waits for it.
+            TransferFailed: the sender failed, or somebody else already waits for the message.
         """
         if request_id in self._waiting:
             raise TransferFailed(f"{request_id}: another receive waits for it already")
@@ -151,14 +152,14 @@ class _Shape(msgspec.Struct, frozen=True):
 
 
 def shape_of(tensor: "torch.Tensor") -> bytes:
-    """The payload that is committed with a tensor's bytes."""
+    """Return the payload that is committed with a tensor's bytes."""
     return msgspec.msgpack.encode(_Shape(str(tensor.dtype).removeprefix("torch."), list(tensor.shape)))
 
 
 def tensor_of(request_id: str, shape: bytes, blocks: "torch.Tensor") -> "torch.Tensor":
-    """The tensor whose bytes arrived in these blocks, with the shape that its sender reported.
+    """Return the tensor whose bytes arrived in these blocks, with the shape that its sender reported.
 
-    blocks: uint8 (num_blocks, block_bytes), contiguous; the tensor is a view of them.
+    `blocks` is uint8 (num_blocks, block_bytes), contiguous; the tensor is a view of it.
 
     Raises:
         TransferFailed: no tensor of this many blocks has such a shape.

@@ -1,10 +1,10 @@
-"""Failed transfers whose blocks may still be written, and how to be sure that they are not.
+"""Failed transfers whose blocks may still be written, until it is certain that they are not.
 
 A sender reports the end of its writes itself (ABANDON). If it is lost, the transport revokes its means to write, if it
-can: see `Transport.revoke`. Otherwise the sender is asked (ALIVE), in case its report was lost. If its process is gone,
-it writes nothing more. If it merely does not answer, it may still write, so its transfers become UNKNOWN, and their
-blocks wait until it answers or is gone. That may be never: no wait is long enough to prove that a paused process will
-not continue. So a warning says again and again what is out of use, and because of whom.
+can: see `Transport.revoke`. Otherwise this side asks the sender (ALIVE), in case its report was lost. If its process is
+gone, it writes nothing more. If it merely does not answer, it may still write, so its transfers become UNKNOWN, and
+their blocks wait until it answers or is gone. That may be never: no wait is long enough to prove that a paused process
+will not continue. So a warning is repeated that says which blocks are out of use, and because of which sender.
 """
 
 import asyncio
@@ -23,13 +23,13 @@ from hbserve_rpc.reminder import Reminder
 logger = logging.getLogger(__name__)
 
 GRACE_S = 1.0
-"""After a sender has ended, what its system had already taken may still arrive for a moment."""
+"""How long data may still arrive after its sender has ended, because the sender's system had already taken it."""
 CHECK_INTERVAL_S = 0.5
 ANSWER_TIMEOUT_S = 1.0
 GONE = Alive(epoch="", writing=[])
-"""Stands for the answer of a process that is not there any more."""
+"""Answer on behalf of a process that is not there any more."""
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 60.0, 3600.0
-"""Between two warnings that blocks are out of use: see Reminder."""
+"""Pauses between two warnings that blocks are out of use: see Reminder."""
 
 
 class Quarantine:
@@ -38,8 +38,8 @@ class Quarantine:
     def __init__(
         self, *, longest_s: float, on_revoked: Callable[[set[str], str], None], keys: Keys | None = None
     ) -> None:
-        """`longest_s`: how long a sender that answers may take to end what it was writing. `on_revoked` is called with
-        the keys of links over which nothing lands any more, and why."""
+        """`longest_s` is how long a sender that answers may take to end what it was writing. `on_revoked` is called
+        with the keys of links over which nothing lands any more, and with the reason."""
         self._longest_s = longest_s
         self._keys = keys
         self._on_revoked = on_revoked
@@ -65,7 +65,7 @@ class Quarantine:
         task.add_done_callback(lambda _: self._watching.pop(transfer))
 
     def drain_later(self, transfer: IncomingTransfer, link: IncomingLink) -> None:
-        """The sender writes nothing more, but what its system had already taken may still arrive for a moment."""
+        """Note that the sender writes nothing more, once what its system had already taken can not arrive any more."""
         task = asyncio.create_task(self._drain_later(transfer, link))
         self._draining.add(task)
         task.add_done_callback(self._draining.discard)
@@ -76,7 +76,7 @@ class Quarantine:
         transfer.sender_drained(link.link.key)
 
     async def close(self) -> None:
-        """End, and wake whoever waits for what is not drained."""
+        """Stop watching, and wake whoever waits for transfers that are not drained."""
         watched = list(self._watching)
         running = [*self._watching.values(), *self._draining]
         for task in running:
@@ -97,7 +97,7 @@ class Quarantine:
             for link in writing if is_late else lost:
                 if await self.revoke(link) or (link in lost and await self._ask(link)):
                     transfer.sender_drained(link.link.key)
-            # The deadline counts from when a sender stopped answering, which is how a link is lost.
+            # The deadline counts from when the sender stopped answering, because that is when its link is lost.
             if lost or (writing and is_late):
                 transfer.give_up()
             if transfer.phase is Phase.UNKNOWN and reminder.say_now(loop.time()):
@@ -107,8 +107,8 @@ class Quarantine:
                     await transfer.drained.wait()
 
     async def revoke(self, link: IncomingLink) -> bool:
-        """Whether nothing lands over the link any more, because the sender's means to write were revoked, whether it is
-        there or not."""
+        """Revoke the sender's means to write, whether it is there or not. Returns whether that worked, so that nothing
+        lands over the link any more."""
         try:
             revoked = await link.transport.revoke(link.link)
         except Exception:  # whatever a backend raised; the sender can still be asked
@@ -118,7 +118,7 @@ class Quarantine:
         return bool(revoked)
 
     async def _ask(self, link: IncomingLink) -> bool:
-        # A task of its own: a client that is cancelled while it closes would leave its socket behind.
+        # This needs a task of its own: a client that is cancelled while it closes would leave its socket behind.
         asking = asyncio.create_task(has_ended(link, self._keys))
         self._asking.add(asking)
         asking.add_done_callback(self._asking.discard)
@@ -142,18 +142,18 @@ def _warn(transfer: IncomingTransfer, since_s: float) -> None:
 
 
 async def has_ended(lost: IncomingLink, keys: Keys | None) -> bool:
-    """Whether nobody writes over this link any more. A frozen process might, so only these answers count:
+    """Whether nobody writes over this link any more.
 
-    the sender's host says that nothing listens at its address; or whoever listens there says that it is another life,
-    or that it has ended the link.
+    A frozen process might, so only an answer counts: the sender's host says that nothing listens at its address, or
+    whoever listens there says that it is another life, or that it has ended the link.
     """
     alive = await ask_sender(lost, keys)
     return alive is not None and (alive.epoch != lost.hello.epoch or lost.link.key not in alive.writing)
 
 
 async def ask_sender(lost: IncomingLink, keys: Keys | None) -> Alive | None:
-    """What whoever is at the address of the link's sender says of itself; None if there is no answer. GONE if the host
-    says that nothing listens there."""
+    """Ask whoever is at the address of the link's sender about itself. Returns GONE if the host says that nothing
+    listens there, and None if there is no answer."""
     if await nobody_listens(lost.hello.address, ANSWER_TIMEOUT_S):
         return GONE
     try:

@@ -36,7 +36,7 @@ from hbserve_rpc import InvalidRequest, Peer, RpcServer, calling_peer
 
 
 class Receiver:
-    """Handlers of the control server, the links while they are connected, and the transfers."""
+    """The handlers of the control server, with the links while they are connected, and the transfers."""
 
     def __init__(
         self,
@@ -52,12 +52,12 @@ class Receiver:
         self._buffer = buffer
         self._config = config
         self.transfers: dict[str, IncomingTransfer] = {}
-        """By id, until they have a result. A failed one that is not drained yet is also in the quarantine."""
+        """Transfers by id, until they have a result. A failed one that is not drained yet is in the quarantine too."""
         self.dropped_messages = 0
         self.links: dict[str, IncomingLink] = {}
         self.quarantine = Quarantine(longest_s=config.expiry_s, on_revoked=self.end_links, keys=config.keys)
         self._asking: dict[str, asyncio.Task[None]] = {}
-        """By link, a task that asks whether its sender is still there."""
+        """Tasks that ask whether the sender of an old link is still there, by link."""
         self._losing: set[asyncio.Task[None]] = set()
         """Tasks of links that were lost, until nothing of them is left."""
 
@@ -79,7 +79,7 @@ class Receiver:
         may_be_partial: bool = False,
         sender: str = "",
     ) -> IncomingTransfer:
-        """Start to expect a transfer. Raises ValueError if the id is in use."""
+        """Expect a transfer from now on. Raises ValueError if the id is in use."""
         if transfer_id in self.transfers:
             raise ValueError(f"transfer_id={transfer_id!r} is in use")
         heads, watch = self._me.heads.heads(), self.quarantine.watch
@@ -98,7 +98,7 @@ class Receiver:
             transfer.fail(f"no sender{of_heads} began within {self._config.expiry_s} s")
 
     async def say_goodbye(self) -> None:
-        """End every transfer and every link, and tell the senders. To be called before the server stops."""
+        """End every transfer and every link, and tell the senders. Call this before the server stops."""
         self._fail_all()
         links = list(self.links.values())
         for link in links:
@@ -108,7 +108,7 @@ class Receiver:
                 await asyncio.gather(*(link.ended.wait() for link in links))
 
     async def close(self) -> None:
-        """Leave nothing behind. To be called after the server has stopped."""
+        """End what is left, so that nothing stays behind. Call this after the server has stopped."""
         self._fail_all()  # a message may have begun to arrive meanwhile
         await self.quarantine.close()
         await self._buffer.close()
@@ -121,7 +121,7 @@ class Receiver:
     # ---- links ---------------------------------------------------------------------------------------------------
 
     async def serve_link(self, hello: Handshake) -> AsyncIterator[LinkReply | Cancelled]:
-        """Handler of LINK: runs for each sender as long as it is connected."""
+        """Handle LINK: run for each sender as long as it is connected."""
         me, common, peer = self._me, common_heads(hello, self._me), calling_peer()
         transport, passed_over = choose_transport(hello, self._transports, me.rank)
         if hello.link in self.links:
@@ -141,7 +141,7 @@ class Receiver:
         )
         made = self.links[link.key] = IncomingLink(hello, link, transport, common, peer, rendezvous)
         if not transport.one_sided:
-            made.connect(self._config.timeout_s)  # from both ends at once, so the reply must not wait for it
+            made.connect(self._config.timeout_s)  # both ends connect at once, so the reply must not wait for this
         try:
             description = await transport.admit(link)
             yield LinkReply(me.rank, me.epoch, me.heads, me.layout, transport.name, description, passed_over)
@@ -151,15 +151,16 @@ class Receiver:
             self._lose(made, "the sender was lost")
 
     def end_links(self, keys: set[str], why: str) -> None:
-        """End links over which nothing arrives any more: senders that are still there are told, and make new ones."""
+        """End links over which nothing arrives any more. Senders that are still there are told, and make new ones."""
         for key in keys & self.links.keys():
             link = self.links[key]
             self._lose(link, why)
             link.notices.put_nowait(None)
 
     def _replace(self, hello: Handshake, peer: Peer) -> None:
-        """A sender has one link, so its old one has ended if this is the same life of it, by name and host. Whoever
-        claims to be another life at the same address may be anybody, so that address itself is asked."""
+        """End older links of the sender that shakes hands. A sender has one link, so its old one has ended if the rank,
+        epoch and host are the same. Whoever claims to be another life at the same address may be anybody, so that
+        address itself is asked."""
         for old in [each for each in self.links.values() if each.hello.address == hello.address]:
             key = old.link.key
             is_its_host = old.peer.address == peer.address
@@ -185,11 +186,11 @@ class Receiver:
             task.add_done_callback(self._losing.discard)
 
     async def _fail_if_gone(self, lost: IncomingLink, awaited: Sequence[IncomingTransfer]) -> None:
-        """End transfers that were granted to the sender of a lost link, and that it has not begun, once it does not
-        answer any more. It knows no block of them, so its silence is enough, where a quarantine needs proof.
+        """Fail transfers that were granted to the sender of a lost link and that it has not begun, once it does not
+        answer any more. It does not know their blocks, so its silence is enough, whereas a quarantine needs proof.
 
-        While it answers it may connect anew, or be about to end. If another life of it is there, they may be granted to
-        that one.
+        While the sender answers, it may connect again, or be about to end. If it has another link by now, nothing is
+        failed.
         """
         hello = lost.hello
         while any(transfer.awaits(lost) for transfer in awaited):
@@ -239,7 +240,7 @@ class Receiver:
         return Accepted(transfer.region, transfer.block_ids, self._config.checksum)
 
     async def _granted_or_buffered(self, begin: Begin, link: IncomingLink) -> IncomingTransfer:
-        """The transfer that was granted; or a new one, in the lookup buffer."""
+        """Return the transfer that was granted, or a new one in the lookup buffer."""
         if transfer := self.transfers.get(begin.transfer_id):
             return transfer
         if begin.num_bytes is None:
@@ -258,7 +259,8 @@ class Receiver:
         return transfer
 
     def _parts(self, message: PartsAnnounced) -> None:
-        """Not a coroutine, which could be suspended: what the sender sends next must find these parts begun."""
+        """Handle PARTS. This is not a coroutine, which could be suspended: what the sender sends next must find these
+        parts begun."""
         link = self._find_link(message.link)
         if link is None or not link.take(self.transfers.get(message.transfer_id), message):
             self.dropped_messages += 1
@@ -270,7 +272,7 @@ class Receiver:
             self._drop_message(f"{what} is late, was sent twice, or has not begun by this link")
         await transfer.until_taken(message.link)
         if transfer.cause:
-            await asyncio.sleep(0)  # lets the link's stream say why, before this answer does
+            await asyncio.sleep(0)  # lets the link's stream report the cause before this answer does
         if message.checksums and (error := await self._corruption(transfer, link, message)):
             transfer.fail(error)
         if not transfer.commit(message, link.link.mine):
@@ -305,7 +307,7 @@ class Receiver:
     # ---- helpers -------------------------------------------------------------------------------------------------
 
     def _find_link(self, key: str) -> IncomingLink | None:
-        """None: there is none, or no longer, or it is not the caller's."""
+        """Return the link with this key; None if there is none, or none any more, or if it is not the caller's."""
         link = self.links.get(key)
         return link if link is not None and _is_callers(link) else None
 

@@ -33,14 +33,14 @@ logger = logging.getLogger(__name__)
 
 MAX_ANNOUNCED_PARTS = 16
 DRAIN_PATIENCE_S = 2.0
-"""How long a part may keep moving after its link was lost before its transfer is UNKNOWN. One of Mooncake's may
-for a minute."""
+"""How long a part may keep moving after its link was lost before its transfer is UNKNOWN. A part of Mooncake may keep
+moving for a minute."""
 CAUSE_PATIENCE_S = 0.2
 """How long a failed push waits for a better explanation, which comes over the RPC connection."""
 
 
 class LinkUnknown(ConnectionError):
-    """The receiver has already ended a link that this side still has."""
+    """Raised when the receiver has already ended a link that this side still has."""
 
 
 class Leg:
@@ -53,14 +53,14 @@ class Leg:
         self.begin = msgspec.structs.replace(begin, link=outgoing.link.key)
         self.target: Accepted  # set when the receiver accepts
         self.parts: deque[tuple[Part, AnnouncedPart]] = deque()
-        """Pushed, but not begun yet."""
+        """Parts that were pushed and have not begun yet."""
         self.side = outgoing.link.mine
         self.target_units: list[int] = []
-        """What the receiver has granted, as the link counts it."""
+        """What the receiver has granted, in the link's units."""
         self.pushed = Coverage(self.side.layout.num_layers)
         """Which of `target_units` have been pushed."""
         self.num_bytes_moved = 0
-        """Bytes that moved; may be more than the blocks have, because a block may be sent twice."""
+        """Number of bytes that moved. It may exceed that of the blocks, because a block may be sent twice."""
         self.time_s = 0.0
         """Seconds during which parts were moving."""
         self.memory = memory
@@ -82,15 +82,15 @@ class Leg:
             await self._has_changed.wait()
 
     async def run(self) -> bool:
-        """From BEGIN to the last message to the receiver. False: the receiver had ended the link, without our
-        having heard, and nothing has been sent."""
+        """Run the leg from BEGIN to the last message to the receiver. Returns False if the receiver had ended the link
+        before this side heard of it, and nothing has been sent."""
         legs, name = self.outgoing.legs, self.begin.transfer_id
         if name in legs:
             self.state.fail(f"one to {self.outgoing.client.address} is under way already")
             return True
         legs[name] = self
         try:
-            # It may have failed while connecting: then the receiver is told so at once, without a BEGIN.
+            # If the transfer has failed while connecting, the receiver is told so at once, without a BEGIN.
             if self.state.failed or await self._hand_over():
                 await self._drain()
         except LinkUnknown as error:
@@ -101,8 +101,8 @@ class Leg:
         return True
 
     async def _hand_over(self) -> bool:
-        """BEGIN and, once all parts are on their way, COMMIT; cut short when the transfer fails. Returns whether the
-        receiver may have begun it."""
+        """Send BEGIN and, once all parts are on their way, COMMIT. Ends early when the transfer fails. Returns whether
+        the receiver may have begun it."""
         state = self.state
         try:
             async with asyncio.timeout(None) as self._handing_over:
@@ -151,8 +151,8 @@ class Leg:
         self.state.acknowledge(self.number)
 
     async def _drain(self) -> None:
-        """Wait until nothing is read for this leg any more. If it has failed, tell the receiver, and before that also
-        that it is not known yet."""
+        """Wait until nothing is read for this leg any more. If the transfer has failed, tell the receiver so; if the
+        wait takes long, tell it first that the leg is not drained yet."""
         outgoing, mine, name = self.outgoing, self.state.legs[self.number], self.begin.transfer_id
 
         def is_over() -> bool:
@@ -185,15 +185,15 @@ class Leg:
                     units = {place: units[place] for place in self._begun.by_layers & units.keys()}
                 numbers = await link.run(link_checksums, self.memory, link, part.region, [*units.values()], part.ready)
                 self._checksums.update(zip(units, numbers, strict=True))
-        except Exception as error:  # for example, of the device
+        except Exception as error:  # for example one of the device
             self.state.fail(f"checksum: {type(error).__name__}: {error}", self.number, error)
 
 
 class OutgoingLink:
-    """The sending end of a link. It is lost once, and never used again.
+    """The sending end of a link. Once it is lost, it is never used again.
 
     The parts of all transfers to the peer are pushed over it one after the other, in the order in which they become
-    ready; those of one transfer in the order of its pushes.
+    ready. Parts of one transfer keep the order of its pushes.
     """
 
     def __init__(
@@ -211,15 +211,15 @@ class OutgoingLink:
         self.timeout_s = timeout_s
         self.epoch = reply.epoch
         self.lost = ""
-        """Why it cannot be used any more; "" while it can."""
+        """Why the link cannot be used any more; "" while it can."""
         self.quiet = asyncio.Event()
-        """Set some time after the loss, when this side does not read or write anything for it any more."""
+        """Set some time after the loss, when this side does not read or write anything for the link any more."""
         self.legs: dict[str, Leg] = {}
-        """By transfer id, until the receiver knows how they ended."""
+        """Legs by transfer id, until the receiver knows how they ended."""
         self.turns: asyncio.Queue[Leg | None] = asyncio.Queue()
-        """Each leg that has a part ready to begin, once; None after the loss."""
+        """Queue with each leg that has a part ready to begin, once; None after the loss."""
         self.on_lost: Callable[[asyncio.Task[None]], None] = lambda closing: None
-        """Called with the task that closes it then."""
+        """Callback for the loss of the link. It gets the task that then closes the link."""
         self._stream = stream
         self._under_way: Deadline[Part] = Deadline(2 * timeout_s, self._late)
         self._has_moved = asyncio.Event()
@@ -228,7 +228,7 @@ class OutgoingLink:
         self._moving = asyncio.create_task(self._move_parts())
         self._closing: asyncio.Task[None] | None = None
         self._peer_knows = False
-        """The receiver has ended the link, so it need not be told anything."""
+        """Whether the receiver has ended the link, and so need not be told anything."""
 
     async def _listen(self) -> None:
         try:
@@ -241,8 +241,8 @@ class OutgoingLink:
             self.lose(str(error))
 
     def queue(self, leg: Leg) -> None:
-        """Give a leg that has parts a turn as soon as its first part may begin: parts of other legs do not wait for
-        it."""
+        """Give a leg that has parts a turn as soon as its first part may begin. Parts of other legs do not wait for
+        that."""
         part, _ = leg.parts[0]
         if self._may_begin(leg, part):
             self.turns.put_nowait(leg)
@@ -255,9 +255,9 @@ class OutgoingLink:
         self.turns.put_nowait(leg)
 
     def _may_begin(self, leg: Leg, part: Part) -> bool:
-        """Whether the part is ready; or else, whether the device waits for that, and no checksum is wanted, for which
-        the link's thread would wait. A part that is not ready is not announced, because the receiver would wait for it
-        and nothing else."""
+        """Whether the part is ready, or need not be: the device waits for that, and no checksum is wanted, for which
+        the link's thread would wait. Otherwise a part that is not ready is not announced, because the receiver would
+        wait for it and for nothing else."""
         return (
             part.ready is None
             or (self.transport.waits_on_device and not leg.target.checksum)
@@ -265,7 +265,7 @@ class OutgoingLink:
         )
 
     def _next_parts(self, leg: Leg) -> list[tuple[Part, AnnouncedPart]]:
-        """The parts of a leg that may begin together, now that it is its turn; it gets another turn for the rest."""
+        """Take the parts of a leg that may begin together in its turn. The leg gets another turn for the rest."""
         parts, most = [leg.parts.popleft()], 1 if self.transport.one_sided else MAX_ANNOUNCED_PARTS
         while leg.parts and len(parts) < most and self._may_begin(leg, leg.parts[0][0]):
             parts.append(leg.parts.popleft())
@@ -274,11 +274,11 @@ class OutgoingLink:
         return parts
 
     async def _move_parts(self) -> None:
-        """Push the legs' parts, turn by turn: each leg's parts in the order in which they were pushed.
+        """Push the legs' parts, turn by turn. Parts of each leg go in the order in which they were pushed.
 
         Over a two-sided transport they are announced first, several in one message, and may land a little later than
-        this counts them: see COMMIT. A failed part that may still be moving loses the link, and so does any
-        failure after which the two sides may disagree on what was sent.
+        this counts them: see COMMIT. The link is lost if a failed part may still be moving, and after any failure that
+        may leave the two sides with different ideas of what was sent.
         """
         is_announced = not self.transport.one_sided
         while not self.lost and (leg := await self.turns.get()) is not None:
@@ -297,14 +297,14 @@ class OutgoingLink:
                 for part, _ in parts:
                     await self._push(leg, part)
                     num_left -= 1
-            except (Exception, asyncio.CancelledError) as error:  # whatever a backend raises; or the loss, see `lose`
+            except (Exception, asyncio.CancelledError) as error:  # whatever a backend raises; `lose` cancels
                 if is_announced and not self.lost and isinstance(error, (OSError, RuntimeError)):
                     # Perhaps the receiver has ended what the part went over, and is about to say why.
                     await asyncio.wait([self._listening], timeout=CAUSE_PATIENCE_S)
                 self._fail(leg, parts[-num_left][0], num_left, error)
 
     async def _push(self, leg: Leg, part: Part) -> None:
-        """Move a part, or hand it to a device: then it ends later."""
+        """Move a part, or hand it to a device; in that case it ends later."""
         self._under_way.begin(part)
         began_s, moving = time.monotonic(), None
         try:
@@ -334,7 +334,7 @@ class OutgoingLink:
         leg.state.end_parts(leg.number, 1)
 
     def _fail(self, leg: Leg, part: Part, num_parts: int, error: BaseException) -> None:
-        """`num_parts`: this part, and those behind it that were announced with it."""
+        """Note that a part has failed. `num_parts` counts it, and those behind it that were announced with it."""
         may_go_on = isinstance(error, DrainUnknown)
         if may_go_on or not self.transport.one_sided:
             self.lose(f"the link broke: {str(error) or type(error).__name__}")
@@ -342,12 +342,13 @@ class OutgoingLink:
         leg.state.end_parts(leg.number, num_parts, cause, may_go_on=may_go_on)
 
     def _late(self, part: Part) -> None:
-        """The receiver gives a part half of this time, and then says so; one-sided parts end by themselves."""
+        """Lose the link because of a part that takes too long. The receiver gives a part half of this time, and then
+        says so; one-sided parts end by themselves."""
         if not self.transport.one_sided:
             self.lose(f"part {part.index} was not taken within {2 * self.timeout_s:.3g} s")
 
     async def abandon(self, transfer_id: str, reason: str, *, drained: bool, may_be_buffered: bool = False) -> None:
-        """Tell the receiver that a transfer has failed. If it does not answer, it will find out by itself."""
+        """Tell the receiver that a transfer has failed. A receiver that does not answer will find out by itself."""
         if self._peer_knows:
             return
         message = Abandon(transfer_id, self.link.key, reason, drained, may_be_buffered)
@@ -357,13 +358,13 @@ class OutgoingLink:
             logger.debug("transfer %s: the receiver was not told of its end: %s", transfer_id, error)
 
     def forget(self, transfer_id: str) -> None:
-        """Drop a transfer that has ended and of whose end the receiver knows."""
+        """Drop a transfer that has ended, once its receiver knows."""
         del self.legs[transfer_id]
         if self.lost and not self.legs:
             self._idle.set()
 
     def lose(self, why: str) -> None:
-        """Never use it again. What goes over it fails, and then it is closed in the background."""
+        """Stop using the link for good. What goes over it fails, and then it is closed in the background."""
         if self.lost:
             return
         self.lost = why
@@ -394,6 +395,6 @@ class OutgoingLink:
         await self.hang_up()
 
     async def hang_up(self) -> None:
-        """Wait for no more answers of the peer. What was sent to it may still arrive."""
+        """End the connection without waiting for more answers of the peer. What was sent may still arrive."""
         await self._stream.aclose()
         await self.client.close()

@@ -1,12 +1,12 @@
-"""Transfers that their receivers fetch: blocks which are there before anybody has room for them.
+"""Transfers that their receivers fetch, because the blocks are there before anybody has room for them.
 
-An offer whose last block is there waits `lease_s` for a receiver that wants it. That one keeps it (KEEP) as long as its
-heartbeats come, and says where the blocks go (FETCH) once it has room. From then on it is a transfer as any other. If
-the receiver leaves, or dies, before it has all, the offer ends.
+An offer whose last block is there waits `lease_s` for a receiver that wants it. That receiver keeps the offer alive
+(KEEP) as long as its heartbeats come, and says where the blocks go (FETCH) once it has room. From then on the offer is
+a transfer like any other. If the receiver leaves or dies before it has all blocks, the offer ends.
 
-Under tensor parallelism several ranks of the receiver may need heads of this rank: each says how many they are, and
-they are one transfer, which begins when all of them have room. A rank that nobody needs, for another has the same
-heads, is told so.
+Under tensor parallelism several ranks of the receiver may need heads of this rank. Each says how many such ranks there
+are; together they are one transfer, which begins when all of them have room. A rank that nobody needs, because another
+one has the same heads, is told so.
 """
 
 import asyncio
@@ -27,9 +27,10 @@ from hbserve_kv.sending.transfer import SendTransfer, require_loop
 from hbserve_rpc import InvalidRequest, RpcServer, calling_peer
 
 MOST_ENDED = 1 << 12
-"""Offers that have ended and are known by name, for who comes too late to hear why."""
+"""Limit of ended offers that are remembered by id, so that a receiver that comes too late hears why."""
 LATE_S = 10.0
-"""An engine may tell others of a transfer a moment before it is offered here."""
+"""How long an offer may come after its receiver, because an engine may tell others of a transfer before it offers it
+here."""
 
 _Open = Callable[[str, Sequence[bytes]], Awaitable[SendTransfer]]
 
@@ -37,7 +38,7 @@ _Open = Callable[[str, Sequence[bytes]], Awaitable[SendTransfer]]
 class Offer:
     """One transfer that its receiver fetches. Made by `KVTransferManager.offer`.
 
-    Source blocks belong to it from `push` until `wait` or `withdraw` has returned COMPLETED or FAILED_DRAINED, or until
+    Source blocks belong to the offer from `push` until `wait` has returned COMPLETED or FAILED_DRAINED, or until
     `drained` has returned.
     """
 
@@ -46,16 +47,16 @@ class Offer:
     ) -> None:
         self.transfer_id = transfer_id
         self.grants: dict[bytes, bytes | None] = {}
-        """By the connections by which it is kept; None until it is fetched there."""
+        """Grant of each receiver that keeps the offer, by its connection; None until that receiver fetches it."""
         self.result: asyncio.Future[TransferResult] = asyncio.get_running_loop().create_future()
         self.sending: asyncio.Task[None] | None = None
-        """Since it is being fetched."""
+        """The task that sends the blocks; None until all receivers have fetched the offer."""
         self._num_receivers = 1
         self._open = open_send
         self._num_pool_blocks = num_pool_blocks
         self._lease_s, self._expiry_s = lease_s, expiry_s
         self._pushed: list[tuple[int, list[int], Any]] = []
-        """Place of the first, blocks, and the event after which they may be read."""
+        """What each `push` offered: place of its first block, block ids, and the event after which to read them."""
         self._num_blocks = 0
         self._first = 0
         """Place of the first block that the receivers want."""
@@ -69,12 +70,12 @@ class Offer:
     # ---- of its owner --------------------------------------------------------------------------------------------
 
     def push(self, block_ids: Sequence[int], ready: Any = None) -> None:
-        """Offer the next blocks; they are sent at once to a receiver that is there. `ready`: as for a SendTransfer.
+        """Offer the next blocks. They are sent at once if a receiver is there. `ready`: see `SendTransfer.push`.
 
-        Nothing, if the offer has ended.
+        Does nothing if the offer has ended.
 
         Raises:
-            ValueError: this side does not have the blocks; or the offer is committed.
+            ValueError: this side does not have the blocks, or the offer is committed.
         """
         if self.result.done() or self._payload.cancelled():
             return
@@ -95,8 +96,8 @@ class Offer:
             self._set_deadline()
 
     def restart(self) -> bool:
-        """Forget what was pushed, to push other blocks from the first one on. False: it is being fetched already, is
-        committed, or has ended."""
+        """Forget what was pushed, so that other blocks can be pushed from the first one on. Returns False if the offer
+        is being fetched already, is committed, or has ended."""
         if self.sending is not None or self._payload.done() or self.result.done():
             return False
         self._pushed.clear()
@@ -104,7 +105,7 @@ class Offer:
         return True
 
     def withdraw(self, reason: str) -> None:
-        """Offer it no more. Returns at once; `wait` says how it ended."""
+        """Stop offering the transfer. Returns at once; `wait` says how it ended."""
         if self.result.done():
             return
         self._withdrawn = self._withdrawn or reason
@@ -116,17 +117,18 @@ class Offer:
             self._transfer.state.fail(reason)
 
     async def wait(self) -> TransferResult:
-        """How it ended."""
+        """Wait until the offer has ended, and return how."""
         return await asyncio.shield(self.result)
 
     async def drained(self) -> None:
-        """After UNKNOWN: wait until no block is read any more."""
+        """Wait, after UNKNOWN, until no block is read any more."""
         await self._drained.wait()
 
     # ---- of its receivers ----------------------------------------------------------------------------------------
 
     def keep(self, receiver: bytes, num_receivers: int) -> bool:
-        """Note a receiver that wants it. False: it is kept for others."""
+        """Note a receiver that wants the transfer. Returns False if it is kept for others. With `num_receivers` 0 the
+        receiver does not need this rank, and the offer is completed."""
         if self.grants and (len(self.grants) >= self._num_receivers or num_receivers != self._num_receivers):
             return False
         if not num_receivers:
@@ -139,11 +141,12 @@ class Offer:
         return True
 
     def leave(self) -> None:
-        """End it: a receiver wants it no more, or is gone."""
+        """End the offer, because a receiver does not want it any more, or is gone."""
         self.withdraw("its receiver has left")
 
     def fetch(self, receiver: bytes, grant: bytes, first: int) -> bool:
-        """Note where the blocks go for one of those that keep it. False: it is fetched already, or they disagree."""
+        """Note where the blocks go for one of the receivers that keep the offer. Returns False if that one has fetched
+        it already, or if receivers disagree on the first block."""
         is_first = not any(self.grants.values())
         if self.grants[receiver] is not None or not (is_first or first == self._first):
             return False
@@ -179,7 +182,7 @@ class Offer:
             self._end(TransferResult(Outcome.FAILED_DRAINED, error=self._withdrawn))
 
     def _forward(self, place: int, block_ids: list[int], ready: Any) -> None:
-        """Push those of the blocks that the receiver wants."""
+        """Push the blocks that the receiver wants, of those that begin at `place`."""
         assert self._transfer is not None
         end = self._first + self._transfer.num_blocks
         wanted = block_ids[max(0, self._first - place) : max(0, end - place)]
@@ -206,14 +209,14 @@ class Offer:
 
 @dataclass(eq=False)
 class _Awaited:
-    """What receivers want that is not offered yet."""
+    """A transfer that receivers want and that is not offered yet."""
 
     offer: asyncio.Future[Offer]
     num_waiting: int = 0
 
 
 class Offers:
-    """The offers of one rank, and the handlers of those that fetch them."""
+    """The offers of one rank, and the handlers for receivers that fetch them."""
 
     def __init__(self, me: Identity, open_send: _Open, expiry_s: float) -> None:
         self._me = me
@@ -223,7 +226,7 @@ class Offers:
         """Offers by transfer id, until they have a result."""
         self.dropped_messages = 0
         self._ended: OrderedDict[str, str] = OrderedDict()
-        """Why, by transfer id."""
+        """Why recent offers ended, by transfer id; at most MOST_ENDED."""
         self._awaited: dict[str, _Awaited] = {}
         self._sending: set[asyncio.Task[None]] = set()
 
@@ -232,7 +235,7 @@ class Offers:
         server.serve(messages.FETCH, self._fetch)
 
     def make(self, transfer_id: str, lease_s: float) -> Offer:
-        """Raises ValueError if the id is in use."""
+        """Make an offer. Raises ValueError if the id is in use."""
         if transfer_id in self.offers:
             raise ValueError(f"transfer_id={transfer_id!r} is in use")
         offer = self.offers[transfer_id] = Offer(
@@ -257,12 +260,12 @@ class Offers:
             offer.withdraw("the sender was closed")
 
     async def closed(self) -> None:
-        """After `close`, and when no connection is left: wait until nothing is read any more."""
+        """Wait until nothing is read any more. Call it after `close`, when no connection is left."""
         sending = [each.sending for each in self.offers.values() if each.sending]
         await asyncio.gather(*sending, *self._sending, return_exceptions=True)
 
     async def _serve_keep(self, keep: Keep) -> AsyncIterator[Offered]:
-        """Handler of KEEP, one for each receiver as long as it wants the transfer."""
+        """Handle KEEP: run for each receiver as long as it wants the transfer."""
         offer = await self._find(keep)
         if not offer.keep(calling_peer().connection, keep.num_receivers):
             self._drop(f"transfer {keep.transfer_id} is kept for another receiver")
@@ -307,9 +310,9 @@ class Offers:
         return Nothing()
 
     def _refuse_ended(self, name: str) -> None:
-        """Raises InvalidRequest: it was offered, and is not any more; says why."""
+        """Raise InvalidRequest if the transfer was offered and is not any more; the error says why."""
         offer, why = self.offers.get(name), self._ended.get(name)
-        if offer is not None:  # perhaps of an id that was used before
+        if offer is not None:  # perhaps with an id that was used before
             why = _why_ended(offer.result.result()) if offer.result.done() else None
         if why is not None:
             self._drop(f"transfer {name} is not offered: {why}")
@@ -324,7 +327,8 @@ def _why_ended(result: TransferResult) -> str:
 
 
 def checked_seconds(name: str, seconds: object) -> float:
-    """Raises ValueError: no time to wait for. (An event loop loses the order of its timers by a NaN.)"""
+    """Return `seconds`. Raises ValueError if that is not a time to wait for. (A NaN would upset the order of an event
+    loop's timers.)"""
     if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not (isfinite(seconds) and seconds >= 0):
         raise ValueError(f"{name}={seconds!r}: expected seconds, 0 or more")
     return seconds

@@ -1,4 +1,4 @@
-"""The peers that one instance sends to: they come, go, restart and freeze, each without affecting the others."""
+"""The peers to which one instance sends. They come, go, restart and freeze, each without affecting the others."""
 
 import asyncio
 import logging
@@ -27,9 +27,9 @@ LONGEST_PAUSE_S = 10.0
 
 @dataclass
 class Breaker:
-    """Backoff before a peer that could not be reached is tried again. The caller supplies the time.
+    """Circuit breaker: backoff before a peer that could not be reached is tried again. The caller supplies the time.
 
-    After a failure nothing is tried for a while, which doubles up to a limit; then one attempt decides (half-open). A
+    After a failure nothing is tried for a pause, which doubles up to a limit. Then one attempt decides (half-open). A
     peer is never given up for good.
     """
 
@@ -38,7 +38,7 @@ class Breaker:
     last_error: str = ""
 
     def refusal(self, now_s: float) -> str:
-        """Why no attempt should be made now; "" if one should."""
+        """Return why no attempt should be made now; "" if one should."""
         if now_s >= self.retry_at_s:
             return ""
         pause_s = self.retry_at_s - now_s
@@ -55,7 +55,7 @@ class Breaker:
 
 
 class Peers:
-    """One link to each peer that is there; of peers that are gone, only when to try them again."""
+    """Links to peers: one to each peer that is there. For a peer that is gone, this only knows when to try it again."""
 
     def __init__(
         self,
@@ -78,11 +78,11 @@ class Peers:
         self._closed = False
 
     async def link_to(self, address: str, epoch: str) -> OutgoingLink:
-        """The link to the peer at `address` in its life `epoch`, or in any life if that is "".
+        """Return the link to the peer at `address` in its life `epoch`, or in any life if that is "".
 
         Raises:
             FingerprintMismatch: the peer's KV means something else.
-            TransferFailed: it is not there, or is another life; or it was not there a moment ago.
+            TransferFailed: the peer is not there, was not there a moment ago, or is another life.
         """
         while (found := self.links.get(address)) is not None:
             if epoch in ("", found.epoch):
@@ -96,7 +96,7 @@ class Peers:
         return found
 
     async def _is_old(self, found: OutgoingLink, epoch: str) -> bool:
-        """Whether `epoch` is an earlier life than that of `found`: a healthy link must survive an old grant."""
+        """Whether `epoch` is an earlier life than that of `found`. A healthy link must survive an old grant."""
         try:
             alive = await found.client.call(messages.ALIVE, messages.Nothing(), timeout_s=self._timeout_s)
         except HBServeRpcError:
@@ -130,7 +130,7 @@ class Peers:
         try:
             made = await self._connect(address)
         except FingerprintMismatch:
-            raise  # it answers, so there is nothing to wait for
+            raise  # the peer answers, so no backoff is needed
         except TransferFailed as error:
             self._failed((address, epoch), str(error))
             raise
@@ -147,19 +147,19 @@ class Peers:
 
     def _lost(self, address: str, lost: OutgoingLink, closing: asyncio.Task[None]) -> None:
         del self.links[address]
-        self.writing()  # forgets those that are quiet by now
+        self.writing()  # forgets links that are quiet by now
         self._closing[closing] = lost
         closing.add_done_callback(self._closing.pop)
 
     def writing(self) -> list[str]:
-        """Keys of the links over which this side may still write, including those that were lost."""
+        """Return the keys of the links over which this side may still write, including lost ones."""
         self._not_quiet = {each for each in self._not_quiet if not each.quiet.is_set()}
         return [each.link.key for each in self._not_quiet]
 
     async def close(self) -> None:
-        """Lose every link; returns when nothing is left of them.
+        """Lose every link, and return when nothing is left of them.
 
-        A peer that does not answer, because it is dead or frozen, is not waited for: it finds out by itself.
+        This does not wait for a peer that is dead or frozen and does not answer: such a peer finds out by itself.
         """
         self._closed = True
         for attempt in list(self._connecting.values()):
@@ -176,7 +176,7 @@ class Peers:
     # ---- connecting ----------------------------------------------------------------------------------------------
 
     async def _connect(self, address: str) -> OutgoingLink:
-        """Connect by the best transport that both sides have. If connecting by it fails, try the next best.
+        """Connect by the best transport that both sides have. If that fails, try the next best.
 
         Raises:
             FingerprintMismatch: the peer's KV means something else.
@@ -203,7 +203,7 @@ class Peers:
             await stream.aclose()
             await client.close()
             if not offers:
-                problem = with_file_limit(str(error))  # Gloo says what failed, and not at which limit
+                problem = with_file_limit(str(error))  # Gloo says what failed, but not at which limit
                 raise TransferFailed(f"no connection to {address} by {transport.name}: {problem}") from error
             logger.warning(
                 "no connection to %s by %s, next is %s: %s", address, transport.name, next(iter(offers)), error
@@ -274,7 +274,7 @@ async def _try_transport(transport: Transport, link: Link, timeout_s: float) -> 
 
 
 class _RemoteRendezvous:
-    """A Rendezvous at the sender, which asks the receiver."""
+    """The sender's end of a Rendezvous, which asks the receiver."""
 
     def __init__(self, client: RpcClient, link: str, timeout_s: float) -> None:
         self._client = client

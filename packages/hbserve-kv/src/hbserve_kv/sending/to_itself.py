@@ -1,4 +1,4 @@
-"""A transfer of an instance to itself, by which it knows that its backend moves KV before anybody relies on that."""
+"""A transfer of an instance to itself, which shows that its backend moves KV before anybody relies on that."""
 
 import asyncio
 import uuid
@@ -17,23 +17,24 @@ if TYPE_CHECKING:
     import torch
 
 Expect = Callable[[str, Region, list[int]], Any]
-"""`Receiver.expect`."""
+"""Type of the method `Receiver.expect`."""
 
 
 async def transfer_to_itself(peers: Peers, address: str, epoch: str, memory: Memory, expect: Expect) -> None:
-    """Send the pool's first block into its last one, which is at `address`, and look whether it has come.
+    """Send the pool's first block to its last one, over a link to this instance's own `address`, and check that it has
+    arrived.
 
-    Both blocks are afterwards as they were, unless this fails. Of a pool of one block, which has nowhere to go, only
-    the commit is sent. Closes `peers`.
+    Afterwards both blocks are as they were, unless this fails. In a pool of one block there is nowhere to send it, so
+    only a commit is sent. Closes `peers`.
 
     Raises:
-        TransferFailed: says why.
+        TransferFailed: the block did not arrive; says why.
     """
     source, target = _ends(memory.layout.num_blocks)
     rows = Rows(memory, Side(memory.layout, 0, memory.layout.num_heads), "pool")
-    _settle(memory)  # what computed there, or will, does so in other streams
+    _settle(memory)  # other streams may have computed there, or will
     sent, before = _read(rows, source), _read(rows, target)
-    _write(rows, target, ~sent)  # whatever lies there: it is not what is sent
+    _write(rows, target, ~sent)  # so that the target certainly differs from what is sent
     name = uuid.uuid4().hex
     expected = expect(name, "pool", target)
     transfer = SendTransfer(Begin(name, link=""), memory, peers, [(address, epoch)])
@@ -48,13 +49,13 @@ async def transfer_to_itself(peers: Peers, address: str, epoch: str, memory: Mem
         _write(rows, target, before)
         _settle(memory)
     finally:
-        expected.fail("the transfer to itself is over")  # nothing, if it was completed
+        expected.fail("the transfer to itself is over")  # does nothing if it was completed
         await peers.close()
         await asyncio.gather(*transfer.tasks)
 
 
 def _settle(memory: Memory) -> None:
-    """Wait until a GPU has done what was queued."""
+    """Wait until the GPU, if there is one, has done what was queued."""
     if memory.is_on_gpu:
         import torch
 
@@ -66,7 +67,7 @@ def _ends(num_blocks: int) -> tuple[list[int], list[int]]:
 
 
 def _read(rows: Rows, block_ids: list[int]) -> "torch.Tensor":
-    """A copy: uint8 (len(block_ids), bytes of a block)."""
+    """Return a copy of the blocks, uint8 (len(block_ids), bytes of a block)."""
     return rows.gather(block_ids).clone() if block_ids else rows.empty(0)
 
 

@@ -1,4 +1,4 @@
-"""SendTransfer: one transfer at its sender, from `open_send` to `commit`; what its legs do is in link.py."""
+"""`SendTransfer`, which is one transfer at its sender, from `open_send` to `commit`. Its legs are in link.py."""
 
 import asyncio
 import logging
@@ -18,7 +18,8 @@ logger = logging.getLogger(__name__)
 
 
 def require_loop(loop: asyncio.AbstractEventLoop | None) -> None:
-    """Raises RuntimeError: this is another event loop or thread than `loop`'s, which would not hear of the call."""
+    """Raise RuntimeError if this is another event loop or thread than that of `loop`, which would not notice the call.
+    `loop` may be None, which is not checked."""
     try:
         running = asyncio.get_running_loop()
     except RuntimeError:
@@ -34,29 +35,29 @@ class SendTransfer:
     """One transfer to a receiver that has accepted it. Made by `KVTransferManager.open_send`.
 
     Under tensor parallelism the receiver is several ranks, each of which gets the heads that it has in common with this
-    one: the transfer has a leg to each of them, and is what the legs are together.
+    one. The transfer has a leg to each of them, and consists of these legs.
 
     Source blocks belong to the transfer from `push` until `commit` or `abort` has returned COMPLETED or FAILED_DRAINED,
     or until `drained` has returned.
     """
 
     def __init__(self, begin: Begin, memory: Memory, peers: Peers, receivers: Sequence[tuple[str, str]]) -> None:
-        """receivers: address and epoch of each rank."""
+        """`receivers` are the address and the epoch of each rank."""
         self._begin = begin
         self._memory = memory
         self._region: Region = "pool" if begin.num_bytes is None else "arena"
         self._peers = peers
         self._legs: dict[int, Leg] = {}
-        """Those whose link has been made."""
+        """Legs whose link has been made, by number."""
         self._opened = asyncio.Event()
         self._drained = asyncio.Event()
         self.state = SendState(len(receivers), self._publish)
         self.result: asyncio.Future[TransferResult] = asyncio.get_running_loop().create_future()
         self.tasks = [asyncio.create_task(self._run_leg(i, *receiver)) for i, receiver in enumerate(receivers)]
-        """One for each leg; it ends when the receiver knows how the transfer ended."""
+        """One task for each leg. It ends when the receiver knows how the transfer ended."""
 
     async def _run_leg(self, number: int, address: str, epoch: str) -> None:
-        for _ in range(2):  # if the receiver has ended the link already, once more over a new one
+        for _ in range(2):  # if the receiver has ended the link already, try once more over a new one
             try:
                 outgoing = await self._peers.link_to(address, epoch)
             except Exception as error:
@@ -68,7 +69,7 @@ class SendTransfer:
         self.state.fail(f"{address} has ended the connection, and a new one too", number)
 
     def _publish(self) -> None:
-        """Called by the state after each change."""
+        """Let everyone who waits know the new state. The state calls this after each change."""
         state = self.state
         if state.phase is not Phase.OPENING:
             self._opened.set()
@@ -95,8 +96,8 @@ class SendTransfer:
         """Wait until all receivers have accepted.
 
         Raises:
-            FingerprintMismatch: one's KV means something else.
-            TransferFailed: one is not there, or refuses. Those that have accepted are told.
+            FingerprintMismatch: the KV of a receiver means something else.
+            TransferFailed: a receiver is not there, or refuses. Those that have accepted are told.
         """
         try:
             await self._opened.wait()
@@ -113,12 +114,12 @@ class SendTransfer:
 
     @property
     def num_blocks(self) -> int:
-        """How many blocks of `block_size` tokens the receiver wants."""
+        """Number of blocks, of `block_size` tokens each, that the receiver wants."""
         return len(self._legs[0].target_units)
 
     @property
     def block_size(self) -> int:
-        """Tokens per block, as this transfer counts blocks: the smaller of the two sides' block sizes."""
+        """Tokens per block in this transfer's count of blocks: the smaller of the two sides' block sizes."""
         return self._legs[0].side.unit_tokens
 
     @property
@@ -132,15 +133,15 @@ class SendTransfer:
         """Queue blocks: `block_ids[i]` goes to block `first + i` of those granted. Returns at once.
 
         If the two sides' blocks differ in size, `first` counts the smaller ones, of `block_size` tokens. If this side's
-        are r times larger, `block_ids[i]` goes to [first + r * i, first + r * (i + 1)); what falls outside the granted
-        blocks is not sent, so `first` may be anything above -r. `layers`: push only these layers, because only they are
-        computed; the others follow.
+        are r times larger, `block_ids[i]` goes to [first + r * i, first + r * (i + 1)). What falls outside the granted
+        blocks is not sent, so `first` may be anything above -r. `layers` are the only layers to push now, because only
+        they are computed; push the others later.
 
-        On CUDA the blocks are read after the event `ready`; without one, after the work that is now queued on the
+        On CUDA the blocks are read after the event `ready` or, without one, after the work that is now queued on the
         caller's current stream. Other transfers do not wait for it. Does nothing if the transfer has failed.
 
         Raises:
-            ValueError: more blocks than were granted, or one that this side does not have; or no such layers; or the
+            ValueError: there are more blocks than were granted, this side does not have a block or a layer, or the
                 transfer has been committed.
         """
         require_loop(self.result.get_loop())
@@ -153,13 +154,13 @@ class SendTransfer:
 
             ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
             ready.record(torch.cuda.current_stream(self._memory.device))
-        # Positions are found for all legs, which raises if something does not fit, before anything is pushed to one.
+        # Find the positions for all legs before pushing to any of them: this raises if something does not fit.
         for leg, (units, start) in [(leg, self._units(leg, block_ids, first)) for leg in self._legs.values()]:
             if units and not self._push(leg, units, start, ready, layers):
                 return
 
     def _units(self, leg: Leg, block_ids: Sequence[int], first: int) -> tuple[list[int], int]:
-        """Units as the leg counts them, and the position of the first one among those granted."""
+        """Return the blocks in the leg's units, and the position of the first unit among those granted."""
         ratio = leg.side.ratio if self._region == "pool" else 1
         end, num_granted = first + ratio * len(block_ids), len(leg.target_units)
         if not (-ratio < first and end < num_granted + ratio):
@@ -169,7 +170,7 @@ class SendTransfer:
         return units[before : before + max(0, min(end, num_granted) - start)], start
 
     def _push(self, leg: Leg, units: list[int], first: int, ready: Any, layers: range | None) -> bool:
-        """Queue parts of a leg. False: the transfer has failed."""
+        """Queue parts of a leg. Returns False if the transfer has failed."""
         is_waiting = bool(leg.parts)
         step = max(1, leg.outgoing.transport.max_part_bytes // leg.side.of_layers(layers).unit_bytes)
         span = None if layers is None else (layers.start, layers.stop)
@@ -187,28 +188,28 @@ class SendTransfer:
         return True
 
     async def commit(self, payload: bytes = b"") -> TransferResult:
-        """Wait for all parts, then hand the transfer over with `payload`, of at most 1 MiB. COMPLETED: the receiver has
-        acknowledged, which it does only if all blocks have arrived that it granted, or if it accepts fewer."""
+        """Wait for all parts, then hand the transfer over with `payload`, of at most 1 MiB. COMPLETED means that the
+        receiver has acknowledged. It does so only if all granted blocks have arrived, or if it accepts fewer."""
         self.state.commit(checked_payload(payload))
         return await self.wait()
 
     async def abort(self, reason: str) -> Outcome:
-        """Send nothing more. Returns once no block is read any more, or with UNKNOWN. Does nothing if the transfer has
+        """Stop sending. Returns once no block is read any more, or with UNKNOWN. Does nothing if the transfer has
         ended."""
         self.state.fail(reason)
         return (await self.wait()).outcome
 
     cancel = abort
-    """Its name on a PostedReceive, for callers that have both."""
+    """Name of `abort` on a PostedReceive, for callers that have both."""
 
     async def wait(self) -> TransferResult:
-        """Wait for its end, after a commit, an abort or a failure."""
+        """Wait for the end of the transfer, after a commit, an abort or a failure."""
         return await asyncio.shield(self.result)
 
     async def drained(self) -> None:
-        """After UNKNOWN: wait until no block is read any more."""
+        """Wait, after UNKNOWN, until no block is read any more."""
         await self._drained.wait()
 
 
 OutgoingTransfer = SendTransfer
-"""Its earlier name."""
+"""Earlier name of `SendTransfer`."""

@@ -1,4 +1,4 @@
-"""For those who write a transport or a backend, and for those who test an engine against KV transfers that go wrong."""
+"""Tools for testing a transport or a backend of your own, and for testing an engine against KV transfers that fail."""
 
 from hbserve_kv.testing.conformance import CHECKS, Check, run_check
 from hbserve_kv.testing.loopback import Faults, LoopbackNetwork, LoopbackTransport, TwoSidedLoopbackTransport

@@ -1,11 +1,11 @@
-"""Tests of what every transport and every backend must do. For pytest, in a project of yours:
+"""Conformance tests: what every transport and every backend must do. With pytest, use them in your project like this:
 
     @pytest.mark.parametrize("check", CHECKS)
     async def test_my_backend_conforms(check):
         await run_check(check, backend="my_module:MyBackend")     # or transport=MyTransport: one is made per instance
 
 A check uses real managers in one process, on CPU memory unless `device` says otherwise. It raises AssertionError, or
-TimeoutError after CHECK_TIMEOUT_S; what it started is closed in any case.
+TimeoutError after CHECK_TIMEOUT_S. Whatever it started is closed in any case.
 """
 
 import asyncio
@@ -38,12 +38,12 @@ async def run_check(
     device: str = "cpu",
     layouts: tuple[str, str] = (BLOCK_MAJOR, BLOCK_MAJOR),
 ) -> None:
-    """Run one of CHECKS over the backend of that name, or over the transports that `transport()` makes, and from pools
-    of one of LAYOUTS to pools of another.
+    """Run one of CHECKS, with the backend of that name or with the transports that `transport()` makes. `layouts` are
+    the names, in LAYOUTS, of the layout of pools that are sent from and of that of all other pools.
 
     Raises:
-        AssertionError, or whatever the backend raises: it does not conform.
-        RuntimeError: Python was told to leave assertions out, and nothing would be checked.
+        AssertionError, or whatever the backend raises: the backend does not conform.
+        RuntimeError: Python was told to leave assertions out, so nothing would be checked.
     """
     if not __debug__:
         raise RuntimeError("checks are assertions: run them without python -O and without PYTHONOPTIMIZE")
@@ -145,7 +145,7 @@ async def a_cancelled_receive_ends_the_send_and_not_the_link(rig: Rig) -> None:
 
 
 async def a_sender_whose_right_to_write_was_revoked_writes_no_more(rig: Rig) -> None:
-    """Where it cannot be revoked, nothing changes."""
+    """Check `Transport.revoke`. If the right cannot be revoked, nothing changes."""
     source, target = rig.patterned(), rig.pool()
     sender, receiver = await rig.pair(source, target)
     posted = receiver.post_receive("t", [1, 2, 3])
@@ -160,7 +160,7 @@ async def a_sender_whose_right_to_write_was_revoked_writes_no_more(rig: Rig) -> 
         expected[[1, 2, 3]] = source[[5, 6, 7]]
     assert torch.equal(target, expected)
     posted = receiver.post_receive("after", [1])
-    while is_revoked and sender.links():  # noqa: ASYNC110  no event says that it has heard so
+    while is_revoked and sender.links():  # noqa: ASYNC110  no event says that the sender has heard of it
         await asyncio.sleep(0.01)
     await send(sender, posted, "after", [9])
     assert torch.equal(target[1], source[9])
@@ -234,7 +234,7 @@ async def a_checksum_accepts_what_was_sent(rig: Rig) -> None:
 
 
 async def ranks_with_other_heads_get_their_slices(rig: Rig) -> None:
-    """1→2, 2→1 and 2→4 ranks: each decode rank has its heads of all blocks, from whoever holds them."""
+    """Check 1→2, 2→1 and 2→4 ranks: each decode rank gets its heads of all blocks, from whichever rank holds them."""
     for num_senders, num_receivers in ((1, 2), (2, 1), (2, 4)):
         whole = rig.patterned()
         senders = [
@@ -266,7 +266,8 @@ def _cut(num_ranks: int) -> list[HeadRange]:
 
 
 async def blocks_of_other_sizes_are_filled_token_by_token(rig: Rig) -> None:
-    """The sender's blocks are half or twice as large; of the larger ones some tokens are not wanted, or not there."""
+    """Check a sender whose blocks are twice or half as large. Some tokens of the larger blocks are not wanted, or not
+    there."""
     source, target = rig.patterned(32, 2 * BLOCK_SIZE), rig.pool(64, BLOCK_SIZE)
     sender, receiver = await rig.start(0, source, is_raw=False), await rig.start(1, target, is_raw=False)
     expected = target.clone()
@@ -329,14 +330,14 @@ async def what_comes_and_goes_leaves_no_file_and_no_thread(rig: Rig) -> None:
         await rig.until_empty()
         while receiver.links():  # noqa: ASYNC110  no event says so
             await asyncio.sleep(0.01)
-        if life == 2:  # the first ones bring what the process keeps, like an event loop's pipes
+        if life == 2:  # the first lives open what the process keeps, such as an event loop's pipes
             baseline = _held()
     while any(now > before for now, before in zip(_held(), baseline, strict=True)):  # noqa: ASYNC110  no event
         await asyncio.sleep(0.05)  # a thread that was told to end takes a moment
 
 
 def _held() -> tuple[int, int]:
-    """(open files, threads) of this process, without the event loop's own few threads, which it keeps."""
+    """Count (open files, threads) of this process, without the event loop's own few threads, which it keeps."""
     gc.collect()
     threads = [thread for thread in threading.enumerate() if not thread.name.startswith("asyncio_")]
     return len(os.listdir("/proc/self/fd")), len(threads)

@@ -1,4 +1,4 @@
-"""Transports within one process, one-sided and two-sided, which can be told to misbehave. For tests; see `Faults`."""
+"""Transports within one process, one-sided and two-sided, for tests. They can be told to misbehave; see `Faults`."""
 
 import asyncio
 import random
@@ -14,20 +14,22 @@ from hbserve_kv.transports.base import DrainUnknown, Link, Part, Transport
 
 @dataclass(frozen=True)
 class Faults:
-    """Shares of the parts, from 0 to 1, to which something happens; at most one thing to each."""
+    """Shares of parts, from 0 to 1, to which each kind of fault happens. At most one happens to a part."""
 
     drop: float = 0.0
-    """Nothing arrives, and the push times out."""
+    """Share of parts of which nothing arrives, and whose push times out."""
     delay: float = 0.0
-    """It takes `delay_s`, and succeeds."""
+    """Share of parts that are delayed, and succeed."""
     fail: float = 0.0
-    """Half of it arrives, and the push fails at once."""
+    """Share of parts of which half arrives, and whose push fails at once."""
     duplicate: float = 0.0
-    """It arrives twice."""
+    """Share of parts that arrive twice."""
     late_write: float = 0.0
-    """The push times out, and the bytes arrive some time after; two-sided: if the receiver still takes them."""
+    """Share of parts whose push times out, and whose bytes arrive some time later. With the two-sided transport, they
+    arrive only if the receiver still takes them."""
     delay_s: float = 0.02
-    """Also until a push times out, and from then until a late write: each a random share of it."""
+    """Longest delay. Each of these is a random share of it: a delay, the time until a push times out, and the time from
+    then until a late write."""
 
     def draw(self, dice: random.Random) -> str:
         point = dice.random()
@@ -38,24 +40,25 @@ class Faults:
 
 
 class LoopbackNetwork:
-    """Connects the transports that it makes. What goes wrong depends on the seed and the order of pushes."""
+    """Network that connects the transports that it makes. The seed and the order of pushes decide what goes wrong."""
 
     def __init__(self, faults: Faults | None = None, *, seed: int = 0, two_sided: bool = False) -> None:
         self.faults = faults or Faults()
         self.dice = random.Random(seed)
         self.members: dict[str, Memory] = {}
-        """One-sided: whose memory may be written, by transport."""
+        """Memory that may be written, by key of its transport; one-sided transports only."""
         self.channels: dict[str, asyncio.Queue[_Message | None]] = {}
-        """Two-sided: what is on its way, by link, as long as the receiver's end is there; None: the sender has left."""
+        """Messages under way, by link, as long as the receiver's end is there; None means that the sender has left.
+        Two-sided transports only."""
         self.num_faults: dict[str, int] = {}
         self._two_sided = two_sided
 
     def transport(self) -> "LoopbackTransport | TwoSidedLoopbackTransport":
-        """One for each manager: `KVTransferManager(..., transport=network.transport())`."""
+        """Make a transport. Each manager needs its own: `KVTransferManager(..., transport=network.transport())`."""
         return TwoSidedLoopbackTransport(self) if self._two_sided else LoopbackTransport(self)
 
     def draw(self) -> tuple[str, float]:
-        """What happens to the next part, and how long a pause in it is."""
+        """Draw the fault that happens to the next part, "" for none, and how long its pause is."""
         happens = self.faults.draw(self.dice)
         self.num_faults[happens] = self.num_faults.get(happens, 0) + 1
         return happens, self.faults.delay_s * self.dice.random()
@@ -63,7 +66,7 @@ class LoopbackNetwork:
 
 @dataclass(frozen=True)
 class _Message:
-    """A part on its way to a receiver that takes it."""
+    """A part on its way to the receiver, which has to take it."""
 
     transfer_id: str
     index: int
@@ -72,14 +75,14 @@ class _Message:
 
 
 class _FaultyTransport(Transport):
-    """With what arrives after its push has timed out."""
+    """A transport that also keeps track of what arrives after its push has timed out."""
 
     def __init__(self, network: LoopbackNetwork) -> None:
         self._network = network
         self._late: dict[str, set[asyncio.Task[None]]] = {}
 
     def _arrive_late(self, link: Link, pause_s: float, arrive: Callable[[], None]) -> None:
-        """`pause_s`: until the push times out."""
+        """Call `arrive` some time after the push has timed out, which is in `pause_s`."""
         late_s = pause_s + self._network.faults.delay_s * self._network.dice.random()
 
         async def wait_and_arrive() -> None:
@@ -93,7 +96,7 @@ class _FaultyTransport(Transport):
             await asyncio.wait(late)
 
     async def _drop_late(self) -> None:
-        """Nothing may outlive the transport, as nothing outlives a process."""
+        """Cancel what has not arrived yet: nothing may outlive the transport, as nothing outlives a process."""
         late = [task for tasks in self._late.values() for task in tasks]
         for task in late:
             task.cancel()
@@ -167,7 +170,8 @@ class LoopbackTransport(_FaultyTransport):
 
 
 class TwoSidedLoopbackTransport(_FaultyTransport):
-    """The receiver takes each part from the link, in order, as from a TCP connection: so nothing lands without it."""
+    """Transport whose receiver takes each part from the link, in order, as from a TCP connection. So nothing lands
+    without the receiver."""
 
     name = "two-sided loopback"
     one_sided = False
@@ -204,7 +208,7 @@ class TwoSidedLoopbackTransport(_FaultyTransport):
             raise ConnectionError("failed")
 
     def _send(self, link: Link, message: _Message | None) -> None:
-        """Without effect when the receiver has left, as what a kernel still sends then."""
+        """Send a message. This has no effect when the receiver has left, like data that a kernel still sends then."""
         if (channel := self._network.channels.get(link.key)) is not None:
             channel.put_nowait(message)
 
@@ -230,11 +234,11 @@ class TwoSidedLoopbackTransport(_FaultyTransport):
         if self._links.pop(link.key, None) is None:
             return
         if link.is_sender:
-            # What was sent late comes before the end, as with TCP.
+            # As with TCP, what was sent late arrives before the end of the connection.
             await self._until_all_arrived(link)
             self._send(link, None)
         elif (channel := self._network.channels.pop(link.key, None)) is not None:
-            channel.put_nowait(None)  # wakes one that waits in `accept`
+            channel.put_nowait(None)  # wakes a caller that waits in `accept`
 
     async def close(self) -> None:
         await self._drop_late()

@@ -1,4 +1,4 @@
-"""Managers over the transport or backend that is checked, and what every check does with them."""
+"""Managers that use the transport or backend under test, and what every check does with them."""
 
 import asyncio
 from collections.abc import Callable, Sequence
@@ -23,17 +23,17 @@ LAYOUTS = {
     "heads first": "layers kv heads blocks tokens dim",
     "blocks last": "kv tokens layers heads blocks dim",
 }
-"""In which order the dimensions of a pool lie, the first ones farthest apart."""
+"""Layouts by name: the order in which the dimensions of a pool lie in memory, the one with the widest stride first."""
 
 
 def of_layers(pool: torch.Tensor) -> PoolLayout:
-    """As an engine has it: keys and values of each layer are tensors of their own."""
+    """Describe a pool as an engine has it, with keys and values of each layer in tensors of their own."""
     layers = [tuple(layer.unbind(1)) for layer in pool.unbind(1)]
     return PoolLayout(layers, "blocks tokens heads dim")
 
 
 class Rig:
-    """Makes managers over what is checked."""
+    """Maker of managers that use the transport or backend under test."""
 
     def __init__(
         self,
@@ -42,7 +42,7 @@ class Rig:
         device: str,
         layouts: tuple[str, str] = (BLOCK_MAJOR, BLOCK_MAJOR),
     ) -> None:
-        """layouts: of the pools that are sent from (`patterned`), and of all others, by name: see LAYOUTS."""
+        """`layouts` are names in LAYOUTS: that of pools that are sent from (`patterned`), and that of all others."""
         self.device = device
         self._layouts = layouts
         self._backend = backend
@@ -50,30 +50,31 @@ class Rig:
         self._started: list[KVTransferManager] = []
 
     def pool(self, num_blocks: int = NUM_BLOCKS, block_size: int = BLOCK_SIZE, fill: float = -1.0) -> torch.Tensor:
-        """(num_blocks, NUM_LAYERS, 2, block_size, NUM_HEADS, HEAD_DIM), wherever each of these dimensions lies."""
+        """Make a pool (num_blocks, NUM_LAYERS, 2, block_size, NUM_HEADS, HEAD_DIM), whose layout in memory may order
+        these dimensions in another way."""
         shape = (num_blocks, NUM_LAYERS, 2, block_size, NUM_HEADS, HEAD_DIM)
         return self.laid_out(torch.full(shape, fill, device=self.device), self._layouts[1])
 
     def patterned(self, num_blocks: int = NUM_BLOCKS, block_size: int = BLOCK_SIZE) -> torch.Tensor:
-        """A pool in which every number is another."""
+        """Make a pool in which all numbers differ."""
         pool = self.pool(num_blocks, block_size)
         numbers = torch.arange(pool.numel(), dtype=torch.float32, device=self.device).view(pool.shape)
         return self.laid_out(numbers, self._layouts[0])
 
     @staticmethod
     def laid_out(pool: torch.Tensor, layout: str) -> torch.Tensor:
-        """A view of the same shape and numbers, the memory of which has its dimensions in the order of a layout."""
+        """Return a tensor of the same shape and numbers, whose dimensions lie in memory in the order of a layout."""
         order = [AXES.index(axis) for axis in LAYOUTS[layout].split()]
         return pool.permute(*order).contiguous().permute(*(order.index(place) for place in range(len(order))))
 
     def heads_of(self, pool: torch.Tensor, heads: HeadRange, *, of_sender: bool) -> torch.Tensor:
-        """A rank's pool."""
+        """Return the pool of a rank that holds these heads."""
         return self.laid_out(pool[..., heads.first : heads.end, :], self._layouts[0 if of_sender else 1])
 
     async def start(
         self, rank: int, pool: torch.Tensor, heads: HeadRange | None = None, *, is_raw: bool = True, **settings: Any
     ) -> KVTransferManager:
-        """is_raw: where all pools are block-major, nothing need be said of the layout."""
+        """Start a manager. If `is_raw` and all pools are block-major, it gets the tensor alone, without a layout."""
         chosen: dict[str, Any] = {"backend": self._backend, "buffer_size": 1 << 20, "timeout_s": 10.0} | settings
         config = KVTransferConfig(**chosen)
         manager = KVTransferManager(
@@ -92,7 +93,7 @@ class Rig:
         return await self.start(0, source), await self.start(1, target)
 
     async def stop(self, manager: KVTransferManager) -> None:
-        """Close it and forget it, and so its pool."""
+        """Close a manager and forget it, and with it its pool."""
         self._started.remove(manager)
         await manager.close()
 
@@ -105,7 +106,7 @@ class Rig:
 
 
 def is_empty(manager: KVTransferManager) -> bool:
-    """No transfer, no offer, no bytes in the lookup buffer, no quarantine."""
+    """Whether a manager has no transfer, no offer, no bytes in the lookup buffer, and no quarantine."""
     stats = manager.stats()
     return (stats.active_transfers, stats.num_offers, stats.buffered_bytes, stats.num_quarantined) == (0, 0, 0, 0)
 
@@ -113,7 +114,7 @@ def is_empty(manager: KVTransferManager) -> bool:
 async def send(
     sender: KVTransferManager, posted: PostedReceive, name: str, blocks: Sequence[int], part_size: int = 1 << 30
 ) -> None:
-    """Send blocks to all that was granted, in parts, and expect that both sides say COMPLETED."""
+    """Send blocks to all granted ones, in parts, and assert that the sender's outcome is COMPLETED."""
     transfer = await sender.open_send(name, posted.grant)
     assert transfer.num_blocks == len(blocks)
     for first in range(0, len(blocks), part_size):
