@@ -1,4 +1,4 @@
-"""Tools that the tests of all packages share: never published.
+"""Tools that the tests of all packages share. This package is never published.
 
-torch and the packages are imported only where they are used.
+It imports torch and the other packages only where they are used.
 """

@@ -1,13 +1,13 @@
-"""A server of which Python programs are forks: it has imported torch, which takes each of them 4 s otherwise.
+"""A server from which Python programs are forked. It has imported torch, which otherwise takes each program 4 s.
 
     test ──Popen──▶ forkserver ──fork──▶ a process that ends at once ──fork──▶ the program
       ▲                                                                            │
       └──────────── is its parent from then on, being the nearest subreaper ───────┘
 
-So a program is a child of whoever started it, as any other: Popen, asyncio, os.waitid, signals and pidfds know it by
-its pid. It has the folder, environment, streams, session and network that it was given, and each has a forkserver of
-its own, for what it starts itself. What an interpreter does when it starts is not tested so, nor how, when it ends, it
-takes the modules apart that all forks share: that needs a cold one.
+So a program is a child of whoever started it, like any other: Popen, asyncio, os.waitid, signals and pidfds know it by
+its pid. It has the folder, environment, streams, session and network that it was given, and a forkserver of its own for
+the programs that it starts itself. Two things are not tested in this way, and need a cold interpreter: what it does
+when it starts, and how it takes apart, when it ends, the modules that all forks share.
 """
 
 import atexit
@@ -56,41 +56,41 @@ PRELOADED = (
     "uvicorn",
 )
 LOADED_AGAIN = ("hbserve.__main__", "typer.rich_utils")
-"""Modules that each program loads itself, to run one or because it reads variables; what these import is there."""
+"""Modules that each program loads itself, because it runs them or they read variables. What they import is loaded."""
 TITLE = "hbserve-forkserver"
-HUGE_PAGE, MADV_COLLAPSE = 1 << 21, 25  # Linux since 6.1; where there are none, nothing changes
+HUGE_PAGE, MADV_COLLAPSE = 1 << 21, 25  # Linux 6.1 or newer; without huge pages, nothing changes
 _LONGEST_TITLE = 4096
 _LONGEST_REQUEST = 1 << 20
 _MOST_FILES = 64
 NUM_THREADS, SEARCHED = "OMP_NUM_THREADS", "PYTHONPATH"
 UNBUFFERED, SAFE_PATH = "-u", "-P"
-"""Options of the interpreter that a fork knows."""
+"""Options of the interpreter that a fork can apply."""
 
 
 @dataclass(frozen=True)
 class Program:
-    """A Python program, as it is started."""
+    """A Python program that is to be started, and how."""
 
     options: list[str]
-    """Of the interpreter."""
+    """Options of the interpreter."""
     arguments: list[str]
-    """Without the interpreter and its options."""
+    """Command line without the interpreter and its options."""
     folder: str
     environment: Mapping[str, str]
     new_session: bool
     namespace: str
-    """Of the network; empty: that of whoever starts it."""
+    """Name of its network namespace; "": that of the process that starts it."""
     passed: list[int]
-    """File descriptors that it has beside its streams, by these numbers."""
+    """File descriptors that it gets besides its standard streams, under these numbers."""
 
 
 def server_command(connection: int) -> list[str]:
-    """Command line of a forkserver. It says hello over this descriptor when it is ready."""
+    """Return the command line of a forkserver, which says over this descriptor when it is ready."""
     return [sys.executable, "-P", "-m", "hbserve_testing.forkserver", str(connection), "-" * _LONGEST_TITLE]
 
 
 def ask(connection: socket.socket, program: Program, streams: list[int]) -> int:
-    """Have a forkserver start a program with these standard streams; returns its pid."""
+    """Have a forkserver start a program with these standard streams, and return its pid."""
     socket.send_fds(connection, [json.dumps(asdict(program)).encode()], [*streams, *program.passed])
     if not (answer := connection.recv(64)):
         raise OSError(f"the forkserver has ended; it should have started {program.arguments}")
@@ -98,9 +98,9 @@ def ask(connection: socket.socket, program: Program, streams: list[int]) -> int:
 
 
 def _serve(connection: socket.socket) -> tuple[Program, list[int]]:
-    """Fork for whoever asks. Returns in each fork, with its streams and what it is passed; the forkserver itself ends
-    with the process that it serves."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is not for it
+    """Fork for each request. This returns in each fork, with its program, and the files for its streams and for what it
+    is passed. The forkserver itself ends with the process that it serves."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is not meant for the forkserver
     while True:
         request, files, _, _ = socket.recv_fds(connection, _LONGEST_REQUEST, _MOST_FILES)
         if not request:
@@ -110,7 +110,7 @@ def _serve(connection: socket.socket) -> tuple[Program, list[int]]:
             between = os.getpid()
             if os.fork() != 0:
                 os._exit(0)
-            while os.getppid() == between:  # until it has the parent that it will ask for
+            while os.getppid() == between:  # until it has its final parent, for which it may ask
                 time.sleep(0.0005)
             program = Program(**json.loads(request))
             _set_title([sys.executable, *program.options, *program.arguments])
@@ -126,7 +126,7 @@ def _serve(connection: socket.socket) -> tuple[Program, list[int]]:
 
 
 def _become(program: Program, files: list[int]) -> None:
-    """Make a fork what a new process of this program would be."""
+    """Turn a fork into what a new process of this program would be."""
     if program.new_session:
         os.setsid()
     if program.namespace:
@@ -151,7 +151,7 @@ def _become(program: Program, files: list[int]) -> None:
 
 
 def _number(files: list[int], numbers: list[int]) -> None:
-    """Give these files these numbers, which others of them may have."""
+    """Give these files these numbers, even if others of them have such a number now."""
     beyond = 1 + max(numbers)
     elsewhere = [fcntl.fcntl(fd, fcntl.F_DUPFD, beyond) for fd in files]
     for fd in files:
@@ -162,7 +162,7 @@ def _number(files: list[int], numbers: list[int]) -> None:
 
 
 def _open(own: int, name: str, unbuffered: bool) -> io.TextIOWrapper:
-    """A standard stream."""
+    """Open a standard stream as the interpreter does."""
     lines, errors = (1, "backslashreplace") if name == "stderr" else (-1, None)
     if unbuffered and own:
         return io.TextIOWrapper(io.FileIO(own, "w", closefd=False), errors=errors, write_through=True)
@@ -170,7 +170,7 @@ def _open(own: int, name: str, unbuffered: bool) -> io.TextIOWrapper:
 
 
 def _look_in(folders: str) -> None:
-    """For modules, in place of the folders of this process's own variable."""
+    """Search modules in these folders, in place of those that PYTHONPATH had in this process."""
     before = _absolute(os.environ.get(SEARCHED, ""))
     sys.path[:] = _absolute(folders) + [each for each in sys.path if each not in before]
 
@@ -180,14 +180,15 @@ def _absolute(folders: str) -> list[str]:
 
 
 def _leave_libraries_as_they_are() -> None:
-    """When the process ends: their destructors, torch's above all, would have a hundred megabytes copied for each fork,
-    in more time than else a short program takes."""
+    """Skip the destructors of libraries when the process ends. These, torch's above all, would have a hundred megabytes
+    copied for each fork, which takes longer than the rest of a short program."""
     libc = ctypes.CDLL(None)
-    libc.on_exit(libc._exit, None)  # with the exit status; the last to be registered is the first to be called
+    libc.on_exit(libc._exit, None)  # gets the exit status; what was registered last is called first
 
 
 def _fork_a_forkserver(passed: list[int]) -> None:
-    """For what this process starts. Returns in the process, and in each fork of its forkserver once it is ready."""
+    """Fork a forkserver for the programs that this process starts. This returns in the process itself once the
+    forkserver is ready; each fork of the forkserver runs its own program instead."""
     from hbserve_testing.warm_starts import WarmStarts
 
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -198,7 +199,7 @@ def _fork_a_forkserver(passed: list[int]) -> None:
         return
     ours.close()
     _set_title([TITLE])
-    nowhere = os.open(os.devnull, os.O_RDWR)  # it holds none of its process's files open
+    nowhere = os.open(os.devnull, os.O_RDWR)  # the forkserver must not hold files of its process open
     for own in range(3):
         os.dup2(nowhere, own)
     for fd in (nowhere, *passed):
@@ -214,7 +215,8 @@ def begin(program: Program, files: list[int]) -> NoReturn:
 
 
 def _status_of(program: Program) -> int:
-    """Exit status of the program, which runs. One that is interrupted ends as the interpreter has it."""
+    """Run the program, and return its exit status. A KeyboardInterrupt passes through, to end it as the interpreter
+    does."""
     try:
         _run(program.arguments, SAFE_PATH in program.options)
     except SystemExit as end:
@@ -229,8 +231,9 @@ def _status_of(program: Program) -> int:
 
 
 def _end(status: int, shared: set[str]) -> NoReturn:
-    """As an interpreter ends: threads, exit handlers, what modules of the program hold, streams. But the shared modules
-    stay as they are: to take them apart, too, would have their memory copied, and takes 0.1 to 0.3 s."""
+    """End the process as an interpreter ends: threads, exit handlers, what modules of the program hold, streams. Only
+    the shared modules stay as they are: taking them apart too would have their memory copied, and takes 0.1 to
+    0.3 s."""
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     for name in sys.modules.keys() - shared:
@@ -240,18 +243,18 @@ def _end(status: int, shared: set[str]) -> NoReturn:
         try:
             if not stream.closed:
                 stream.flush()
-        except OSError as error:  # its reader has gone, or the disk is full
+        except OSError as error:  # the stream's reader has gone, or the disk is full
             status = 120
             with contextlib.suppress(OSError):
                 sys.stderr.write(f"Exception ignored in: {stream!r}\n{type(error).__name__}: {error}\n")
-    libc = ctypes.PyDLL(None)  # by which no other thread runs any more
+    libc = ctypes.PyDLL(None)  # keeps the GIL, so that no other thread runs any more
     libc.fflush(None)
     libc.exit(status)
     raise AssertionError("it has ended")
 
 
 def _set_title(arguments: list[str]) -> None:
-    """What `ps` shows, and /proc/PID/cmdline, which has room for that much."""
+    """Set the command line that `ps` and /proc/PID/cmdline show, cut to the room that there is."""
     fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
     begin, end = int(fields[45]), int(fields[46])
     title = b"\0".join(map(os.fsencode, arguments))[: end - begin - 1]
@@ -259,7 +262,7 @@ def _set_title(arguments: list[str]) -> None:
 
 
 def _run(arguments: list[str], is_safe: bool) -> None:
-    """As the interpreter does with these arguments."""
+    """Run what the interpreter would run with these arguments."""
     what, *rest = arguments
     if what == "-m":
         sys.argv = rest
@@ -277,7 +280,8 @@ def _run(arguments: list[str], is_safe: bool) -> None:
 
 
 def _preload() -> None:
-    """What is installed: in the environment of one package alone there are neither the others nor transformers."""
+    """Import the modules of PRELOADED that are installed: the environment of one package alone has neither the others
+    nor transformers."""
     for module in PRELOADED:
         if importlib.util.find_spec(module.partition(".")[0]) and importlib.util.find_spec(module):
             importlib.import_module(module)
@@ -287,19 +291,20 @@ def _preload() -> None:
             importlib.import_module(module)
             delattr(sys.modules[package], name)
             del sys.modules[module]
-    if importlib.util.find_spec("transformers"):  # an attribute, which imports what commands read tokenizers with
+    if importlib.util.find_spec("transformers"):  # this attribute imports what commands need to read tokenizers
         _ = importlib.import_module("transformers").PreTrainedTokenizerFast
 
 
 def _end_without_finalizers() -> None:
-    """Those of what has been loaded, torch's thousands, take a fork three times as long as its beginning when it ends,
-    and only take apart what all forks share."""
+    """Switch off the finalizers of what has been loaded. torch has thousands: at the end of a fork they take three
+    times as long as its beginning, and only take apart what all forks share."""
     for each in list(weakref.finalize._registry):  # type: ignore[attr-defined]
         each.atexit = False
 
 
 def _take_huge_pages() -> None:
-    """For what has been loaded: a fork copies tables of 4 KB pages else, 300 MB of them, in twice the time."""
+    """Put what has been loaded into huge pages. Otherwise a fork copies the tables of 300 MB in 4 KB pages, and takes
+    twice the time."""
     libc = ctypes.CDLL(None)
     for line in Path("/proc/self/maps").read_text().splitlines():
         place, access, _, _, inode, *_ = line.split()
@@ -310,14 +315,14 @@ def _take_huge_pages() -> None:
 
 
 def main() -> NoReturn:
-    """`python -m hbserve_testing.forkserver DESCRIPTOR TITLE`"""
+    """Run `python -m hbserve_testing.forkserver DESCRIPTOR TITLE`."""
     connection = socket.socket(fileno=int(sys.argv[1]))
     _preload()
     _set_title([TITLE])
     gc.collect()
     _end_without_finalizers()
     _take_huge_pages()
-    gc.freeze()  # or each fork would copy all pages that it looks through
+    gc.freeze()  # otherwise each fork would copy all pages that its garbage collector looks through
     connection.send(b"ready")
     begin(*_serve(connection))
 

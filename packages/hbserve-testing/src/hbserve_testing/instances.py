@@ -1,4 +1,4 @@
-"""Instances as a scheduler sees them: an address, at which prefill, decode or hybrid requests are asked for."""
+"""Instances as a scheduler sees them: an address that takes prefill, decode or hybrid requests."""
 
 import asyncio
 import sys
@@ -35,10 +35,10 @@ class InstanceClient:
     """A client of one instance, which is in this process or another one."""
 
     params = SamplingParams(0, 6, ignore_eos=True)
-    """Of requests that bring none."""
+    """Sampling parameters of requests that bring none."""
 
     def __init__(self, address: str, *, server: GpuInstance | None = None, process: Any = None) -> None:
-        """Either `server` or `process` is where it is."""
+        """Pass `server` if the instance is in this process, or `process` if it is in another one."""
         self.client = RpcClient(address, heartbeat_interval_s=0.2, heartbeat_timeout_s=DEADLINE_S)
         self.server: Any = server
         self.process: Any = process
@@ -70,7 +70,7 @@ class InstanceClient:
         self.client.notify(GRANT, GrantRequest(name, grant))
 
     async def hybrid(self, name: str, ids: Sequence[int], params: SamplingParams | None = None) -> list[int]:
-        """All tokens of a request that this instance computes alone."""
+        """Return all tokens of a request that this instance computes alone."""
         request = GenerateRequest(name, (*ids,), params or self.params)
         events = self.client.stream(GENERATE, request, timeout_s=DEADLINE_S)
         return await tokens_of(events)
@@ -84,13 +84,13 @@ class InstanceClient:
         return info.status == "ready"
 
     async def is_empty(self) -> bool:
-        """Whether it holds nothing of any request."""
+        """Whether the instance holds nothing of any request."""
         s = await self.stats()
         gauges = s.active_requests, s.waiting_requests, s.running_requests, s.active_transfers, s.quarantined_blocks
         return gauges == (0,) * 5 and s.free_blocks == s.num_blocks
 
     async def killed(self) -> None:
-        """Kill its process, whether or not it has ended, and wait until it has."""
+        """Kill the instance's process, unless it has ended already, and wait for its end."""
         if self.process.returncode is None:
             self.process.kill()
         async with asyncio.timeout(DEADLINE_S):
@@ -98,12 +98,12 @@ class InstanceClient:
 
 
 async def tokens_of(events: AsyncIterable[object]) -> list[int]:
-    """All tokens of the events that are left, which have nothing else."""
+    """Return all tokens of the remaining events, which must all be TokenEvents."""
     return [token async for event in events for token in of_type(TokenEvent, event).token_ids]
 
 
 async def start_process(config: InstanceConfig, command: Sequence[str] = ("-m", "hbserve_core")) -> tuple[Any, str]:
-    """An instance in a process of its own, and its address. Whoever asks ends it."""
+    """Start an instance in a process of its own. Returns the process, which the caller must end, and the address."""
     pipe = asyncio.subprocess.PIPE
     process = await asyncio.create_subprocess_exec(sys.executable, *command, stdin=pipe, stdout=pipe)
     assert process.stdin is not None

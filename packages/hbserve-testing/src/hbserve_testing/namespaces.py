@@ -9,15 +9,15 @@ _CLONE_NEWNS, _MS_BIND, _MS_REC, _MS_SLAVE = 0x20000, 0x1000, 0x4000, 0x80000  #
 
 
 def enter(namespace: str) -> int:
-    """Go there with this thread, and with what it starts; returns a file of the one before."""
+    """Move this thread, and what it starts, to a network namespace. Returns a descriptor of the one before."""
     before = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
     set_namespace(os.open(f"/var/run/netns/{namespace}", os.O_RDONLY))
     return before
 
 
 def mount_files(namespace: str) -> None:
-    """Have the files of /etc/netns/NAMESPACE in place of those of /etc, in this process and in what it starts, as with
-    `ip netns exec`. Most namespaces have none."""
+    """Mount the files of /etc/netns/NAMESPACE over those of /etc, for this process and what it starts, as
+    `ip netns exec` does. Most namespaces have no such files."""
     if not (folder := Path("/etc/netns") / namespace).is_dir():
         return
     libc = ctypes.CDLL(None, use_errno=True)
@@ -33,7 +33,7 @@ def mount_files(namespace: str) -> None:
 
 
 def set_namespace(file: int) -> None:
-    """As os.setns, which Python 3.11 does not have."""
+    """Move this thread to a network namespace, and close its `file`. Python 3.11 does not have os.setns."""
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.setns(file, 0):
         raise OSError(ctypes.get_errno(), "setns")

@@ -17,8 +17,8 @@ T = TypeVar("T")
 
 
 def run_in_order(job: Coroutine[Any, Any, T]) -> T:
-    """`asyncio.run`, of a program that ends in order at SIGTERM, SIGHUP and Ctrl-C: one that they end at once leaves
-    what it has started."""
+    """Run a coroutine like `asyncio.run`, and end in order at SIGTERM, SIGHUP and Ctrl-C. A program that these end at
+    once leaves behind what it has started."""
     try:
         return asyncio.run(own_process.until_signalled(job))
     except own_process.Signalled as ended:
@@ -27,7 +27,8 @@ def run_in_order(job: Coroutine[Any, Any, T]) -> T:
 
 @contextmanager
 def ending_as_by_ctrl_c() -> Iterator[None]:
-    """The same for a program without an event loop: within, SIGTERM and SIGHUP are a KeyboardInterrupt."""
+    """Do the same as `run_in_order` for a program without an event loop: within the context, SIGTERM and SIGHUP raise
+    KeyboardInterrupt."""
     numbers = (signal.SIGTERM, signal.SIGHUP)
     before = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
     try:
@@ -40,8 +41,8 @@ def ending_as_by_ctrl_c() -> Iterator[None]:
 
 @contextmanager
 def no_file_longer_than(num_bytes: int) -> Iterator[None]:
-    """What this process writes beyond that raises an OSError without a name, as on a full disk. Python keeps no
-    compiled modules meanwhile: it would not notice that they are cut."""
+    """Limit the length of files that this process writes. A longer write raises an OSError without a file name, as on a
+    full disk. Python keeps no compiled modules meanwhile, because it would not notice that they are cut."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     keeps_none, sys.dont_write_bytecode = sys.dont_write_bytecode, True
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
@@ -53,7 +54,8 @@ def no_file_longer_than(num_bytes: int) -> Iterator[None]:
 
 
 def state_of(pid: int) -> str:
-    """R, S, T and so on; Z: it has ended, and nobody has asked how; "": there is none."""
+    """Return the state of a process: R, S, T and so on. Z: it has ended, and nobody has waited for it. "": there is no
+    such process."""
     try:
         return _stat(pid)[0]
     except OSError:
@@ -61,8 +63,8 @@ def state_of(pid: int) -> str:
 
 
 def freeze(pid: int) -> None:
-    """SIGSTOP, and wait until a child has stopped: the signal reaches each of its threads only when that next runs, and
-    until then it may still answer."""
+    """Send SIGSTOP to a child, and wait until it has stopped. The signal reaches each of its threads only when that
+    thread next runs; until then the child may still answer."""
     os.kill(pid, signal.SIGSTOP)
     os.waitid(os.P_PID, pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
 
@@ -79,13 +81,14 @@ def command_of(pid: int) -> list[str]:
 
 
 def children_of(pid: int) -> list[int]:
-    """Those that live, but forkservers, which are none of a program's own."""
+    """Return the living children of a process, without forkservers, which the program itself has not started."""
     found = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
     return [each for each in found if _parent_of(each) == pid and alive(each) and command_of(each) != [TITLE]]
 
 
 def processor_time_s(pid: int) -> float:
-    """What it has computed until now, without its children: other than its age, no load changes it much."""
+    """Return the processor time of a process until now, without its children. Unlike its age, this hardly depends on
+    the load of the machine."""
     user, system = _stat(pid)[11:13]
     return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
@@ -98,5 +101,5 @@ def _parent_of(pid: int) -> int:
 
 
 def _stat(pid: int) -> list[str]:
-    """Its fields from the state on; the name before may contain anything."""
+    """Return the fields of /proc/PID/stat from the state on. The name before them may contain anything."""
     return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()

@@ -1,4 +1,4 @@
-"""Small random models on disk, as transformers writes them."""
+"""Small random models, which transformers writes to disk."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ SMALL: dict[str, Any] = {
 
 
 def _write_tokenizer(folder: Path) -> None:
-    """A tokenizer over bytes, so that any text, Chinese too, has tokens that decode to it."""
+    """Write a tokenizer over bytes, so that any text, Chinese too, has tokens that decode to it."""
     import transformers as typed
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -34,20 +34,21 @@ def _write_tokenizer(folder: Path) -> None:
 
 
 def write_small_model(folder: Path, architecture: str, **changed: int) -> None:
-    """A random float32 model with its tokenizer: qwen3, qwen2, llama, gemma3 or qwen3-moe. Token 2 ends a sequence.
+    """Write a random float32 model with its tokenizer. `architecture` is qwen3, qwen2, llama, gemma3 or qwen3-moe.
+    Token 2 ends a sequence.
 
-    changed: what is to be another than in SMALL.
+    `changed` are the values that differ from SMALL.
     """
     import torch
     import transformers as typed
 
-    transformers: Any = typed  # which types what it does not take, and not what it does
+    transformers: Any = typed  # its types refuse what it takes
     sizes = SMALL | changed
     configurations: dict[str, Any] = {
         "qwen3": lambda: transformers.Qwen3Config(**sizes, tie_word_embeddings=True),
         "qwen2": lambda: transformers.Qwen2Config(**{k: v for k, v in sizes.items() if k != "head_dim"}),
         "llama": lambda: transformers.LlamaConfig(**sizes),
-        # A window that ends within a block, on one layer; experts on both.
+        # gemma3 has a window that ends within a block, on one layer; qwen3-moe has experts on both layers.
         "gemma3": lambda: transformers.Gemma3TextConfig(
             **sizes, sliding_window=21, sliding_window_pattern=2, query_pre_attn_scalar=16, pad_token_id=0
         ),
@@ -62,7 +63,7 @@ def write_small_model(folder: Path, architecture: str, **changed: int) -> None:
     for name, parameter in model.named_parameters():
         if "norm" not in name:
             torch.nn.init.normal_(parameter, std=0.3)
-    if architecture == "gemma3":  # it multiplies embeddings by 8: then a token is followed by itself, whatever it saw
+    if architecture == "gemma3":  # it multiplies embeddings by 8, so that each token would be followed by itself
         model.get_input_embeddings().weight.data /= 8
     model.save_pretrained(folder)
     _write_tokenizer(folder)

@@ -1,4 +1,4 @@
-"""Waits of tests: for what they need, up to a deadline."""
+"""Waits of tests for what they need, up to a deadline."""
 
 import asyncio
 import contextlib
@@ -8,7 +8,7 @@ from typing import Any
 
 
 async def until(condition: Callable[..., Any], deadline_s: float = 60.0) -> None:
-    """Wait until a condition, or what it is a coroutine of, is true; a TimeoutError if it does not become so."""
+    """Wait until `condition()`, awaited if it is awaitable, is true. Raises TimeoutError at the deadline."""
     async with asyncio.timeout(deadline_s):
         while True:
             found = condition()
@@ -19,7 +19,8 @@ async def until(condition: Callable[..., Any], deadline_s: float = 60.0) -> None
 
 @contextlib.asynccontextmanager
 async def reading(stream: Any) -> AsyncIterator["asyncio.Future[list[Any]]"]:
-    """Reads a stream to its end beside what goes on inside; then leaves it."""
+    """Read a stream to its end while the context runs, and leave the stream with the context. Yields a future of all
+    its events."""
 
     async def read() -> list[Any]:
         return [event async for event in stream]

@@ -1,4 +1,4 @@
-"""Popen whose Python programs are forks of a forkserver, and multiprocessing's: see forkserver.py."""
+"""A Popen, and a multiprocessing, whose Python programs are forks of a forkserver: see forkserver.py."""
 
 import contextlib
 import ctypes
@@ -18,29 +18,29 @@ from hbserve_testing.forkserver import NUM_THREADS, SAFE_PATH, SEARCHED, UNBUFFE
 _PR_SET_CHILD_SUBREAPER = 36
 _PIPES = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
 _ONLY_COLD = ("executable", "preexec_fn", "pass_fds", "shell", "gid", "gids", "uid", "startupinfo")
-"""What of Popen's arguments a forkserver does not do."""
+"""Arguments of Popen that a forkserver does not support."""
 _ELSEWHERE = ["ip", "netns", "exec"]
-"""Before a namespace and a program: it needs no process in between that would run it."""
+"""Words before a namespace and a program. A fork enters the namespace itself, so no process is needed in between."""
 _TRACKER = "multiprocessing.resource_tracker"
-"""Is small, and lives as long as whoever has started it."""
+"""Module of multiprocessing's tracker, which starts cold: it is small, and lives as long as its starter."""
 _READ_AT_START = ("PYTHON", "LD_", "OMP_", "MKL_", "KMP_", "CUDA_")
-"""Beginnings of variables that an interpreter, or a library in it, reads once: who changes one gets a cold process. Not
-Triton's, which no fork has loaded."""
+"""Prefixes of variables that an interpreter, or a library in it, reads once: with a changed one, a process starts cold.
+Triton's are not among them, because no fork has loaded it."""
 _MAY_DIFFER = (NUM_THREADS, "OMP_WAIT_POLICY", SEARCHED)
-"""torch is told the number of threads, and a fork has none yet that could wait in one way or another; it looks for
-modules that are not there yet where it is told to."""
+"""Variables of these that may differ all the same. A fork tells torch the number of threads, has no threads yet that
+could wait in one way or another, and looks for modules that are not loaded yet where its own PYTHONPATH says."""
 
 
 class WarmStarts:
-    """Makes `subprocess.Popen`, and so asyncio, start Python programs from a forkserver while it is on, and
-    multiprocessing its processes and its own forkserver."""
+    """A switch that makes programs start from a forkserver while it is on: the Python programs of `subprocess.Popen`,
+    and so of asyncio, and the processes of multiprocessing and its own forkserver."""
 
     def __init__(self, connection: socket.socket | None = None) -> None:
-        """`connection`: to the forkserver of this process. Without, it starts one when it is first switched on."""
+        """`connection` leads to the forkserver of this process. Without it, one starts at the first switching on."""
         self._is_on = connection is not None
         self._connection = connection
         self._environment = dict(os.environ)
-        """With which the forkserver was started."""
+        """Environment with which the forkserver was started."""
         self._lock = threading.Lock()
         self._server: subprocess.Popen[bytes] | None = None
         self._cold = subprocess.Popen._execute_child  # type: ignore[attr-defined]
@@ -49,12 +49,13 @@ class WarmStarts:
 
     @staticmethod
     def of_this_process() -> "WarmStarts":
-        """Those that are installed, as in a program that was started warm itself; or else new ones, which are not."""
+        """Return the installed object, as there is one in a program that was started warm itself; otherwise a new one,
+        which is not installed."""
         installed: WarmStarts | None = getattr(subprocess.Popen._execute_child, "warm_starts", None)  # type: ignore[attr-defined]
         return installed or WarmStarts()
 
     def install(self) -> None:
-        """For the life of this process."""
+        """Replace the functions that start processes, for the life of this process."""
         warm = self
 
         def execute_child(popen: Any, *arguments: Any) -> None:
@@ -76,7 +77,7 @@ class WarmStarts:
         multiprocessing.util.spawnv_passfds = spawn  # type: ignore[assignment]
 
     def switch(self, is_on: bool) -> None:
-        """Linux only: elsewhere all programs are cold."""
+        """Switch warm starts on or off. They need Linux: on other systems all programs start cold."""
         if is_on and self._connection is None and sys.platform == "linux":
             self._connection, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             fd, self._environment = theirs.fileno(), dict(os.environ)
@@ -93,7 +94,7 @@ class WarmStarts:
             self._server.wait(60)
 
     def _program_of(self, given: Mapping[str, Any]) -> Program | None:
-        """By what Popen is given."""
+        """Return the program for Popen's arguments; None if it has to start cold."""
         if isinstance(given["args"], str | bytes | os.PathLike) or any(given[name] for name in _ONLY_COLD):
             return None
         return self._program(given["args"], given["env"], given["cwd"], given["start_new_session"])
@@ -106,7 +107,7 @@ class WarmStarts:
         new_session: bool = False,
         passed: Sequence[int] = (),
     ) -> Program | None:
-        """None: only a cold start can be what is asked for."""
+        """Return the program for a command; None if only a cold start does what is asked for."""
         if not self._is_on:
             return None
         words = list(map(os.fsdecode, command))
@@ -136,7 +137,8 @@ class WarmStarts:
 
 @contextlib.contextmanager
 def _adopting() -> Iterator[None]:
-    """What a descendant of this process leaves behind becomes its child; no longer than a fork takes."""
+    """Make this process the parent of what its descendants leave behind, within the context, which lasts no longer than
+    a fork takes."""
     _set_subreaper(True)
     try:
         yield

@@ -65,7 +65,8 @@ class Quarantine:
         task.add_done_callback(lambda _: self._watching.pop(transfer))
 
     def drain_later(self, transfer: IncomingTransfer, link: IncomingLink) -> None:
-        """Note that the sender writes nothing more, once what its system had already taken can not arrive any more."""
+        """Note a moment later that the sender writes nothing more: what its system had already taken may still
+        arrive."""
         task = asyncio.create_task(self._drain_later(transfer, link))
         self._draining.add(task)
         task.add_done_callback(self._draining.discard)

@@ -189,8 +189,8 @@ class Receiver:
         """Fail transfers that were granted to the sender of a lost link and that it has not begun, once it does not
         answer any more. It does not know their blocks, so its silence is enough, whereas a quarantine needs proof.
 
-        While the sender answers, it may connect again, or be about to end. If it has another link by now, nothing is
-        failed.
+        While the sender answers, it may connect again, or be about to end. If it has a new link, or another life of it
+        has one, nothing fails: the transfers may be granted to that life.
         """
         hello = lost.hello
         while any(transfer.awaits(lost) for transfer in awaited):

@@ -1,1 +1,1 @@
-"""Transports, each imported by registry.py when it is asked for, and their common base."""
+"""Transports, and their common base. registry.py imports each transport when it is asked for."""

@@ -1,4 +1,4 @@
-"""Carries parts by a user's KVTransferBase: one send and one receive for each part."""
+"""A transport that moves parts by a user's KVTransferBase, with one send and one receive for each part."""
 
 import inspect
 from typing import Any
@@ -15,11 +15,11 @@ class CustomTransport(Transport):
     one_sided = False
 
     def __init__(self, backend: KVTransferBase, name: str) -> None:
-        self.name = name  # type: ignore[misc]  # a constant of the class for built-in ones, of the object here
+        self.name = name  # type: ignore[misc]  # a class constant in other transports, here it differs by object
         self._backend = backend
 
     async def start(self, memory: Memory) -> None:
-        """Raises BackendUnavailable if its description is not bytes."""
+        """Start the backend. Raises BackendUnavailable if its description is not bytes."""
         self._memory = memory
         await self._call("start")
         self.describe()
@@ -65,5 +65,5 @@ class CustomTransport(Transport):
 
 
 def _message_id(link: Link, part: Part) -> str:
-    """An id that is never used again; a transfer id may be, after a failure or a restart."""
+    """Return an id that is never used again. A transfer id may be, after a failure or a restart."""
     return f"{part.transfer_id}:{part.index}:{link.key}"

@@ -1,9 +1,9 @@
-"""Between processes of one host: the receiver's memory is mapped into the sender, which writes into it.
+"""A transport between processes of one host: the sender maps the receiver's memory, and writes into it.
 
-CPU: anonymous shared memory (memory/shared_memory.py) and memmove; no torch. GPU: CUDA IPC (memory/cuda_ipc.py), and a
-kernel or copy engine of the sender's GPU that writes into the receiver's, the same one or another, over NVLink if they
-have it. Each part has a stream of its own, in which it waits for the computation's event and then moves; neither other
-streams nor the host wait for it.
+On the CPU it uses anonymous shared memory (memory/shared_memory.py) and memmove, without torch. On GPUs it uses CUDA
+IPC (memory/cuda_ipc.py): a kernel or copy engine of the sender's GPU writes into the receiver's, which is the same GPU
+or another one, over NVLink if they have it. Each part has a stream of its own, in which it waits for the computation's
+event and then moves. Neither other streams nor the host wait for it.
 """
 
 import asyncio
@@ -28,45 +28,49 @@ class DeviceRegion(msgspec.Struct, frozen=True):
     """GPU memory of one process, described for another process of this host."""
 
     handle: bytes
-    """Of the allocation that the memory lies in."""
+    """CUDA IPC handle of the allocation in which the memory lies."""
     offset: int
-    """Of the memory within its allocation."""
+    """Offset of the memory within its allocation, in bytes."""
     num_bytes: int
     address: int
-    """In the owning process."""
+    """Address in the owning process."""
 
 
 class _Description(msgspec.Struct, frozen=True):
     host: str
-    """The host's boot and the process-id namespace."""
+    """Id of the host's boot, and of the process-id namespace."""
     pid: int
     gpu: str
-    """UUID of the pool's GPU, or ""."""
+    """UUID of the pool's GPU; "" on the CPU."""
     host_regions: dict[str, list[SharedRegion]]
-    """The extents of each region of memory."""
+    """Extents of each region of memory on the CPU; empty on a GPU."""
     device_regions: dict[str, list[DeviceRegion]]
+    """Extents of each region of memory on a GPU; empty on the CPU."""
 
 
 ENGINE_BLOCK_BYTES = 512 << 10
-"""Pieces of blocks from this length on are copied by the GPU's copy engines, one call for each run of them; shorter
-ones by a kernel. Alone a kernel is slightly faster, but it takes multiprocessors from the computation: next to the
-products of a prefill, a gigabyte costs these 2.7 ms by a kernel and 1.0 ms by an engine, at the same rate
-(docs/performance-handoff.md)."""
+"""Length from which on pieces of blocks are copied by the GPU's copy engines, with one call for each run of pieces. A
+kernel copies shorter ones. Alone, a kernel is slightly faster, but it takes multiprocessors from the computation: a
+gigabyte that moves next to the matrix products of a prefill delays these by 2.7 ms with a kernel and by 1.0 ms with an
+engine, at the same rate (docs/performance-handoff.md)."""
 
 
 @dataclass
 class _Target:
-    """The peer's memory, mapped."""
+    """The peer's memory, as it is mapped here."""
 
     addresses: dict[str, list[int]] = field(default_factory=dict)
-    """Of the extents of each region."""
+    """Addresses of the extents of each region, in this process."""
     num_bytes: dict[str, int] = field(default_factory=dict)
+    """Number of bytes of each region."""
     copy_pieces: Any = None
-    """On a GPU; see `hbserve_kv.memory.block_copy`."""
+    """`hbserve_kv.memory.block_copy.copy_pieces`, on a GPU; None on the CPU."""
     mappings: list[Mapping] = field(default_factory=list)
+    """Mappings of host memory."""
     mapped: ExitStack = field(default_factory=ExitStack)
+    """Mappings of GPU memory."""
     moving: set[asyncio.Future[float]] = field(default_factory=set)
-    """Parts that the GPU moves."""
+    """Ends of the parts that the GPU moves now."""
 
     def close(self) -> None:
         self.addresses.clear()
@@ -123,7 +127,7 @@ class IpcTransport(Transport):
         return ""
 
     async def connect(self, link: Link) -> None:
-        # Known before anything is mapped: if this is cancelled, `disconnect` gives back what the link's thread has.
+        # Noted before anything is mapped: if this is cancelled, `disconnect` releases what the link's thread has.
         target = self._targets[link.key] = _Target()
         await link.run(self._map, link, target)
         link.detail = f"memory of {_decode(link.peer_description).gpu or 'this host'}"
@@ -148,7 +152,8 @@ class IpcTransport(Transport):
         return [each.address for each in found]
 
     def _find_on_gpu(self, peer: _Description, extents: list[DeviceRegion], target: _Target) -> list[int]:
-        """Each allocation is mapped once, however many of the peer's tensors lie in it."""
+        """Map the peer's GPU memory, and return the addresses of its extents. Each allocation is mapped once, however
+        many of the peer's tensors lie in it."""
         from hbserve_kv.memory import cuda_ipc
 
         device = self._memory.device
@@ -163,7 +168,8 @@ class IpcTransport(Transport):
         return [bases[each.handle] + each.offset for each in extents]
 
     def _compiled_copy(self, link: Link, target: _Target) -> Any:
-        """`copy_pieces`, compiled for this link's blocks outside the data path, by copying none."""
+        """Return `copy_pieces` after compiling it for this link's blocks, which a copy of no blocks does. So the
+        compiler does not run in the data path."""
         from hbserve_kv.memory.block_copy import copy_pieces  # Triton is not available on every system without CUDA
         from hbserve_kv.memory.events import on_stream
 
@@ -175,7 +181,7 @@ class IpcTransport(Transport):
         return copy_pieces
 
     def _stream(self) -> Any:
-        """A stream in which nothing waits or moves. Called in threads of several links."""
+        """Take a stream in which nothing waits or moves. The threads of several links call this."""
         try:
             return self._idle_streams.pop()
         except IndexError:
@@ -203,7 +209,7 @@ class IpcTransport(Transport):
         return moving
 
     def _plan(self, target: _Target, link: Link, part: Part) -> tuple[CopyPlan, int, int]:
-        """The plan, and where the memory of both sides begins."""
+        """Return the plan of a part, and the addresses at which the memory of this side and of the peer begin."""
         plan = link.plan(self._memory, part, target.addresses[part.target_region])
         return plan, self._memory.addresses[part.region][0], target.addresses[part.target_region][0]
 
@@ -219,7 +225,7 @@ class IpcTransport(Transport):
         copy_on_host(plan, here, part.block_ids, there, part.target_block_ids)
 
     def _queue_copy(self, target: _Target, link: Link, part: Part) -> tuple[Any, Any, Any]:
-        """The stream of the copy, and events before and after it."""
+        """Queue the copy of a part. Returns its stream, and the events before and after it."""
         import torch
 
         from hbserve_kv.memory import cuda_ipc

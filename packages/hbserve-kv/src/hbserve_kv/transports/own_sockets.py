@@ -1,7 +1,7 @@
-"""Sockets that a library has opened in this process, found and changed from outside, where the library has no call for
-it.
+"""Sockets that a library has opened in this process: found and changed from outside, because the library has no call
+for that.
 
-Linux: /proc/self/fd lists the sockets, /proc/thread-self/net the connections of their network namespace.
+On Linux, /proc/self/fd lists the sockets, and /proc/thread-self/net the connections of their network namespace.
 """
 
 import contextlib
@@ -19,20 +19,21 @@ FEWEST_HOPS_LEFT = {
     socket.AF_INET: (socket.IPPROTO_IP, 21),  # IP_MINTTL
     socket.AF_INET6: (socket.IPPROTO_IPV6, 73),  # IPV6_MINHOPCOUNT
 }
-"""Socket options: a packet with fewer hops left is dropped."""
+"""Socket options that set how many hops a packet must have left, or be dropped."""
 MOST_HOPS = 255
 BPF_LOAD_WORD, BPF_LOAD_BYTE, BPF_JUMP_IF_EQUAL, BPF_SHIFT_RIGHT, BPF_RETURN = 0x20, 0x30, 0x15, 0x74, 0x06
 NETWORK_HEADER = 0x1_0000_0000 - 0x10_0000
-"""From Linux (linux/filter.h, SKF_NET_OFF); Python has no names for these."""
+"""SKF_NET_OFF of linux/filter.h, where the codes above come from too; Python has no names for these."""
 WHOLE, NOTHING = 0xFFFF_FFFF, 0
-"""What a filter returns: how many bytes to keep."""
+"""Return values of a filter: how many bytes of the packet to keep."""
 LONGEST_NAME = 1 << 10
 _Instruction = tuple[int, int, int, int]
-"""Operation, how many instructions to skip if it is true and if it is false, operand."""
+"""An instruction: operation, how many instructions to skip if it is true and if it is false, and operand."""
 
 
 def _own_sockets() -> Iterator[tuple[str, socket.socket]]:
-    """Pairs of inode and socket; closing that socket does not close the library's."""
+    """Yield the inode of each socket of this process, with a duplicate of the socket, whose end leaves the library's
+    open."""
     for name in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):  # closed since, or not a socket that Python knows
             inode = os.readlink(f"/proc/self/fd/{name}")
@@ -42,7 +43,7 @@ def _own_sockets() -> Iterator[tuple[str, socket.socket]]:
 
 
 def _connections_to(host: str, port: int) -> set[str]:
-    """Inodes of the sockets of this namespace that are connected, or connecting, to that address."""
+    """Return the inodes of the sockets of this namespace that are connected, or connecting, to that address."""
     try:
         wanted = str(ipaddress.ip_address(host))
     except ValueError:  # a name: then the port must do
@@ -59,14 +60,15 @@ def _connections_to(host: str, port: int) -> set[str]:
 
 
 def _readable(address: str) -> str:
-    """An address as /proc writes it: words of 4 bytes, hexadecimal, each with its lowest byte first."""
+    """Convert an address from the form that /proc has: hexadecimal words of 4 bytes, each with its lowest byte
+    first."""
     words = struct.unpack(f">{len(address) // 8}I", bytes.fromhex(address))
     found = ipaddress.ip_address(struct.pack(f"<{len(words)}I", *words))
     return str(getattr(found, "ipv4_mapped", None) or found)
 
 
 def hang_up(host: str, port: int) -> None:
-    """End this process's connections to that address, or attempts at one: calls that wait for an answer fail at
+    """End this process's connections to that address, and attempts to connect. Calls that wait for an answer fail at
     once."""
     wanted = _connections_to(host, port)
     for inode, found in _own_sockets():
@@ -75,7 +77,7 @@ def hang_up(host: str, port: int) -> None:
 
 
 def look_every(port: int, interval_s: float) -> None:
-    """Bound how long accept() waits where this process listens on `port`."""
+    """Make accept() return at least every `interval_s` where this process listens on `port`."""
     seconds, rest_s = divmod(interval_s, 1)
     for _, found in _listening():
         if found.getsockname()[1] == port:
@@ -83,11 +85,12 @@ def look_every(port: int, interval_s: float) -> None:
 
 
 def let_nobody_in(published: Iterable[bytes]) -> None:
-    """Drop whatever arrives at this process's listening sockets whose address is in one of these values, in C's form.
+    """Drop what arrives at those listening sockets of this process whose address, in C's form, is in one of these
+    values.
 
     Existing connections stay. This uses a socket filter, because closing or shutting down a listening socket makes the
-    library's thread that waits on it fail. Where the kernel does not let this process set one (see `_filter`), packets
-    with no more than the usual 64 hops are dropped.
+    library's thread that waits on it fail. If the kernel does not let this process set a filter (see `_filter`), this
+    drops packets with no more than the usual 64 hops.
     """
     for _, found in _listening():
         if any(_as_in_c(found) in value for value in published):
@@ -98,10 +101,11 @@ def let_nobody_in(published: Iterable[bytes]) -> None:
 
 
 def checked_address(value: bytes, published: Sequence[bytes]) -> bytes:
-    """What a peer publishes for Gloo, which reads beyond its end if the lengths in it are wrong: each of the two,
-    of the host's name and of the address, comes before what it counts.
+    """Return what a peer publishes for Gloo, after a check. Gloo reads beyond the end of the value if the two lengths
+    in it are wrong; they precede the host's name and the address.
 
-    Raises ConnectionError: it is not like what this side has published. If that has another form, nothing is compared.
+    Raises ConnectionError if the value is unlike what this side has published. If this side's value has another form
+    than expected, nothing is compared.
     """
     mine = [_lengths(each) for each in published]
     if mine and mine[0] is not None and _lengths(value) != mine[0]:
@@ -110,7 +114,7 @@ def checked_address(value: bytes, published: Sequence[bytes]) -> bytes:
 
 
 def _lengths(published: bytes) -> tuple[int, int] | None:
-    """Of the address, and of what follows the host's name; None if it has another form."""
+    """Return the length of the address, and of what follows the host's name; None if the value has another form."""
     name_length = int.from_bytes(published[:8], sys.byteorder)
     rest = published[8 + name_length :] if name_length < LONGEST_NAME else b""
     address_length = int.from_bytes(rest[:8], sys.byteorder)
@@ -118,7 +122,7 @@ def _lengths(published: bytes) -> tuple[int, int] | None:
 
 
 def listening_everywhere() -> set[str]:
-    """Inodes of the sockets on which this process listens on all interfaces."""
+    """Return the inodes of the sockets on which this process listens on all interfaces."""
     return {inode for inode, found in _listening() if ipaddress.ip_address(found.getsockname()[0]).is_unspecified}
 
 
@@ -126,7 +130,7 @@ def listen_only_at(addresses: Iterable[str], inodes: Collection[str]) -> None:
     """Drop whatever arrives at these listening sockets unless it was sent to one of these addresses, IPv4 or IPv6.
 
     Raises:
-        PermissionError: the kernel does not let this process do so for any of them: see `_filter`.
+        PermissionError: the kernel does not let this process filter any of them: see `_filter`.
     """
     program = [instruction for each in addresses for instruction in _keep_if_sent_to(each)]
     program.append((BPF_RETURN, 0, 0, NOTHING))
@@ -136,7 +140,8 @@ def listen_only_at(addresses: Iterable[str], inodes: Collection[str]) -> None:
 
 
 def _keep_if_sent_to(address: str) -> Iterator[_Instruction]:
-    """Keep a packet sent to this address; one sent elsewhere goes on to the instructions behind these."""
+    """Yield instructions that keep a packet sent to this address. A packet sent elsewhere goes on to the instructions
+    behind these."""
     wanted = ipaddress.ip_address(address)
     words = struct.unpack(f">{len(wanted.packed) // 4}I", wanted.packed)
     left = 1 + 2 * len(words)
@@ -161,7 +166,7 @@ def _filter(listening: socket.socket, program: Sequence[_Instruction]) -> None:
     """Attach a program to a socket, and to the connections that it accepts.
 
     Raises:
-        PermissionError: since 2026 Linux, and its fixes of older releases (6.18.44), require CAP_NET_ADMIN for TCP.
+        PermissionError: Linux requires CAP_NET_ADMIN for TCP since 2026, in fixes of older releases (6.18.44) too.
     """
     code = ctypes.create_string_buffer(b"".join(struct.pack("@HBBI", *each) for each in program))
     fprog = struct.pack("@HP", len(program), ctypes.addressof(code))
@@ -169,7 +174,7 @@ def _filter(listening: socket.socket, program: Sequence[_Instruction]) -> None:
 
 
 def _as_in_c(listening: socket.socket) -> bytes:
-    """The part of its address that sockaddr_in and sockaddr_in6 have after the family."""
+    """Return the part of a socket's address that follows the family in sockaddr_in and sockaddr_in6."""
     host, port, *_ = listening.getsockname()
     between = bytes(4) if listening.family == socket.AF_INET6 else b""  # flow information
     return struct.pack("!H", port) + between + socket.inet_pton(listening.family, host.partition("%")[0])

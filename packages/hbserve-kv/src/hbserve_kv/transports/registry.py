@@ -1,4 +1,4 @@
-"""From the name of a backend to its transports. Optional libraries are imported here, when they are needed."""
+"""A registry that maps the name of a backend to its transports. It imports optional libraries when they are needed."""
 
 import importlib
 import importlib.util
@@ -21,10 +21,10 @@ logger = logging.getLogger(__name__)
 
 
 def make_transports(config: KVTransferConfig, rank: int) -> list[Transport]:
-    """The transports of `config.backend`, best first: for "auto" those that this machine has, else one.
+    """Make the transports of `config.backend`, best first: for "auto" those that this machine has, else one.
 
     Raises:
-        BackendUnavailable: no such backend, or it cannot be imported; the message lists what there is.
+        BackendUnavailable: there is no such backend, and the message lists what there is; or it cannot be imported.
     """
     if config.backend == KVTransferBackend.AUTO:
         return _automatic(config)
@@ -40,7 +40,7 @@ def make_transports(config: KVTransferConfig, rank: int) -> list[Transport]:
 
 
 def require_torch(backend: str) -> None:
-    """Raises BackendUnavailable if torch is not installed."""
+    """Raise BackendUnavailable if torch is not installed."""
     try:
         importlib.import_module("torch")
     except ImportError as error:
@@ -50,8 +50,8 @@ def require_torch(backend: str) -> None:
 
 
 def _require_distributed(import_torch: bool) -> None:
-    """Raises BackendUnavailable if torch, or what `nccl` needs of it, is missing. If it is not imported and should not
-    be, only its presence is checked: a pair that nothing else connects will show whether `nccl` works."""
+    """Raise BackendUnavailable if torch, or what `nccl` needs of it, is missing. If torch is not imported and should
+    not be, this only checks that it is there: a pair that nothing else connects will show whether `nccl` works."""
     if not import_torch and "torch" not in sys.modules and importlib.util.find_spec("torch"):
         return
     require_torch(KVTransferBackend.NCCL.value)
@@ -99,9 +99,9 @@ def require_backend(name: str) -> None:
     a backend.
 
     Raises:
-        BackendUnavailable: no such backend, with what there is; or Mooncake is not installed.
+        BackendUnavailable: there is no such backend, and the message lists what there is; or Mooncake is not installed.
     """
-    # For processes that are started: it may have been set since this one began.
+    # Processes that this one starts use PYTHONPATH, which may have been set since this one began.
     paths = [*sys.path, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     if name in set(KVTransferBackend):
         if name == KVTransferBackend.MOONCAKE and PathFinder.find_spec("mooncake", paths) is None:
@@ -120,14 +120,14 @@ def require_backend(name: str) -> None:
     add_current_folder()
     try:
         is_there = PathFinder.find_spec(module, paths) or importlib.util.find_spec(module)
-    except (ImportError, ValueError) as error:  # of the package that it is in; "" and ".x" are no names
+    except (ImportError, ValueError) as error:  # its package cannot be imported; or "" or ".x", which are no names
         raise BackendUnavailable(f"kv_transfer.backend={name!r}: {error}") from error
     if not is_there:
         raise BackendUnavailable(f"kv_transfer.backend={name!r}: No module named {module!r}")
 
 
 def find_custom(name: str) -> type[Any]:
-    """The class, a KVTransferBase or Transport, that `find_class` finds under a name.
+    """Return the class, a KVTransferBase or Transport, that `find_class` finds under a name.
 
     Raises:
         BackendUnavailable: there is none, it cannot be imported, or it is another class.

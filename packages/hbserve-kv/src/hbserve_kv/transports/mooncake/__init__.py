@@ -1,1 +1,1 @@
-"""One-sided writes of Mooncake's TransferEngine."""
+"""The transport that uses one-sided writes of Mooncake's TransferEngine."""

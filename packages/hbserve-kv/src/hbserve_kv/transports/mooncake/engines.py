@@ -1,14 +1,14 @@
-"""The few Mooncake engines of one instance that write, and the few that are written through, each shared by a group of
-links.
+"""The Mooncake engines of one instance: a few with which it writes, and a few through which others write to it. Each is
+shared by a group of links.
 
 An engine registers the whole memory, and on RDMA opens every network card, so 64 peers must not need 64 engines. But a
-problem with one peer affects its engine, so the other links of its group have to move away:
+problem with one peer affects its engine, so the other links of the group have to move away:
 
 - While an engine meets a peer for the first time, it holds a mutex that every write needs, for a minute if that peer
 has just frozen. Meanwhile writes wait here, where they can switch to another engine.
 - A write that failed may go on until its engine ends.
 - What a sender's system has taken of a write lands whenever its network lets it, unless the engine ends through which
-it would land. That takes the engine from the others of its group too.
+it would land. The other links of that engine lose it too.
 
 In all cases the engine is retired: nothing new is begun with it, its links move to another one with their next write,
 and it ends after its last call. An engine remembers what it learnt of a peer, and has no call to forget it, so it is
@@ -32,20 +32,20 @@ MOST_ENGINES = 4
 MOST_RECEIVING_ON_TCP = 64
 """On TCP an engine is cheap, so that each sender may have its own."""
 MOST_LEFT = 16
-"""An engine that writes ends after so many links have left it: it keeps its connections to peers that have gone, some
-for each, as it has no call to close them."""
+"""Number of links after whose departure an engine that writes is retired. An engine keeps some connections to each peer
+that has gone, because it has no call to close them."""
 LONGEST_FIRST_CONTACT_S = 2.0
 LOOK_INTERVAL_S, LAST_LOOK_INTERVAL_S = 0.05, 0.005
 
 
 @dataclass(eq=False)
 class Engine:
-    """One engine and its users. Belongs to the event loop."""
+    """One engine and what is known of its use. Belongs to the event loop."""
 
     native: Any
-    """Mooncake's TransferEngine. Its attribute is deleted to end it."""
+    """Mooncake's TransferEngine. Deleting this attribute ends it."""
     scratch: memoryview
-    """Registered memory of its own, for trying to reach a peer."""
+    """Registered memory of its own, into which it reads to test whether it reaches a peer."""
     scratch_address: int
     loopback: str = "127.0.0.1"
     failed: set[str] = field(default_factory=set)
@@ -53,34 +53,35 @@ class Engine:
     retired: str = ""
     """Why nothing new is begun with it; "" if it is in use."""
     num_left: int = 0
-    """Links that have used it and do so no more."""
+    """Number of links that have used it and do not any more."""
     num_calls: int = 0
+    """Number of calls under way, until the last of which it does not end."""
     is_open: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set unless it is meeting a peer; also set when it is retired."""
+    """Set unless it is meeting a peer for the first time; also set when it is retired."""
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when it neither reads nor writes any more."""
 
     def __post_init__(self) -> None:
         self.is_open.set()
         look_often(self.native, LOOK_INTERVAL_S)
-        # It waits for a second already; a probe by itself ends that.
+        # Its listening thread is already in a wait of a second, which a probe from the engine to itself ends.
         self.native.send_probe(format_address(self.loopback, self.native.get_rpc_port()))
 
 
 class MooncakeEngines:
-    """Engines by the links that use them."""
+    """A set of engines, and which link uses which of them."""
 
     def __init__(self, make: Callable[[], Engine], *, most_left: int | None = None) -> None:
-        """`make` may take long and is called in a link's thread. most_left: how many links may leave an engine before
-        it ends; None: any number."""
+        """`make` may take long, and is called in a link's thread. `most_left` is how many links may leave an engine
+        before it is retired; None: any number."""
         self._make = make
         self._most_left = most_left
         self.most = MOST_ENGINES
         self.keeps_unused = True
-        """Whether engines without links are kept for the next ones. One always is."""
+        """Whether engines without links are kept for the next links. One engine always is."""
         self._engines: list[Engine] = []
         self._of: dict[str, Engine] = {}
-        """By link."""
+        """The engine that each link uses, by the key of the link."""
         self._choosing = asyncio.Lock()
         self._ending: set[asyncio.Task[None]] = set()
 
@@ -91,7 +92,7 @@ class MooncakeEngines:
         return self._of.get(link.key)
 
     async def join(self, link: Link, session: str) -> Engine:
-        """An engine for this link that is not meeting a peer right now."""
+        """Give the link an engine that is not meeting a peer right now."""
         while True:
             async with self._choosing:
                 self._of[link.key] = engine = await self._choose(link, session)
@@ -100,8 +101,8 @@ class MooncakeEngines:
                 return engine
 
     async def _choose(self, link: Link, session: str) -> Engine:
-        """The engine with the fewest links; a new one if all are in use and there may be more."""
-        self._of.pop(link.key, None)  # no `leave`: it may have the same one again
+        """Choose the engine with the fewest links; make a new one if all are in use and there may be more."""
+        self._of.pop(link.key, None)  # not by `leave`, because the link may get the same engine again
         fit = [engine for engine in self._engines if session not in engine.failed]
         best = min(fit, key=self._num_links, default=None)
         if best is not None and (not self._num_links(best) or len(self._engines) >= self.most):
@@ -113,11 +114,11 @@ class MooncakeEngines:
         return made
 
     def prepare(self) -> None:
-        """Make the first one now, so that a problem with it is reported now."""
+        """Make the first engine now, so that a problem with it is reported now."""
         self._engines.append(self._make())
 
     def links_of(self, engine: Engine) -> set[str]:
-        """Keys of the links that use it."""
+        """Return the keys of the links that use an engine."""
         return {key for key, each in self._of.items() if each is engine}
 
     def leave(self, link: Link) -> None:
@@ -145,7 +146,8 @@ class MooncakeEngines:
 
     @asynccontextmanager
     async def first_contact(self, engine: Engine) -> AsyncIterator[None]:
-        """Let an open engine meet a peer: others wait, and move to another engine if it takes too long."""
+        """Let an open engine meet a peer. Other links wait meanwhile, and move to another engine if it takes too
+        long."""
         assert engine.is_open.is_set()
         engine.is_open.clear()
         loop = asyncio.get_running_loop()
@@ -158,7 +160,7 @@ class MooncakeEngines:
             engine.is_open.set()
 
     def retire(self, engine: Engine, why: str) -> None:
-        """Begin nothing new with it, and end it when its calls have returned."""
+        """Begin nothing new with an engine, and end it when its calls have returned."""
         if engine.retired:
             return
         logger.debug("a Mooncake engine of %s links ends: %s", self._num_links(engine), why)
@@ -180,7 +182,7 @@ class MooncakeEngines:
 
 
 async def end(engine: Engine) -> None:
-    """End it; returns when it has ended, which stops its writes. Nobody may be calling it."""
+    """End an engine, and return when it has ended, which stops its writes. No call of it may be under way."""
     look_often(engine.native, LAST_LOOK_INTERVAL_S)
     await asyncio.sleep(LOOK_INTERVAL_S)
     await asyncio.to_thread(delattr, engine, "native")
@@ -190,7 +192,7 @@ async def end(engine: Engine) -> None:
 def look_often(native: Any, interval_s: float) -> None:
     """Set how often the engine's listening thread checks whether the engine ends.
 
-    The end waits for that thread while holding Python's lock. The thread checks whenever accept() returns, which
-    Mooncake lets wait for a second; there is no setting for it, but it is a property of the socket.
+    Ending an engine waits for that thread while holding the GIL. The thread checks whenever accept() returns, which
+    Mooncake lets wait for a second. Mooncake has no setting for this wait, but it is an option of the socket.
     """
     look_every(native.get_rpc_port(), interval_s)

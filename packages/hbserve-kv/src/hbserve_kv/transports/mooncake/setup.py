@@ -1,4 +1,4 @@
-"""Inventory of what is here for Mooncake: the library, the settings of MOONCAKE_CONFIG_PATH, and RDMA or not."""
+"""Checks of what this machine has for Mooncake: the library, the settings of MOONCAKE_CONFIG_PATH, and RDMA."""
 
 import contextlib
 import importlib
@@ -27,7 +27,8 @@ NOT_INSTALLED = (
 
 
 class MooncakeConfig(msgspec.Struct, frozen=True):
-    """What is read of the JSON file that MOONCAKE_CONFIG_PATH names; keys of Mooncake Store are known and not used."""
+    """Settings that are read from the JSON file that MOONCAKE_CONFIG_PATH names. Other keys, such as those of Mooncake
+    Store, are not used."""
 
     local_hostname: str = ""
     metadata_server: str = "P2PHANDSHAKE"
@@ -36,10 +37,10 @@ class MooncakeConfig(msgspec.Struct, frozen=True):
 
 
 def load_config() -> MooncakeConfig:
-    """The file's settings, or the defaults without a file.
+    """Return the settings of the file, or the defaults without a file.
 
     Raises:
-        BackendUnavailable: the file is not there, is not JSON, or a value has a wrong type.
+        BackendUnavailable: the file is not there or is not JSON, or a value has a wrong type.
     """
     path = os.environ.get(CONFIG_VARIABLE)
     if not path:
@@ -56,7 +57,7 @@ def load_config() -> MooncakeConfig:
 
 
 def import_engine() -> Any:
-    """The class TransferEngine, or an error that says what to install."""
+    """Return the class TransferEngine, or raise BackendUnavailable, which says what to install."""
     with contextlib.suppress(ImportError):
         importlib.import_module("torch")  # Mooncake's CUDA wheels find libcudart through it, so it must come first
     try:
@@ -72,10 +73,12 @@ def import_engine() -> Any:
 
 
 def choose_ip_version(host: str) -> int:
-    """4 or 6. Before Mooncake is imported: it reads then, once in a process, to which of them it shall connect.
+    """Choose IPv4 or IPv6 for `host`, and return 4 or 6. Call this before Mooncake is imported: it reads then, once in
+    a process, to which of them it shall connect.
 
     Raises:
-        BackendUnavailable: the host is none, none that peers reach, or not of the version that this process has.
+        BackendUnavailable: `host` is not an address, not one that peers reach, or not of the version that Mooncake
+            already uses in this process.
     """
     try:
         check_peer_host(host)
@@ -98,18 +101,19 @@ def choose_ip_version(host: str) -> int:
 
 
 def _only_ipv6(host: str) -> str:
-    """An address of a name that has none of IPv4; "" if it has, or is no name."""
+    """Return an IPv6 address of a name that has no IPv4 address; "" if it has one, is unknown, or is an IPv6
+    address."""
     if ":" in host:
         return ""
     try:
         found = {place[0]: family for family, *_, place in socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)}
-    except OSError:  # nobody knows it: told where it is to be bound
+    except OSError:  # an unknown name: this is reported when the address is bound
         return ""
     return "" if socket.AF_INET in found.values() else str(next(iter(found)))
 
 
 def require_cuda_wheel() -> None:
-    """Raises BackendUnavailable if the installed wheel cannot read GPU memory: it would fail in the first transfer."""
+    """Raise BackendUnavailable if the installed wheel cannot read GPU memory: it would fail in the first transfer."""
     engine: Any = importlib.import_module("mooncake.engine")
     if not getattr(engine, "SUPPORT_CUDA", True):
         raise BackendUnavailable(
@@ -120,7 +124,7 @@ def require_cuda_wheel() -> None:
 
 
 def why_no_rdma() -> str:
-    """ "" if there is an RDMA network card with an active port."""
+    """Return why RDMA cannot be used; "" if there is an RDMA network card with an active port."""
     if not RDMA_CARDS.is_dir() or not any(RDMA_CARDS.iterdir()):
         return "this machine has no RDMA network card"
     states = [state.read_text() for state in RDMA_CARDS.glob("*/ports/*/state")]

@@ -1,19 +1,19 @@
-"""Mooncake's TransferEngine: the sender writes straight into the receiver's blocks.
+"""The transport over Mooncake's TransferEngine: the sender writes straight into the receiver's blocks.
 
-What its Python API makes necessary (read and measured on 0.3.13):
+Mooncake's Python API makes this necessary (read and measured on 0.3.13):
 
 - Only registered memory may be a source or target; over TCP an unregistered source works by accident. Both regions are
 registered whole, in each engine, by the call that releases the GIL: each extent once, whatever allocation it lies in.
 - An engine holds a mutex while it opens a peer, for 60 s if that is frozen. So a peer is probed first, without the
 mutex, and links that share an engine switch to another one: see engines.py.
 - A synchronous write returns -1 when it has timed out, or as soon as one of its pieces has failed; the others go on and
-land. So that is `DrainUnknown`, and only the end of the engine stops it.
+land. So that is `DrainUnknown`, and only the end of the engine stops the write.
 - `protocol` does not choose the transport, and a wrong one silently falls back to TCP. MC_FORCE_TCP is set for "tcp".
-- It listens on every interface. Socket filters drop what is sent neither to this side's own address nor to loopback.
-- It connects either to IPv4 or to IPv6 addresses, depending on MC_USE_IPV6 when it was imported.
+- An engine listens on every interface. Socket filters drop what is sent neither to this side's address nor to loopback.
+- Mooncake connects either to IPv4 or to IPv6 addresses, depending on MC_USE_IPV6 when it was imported.
 - In P2P mode the port in the host name is ignored: the session is `host:get_rpc_port()`.
-- `initialize` always prints `Local segment descriptor not found`, and returns 0 nevertheless. It is printed as an
-error: a log level that hides it hides errors.
+- `initialize` always prints `Local segment descriptor not found`, and returns 0 nevertheless. The message has the level
+of an error, so a log level that hides it hides errors.
 """
 
 import asyncio
@@ -48,21 +48,22 @@ logger = logging.getLogger(__name__)
 
 HANG_UP_INTERVAL_S = 0.05
 SHORTEST_TIMEOUT_S = 5
-"""Mooncake accepts no shorter one."""
+"""Shortest timeout that Mooncake accepts."""
 
 
 class Offer(msgspec.Struct, frozen=True):
-    """What the two sides compare first."""
+    """What the two sides compare before they connect."""
 
     carrier: str
-    """TCP or RDMA, as it was verified."""
+    """The verified transport of this side: TCP or RDMA."""
     ip_version: int
 
 
 class Description(msgspec.Struct, frozen=True):
-    """What a sender must know of a receiver."""
+    """What a sender must know about a receiver."""
 
     session: str
+    """`host:port` by which Mooncake finds the receiver's engine."""
     addresses: dict[Region, list[int]]
     """Addresses of the extents of each region."""
     num_arena_blocks: int
@@ -74,7 +75,7 @@ class MooncakeTransport(Transport):
     connects_to_itself = True
 
     def __init__(self, host: str, timeout_s: float) -> None:
-        # Read by Mooncake when it is imported.
+        # Mooncake reads this when it is imported.
         os.environ.setdefault("MC_LOG_LEVEL", "ERROR")
         self._config = load_config()
         self._host = self._config.local_hostname or host
@@ -86,19 +87,19 @@ class MooncakeTransport(Transport):
         self._receiving = MooncakeEngines(self._make_engine)
         """Engines through which senders write."""
         self._admitted: WeakKeyDictionary[Link, Engine] = WeakKeyDictionary()
-        """The engine through which a link's sender writes, and may still write after the link was lost."""
+        """Engines through which the sender of each link writes, and may still write after the link was lost."""
         self._connected: set[str] = set()
         self._unsure: dict[str, Engine] = {}
-        """By link, the engine that may still be executing a write of it."""
+        """Engines that may still be executing a write that failed, by the key of its link."""
         self._is_open_said = False
-        """The log already says that engines listen on every interface."""
+        """Whether the log already says that engines listen on every interface."""
 
     async def start(self, memory: Memory) -> None:
         self._memory = memory
         self._ip = await look_up(self._host)
         if memory.is_on_gpu:
             require_cuda_wheel()
-        # Read by Mooncake when an engine is made; there is no argument for them.
+        # Mooncake reads these when an engine is made; there are no arguments for them.
         os.environ.setdefault("MC_TRANSFER_TIMEOUT", str(int(self._timeout_s)))
         if self._config.protocol == "tcp":
             os.environ.setdefault("MC_FORCE_TCP", "1")
@@ -117,7 +118,7 @@ class MooncakeTransport(Transport):
         settings, of_others = self._config, listening_everywhere()
         if rc := native.initialize(self._host, settings.metadata_server, settings.protocol, settings.device_name):
             raise BackendUnavailable(f"Mooncake does not start on {self._host!r} with {settings}: code {rc}")
-        loopback = "::1" if self._ip_version == 6 else "127.0.0.1"  # where it wakes itself
+        loopback = "::1" if self._ip_version == 6 else "127.0.0.1"  # the address by which the engine wakes itself
         self._listen_only_at([self._ip, loopback], listening_everywhere() - of_others)
         scratch = shared_buffer(4096)
         places = [*extents_of(scratch), *(each for region in regions for each in self._memory.extents[region])]
@@ -140,7 +141,7 @@ class MooncakeTransport(Transport):
             self._is_open_said = True
 
     def _verified_transport(self, engine: Any) -> str:
-        """What this engine really uses, judged by what it found, not by what was asked for.
+        """Return what this engine really uses, judged by what it found, not by what was asked for.
 
         Raises:
             BackendUnavailable: RDMA was asked for, and the engine has no network card for it.
@@ -175,7 +176,8 @@ class MooncakeTransport(Transport):
         )
 
     async def revoke(self, link: Link) -> set[str]:
-        """End the engine through which the sender writes, and with it its connections and the keys of its memory."""
+        """End the engine through which the sender writes, with its connections and the keys of its memory. See
+        `Transport.revoke`."""
         if link not in self._admitted:
             return set()
         engine = self._admitted[link]
@@ -195,7 +197,8 @@ class MooncakeTransport(Transport):
         self._connected.add(link.key)
 
     async def _join(self, link: Link) -> Engine:
-        """Give the link an engine that knows its peer: then a write needs nothing from a peer that may have frozen."""
+        """Give the link an engine that knows its peer. A write then needs no answer from a peer that may have
+        frozen."""
         await self._ask(link, self._probe)
         engine = await self._engines.join(link, _decode(link).session)
         try:
@@ -207,13 +210,13 @@ class MooncakeTransport(Transport):
         return engine
 
     async def _ask(self, link: Link, blocking: Callable[..., None], *arguments: Any) -> None:
-        """Run a call that waits for the peer's answer: for a minute if it has frozen or its host has vanished, unless
-        the caller is cancelled."""
+        """Run a call that waits for the peer's answer. If the peer has frozen or its host has vanished, it takes a
+        minute, unless the caller is cancelled."""
         asking = asyncio.ensure_future(link.run(blocking, *arguments, link))
         try:
             await asyncio.shield(asking)
         except asyncio.CancelledError:
-            asking.cancel()  # which ends it when the call has returned
+            asking.cancel()  # takes effect when the call has returned
             peer = parse_address(_decode(link).session)
             while not asking.done():
                 hang_up(*peer)
@@ -237,12 +240,12 @@ class MooncakeTransport(Transport):
         async with self._engines.call(engine):
             try:
                 await link.run(self._write, engine, link, part)
-            finally:  # whoever is cancelled must retire it too
+            finally:  # a cancelled caller must retire the engine too
                 if self._unsure.get(link.key) is engine:
                     self._engines.retire(engine, "a write of it failed")
 
     async def _engine_of(self, link: Link) -> Engine:
-        """An engine that knows the peer, and is not meeting another one right now."""
+        """Return the link's engine once it knows the peer and is not meeting another one right now."""
         while link.key in self._connected:
             engine = self._engines.of(link)
             if engine is None or engine.retired:
@@ -269,8 +272,8 @@ class MooncakeTransport(Transport):
             raise DrainUnknown(f"Mooncake's write to {peer.session} failed with code {rc}; its bytes may still land")
 
     async def disconnect(self, link: Link) -> None:
-        """An engine that ends stops reading its memory: measured, only what the kernel had already taken still
-        lands."""
+        """Forget the link, once a failed write has ended with its engine. An engine that ends stops reading its memory:
+        as measured, only what the kernel had already taken still lands."""
         self._connected.discard(link.key)
         await link.idle()
         self._engines.leave(link)
