@@ -93,7 +93,7 @@ class TransferState:
 
     phase: Phase = field(default=Phase.OPENING, init=False)
     cause: str = field(default="", init=False)
-    """Why the transfer has failed; "" if it has not."""
+    """Why it has failed; "" if it has not."""
 
     @property
     def failed(self) -> bool:
@@ -230,8 +230,8 @@ class IncomingState(TransferState):
 
 
 class Coverage:
-    """Set of a transfer's blocks that were pushed, or have arrived. A block that moves layer by layer counts when all
-    its layers have."""
+    """Blocks of a transfer that were pushed, or have arrived; those that move layer by layer count when all layers
+    have."""
 
     def __init__(self, num_layers: int) -> None:
         self._whole: set[int] = set()

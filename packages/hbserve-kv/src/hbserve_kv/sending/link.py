@@ -60,7 +60,7 @@ class Leg:
         self.pushed = Coverage(self.side.layout.num_layers)
         """Which of `target_units` have been pushed."""
         self.num_bytes_moved = 0
-        """Number of bytes that moved. It may exceed that of the blocks, because a block may be sent twice."""
+        """Bytes that moved; may be more than the blocks have, because a block may be sent twice."""
         self.time_s = 0.0
         """Seconds during which parts were moving."""
         self.memory = memory

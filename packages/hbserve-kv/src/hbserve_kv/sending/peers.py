@@ -203,7 +203,7 @@ class Peers:
             await stream.aclose()
             await client.close()
             if not offers:
-                problem = with_file_limit(str(error))  # Gloo says what failed, but not at which limit
+                problem = with_file_limit(str(error))  # Gloo says what failed, and not at which limit
                 raise TransferFailed(f"no connection to {address} by {transport.name}: {problem}") from error
             logger.warning(
                 "no connection to %s by %s, next is %s: %s", address, transport.name, next(iter(offers)), error

@@ -141,7 +141,7 @@ class SendTransfer:
         caller's current stream. Other transfers do not wait for it. Does nothing if the transfer has failed.
 
         Raises:
-            ValueError: there are more blocks than were granted, this side does not have a block or a layer, or the
+            ValueError: more blocks than were granted, or one that this side does not have; or no such layers; or the
                 transfer has been committed.
         """
         require_loop(self.result.get_loop())
@@ -154,13 +154,13 @@ class SendTransfer:
 
             ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
             ready.record(torch.cuda.current_stream(self._memory.device))
-        # Find the positions for all legs before pushing to any of them: this raises if something does not fit.
+        # Positions are found for all legs, which raises if something does not fit, before anything is pushed to one.
         for leg, (units, start) in [(leg, self._units(leg, block_ids, first)) for leg in self._legs.values()]:
             if units and not self._push(leg, units, start, ready, layers):
                 return
 
     def _units(self, leg: Leg, block_ids: Sequence[int], first: int) -> tuple[list[int], int]:
-        """Return the blocks in the leg's units, and the position of the first unit among those granted."""
+        """Units as the leg counts them, and the position of the first one among those granted."""
         ratio = leg.side.ratio if self._region == "pool" else 1
         end, num_granted = first + ratio * len(block_ids), len(leg.target_units)
         if not (-ratio < first and end < num_granted + ratio):
