@@ -1,1 +1,1 @@
-"""Other engines, with hbserve-kv as what moves their KV: each by the door that the engine itself has."""
+"""Integrations by which hbserve-kv moves the KV of other engines, each through the engine's own plugin interface."""

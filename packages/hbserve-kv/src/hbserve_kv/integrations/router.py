@@ -1,11 +1,11 @@
-"""A small router for vLLM servers with prefill and decode apart, for those who have none:
+"""A small router for vLLM with prefill and decode on separate servers, for those who have no router:
 
     python -m hbserve_kv.integrations.router --prefill http://10.0.0.1:8100,7100 --decode http://10.0.0.2:8200
 
-It serves OpenAI's completions and chat completions, asks a prefill server and then a decode server, or both at once
-where it knows the port of the prefill server's connector, and passes on what the decode server answers, as it comes.
-Each attempt has a transfer id of its own. What the prefill server refuses is the client's answer; a server that is lost
-before the client has got anything is replaced by another.
+It serves OpenAI's completions and chat completions. It asks a prefill server and then a decode server, or both at once
+if it knows the port of the prefill server's connector, and passes on what the decode server answers, as it comes. Each
+attempt has a transfer id of its own. If the prefill server refuses a request, the client gets that answer. A server
+that is lost before the client has got anything is replaced by another one.
 """
 
 import argparse
@@ -50,26 +50,26 @@ OF_ONE_HOP = {
 }
 """Headers that are not passed on."""
 END_OF_STREAM = b"data: [DONE]"
-"""Last event of an answer that is streamed: if it is the only one, the request has failed."""
+"""Last event of a streamed answer. If it is the only one, the request has failed."""
 MOST_UNSENT_BYTES = 1 << 16
-"""How much of an answer its client may leave unread before the server is read no further."""
+"""How much of an answer its client may leave unread before the router stops reading from the server."""
 
 
 Body = dict[str, Any] | bytes
-"""What a client asks for: an object's values are as the client has written them, msgspec.Raw, since a prompt of
-thousands of numbers is passed on and not looked at."""
+"""Body of a client's request. The values of an object are msgspec.Raw, as the client has written them: a prompt of
+thousands of numbers is passed on without being parsed."""
 
 SEVERAL_PROMPTS = re.compile(rb"\s*\[\s*[^\s\d\]-]")
-"""A list, but not of numbers."""
+"""Beginning of a JSON list that is not a list of numbers."""
 
 UNREADABLE = (msgspec.DecodeError, ValueError, RecursionError)
-"""How bytes answer that are no JSON, no UTF-8 or too deep."""
+"""Errors from decoding bytes that are not JSON, not UTF-8 or nested too deeply."""
 
 _read = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
 
 class Refused(Exception):
-    """An answer that is an error, with its headers, and the servers that may be why."""
+    """An answer that is an error, with its headers, and the servers that may have caused it."""
 
     def __init__(self, status: int, body: bytes, headers: Sequence[tuple[bytes, bytes]], *servers: Server) -> None:
         who = " or ".join(each.url for each in servers) or "the router"
@@ -88,7 +88,8 @@ class Refused(Exception):
 
 
 def prefill_body(body: Mapping[str, Any], transfer_id: str) -> dict[str, Any]:
-    """Of the prefill leg: one token, not streamed. `transfer_id`: "" for a leg whose answer the other waits for."""
+    """Return the body for the prefill leg: one token, not streamed. `transfer_id` is "" if the decode leg waits for the
+    answer of this leg."""
     left_out = ("stream_options", "min_tokens", "max_completion_tokens")
     params = {"do_remote_decode": True, "do_remote_prefill": False} | (
         {"transfer_id": transfer_id} if transfer_id else {}
@@ -99,20 +100,20 @@ def prefill_body(body: Mapping[str, Any], transfer_id: str) -> dict[str, Any]:
 
 
 def is_one_sequence(body: Mapping[str, Any]) -> bool:
-    """Whether one prompt has one answer. Others would use a transfer id several times: they are decoded where they are
-    prefilled."""
+    """Whether a request has one prompt and wants one answer. Other requests would use a transfer id several times, so
+    they are decoded where they are prefilled."""
     is_list = SEVERAL_PROMPTS.match(body.get("prompt", b""))
     try:
         n, best_of, use_beam_search = (
             msgspec.json.decode(body.get(name, b"null")) for name in ("n", "best_of", "use_beam_search")
         )
     except UNREADABLE:
-        return False  # a server says what is wrong with it
+        return False  # a server will say what is wrong with the request
     return not is_list and n in (1, None) and best_of in (1, None) and not use_beam_search
 
 
 class ClientLeft(Exception):
-    """Nobody reads the answer any more."""
+    """Raised when the client has left, so that nobody reads the answer any more."""
 
 
 class Exchange:
@@ -121,12 +122,12 @@ class Exchange:
     def __init__(self, request: web.Request) -> None:
         self._request = request
         self.response: web.StreamResponse | None = None
-        """The response, once the client has begun to get it."""
+        """The response to the client; None until the client has begun to get it."""
         self._is_chunked = False
 
     @contextlib.asynccontextmanager
     async def _ask(self, server: Server, body: Body) -> AsyncIterator[Answer]:
-        """The request, with this body, to a server."""
+        """Send the request to a server, with this body, and yield the answer."""
         content = msgspec.json.encode(body) if isinstance(body, dict) else body
         headers = [header for header in self._request.raw_headers if header[0].lower() not in OF_ONE_HOP]
         async with server.asked():
@@ -137,7 +138,7 @@ class Exchange:
                 answer.release()
 
     async def prefill(self, server: Server, body: dict[str, Any]) -> dict[str, Any] | None:
-        """What the decode leg is to be given. Raises Refused, ServerLost."""
+        """Ask a prefill server, and return the `kv_transfer_params` for the decode leg. Raises Refused, ServerLost."""
         async with self._ask(server, body) as answer:
             content = await answer.read()
             if answer.status != 200:
@@ -148,11 +149,11 @@ class Exchange:
             raise Refused.saying(502, f"{server.url} did not answer with a JSON object: {error}", server) from error
 
     async def pass_on(self, server: Server, body: Body, prefill: Server | None = None) -> web.StreamResponse:
-        """What a decode server answers, to the client, as it comes. `prefill`: where its KV comes from.
+        """Pass on what a decode server answers to the client, as it comes. Its KV comes from `prefill`.
 
         Raises:
-            Refused, ServerLost: the client has got nothing if `response` is None. An answer begins with its first part:
-                of a request whose KV did not come vLLM has sent the head already, and then ends the stream.
+            Refused, ServerLost: if `response` is None, the client has got nothing. It gets the head only with the first
+                part of the body: if the KV does not come, vLLM has sent a head already, and then ends the stream.
         """
         async with self._ask(server, body) as answer:
             if answer.status >= 500:
@@ -181,7 +182,8 @@ class Exchange:
         return response
 
     def _write_at_once(self, piece: bytes) -> bool:
-        """A further part of a chunked answer, unless its client has left, or reads too slowly to go without waiting."""
+        """Write a further part of a chunked answer, without waiting. Returns False, and writes nothing, if the client
+        has left or reads too slowly."""
         transport = self._request.transport
         if not self._is_chunked or transport is None or transport.get_write_buffer_size() > MOST_UNSENT_BYTES:
             return False
@@ -190,14 +192,14 @@ class Exchange:
 
     @staticmethod
     async def _write(writing: Awaitable[object]) -> None:
-        """Write to the client. If it has left, that is no error of the server that is being read."""
+        """Write to the client. If it has left, raise ClientLeft, which is not an error of the server being read."""
         try:
             await writing
         except ConnectionError as error:
             raise ClientLeft(str(error)) from error
 
     async def break_off(self, why: str) -> web.StreamResponse:
-        """The client has got a part of an answer, and hears that no more comes."""
+        """Tell a client that has got a part of an answer that no more comes."""
         assert self.response is not None
         logger.warning("an answer was cut off: %s", why)
         with contextlib.suppress(ConnectionError):
@@ -236,7 +238,7 @@ class Router:
             each.connections.close()
 
     async def _health(self, _: web.Request) -> web.Response:
-        """200 while there is somebody to decode: who decodes can prefill, too."""
+        """Answer 200 while a decode server is there, which is enough, because it can prefill too; 503 otherwise."""
         alive = {
             role: {server.url: server.is_alive for server in servers}
             for role, servers in (("prefill", self._prefill), ("decode", self._decode))
@@ -251,11 +253,11 @@ class Router:
         return await self._answer(request, body)
 
     async def _pass_on(self, request: web.Request) -> web.StreamResponse:
-        """Anything else: a decode server's."""
+        """Pass any other request on to a decode server."""
         return await self._answer(request, await request.read())
 
     async def _answer(self, request: web.Request, body: Body) -> web.StreamResponse:
-        """Attempts, until one is answered, or has begun to be."""
+        """Make attempts at a request, until one is answered or has begun to be."""
         failed: set[Server] = set()
         refusal = Refused.saying(503, "no decode server is there")
         for _ in range(ATTEMPTS):
@@ -301,7 +303,7 @@ class Router:
         try:
             await asyncio.wait([first, second], return_when=asyncio.FIRST_COMPLETED)
             if first.done() and exchange.response is None:
-                first.result()  # the decode server would wait for what never comes
+                first.result()  # raises if prefill failed: the decode server would wait for KV that never comes
             return await second
         finally:
             first.cancel()

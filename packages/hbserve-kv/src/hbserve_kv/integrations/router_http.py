@@ -1,6 +1,6 @@
-"""HTTP/1.1 between a router and a server: what is answered is told in the turn of the loop in which it comes.
+"""HTTP/1.1 between a router and a server. A part of an answer is passed on in the turn of the loop in which it comes.
 
-A stream's event costs a router a system call to read and one to write it, and little else: no task wakes up for it.
+An event of a stream costs a router one system call to read and one to write it, and little else: no task wakes up.
 """
 
 import asyncio
@@ -12,23 +12,24 @@ from hbserve_rpc.own_process import NO_FILE_LEFT, with_file_limit
 
 CONNECT_TIMEOUT_S = 5.0
 IDLE_S = 3.0
-"""A kept connection is used again for so long; vLLM's server closes it after 5 s."""
+"""How long an idle connection is kept for another request; vLLM's server closes it after 5 s."""
 MOST_WAITING = 16
-"""Pieces of an answer, each of what a socket gives at a time, before its server is read no further."""
+"""How many pieces of an answer, each what a socket gives at a time, may wait before reading from the server pauses."""
 MOST_HEAD_BYTES = 1 << 16
 
 Header = tuple[bytes, bytes]
 
 
 class CannotConnect(ConnectionError):
-    """Nobody listens there."""
+    """Raised when nobody listens at a server's address."""
 
 
 class Connections:
-    """Kept connections to one server, at most as many as there are requests at a time."""
+    """Connections to one server, which are kept for further requests. There are at most as many as there were requests
+    at a time."""
 
     def __init__(self, url: str) -> None:
-        """Raises ValueError: it is no http or https URL."""
+        """Raises ValueError if `url` is no http or https URL."""
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"{url!r} is not an http:// or https:// URL")
@@ -40,11 +41,12 @@ class Connections:
         self._idle: list[tuple[float, Answer]] = []
 
     async def ask(self, method: str, target: str, headers: Iterable[Header] = (), body: bytes = b"") -> "Answer":
-        """Return when the head of the answer is there; `release` is to be called in the end. `headers` are without Host
-        and Content-Length.
+        """Send a request, and return when the head of the answer is there. The caller must `release` the answer in the
+        end. `headers` are without Host and Content-Length.
 
         Raises:
-            ConnectionError: it has ended before, or answers what is no HTTP; CannotConnect: there is none.
+            CannotConnect: there is no connection.
+            ConnectionError: the connection has ended before that, or what is answered is not HTTP.
         """
         answer = await self._connection()
         lines = b"".join(b"%b: %b\r\n" % header for header in headers)
@@ -69,7 +71,7 @@ class Connections:
                     lambda: Answer(self._keep), self.host, self._port, ssl=self._ssl
                 )
         except (OSError, TimeoutError) as error:
-            if error.errno in NO_FILE_LEFT:  # the server goes on with what it has
+            if error.errno in NO_FILE_LEFT:  # no fault of the server, which goes on with the connections that it has
                 raise ConnectionError(with_file_limit(f"cannot be connected: {error}")) from None
             raise CannotConnect(f"cannot be connected: {error or 'it does not answer'}") from None
         return answer
@@ -85,7 +87,7 @@ class Connections:
 
 
 class Answer(asyncio.Protocol):
-    """A connection, and what is answered to the request that is under way there."""
+    """A connection, and the answer to the request that is under way over it."""
 
     def __init__(self, keep: Callable[["Answer"], None]) -> None:
         self._keep = keep
@@ -94,7 +96,7 @@ class Answer(asyncio.Protocol):
         self.status = 0
         self.headers: list[Header] = []
         self._read: Callable[[bytes], bytes] | None = None
-        """Takes in what has come, and returns what cannot be read yet."""
+        """Function that takes in what has come, and returns what cannot be read yet; None when the answer is whole."""
         self._rest = b""
         self._waiting: list[bytes] = []
         self._direct: Callable[[bytes], bool] | None = None
@@ -103,7 +105,8 @@ class Answer(asyncio.Protocol):
         self._is_whole = False
 
     async def begin(self, request: bytes, *, has_body: bool) -> None:
-        """Send it. Returns and raises as `Connections.ask`."""
+        """Send a request, and return when the head of the answer is there. For what it raises see
+        `Connections.ask`."""
         self.status, self.headers, self._rest = 0, [], b""
         self._has_body, self._is_whole, self._read = has_body, False, self._read_head
         self._transport.write(request)
@@ -111,15 +114,15 @@ class Answer(asyncio.Protocol):
             await self._change()
 
     def header(self, name: bytes) -> bytes:
-        """The first one of this name, in lower case; b"" if there is none."""
+        """Return the value of the first header with this name, which is in lower case; b"" if there is none."""
         return next((value for each, value in self.headers if each.lower() == name), b"")
 
     async def pieces(self, direct: Callable[[bytes], bool] | None = None) -> AsyncIterator[bytes]:
-        """The body, as it comes. What comes while this waits is given to `direct`, and only what that does not take,
-        returning false, is yielded.
+        """Yield the body as it comes. What comes while this waits is given to `direct`; only what that does not take,
+        by returning false, is yielded.
 
         Raises:
-            ConnectionError: it has ended in the middle.
+            ConnectionError: the connection has ended in the middle of the answer.
         """
         while True:
             while self._waiting:
@@ -133,11 +136,12 @@ class Answer(asyncio.Protocol):
             await self._change()
 
     async def read(self) -> bytes:
-        """All of the body. Raises as `pieces`."""
+        """Return all of the body. For what it raises see `pieces`."""
         return b"".join([piece async for piece in self.pieces()])
 
     def release(self) -> None:
-        """Keep the connection for others, if all of the answer has come; if not, its server hears that nobody reads."""
+        """Keep the connection for other requests if all of the answer has come. Otherwise close it, by which the server
+        hears that nobody reads."""
         self._direct = None
         if self.is_open and self._is_whole:
             self._keep(self)
@@ -181,7 +185,7 @@ class Answer(asyncio.Protocol):
             return
         self._rest = data
         if self._read is None and data:
-            self.close()  # more than was asked for
+            self.close()  # the server has sent more than it was asked for
 
     def connection_lost(self, error: Exception | None) -> None:
         if self._read == self._read_to_the_end and error is None:
@@ -208,7 +212,7 @@ class Answer(asyncio.Protocol):
         status = rest_of_line[:3]
         if not version.startswith(b"HTTP/1.") or not status.isdigit():
             raise ValueError(repr(first[:100]))
-        if status.startswith(b"1"):  # others follow
+        if status.startswith(b"1"):  # an interim answer, which another one follows
             return self._read_head(rest)
         self.headers = [(name.strip(), value.strip()) for name, _, value in (line.partition(b":") for line in lines)]
         self.status = int(status)
@@ -220,7 +224,7 @@ class Answer(asyncio.Protocol):
         return rest
 
     def _reader(self) -> Callable[[bytes], bytes] | None:
-        """Of the body; None if there is none."""
+        """Return the function that reads the body; None if there is no body."""
         length = self.header(b"content-length")
         if not self._has_body or self.status in (204, 304) or length == b"0":
             return None
@@ -236,7 +240,7 @@ class Answer(asyncio.Protocol):
     def _read_chunks(self, data: bytes) -> bytes:
         parts, at = [], 0
         while at < len(data):
-            if self._left > 2:  # of the chunk and the end of its line
+            if self._left > 2:  # bytes of the chunk and of the line end behind it
                 parts.append(data[at : at + self._left - 2])
                 at += len(parts[-1])
                 self._left -= len(parts[-1])

@@ -1,4 +1,4 @@
-"""The servers that a router asks: which of them are there, and how much each has to do."""
+"""The servers that a router asks. It knows which of them are there, and how many requests each has."""
 
 import asyncio
 import contextlib
@@ -10,11 +10,11 @@ from hbserve_kv.integrations.router_http import CannotConnect, Connections
 logger = logging.getLogger(__name__)
 
 MISSES = 2
-"""Checks that a server may miss before it is taken for dead. One that lets nobody connect is at once."""
+"""Number of missed checks after which a server is taken for dead. If it refuses connections, it is at once."""
 
 
 class ServerLost(Exception):
-    """A server went away, or froze, while it was asked."""
+    """Raised when a server went away, or froze, while it was asked."""
 
     def __init__(self, server: "Server", why: str) -> None:
         super().__init__(f"{server.url} {why}")
@@ -22,10 +22,11 @@ class ServerLost(Exception):
 
 
 class Server:
-    """One vLLM server, by its URL; a prefill server's may have `,KV_PORT` behind it, or `,KV_PORT,TP_SIZE`."""
+    """One vLLM server, given by its URL. That of a prefill server may be followed by `,KV_PORT` or
+    `,KV_PORT,TP_SIZE`."""
 
     def __init__(self, url: str) -> None:
-        """Raises ValueError, with the form that is expected."""
+        """Raises ValueError, which shows the expected form."""
         given, *numbers = url.split(",")
         self.url = given.rstrip("/")
         try:
@@ -37,8 +38,8 @@ class Server:
             raise ValueError(f"{url!r}: expected {form}") from None
         self.host = self.connections.host
         self.kv_port, self.tp_size = (*map(int, numbers), 0, 0)[:2]
-        """Of its connector, and how many ranks it has; 0 if that is not known, or the ranks are as many as those that
-        decode."""
+        """Port of the server's connector, and number of its ranks. A port of 0 is unknown; with a size of 0 there are
+        as many ranks as on the decode server."""
         self.num_requests = 0
         self.is_alive = False
         self._num_missed = 0
@@ -47,7 +48,7 @@ class Server:
 
     @contextlib.asynccontextmanager
     async def asked(self) -> AsyncIterator[None]:
-        """Count a request as under way there, while it is entered.
+        """Count a request as under way at this server, within the context.
 
         Raises:
             ServerLost: the server has gone, or does not answer checks.
@@ -71,7 +72,8 @@ class Server:
             self.num_requests -= 1
 
     def lost(self, why: str) -> None:
-        """Note that it is lost: it is asked no more until it answers a check; what is under way there ends."""
+        """Note that the server is lost. Until it answers a check it is not asked any more, and requests that are under
+        way there end."""
         if self.is_alive:
             logger.warning("%s is lost: %s", self.url, why)
         self.is_alive = False
@@ -94,7 +96,7 @@ class Server:
         try:
             async with asyncio.timeout(timeout_s):
                 answer = await self.connections.ask("GET", "/health")
-                answer.close()  # so that the next check tries whether it can be connected
+                answer.close()  # so that the next check has to connect anew
             if answer.status == 200:
                 self.found()
             else:
@@ -103,7 +105,7 @@ class Server:
             self.missed("/health does not answer")
         except CannotConnect as error:
             self.lost(str(error))
-        except ConnectionError as error:  # one that was kept may end at this moment
+        except ConnectionError as error:  # a kept connection may end at this moment
             self.missed(str(error))
             self._check_now.set()
 
@@ -117,7 +119,8 @@ class Server:
 
 
 def least_busy(servers: Sequence[Server], without: Collection[Server] = ()) -> Server | None:
-    """The server with the fewest requests of those that are there; one of `without` only if there is no other."""
+    """Return the server with the fewest requests, of those that are there; one of `without` only if there is no other;
+    None if no server is there."""
     alive = [server for server in servers if server.is_alive]
     return min(
         [each for each in alive if each not in without] or alive, key=lambda each: each.num_requests, default=None

@@ -1,9 +1,9 @@
-"""HBServeConnector: vLLM's prefill and decode servers move KV by hbserve-kv. vLLM loads it by its own door:
+"""HBServeConnector, by which vLLM's prefill and decode servers move KV with hbserve-kv. vLLM loads it as a plugin:
 
     vllm serve MODEL --kv-transfer-config '{"kv_connector": "HBServeConnector", "kv_role": "kv_both",
         "kv_connector_module_path": "hbserve_kv.integrations.vllm", "kv_connector_extra_config": {"port": 7100}}'
 
-It overrides what the base classes of vLLM 0.24 and 0.33 have in common. docs/vllm.md says how it is used.
+It overrides what the base classes of vLLM 0.24 and 0.33 have in common. docs/vllm.md says how to use it.
 """
 
 import logging
@@ -38,22 +38,22 @@ from hbserve_rpc.keys import load_keys
 logger = logging.getLogger(__name__)
 
 SWITCH_INTERVAL_S = 5e-4
-"""After which vLLM's thread yields to this connector's, in whose transfers several threads take turns: with Python's
-own 5 ms each turn may wait for as long as two steps that decode."""
+"""Interval after which vLLM's thread yields to those of this connector. In a transfer several threads take turns; with
+Python's default of 5 ms each turn could wait for as long as two decode steps."""
 
 _workers: "WeakValueDictionary[str, WorkerSide]" = WeakValueDictionary()
-"""Workers that are in the process of their engine's scheduler, being its only ones, by engine id."""
+"""Workers in the process of their engine's scheduler, by engine id. Such a worker is the engine's only one."""
 
 
 class ExtraConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`kv_connector_extra_config`, whose fields are those of KVTransferConfig, and some."""
+    """The settings in `kv_connector_extra_config`: fields of KVTransferConfig, and some more."""
 
     backend: str = "auto"
     host: str = ""
     """Address that peers reach; "" is VLLM_HOST_IP, or else 127.0.0.1."""
     port: int = 0
-    """Of rank 0's control server; rank r has the one r above it. 0: any, which is enough unless routers send both legs
-    at once."""
+    """Port of rank 0's control server; rank r uses the port r above it. 0: any port, which is enough unless routers
+    send both legs at once."""
     timeout_s: float = 30.0
     expiry_s: float = 120.0
     lease_s: float = 30.0
@@ -79,24 +79,24 @@ class ExtraConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 @dataclass
 class HBServeMetadata(KVConnectorMetadata):  # type: ignore[misc]  # vllm is not here where types are checked
-    """What the scheduler's side tells the workers with each step."""
+    """Metadata of each step, by which the scheduler's side gives the workers their orders."""
 
     orders: Orders = field(default_factory=Orders)
 
 
 @dataclass
 class HBServeHandshake(KVConnectorHandshakeMetadata):  # type: ignore[misc]
-    """What a worker tells the scheduler's side, once: where its manager is."""
+    """Address and epoch of a worker's manager, which the worker tells the scheduler's side once."""
 
     address: str
     epoch: str
 
 
 class HBServeConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
-    """vLLM makes one in its scheduler and one in each worker."""
+    """The connector for vLLM, which makes one in its scheduler and one in each worker."""
 
     def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any = None) -> None:
-        """Raises ValueError for what is not served, with the option that cures it."""
+        """Raises ValueError for a configuration that is not served; names the option that cures it."""
         super().__init__(vllm_config, role, kv_cache_config)
         parallel, transfer = vllm_config.parallel_config, vllm_config.kv_transfer_config
         _require_served(parallel, kv_cache_config)
@@ -106,7 +106,7 @@ class HBServeConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
         self._votes = Votes()
-        """What has become of requests, as the step that is being reported tells it."""
+        """Votes of the step that is being reported: what has become of requests."""
         if role == KVConnectorRole.SCHEDULER:
             self._scheduler = SchedulerSide(
                 transfer.engine_id,
@@ -142,8 +142,8 @@ class HBServeConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         return self.request_finished(request, block_ids[0])
 
     def update_connector_output(self, connector_output: Any) -> None:
-        """Add whose KV has come since that step began, if this process has the worker. vLLM plans a step while the one
-        before it is computed: such a request would be planned two steps later."""
+        """Add requests whose KV has come since that step began, if this process has the worker. vLLM plans a step while
+        the one before it is computed, so without this such a request would be planned two steps later."""
         if (worker := _workers.get(self._config.kv_transfer_config.engine_id)) is not None:
             connector_output.finished_recving = (connector_output.finished_recving or set()) | worker.take_received()
 
@@ -187,18 +187,18 @@ class HBServeConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             self._worker.begin_step(self._get_connector_metadata().orders)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """Nothing: a request that waits for its KV is in no step."""
+        """Do nothing: a request that waits for its KV is in no step."""
 
     def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any) -> None:
-        """Nothing: whole blocks are sent, of all layers, when a step has computed them."""
+        """Do nothing: when a step has computed blocks, they are sent whole, with all layers."""
 
     def wait_for_save(self) -> None:
         if self._worker is not None:
             self._worker.end_step(self._get_connector_metadata().orders)
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
-        """Also what `get_transfer_results` of later versions asks. Those whose blocks are not valid are told at the
-        latest with it."""
+        """Return requests whose blocks are read no more, and requests that wait for KV no more. `get_transfer_results`
+        of later versions asks for this too. Blocks that are not valid are reported at the latest with this."""
         if self._worker is not None:
             self._votes = self._worker.take_votes()
         return self._votes.sent or None, self._votes.received | self._votes.failed or None
@@ -217,7 +217,7 @@ class HBServeConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     @classmethod
     def supports_sleep_mode(cls, kv_transfer_config: Any) -> bool:
-        """False: peers have this memory mapped, and sleep mode would take it from under them."""
+        """Return False: peers have this memory mapped, and sleep mode would take it away under them."""
         return False
 
     @classmethod
@@ -243,7 +243,7 @@ def _require_served(parallel: Any, kv_cache_config: Any) -> None:
     for group in kv_cache_config.kv_cache_groups if kv_cache_config is not None else ():
         of_layers = getattr(group.kv_cache_spec, "kv_cache_specs", {"": group.kv_cache_spec})
         for spec in of_layers.values():
-            if not isinstance(spec, FullAttentionSpec):  # vLLM frees blocks of a prompt before it is computed
+            if not isinstance(spec, FullAttentionSpec):  # with others, vLLM frees blocks before the prompt is computed
                 raise ValueError(
                     f"the KV cache is of {type(spec).__name__}, and HBServeConnector moves that of full attention: "
                     "for a model of sliding windows alone, add --disable-sliding-window"
@@ -259,12 +259,12 @@ def _extra_config(given: Mapping[str, Any]) -> ExtraConfig:
 
 
 def _num_kv_heads(config: Any) -> int:
-    """Number of key heads of all ranks together. Latents (MLA) are one head, which every rank has."""
+    """Return the number of KV heads of all ranks together. Latents (MLA) are one head, which every rank has."""
     return 1 if getattr(config.model_config, "use_mla", False) else config.model_config.get_total_num_kv_heads()
 
 
 def _fingerprint(config: Any, pieces: int) -> dict[str, str | int]:
-    """What must be the same on both sides for the bytes to mean the same."""
+    """Return what must be the same on both sides, so that the bytes mean the same."""
     model = config.model_config
     return {
         "engine": "vllm",

@@ -1,4 +1,4 @@
-"""Figures of the vLLM connector, in the form in which vLLM logs them and exports them to Prometheus."""
+"""Metrics of the vLLM connector, in the form in which vLLM logs them and exports them to Prometheus."""
 
 import statistics
 from collections.abc import Mapping
@@ -29,9 +29,10 @@ COUNTERS = {
 
 
 class HBServeStats(KVConnectorStats):  # type: ignore[misc]  # vllm is not here where types are checked
-    """Observations since they were last taken: a list of numbers by name."""
+    """Observations since they were last taken."""
 
     data: dict[str, list[float]]
+    """Observed numbers by name of the metric."""
 
     def reset(self) -> None:
         self.data = {}
@@ -45,7 +46,7 @@ class HBServeStats(KVConnectorStats):  # type: ignore[misc]  # vllm is not here 
         return not any(self.data.values())
 
     def reduce(self) -> dict[str, int | float]:
-        """Figures for the log. Spans of transfers overlap, so nothing is divided by their sum."""
+        """Return figures for the log. Transfers overlap in time, so nothing is divided by the sum of their times."""
         times_s, sizes = self.data.get("transfer_duration", []), self.data.get("bytes_transferred", [])
         return {
             "Num successful transfers": len(times_s),

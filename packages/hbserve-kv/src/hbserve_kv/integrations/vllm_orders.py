@@ -1,4 +1,4 @@
-"""The orders of the scheduler's side of the vLLM connector to the workers' side, once a step. Knows nothing of vLLM.
+"""Orders that the scheduler's side of the vLLM connector gives the workers' side with each step. Imports no vLLM.
 
 A request has a *source* on the side that decodes (where its KV is offered), and an *outgoing* transfer on the side that
 prefilled it. Blocks are those of vLLM's KV cache manager.
@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Source:
-    """Where a request's KV is, or will be, offered."""
+    """The place where a request's KV is, or will be, offered."""
 
     transfer_id: str
     ranks: tuple[tuple[str, str], ...]
@@ -19,18 +19,18 @@ class Source:
 
 @dataclass(frozen=True)
 class Wanted:
-    """Blocks of this side that a request's KV goes to."""
+    """Blocks of this side into which a request's KV goes."""
 
     block_ids: list[int]
     first: int
-    """Place of the first of them in the prompt: the blocks before it are here."""
+    """Position of the first of them among the blocks of the prompt. This side has the blocks before it already."""
     digest: str
     """Digest of the prompt: see `prompt_digest`."""
 
 
 @dataclass(frozen=True)
 class Computed:
-    """Blocks of a prompt that are computed when this step ends, the next of an outgoing transfer."""
+    """The next blocks of an outgoing transfer: blocks of a prompt that are computed when this step ends."""
 
     transfer_id: str
     block_ids: list[int]
@@ -40,21 +40,22 @@ class Computed:
 
 @dataclass
 class Orders:
-    """What a worker is to do, by request id; it carries them out in this order."""
+    """Orders for a worker, by request id. It carries them out in the order of these fields."""
 
     offers: dict[str, str] = field(default_factory=dict)
-    """Transfer id of one that has arrived here and whose receiver may be there already: the two agree on the transfer
-    while the prompt waits and is computed."""
+    """Transfer ids of requests that have arrived here and whose receiver may be there already. The two sides agree on
+    the transfer while the prompt waits and is computed."""
     claims: dict[str, Source] = field(default_factory=dict)
-    """Where the KV is of requests that have arrived here."""
+    """Places where the KV of requests is that have arrived here."""
     fetches: dict[str, Wanted] = field(default_factory=dict)
-    """Requests that have blocks to be fetched. Each is voted for once, when nothing lands in them any more."""
+    """Blocks of requests that are to be fetched. Each request gets one vote, when nothing lands in them any more."""
     releases: set[str] = field(default_factory=set)
-    """It needs nothing (any more)."""
+    """Requests that need no KV, or none any more."""
     finished: dict[str, Computed] = field(default_factory=dict)
-    """It has finished here, and these were not pushed yet. Each is voted for once, when its blocks are read no more."""
+    """Blocks not pushed yet of requests that have finished here. Each request gets one vote, when its blocks are read
+    no more."""
     withdrawn: dict[str, tuple[str, str]] = field(default_factory=dict)
-    """Transfer id and reason of one that has ended before all was computed. Each is voted for, as above."""
+    """Transfer ids of requests that have ended before all was computed, with the reason. They get votes as above."""
     preempted: set[str] = field(default_factory=set)
     """Requests whose blocks are about to be overwritten."""
     computed: dict[str, Computed] = field(default_factory=dict)
@@ -65,4 +66,4 @@ class Orders:
 
 
 Params = dict[str, Any]
-"""`kv_transfer_params` of a request: what a router passes on from one server to the other."""
+"""Type of a request's `kv_transfer_params`, which a router passes on from one server to the other."""

@@ -1,9 +1,9 @@
-"""vLLM's KV caches, as a pool of blocks: what the dimensions of its tensors are.
+"""vLLM's KV caches as a pool of blocks, whose dimensions are known by their shapes.
 
-Shapes, by the number of dimensions: [2, blocks, tokens, heads, dim] or [blocks, 2, tokens, heads, dim], of attention
-backends of vLLM 0.24; [blocks, heads, tokens, content], of all backends of later versions, where the content of a token
-is its key and its value; [blocks, tokens, content], of latents (MLA). Strides may be any: both versions permute what
-lies in memory (NHD, HND, blocks outermost).
+Attention backends of vLLM 0.24 have 5 dimensions: [2, blocks, tokens, heads, dim] or [blocks, 2, tokens, heads, dim].
+All backends of later versions have 4: [blocks, heads, tokens, content], where the content of a token is its key and its
+value. Latents (MLA) have 3: [blocks, tokens, content]. Strides may be any: both versions permute what lies in memory
+(NHD, HND, blocks outermost).
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,10 +16,10 @@ BY_BLOCKS_FIRST = {3: "blocks tokens dim", 4: "blocks heads tokens key+value", 5
 
 
 def axes_of(shape: Sequence[int], num_blocks: int) -> str:
-    """Names of the dimensions, for a PoolLayout.
+    """Return the names of the dimensions, for a PoolLayout.
 
     Raises:
-        ValueError: nobody knows such a shape.
+        ValueError: the shape is unknown.
     """
     is_first = shape[0] % num_blocks == 0
     if len(shape) in BY_BLOCKS_FIRST and is_first and (len(shape) < 5 or shape[1] == 2):
@@ -33,10 +33,10 @@ def axes_of(shape: Sequence[int], num_blocks: int) -> str:
 
 
 def pool_of(caches: Mapping[str, torch.Tensor], num_blocks: int) -> tuple[PoolLayout, int]:
-    """The pool, and how many of its blocks are one of vLLM's: kernels may want smaller ones.
+    """Return the pool, and how many of its blocks make one of vLLM's: kernels may want smaller blocks.
 
     Raises:
-        ValueError: nobody knows such tensors, or they differ.
+        ValueError: the tensors have an unknown shape, or they differ.
     """
     tensors = list({tensor.data_ptr(): tensor for tensor in caches.values()}.values())  # layers may share one
     kinds = {axes_of(tensor.shape, num_blocks) for tensor in tensors}

@@ -1,9 +1,9 @@
-"""The scheduler's side of the vLLM connector: one state for each request whose prompt is computed elsewhere, or for
-somebody else. No I/O: what there is to do is collected as Orders for the workers. Knows nothing of vLLM but the names
-of what it is given.
+"""The scheduler's side of the vLLM connector. It has one state for each request whose prompt is computed elsewhere, or
+for somebody else. It does no I/O: what is to be done is collected as Orders for the workers. It does not import vLLM,
+and knows only the names of what it is given.
 
-The side that decodes wants the KV of all tokens of the prompt but the last, which it computes itself, to have something
-to sample from. What its prefix cache has is not fetched.
+The side that decodes wants the KV of all tokens of the prompt but the last. It computes that one itself, to have
+something to sample from. What its prefix cache has is not fetched.
 """
 
 import array
@@ -27,7 +27,7 @@ FINISHED_WELL = ("FINISHED_LENGTH_CAPPED", "FINISHED_STOPPED")
 
 
 def prompt_digest(token_ids: Sequence[int]) -> str:
-    """What both sides must agree on before KV of one is taken for the other's."""
+    """Compute a digest of a prompt. Both sides must have the same before KV of one is taken for that of the other."""
     return hashlib.blake2b(array.array("q", token_ids).tobytes(), digest_size=12).hexdigest()
 
 
@@ -53,7 +53,7 @@ class _Incoming:
 
     source: Source
     num_computed: int = 0
-    """Tokens that this side had when it was asked last."""
+    """Number of tokens that this side had when it was last asked."""
     is_settled: bool = False
     """Whether its blocks are known to the workers, or it needs none."""
 
@@ -63,18 +63,18 @@ class _Outgoing:
     """A request that another server decodes."""
 
     request: Any
-    """vLLM's own: it counts its preemptions."""
+    """vLLM's own request, which counts its preemptions."""
     transfer_id: str
     is_awaited: bool
-    """The transfer id is the router's: the receiver may be there before the prompt is computed."""
+    """Whether the transfer id is the router's, so that the receiver may be there before the prompt is computed."""
     num_tokens: int
     digest: str
     """Digest of the prompt: see `prompt_digest`."""
     block_ids: list[int] = field(default_factory=list)
     num_told: int = 0
-    """Blocks of which the workers know."""
+    """Number of blocks of which the workers know."""
     num_preemptions: int = 0
-    """When they were told."""
+    """Number of preemptions when the workers were last told of blocks."""
 
 
 class SchedulerSide:
@@ -115,7 +115,7 @@ class SchedulerSide:
             self._orders.claims[request.request_id] = source
 
     def _source(self, request: Any, given: "_Given") -> Source | None:
-        """None: it cannot be fetched, and is computed here."""
+        """Return where a request's KV is; None if it cannot be fetched, and is computed here."""
         num_tokens, num_ranks = given.remote_num_tokens, len(given.remote_ranks or ()) or given.tp_size or self._tp_size
         if not given.transfer_id or not (given.remote_ranks or given.remote_port):
             problem = "it has not transfer_id, and remote_ranks or remote_host and remote_port"
@@ -135,7 +135,7 @@ class SchedulerSide:
     # ---- the side that decodes -----------------------------------------------------------------------------------
 
     def num_wanted(self, request: Any, num_computed: int) -> int:
-        """Tokens that are to be fetched, when this side has `num_computed`. May be asked many times."""
+        """Return how many tokens are to be fetched if this side has `num_computed`. May be called many times."""
         incoming = self._incoming.get(request.request_id)
         if incoming is None or incoming.is_settled:
             return 0
@@ -143,7 +143,8 @@ class SchedulerSide:
         return max(0, len(request.prompt_token_ids) - 1 - num_computed)
 
     def allocated(self, request: Any, block_ids: Sequence[int], num_tokens: int) -> None:
-        """It has blocks, for `num_tokens` that are to be fetched. Called again when it gets more blocks."""
+        """Note the blocks of a request, for `num_tokens` that are to be fetched. vLLM calls this again when the request
+        gets more blocks."""
         incoming = self._incoming.get(request.request_id)
         if incoming is None or incoming.is_settled:
             return
@@ -159,9 +160,9 @@ class SchedulerSide:
     # ---- the side that prefills ----------------------------------------------------------------------------------
 
     def scheduled(self, output: Any) -> Orders:
-        """The orders of a step, of which `output` is vLLM's SchedulerOutput."""
+        """Return the orders of a step; `output` is its SchedulerOutput of vLLM."""
         for name, each in self._outgoing.items():
-            # Not `preempted_req_ids`: in 0.24 it lacks those that `reset_prefix_cache` preempts.
+            # `preempted_req_ids` is not used: in 0.24 it lacks requests that `reset_prefix_cache` preempts.
             if each.num_told and each.request.num_preemptions != each.num_preemptions:
                 each.block_ids, each.num_told = [], 0
                 self._orders.preempted.add(name)
@@ -182,7 +183,7 @@ class SchedulerSide:
         return orders
 
     def _computed(self, name: str, num_computed: int, output: Any) -> None:
-        """Tell of the blocks that this step fills, if somebody may wait for them."""
+        """Tell the workers of the blocks that this step fills, if a receiver may wait for them."""
         outgoing = self._outgoing[name]
         if not outgoing.is_awaited:
             return
@@ -197,7 +198,8 @@ class SchedulerSide:
     # ---- the end, on either side ---------------------------------------------------------------------------------
 
     def finished(self, request: Any, block_ids: Sequence[int]) -> tuple[bool, Params | None]:
-        """Whether the workers vote when its blocks are free, and what a router gives to the side that decodes."""
+        """Note that a request has finished. Returns whether the workers will vote when its blocks are free, and what a
+        router passes to the side that decodes."""
         name = request.request_id
         if self._incoming.pop(name, None) is not None:
             self._orders.releases.add(name)

@@ -1,5 +1,5 @@
-"""A worker's side of the vLLM connector: one KVTransferManager in a thread with an event loop of its own, so that
-transfers, leases and heartbeats go on while the model computes, and while the engine is idle. Knows nothing of vLLM.
+"""A worker's side of the vLLM connector. It has one KVTransferManager in a thread with an event loop of its own, so
+that transfers, leases and heartbeats go on while the model computes and while the engine is idle. Imports no vLLM.
 """
 
 import asyncio
@@ -27,16 +27,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Votes:
-    """What has become of requests since the last step."""
+    """Votes of a worker, which say what has become of requests since the last step."""
 
     sent: set[str] = field(default_factory=set)
     """Requests whose blocks are read no more."""
     received: set[str] = field(default_factory=set)
     """Requests whose KV has come."""
     failed: set[str] = field(default_factory=set)
-    """Requests whose KV has not come, and will not: nothing lands in their blocks any more."""
+    """Requests whose KV has not come and will not. Nothing lands in their blocks any more."""
     invalid_block_ids: set[int] = field(default_factory=set)
-    """Blocks that were to be fetched and were not: told as soon as that is known, and never after `failed`."""
+    """Blocks that were to be fetched and were not. They are told as soon as that is known, and never after `failed`."""
     figures: dict[str, list[float]] = field(default_factory=dict)
 
 
@@ -44,7 +44,7 @@ class Votes:
 class _Sending:
     offer: Offer
     is_owed: bool = False
-    """Whether a vote is to be given when it is over."""
+    """Whether a vote is to be given when the transfer is over."""
     is_over: bool = False
 
 
@@ -62,10 +62,10 @@ class WorkerSide:
         lease_s: float = 30.0,
         device: torch.device | None = None,
     ) -> None:
-        """`heads`: those of this rank. `pieces_of_block`: blocks of the pool that make one of vLLM's. `device`: where
-        the pool is, and where the calling threads compute, unless that is the CPU. Returns when peers can connect.
+        """`heads` are those of this rank. `pieces_of_block` is how many blocks of the pool make one of vLLM's. `device`
+        is where the pool is, and where the calling threads compute; None: the CPU. Returns when peers can connect.
 
-        Raises: as KVTransferManager and its `start`.
+        Raises: see KVTransferManager and its `start`.
         """
         self._tp_size = tp_size
         self._pieces = pieces_of_block
@@ -91,7 +91,7 @@ class WorkerSide:
         self, rank: int, heads: HeadRange, pool: Any, fingerprint: Mapping[str, str | int], config: KVTransferConfig
     ) -> KVTransferManager:
         if self._gpu is not None:
-            torch.cuda.set_device(self._gpu)  # of this thread
+            torch.cuda.set_device(self._gpu)  # holds for this thread
         manager = KVTransferManager(rank=rank, pool=pool, fingerprint=fingerprint, config=config, heads=heads)
         await manager.start()
         return manager
@@ -102,13 +102,14 @@ class WorkerSide:
     # ---- called by vLLM's worker, once a step --------------------------------------------------------------------
 
     def begin_step(self, orders: Orders) -> None:
-        """Carry out what concerns earlier steps."""
+        """Carry out the orders that concern earlier steps."""
         event = self._event() if orders.finished else None
         if orders:
             self._loop.call_soon_threadsafe(self._begin, orders, event)
 
     def _event(self) -> Any:
-        """Happens after what the calling thread has queued on its current stream."""
+        """Return an event that happens after what the calling thread has queued on its current stream; None on the
+        CPU."""
         if self._gpu is None:
             return None
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -116,15 +117,15 @@ class WorkerSide:
         return event
 
     def end_step(self, orders: Orders) -> None:
-        """The step's computation is queued: its blocks may be sent when the device has done it."""
+        """Offer the blocks of a step whose computation is queued. They are sent when the device has done it."""
         if orders.computed:
             self._loop.call_soon_threadsafe(self._push_computed, orders.computed, self._event())
 
     def preempt(self, names: set[str]) -> None:
-        """Return when the blocks of these requests are not read any more.
+        """Wait until the blocks of these requests are not read any more.
 
         Raises:
-            TimeoutError: that cannot be said of some; to overwrite them would send what is not theirs.
+            TimeoutError: some may still be read. Overwriting them would send data of other requests.
         """
         if names:
             self._run(self._preempt(names)).result(timeout=self._patience_s)
@@ -135,14 +136,14 @@ class WorkerSide:
         return votes
 
     def take_received(self) -> set[str]:
-        """`received`, which may be told at any time. What has failed waits for `take_votes`, and so does `sent`: vLLM's
-        MultiConnector counts there who else still reads the blocks."""
+        """Take only the votes `received`, which may be told at any time. `failed` waits for `take_votes`, and so does
+        `sent`, because vLLM's MultiConnector counts there who else still reads the blocks."""
         with self._lock:
             received, self._votes.received = self._votes.received, set()
         return received
 
     def close(self) -> None:
-        """End every transfer; peers hear so. May be called twice."""
+        """End every transfer, and tell the peers. May be called twice."""
         if self._thread.is_alive():
             self._run(self._close()).result()
             self._stop_loop()
@@ -202,7 +203,7 @@ class WorkerSide:
             try:
                 await posted.drained()
             except TransferFailed:
-                return  # this side ends
+                return  # this side is being closed
         self._claims.pop(name, None)
         with self._lock:
             (self._votes.failed if error else self._votes.received).add(name)
@@ -247,7 +248,7 @@ class WorkerSide:
         self._vote_if_over(name)
 
     def _vote_if_over(self, name: str) -> None:
-        """Vote once the request has finished here and its blocks are read no more, whichever is later."""
+        """Vote if the request has finished here and its blocks are read no more, of which either may come later."""
         sending = self._sending[name]
         if sending.is_over and sending.is_owed:
             del self._sending[name]

@@ -10,8 +10,8 @@ from typing import Any
 INTERVAL_S = 1e-4
 """Seconds between two polls. The control messages of a transfer take ten times as long."""
 LINGER_S = 0.5
-"""How long the polling thread stays when nothing is left to watch. Starting a thread blocks the starter until the new
-thread has had its turn of the interpreter: in the event loop of a busy instance, that takes longer than polling."""
+"""How long the polling thread stays when nothing is left. Starting one holds its starter until the new thread has had
+its turn of the interpreter: in the event loop of a busy instance, longer than polling takes."""
 
 
 @contextlib.contextmanager

@@ -4,28 +4,28 @@ sender                                              receiver
   LINK(fingerprint, epoch, offers)  ───stream───▶   once per pair; open as long as both live
                                     ◀────────────   LinkReply(transport, description), then Cancelled(transfer id) …
   TELL, ASK(name)                   ────call────▶   while both connect: what each needs of the other
-  BEGIN(transfer id)                ────call────▶   answered by Accepted(blocks); or UnknownLink, if that has ended and
-                                                    the sender has not heard so: it connects anew, and asks again
+  BEGIN(transfer id)                ────call────▶   answered by Accepted(blocks); or by UnknownLink, if the link has
+                                                    ended before the sender has heard: it connects, and asks again
   PARTS(what comes next)            ───notify───▶   two-sided transports only: the receiver takes them in this order
   COMMIT(payload)                   ────call────▶   answered when all parts have landed and the receiver has taken it;
                                                     two-sided: asked when all are announced, not when they have moved
   ABANDON(reason, drained)          ────call────▶   instead of COMMIT; or of BEGIN, if another rank has refused
 
-Where the blocks are there before the receiver has room for them, it comes for them (`hbserve_kv.sending.offers`):
+If the blocks are there before the receiver has room for them, it fetches them (`hbserve_kv.sending.offers`):
 
                                     ◀───stream───   KEEP(transfer id): once it wants them; answered by Offered(heads)
                                                     when they are, and open until the transfer has ended on both sides
                                     ◀────call────   FETCH(transfer id, grant, first): once it has room; LINK … COMMIT
                                                     follow as above, when all receivers of this rank have asked
 
-`link` names one life of both sides: the sender draws it, the receiver learns it with the sender's epoch and forgets it
-when the stream ends. So a message of an earlier life, of either side, names a link that nobody knows.
+`link` names one life of both sides. The sender draws it at random; the receiver learns it with the sender's epoch, and
+forgets it when the stream ends. So a message of an earlier life, of either side, names a link that nobody knows.
 
-All that is said of a link must come by the connection by which LINK came: whoever else names it is told nothing, and
-changes nothing.
+All messages about a link must come over the connection over which LINK came. Whoever else names the link is told
+nothing, and changes nothing.
 
-What was announced is sent, and what is sent over a two-sided transport must be taken: a part that the receiver cannot
-take ends the link. It says why by Cancelled, and ends the stream, so that the sender ends a send that nobody takes.
+What was announced is sent, and what is sent over a two-sided transport must be taken. So a part that the receiver
+cannot take ends the link. The receiver says why by Cancelled, and ends the stream, so that the sender ends its send.
 """
 
 from collections.abc import Sequence
@@ -46,9 +46,9 @@ Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
 """NaN and infinity are refused."""
 Name = Annotated[str, msgspec.Meta(max_length=1 << 10)]
 MOST_RANKS = 1 << 10
-"""Of one receiver: a sender connects to each of them."""
+"""Limit of ranks of one receiver: a sender connects to each of them."""
 MOST_UNITS = 1 << 22
-"""Of one transfer, each of at least one token."""
+"""Limit of units of one transfer, each of at least one token."""
 
 
 class Grant(msgspec.Struct, frozen=True, tag=True):
@@ -65,12 +65,12 @@ class Grant(msgspec.Struct, frozen=True, tag=True):
 
 
 def join_grants(grants: Sequence[bytes]) -> bytes:
-    """One grant for what several ranks receive together."""
+    """Join the grants of several ranks into one, for what they receive together."""
     return msgspec.msgpack.encode([msgspec.Raw(grant) for grant in grants])
 
 
 def read_grants(grant: bytes) -> list[Grant]:
-    """The grants of one rank, or of several.
+    """Read the grants of one rank, or of several.
 
     Raises:
         TransferFailed: it is not a grant.
@@ -86,7 +86,7 @@ def read_grants(grant: bytes) -> list[Grant]:
 
 
 def checked_id(transfer_id: object) -> str:
-    """Raises TypeError or ValueError: the id cannot be sent to a peer."""
+    """Return the id. Raises TypeError or ValueError if it cannot be sent to a peer."""
     if not isinstance(transfer_id, str):
         raise TypeError(f"transfer_id={transfer_id!r}: expected a string")
     if not transfer_id.isascii():
@@ -98,7 +98,7 @@ def checked_id(transfer_id: object) -> str:
 
 
 def checked_payload(payload: object) -> bytes:
-    """Raises TypeError: it is not bytes."""
+    """Return the payload as bytes. Raises TypeError if it is not bytes."""
     if not isinstance(payload, bytes | bytearray | memoryview):
         raise TypeError(f"payload: expected bytes, got {type(payload).__name__}")
     return bytes(payload)
@@ -114,7 +114,7 @@ class Handshake(msgspec.Struct, frozen=True, tag=True):
     fingerprint: dict[str, str | int]
     heads: HeadRange
     layout: Layout
-    """Of the sender's pool. What the two sides have in common follows from both layouts: see
+    """Layout of the sender's pool. What the two sides have in common follows from both layouts: see
     `hbserve_kv.memory.layout.sides`."""
     offers: dict[str, bytes]
     """Transports that the sender can use, best first, each with its `describe()`."""
@@ -147,21 +147,21 @@ class Told(msgspec.Struct, frozen=True, tag=True):
 
 
 class Asked(msgspec.Struct, frozen=True, tag=True):
-    """Waits for a value of the link's rendezvous; answered by a Told as soon as either end has set it."""
+    """Asks for a value of the link's rendezvous; answered by a Told as soon as either end has set it."""
 
     link: str
     name: Name
 
 
 class Cancelled(msgspec.Struct, frozen=True, tag=True):
-    """The receiver gives up a transfer."""
+    """Says that the receiver gives up a transfer."""
 
     transfer_id: str
     reason: str
 
 
 class Begin(msgspec.Struct, frozen=True, tag=True):
-    """Opens a transfer. `num_bytes` is set if the receiver has not granted it: then it goes to the lookup buffer."""
+    """Opens a transfer. `num_bytes` is set if the receiver has not granted it; it then goes to the lookup buffer."""
 
     transfer_id: str
     link: str
@@ -169,16 +169,17 @@ class Begin(msgspec.Struct, frozen=True, tag=True):
 
 
 class Accepted(msgspec.Struct, frozen=True, tag=True):
-    """The sender may write from now on."""
+    """Says that the sender may write from now on, and into which blocks."""
 
     region: Region
     block_ids: list[int]
     checksum: bool
-    """The receiver wants a checksum of each block in the commit."""
+    """Whether the receiver wants a checksum of each block in the commit."""
 
 
 def misfit(accepted: Accepted, begin: Begin, mine: Side, peer: Side) -> str:
-    """Why no receiver can have granted these blocks to `begin`; "" if it can. `mine`, `peer`: of the link."""
+    """Return why no receiver can have granted these blocks to `begin`; "" if one can. `mine` and `peer` are the sides
+    of the link."""
     block_ids, region = accepted.block_ids, "pool" if begin.num_bytes is None else "arena"
     if accepted.region != region:
         return f"region={accepted.region!r}, and not {region!r}"
@@ -192,7 +193,7 @@ def misfit(accepted: Accepted, begin: Begin, mine: Side, peer: Side) -> str:
 
 
 class UnknownLink(msgspec.Struct, frozen=True, tag=True):
-    """The message was about a link that the receiver does not have, or no longer has."""
+    """Says that the message was about a link that the receiver does not have, or no longer has."""
 
 
 class AnnouncedPart(msgspec.Struct, frozen=True, array_like=True):
@@ -200,11 +201,11 @@ class AnnouncedPart(msgspec.Struct, frozen=True, array_like=True):
 
     index: int
     first: int
-    """Blocks [first, first + num_blocks) of those that were granted; where one side's blocks are larger, units of them:
-    see `hbserve_kv.memory.layout`."""
+    """Position of the first block. The part is blocks [first, first + num_blocks) of those that were granted; if one
+    side's blocks are larger, it is units of them: see `hbserve_kv.memory.layout`."""
     num_blocks: int
     layers: tuple[NotNegative, NotNegative] | None = None
-    """Layers [first, end) only; None: all."""
+    """The layers [first, end) that the part has; None: all."""
 
     @property
     def end(self) -> int:
@@ -217,55 +218,56 @@ class PartsAnnounced(msgspec.Struct, frozen=True, tag=True):
     transfer_id: str
     link: str
     parts: Annotated[list[AnnouncedPart], msgspec.Meta(max_length=1 << 10)]
-    """A sender announces 16 at a time."""
+    """The announced parts. A sender announces at most 16 at a time."""
 
 
 class Commit(msgspec.Struct, frozen=True, tag=True):
-    """The sender has no more parts: once all have landed, the transfer is the receiver's."""
+    """Says that the sender has no more parts. Once all have landed, the transfer is the receiver's."""
 
     transfer_id: str
     link: str
     num_parts: NotNegative
     num_bytes: NotNegative
-    """For a one-sided transport these say how many blocks have been written."""
+    """Number of bytes, which tell with a one-sided transport how many blocks have been written."""
     time_s: Seconds
-    """Seconds during which parts were moving; for a two-sided transport the receiver measures that."""
+    """Seconds during which parts were moving. With a two-sided transport, the receiver measures that itself."""
     payload: Annotated[bytes, msgspec.Meta(max_length=1 << 20)]
     checksums: dict[int, int] = {}
-    """By position among the granted blocks; see `hbserve_kv.protocol.checksum`."""
+    """Checksums by position among the granted blocks; see `hbserve_kv.protocol.checksum`."""
 
 
 class Abandon(msgspec.Struct, frozen=True, tag=True):
-    """The sender gives up a transfer."""
+    """Says that the sender gives up a transfer."""
 
     transfer_id: str
     link: str
     reason: str
     drained: bool
-    """The sender will not write to this transfer's blocks any more."""
+    """Whether the sender will not write to this transfer's blocks any more."""
     may_be_buffered: bool = False
-    """What the sender's system has already taken may still arrive for a moment."""
+    """Whether what the sender's system has already taken may still arrive for a moment."""
 
 
 class Keep(msgspec.Struct, frozen=True, tag=True):
-    """The receiver wants what is offered, or will be offered. Ends with the stream that it opens."""
+    """Says that the receiver wants what is offered, or will be offered. This holds until the stream ends that it
+    opens."""
 
     transfer_id: str
     epoch: str = ""
     """Of the sender that has offered it; "" if it may be offered much later, by any life."""
     num_receivers: NotNegative = 1
-    """Ranks of the receiver that fetch from this rank of the sender; 0: none needs it, and it may be dropped."""
+    """How many ranks of the receiver fetch from this rank of the sender; 0: none needs it, and it may be dropped."""
 
 
 class Offered(msgspec.Struct, frozen=True, tag=True):
-    """Now the receiver may fetch it."""
+    """Says that the receiver may fetch the transfer from now on."""
 
     heads: HeadRange
     """Heads that the sender's blocks hold."""
 
 
 class Fetch(msgspec.Struct, frozen=True, tag=True):
-    """Sent by the receiver that keeps an offer: where the blocks are to go."""
+    """Says where the blocks are to go. Sent by a receiver that keeps the offer."""
 
     transfer_id: str
     grant: bytes
@@ -274,7 +276,7 @@ class Fetch(msgspec.Struct, frozen=True, tag=True):
 
 
 class Alive(msgspec.Struct, frozen=True, tag=True):
-    """What an instance reports about itself as a sender."""
+    """Report of an instance about itself as a sender."""
 
     epoch: str
     writing: list[str]

@@ -1,7 +1,7 @@
 """One transfer at its receiver, and the links over which transfers arrive.
 
-An IncomingTransfer owns its state, and each of its methods that changes the state publishes the change: `result` when
-it has ended, `drained` when nothing can land any more; when it fails, its senders are told why.
+An IncomingTransfer owns its state, and each of its methods that changes the state publishes the change: it sets
+`result` when it has ended, and `drained` when nothing can land any more. When it fails, its senders are told why.
 
 Over a two-sided transport each link's parts are taken in the order in which they were announced. An announced part is
 on its way, and if it were skipped, the next one would be taken in its place. So a part that is not taken ends its link,
@@ -49,13 +49,14 @@ class IncomingLink:
     """The other end of the RPC connection by which the link was made."""
     rendezvous: HeldRendezvous = field(default_factory=HeldRendezvous)
     notices: asyncio.Queue[Cancelled | None] = field(default_factory=asyncio.Queue)
-    """To be sent to the sender; None closes the link."""
+    """Messages to be sent to the sender; None closes the link."""
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when the sender has ended the link, or its heartbeats no longer arrive."""
     transfers: "set[IncomingTransfer]" = field(default_factory=set)
     """Transfers that the sender has begun, until they are drained."""
     announced: "deque[tuple[IncomingTransfer, AnnouncedPart]]" = field(default_factory=deque)
-    """Parts that are under way, in the order in which they arrive. This and what follows: two-sided transports only."""
+    """Parts that are under way, in the order in which they arrive. This field and those after it are for two-sided
+    transports only."""
     has_announced: asyncio.Event = field(default_factory=asyncio.Event)
     connecting: asyncio.Task[None] | None = None
     taking: asyncio.Task[None] | None = None
@@ -68,13 +69,14 @@ class IncomingLink:
         return not self.ended.is_set()
 
     def connect(self, timeout_s: float) -> None:
-        """Two-sided transports only: connect, from both ends at once, and take what is announced from now on. A part
-        may take `timeout_s`, counted from its turn."""
+        """Connect, from both ends at once, and take what is announced from now on. For two-sided transports only. A
+        part may take `timeout_s`, counted from its turn."""
         self.connecting = asyncio.create_task(self.transport.connect(self.link))
         self.taking = asyncio.create_task(self._take_announced(timeout_s))
 
     def take(self, transfer: "IncomingTransfer | None", message: PartsAnnounced) -> bool:
-        """Queue parts of `transfer`, which is None if it is not, or no longer, known. False: they are not taken."""
+        """Queue parts of `transfer`, which is None if it is not known, or no longer. Returns False if they are not
+        taken."""
         if self.broken:
             return False
         late = f"a part of transfer {message.transfer_id} is late"
@@ -109,7 +111,7 @@ class IncomingLink:
                 transfer.end_part(self.link.key, part, error=self.broken)
 
     async def _accept(self, transfer: "IncomingTransfer", part: AnnouncedPart, deadline: "Deadline[_Taking]") -> None:
-        """Take a part, or hand it to a device: then it lands later."""
+        """Take a part, or hand it to a device; in that case it lands later."""
         under_way = transfer, part
         deadline.begin(under_way)
         began_s, landing = time.monotonic(), None
@@ -118,7 +120,7 @@ class IncomingLink:
             deadline.end(under_way)
             if (failure := done.exception()) is not None:
                 self._break(f"part {part.index}: {type(failure).__name__}: {failure}")
-            # A device that was told to stop reports only that it has.
+            # A device that was told to stop reports only that it has stopped, not why: `broken` has the reason.
             transfer.end_part(self.link.key, part, 0.0 if failure else done.result(), self.broken)
 
         try:
@@ -150,8 +152,8 @@ class IncomingLink:
         self.notices.put_nowait(None)
 
     def lose(self, why: str) -> asyncio.Task[None]:
-        """The link has ended, and nothing arrives over it any more. Returns a task that ends when nothing of it is
-        left."""
+        """Note that the link has ended, and that nothing arrives over it any more. Returns a task that ends when
+        nothing is left of the link."""
         self.ended.set()
         self.rendezvous.end()
         for transfer in list(self.transfers):
@@ -184,17 +186,17 @@ class IncomingTransfer:
         may_be_partial: bool = False,
         sender: str = "",
     ) -> None:
-        """`heads`: those that must arrive. `on_failed` is called once, if it fails while something may still land.
-        `sender` is the name of the only instance that may send it; "" means any."""
+        """`heads` are those that must arrive. `on_failed` is called once, if the transfer fails while something may
+        still land. `sender` is the name of the only instance that may send it; "" means any."""
         self.sender = sender
         self.transfer_id = transfer_id
         self.region: Region = region
         self.block_ids = block_ids
         self.links: dict[str, IncomingLink] = {}
-        """Of the senders that have begun, by key; they stay after they are lost."""
+        """Links of the senders that have begun, by key. They stay here after they are lost."""
         self.result: asyncio.Future[TransferResult] = asyncio.get_running_loop().create_future()
         self.drained = asyncio.Event()
-        """Set when nothing can land any more; or when the receiver was closed before that, and nobody will know."""
+        """Set when nothing can land any more, or when the receiver was closed before that, so that nobody will know."""
         self._state = IncomingState(frozenset(heads), len(block_ids), may_be_partial)
         self._on_failed = on_failed
         self._has_failed = False
@@ -202,7 +204,7 @@ class IncomingTransfer:
         self._landed: dict[str, Coverage] = {}
         """By link, which of `units` were taken; two-sided transports only."""
         self._taking_s: dict[str, float] = {}
-        """By link, seconds during which parts were taken; two-sided transports only."""
+        """Seconds during which parts were taken, by link; two-sided transports only."""
         self._committed: list[TransferResult] = []
         """One result for each sender that has committed."""
 
@@ -212,20 +214,20 @@ class IncomingTransfer:
 
     @property
     def cause(self) -> str:
-        """Why it has failed; "" if it has not."""
+        """Why the transfer has failed; "" if it has not."""
         return self._state.cause
 
     @property
     def missing_heads(self) -> frozenset[int]:
-        """Those that no sender has begun to bring yet; none, if it has ended."""
+        """Heads that no sender has begun to bring yet; empty if the transfer has failed or ended."""
         return self._state.missing
 
     def awaits(self, link: IncomingLink) -> bool:
-        """Whether it was granted to the sender of this link by name, and that one has not begun it."""
+        """Whether the transfer was granted to the sender of this link by name, and that one has not begun it."""
         return self.sender == link.hello.name != "" and self.may_begin(link)
 
     def may_begin(self, link: IncomingLink) -> bool:
-        """Whether heads of it are missing that come over this link."""
+        """Whether the transfer still misses heads that can come over this link."""
         return not self.missing_heads.isdisjoint(link.common_heads.heads())
 
     @property
@@ -234,11 +236,12 @@ class IncomingTransfer:
         return [self.links[key] for key in self._state.undrained]
 
     def units(self, link: Link) -> list[int]:
-        """The granted blocks, as a link counts them."""
+        """Return the granted blocks, in units of a link."""
         return self.block_ids if self.region == "arena" else link.mine.units(self.block_ids)
 
     def begin(self, link: IncomingLink) -> bool:
-        """A sender opens it for its heads. False, here and below: that does not fit, and nothing has changed."""
+        """Note that a sender opens the transfer for its heads. Returns False if that does not fit; nothing has changed
+        then."""
         heads, one_sided = link.common_heads.heads(), link.transport.one_sided
         if not link.is_connected or not self._state.begin(link.link.key, heads, one_sided=one_sided):
             return False
@@ -261,7 +264,7 @@ class IncomingTransfer:
         return ""
 
     def end_part(self, key: str, part: AnnouncedPart, took_s: float = 0.0, error: str = "") -> None:
-        """A part has landed; or, with an `error`, it has failed and nothing of it can land any more."""
+        """Note that a part has landed or, with an `error`, has failed and nothing of it can land any more."""
         self._taking_s[key] = self._taking_s.get(key, 0.0) + took_s
         if not error:
             landed = self._landed.setdefault(key, Coverage(self.links[key].link.mine.layout.num_layers))
@@ -275,9 +278,10 @@ class IncomingTransfer:
             await self._changed.wait()
 
     def commit(self, message: Commit, side: Side) -> bool:
-        """One sender has sent all its heads. False also if it has not: then the transfer has failed.
+        """Note that a sender has sent all its heads. Returns False if that does not fit, or if it has not sent all; in
+        the latter case the transfer has failed.
 
-        `side`: what arrives over its link. With a two-sided transport, what has landed is what counts. What one-sided
+        `side` is what arrives over its link. With a two-sided transport, only what has landed counts. What one-sided
         writes have brought is known only by the sender's word, and by checksums of the blocks. If this side's blocks
         are larger than the sender's, the last one need not be full.
         """
@@ -304,22 +308,22 @@ class IncomingTransfer:
         return fits
 
     def fail(self, reason: str) -> None:
-        """End it, unless it has ended: its senders are told, and stop after the part that is under way."""
+        """Fail the transfer, unless it has ended. Its senders are told, and stop after the part that is under way."""
         self._state.fail(reason)
         self._publish()
 
     def sender_drained(self, key: str) -> None:
-        """Nothing lands any more over this link."""
+        """Note that nothing lands any more over this link."""
         self._state.sender_drained(key)
         self._publish()
 
     def give_up(self) -> None:
-        """The deadline for draining has passed: UNKNOWN, until it turns out to be drained after all."""
+        """Note that the deadline for draining has passed: UNKNOWN, until it turns out to be drained after all."""
         self._state.give_up()
         self._publish()
 
     def close(self) -> None:
-        """Wake whoever waits for it to be drained: this receiver will not be there to see it."""
+        """Wake whoever waits for the transfer to be drained: this receiver will not be there to see it."""
         self.give_up()
         self.drained.set()
 
@@ -338,7 +342,7 @@ class IncomingTransfer:
             self.drained.set()
             for link in self.links.values():
                 link.transfers.discard(self)
-        self._changed.set()  # wakes those that wait now
+        self._changed.set()  # wakes only callers that wait now
         self._changed.clear()
 
     def _result(self) -> TransferResult:
@@ -356,24 +360,25 @@ class PostedReceive:
         self._transfer = transfer
 
     async def wait(self) -> TransferResult:
-        """Wait for its end. Unless the outcome is UNKNOWN, the blocks belong to the caller again."""
+        """Wait for the end of the transfer. Unless the outcome is UNKNOWN, the blocks then belong to the caller
+        again."""
         return await asyncio.shield(self._transfer.result)
 
     def fail(self, reason: str) -> None:
-        """Give it up. Returns at once; does nothing if it has ended."""
+        """Give up the transfer. Returns at once. Does nothing if it has ended."""
         self._transfer.fail(reason)
 
     def when_ended(self, call: Callable[[TransferResult], None]) -> None:
-        """Have `call` called with its result, from the event loop."""
+        """Have the event loop call `call` with the result."""
         self._transfer.result.add_done_callback(lambda done: call(done.result()))
 
     async def cancel(self, reason: str) -> Outcome:
-        """Give it up. Returns once nothing can land any more, or with UNKNOWN at the deadline."""
+        """Give up the transfer. Returns once nothing can land any more, or with UNKNOWN at the deadline."""
         self.fail(reason)
         return (await self.wait()).outcome
 
     async def drained(self) -> None:
-        """After UNKNOWN: wait until nothing can land any more. If the sender stays frozen, that never happens.
+        """Wait, after UNKNOWN, until nothing can land any more. If the sender stays frozen, that never happens.
 
         Raises:
             TransferFailed: the manager was closed first, so nobody will know.

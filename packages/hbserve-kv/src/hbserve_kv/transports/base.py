@@ -1,4 +1,4 @@
-"""The interface by which backends differ: it moves bytes between instances that already know which blocks to move."""
+"""The interface of transports, by which backends differ: they move bytes between instances that know which blocks."""
 
 import asyncio
 import logging
@@ -125,7 +125,7 @@ class LinkValues:
 
 @dataclass(eq=False)
 class Link:
-    """One direction between two instances, in one life of both: parts go over it one after another."""
+    """One direction between two instances, during one life of both. Parts go over it one after another."""
 
     key: str
     """Identifies the link on both sides; never reused, so that a new life of a peer gets a new link."""
@@ -134,19 +134,19 @@ class Link:
     peer_description: bytes
     """The peer's `Transport.describe()`; on the sender, what the receiver's `admit` returned."""
     mine: Side
-    """What goes over the link of this side's blocks, in units of the smaller of both sides' blocks."""
+    """What of this side's blocks goes over the link, in units of the smaller of both sides' blocks."""
     peer: Side
-    """The same, as it lies in the peer's memory."""
+    """The same units, as they lie in the peer's memory."""
     rendezvous: Rendezvous = field(default_factory=HeldRendezvous)
-    """What the ends exchange while they connect."""
+    """Values that the two ends exchange while they connect."""
     detail: str = ""
-    """Set by `connect`: what really carries the bytes, for people to read."""
+    """Description, for people, of what really carries the bytes. Set by `connect`."""
     executor: ThreadPoolExecutor = field(init=False)
-    """Runs blocking I/O of this link, so that a peer that hangs blocks nobody else."""
+    """The link's thread, which runs its blocking I/O, so that a peer that hangs blocks nobody else."""
     _plans: dict[tuple[object, ...], Any] = field(init=False, default_factory=dict)
     _is_given_up: bool = field(init=False, default=False)
     _waited: "SimpleQueue[Exception | None]" = field(init=False, default_factory=SimpleQueue)
-    """How the waits of `each` have ended; None: well."""
+    """Results of the waits of `each`: None for a wait that has succeeded, else its error."""
 
     def __post_init__(self) -> None:
         self.executor = ThreadPoolExecutor(1, thread_name_prefix=f"kv-{self.key[:8]}")
@@ -157,11 +157,11 @@ class Link:
 
     @property
     def summary(self) -> str:
-        """`detail`, and how the two sides bridge differences between their pools."""
+        """Description of the link: `detail`, and how the two sides bridge differences between their pools."""
         return "; ".join(filter(None, (self.detail, self._agreed)))
 
     def rows(self, memory: Memory, region: Region, layers: range | None = None) -> Rows:
-        """This side's units as rows of bytes, for transports that cannot write to the peer's layout directly."""
+        """Return this side's units as rows of bytes, for transports that cannot write to the peer's layout directly."""
         key = region, layers
         if key not in self._plans:
             self._plans[key] = Rows(memory, memory.side(self.mine, region, layers), region)
@@ -169,7 +169,7 @@ class Link:
         return found
 
     def plan(self, memory: Memory, part: "Part", target_addresses: Sequence[int]) -> CopyPlan:
-        """How units of this side become the peer's, whose region has its extents at these addresses."""
+        """Return the plan for copying units to the peer, whose target region has its extents at these addresses."""
         key = part.region, part.target_region, part.layers
         if key not in self._plans:
             target = self.peer.of_layers(part.layers) if part.target_region == "pool" else self.peer.in_rows(0)
@@ -179,8 +179,8 @@ class Link:
         return found
 
     def each(self, waits: Sequence[Callable[[], Any]]) -> Iterator[None]:
-        """In the link's thread: have these called, one after another, and yield after each. Raises what one raises, or
-        ConnectionError once the link is given up: then a daemon thread may still be waiting."""
+        """Have a daemon thread call these functions one after another, and yield after each, in the link's thread.
+        Raises what one raises, or ConnectionError once the link is given up; the daemon thread may then still wait."""
         waited = self._waited = SimpleQueue()
         if self._is_given_up:
             self.give_up()
@@ -200,8 +200,8 @@ class Link:
         await self.run(lambda: None)
 
     async def run(self, blocking: Callable[..., T], *arguments: Any) -> T:
-        """Run in the link's thread. Cancelling the caller does not stop the thread; the caller waits for it."""
-        # Not run_in_executor: its future can be cancelled, and a shield around that costs a turn of the loop.
+        """Run a function in the link's thread. A cancelled caller still waits until the function has returned."""
+        # The future of run_in_executor could be cancelled, and a shield around it would cost a turn of the loop.
         future, finished = self.executor.submit(blocking, *arguments), asyncio.Event()
         loop = asyncio.get_running_loop()
         future.add_done_callback(lambda _: loop.is_closed() or loop.call_soon_threadsafe(finished.set))
@@ -218,8 +218,8 @@ class Link:
 
 @dataclass(frozen=True)
 class Part:
-    """Some blocks of one transfer, as its link counts them: `block_ids` are this side's, `target_block_ids` the
-    receiver's, which both know."""
+    """Some blocks of one transfer, in units of its link. `block_ids` are this side's, and `target_block_ids` the
+    receiver's, which both sides know."""
 
     transfer_id: str
     index: int
@@ -232,21 +232,21 @@ class Part:
     """CUDA event after which the source blocks may be read; None on the CPU. It has happened when the part is pushed,
     unless the transport `waits_on_device`."""
     layers: range | None = None
-    """Only these layers of the blocks; None: all."""
+    """Layers of the blocks that the part has; None: all."""
 
     def require_targets_below(self, num_blocks: int) -> None:
-        """Raises ValueError: the peer has named a block that it does not have, so that the write would go elsewhere."""
+        """Raise ValueError if the peer has named a block that it does not have: the write would go elsewhere."""
         if max(self.target_block_ids) >= num_blocks:
             raise ValueError(f"target_block_ids={self.target_block_ids}: the peer has {num_blocks} blocks")
 
 
 Moving = asyncio.Future[float] | None
-"""The end of a part that a device moves by itself: a future of the seconds that it took. None: it has moved already."""
+"""The end of a part that a device moves by itself: a future of the seconds that it took. None: it has ended already."""
 
 
 class Deadline(Generic[T]):
-    """For items under way on a link, in order: calls `late` with the first of them if that has taken longer than
-    `timeout_s` since it began, or since the one before it ended."""
+    """Deadline for items that are under way on a link, in order. Calls `late` with the first of them if it has taken
+    longer than `timeout_s` since it began, or since the one before it ended."""
 
     def __init__(self, timeout_s: float, late: Callable[[T], None]) -> None:
         self._timeout_s = timeout_s
@@ -279,22 +279,22 @@ class Deadline(Generic[T]):
 class Transport(ABC):
     """Moves the blocks of parts over links. All methods run in the manager's event loop and must not block it.
 
-    A link's parts are pushed one after another, in the same order on both sides, and those of one transfer in the order
-    in which they were queued. If a part fails, and the transport is two-sided or raised DrainUnknown, the link is
-    disconnected and never used again.
+    A link's parts are pushed one after another, in the same order on both sides. Those of one transfer are pushed in
+    the order in which they were queued. If a part fails, and the transport is two-sided or raised DrainUnknown, the
+    link is disconnected and never used again.
     """
 
     name: ClassVar[str]
     one_sided: ClassVar[bool]
-    """True: `push` writes into the peer's memory without its help, and `accept` is never called."""
+    """Whether `push` writes into the peer's memory without its help, so that `accept` is never called."""
     waits_on_device = False
-    """True, for one-sided transports only: `push` may be called before the part is ready. The device waits for that by
-    itself, and no other part waits because of it."""
+    """Whether `push` may be called before the part is ready, which is for one-sided transports only. The device then
+    waits by itself until the part is ready, and no other part waits because of it."""
     connects_to_itself = False
-    """True: both ends of a link may be this transport, over one memory. An instance tries that before it is ready."""
+    """Whether both ends of a link may be this transport, over one memory. An instance tries that before it is ready."""
     max_part_bytes = 64 << 20
-    """Larger pushes are cut into parts of this size. It bounds the staging memory of two-sided transports, and what
-    still moves after a transfer was given up."""
+    """Size of the parts into which larger pushes are cut, in bytes. It bounds the staging memory of two-sided
+    transports, and what still moves after a transfer was given up."""
 
     @abstractmethod
     async def start(self, memory: Memory) -> None:
@@ -306,62 +306,62 @@ class Transport(ABC):
 
     @abstractmethod
     def describe(self) -> bytes:
-        """What a peer's `unreachable` needs, and its `connect` unless `admit` says otherwise."""
+        """Return what a peer's `unreachable` needs, and its `connect` too unless `admit` returns something else."""
 
     def unreachable(self, description: bytes) -> str:
-        """Why this transport cannot reach the peer with this `describe()`; "" if it can, as far as is known."""
+        """Return why this transport cannot reach the peer with this `describe()`; "" if it can, as far as is known."""
         return ""
 
     @abstractmethod
     async def connect(self, link: Link) -> None:
-        """Make the link usable. Called on the sender; for two-sided transports on both sides at the same time."""
+        """Make the link usable. Called on the sender; with two-sided transports on both sides at the same time."""
 
     @abstractmethod
     async def push(self, link: Link, part: Part) -> Moving:
-        """Sender: move a part. It has moved when its source blocks are no longer read and, if one-sided, its bytes have
-        landed. Returns then, or, if a device moves it, as soon as the next part may be pushed behind it.
+        """Move a part, on the sender. It has moved when its source blocks are no longer read and, if one-sided, its
+        bytes have landed. Returns then or, if a device moves it, as soon as the next part may be pushed behind it.
 
-        Two-sided: is cancelled, and `disconnect` called, when the receiver does not take it.
+        If two-sided, this is cancelled, and `disconnect` called, when the receiver does not take the part.
 
         Raises:
-            Exception: the part has failed, and nothing of it is read or lands any more. `DrainUnknown` if it may.
+            Exception: the part has failed, and nothing of it is read or lands any more; `DrainUnknown` if it still may.
         """
 
     async def accept(self, link: Link, part: Part) -> Moving:
-        """Receiver, two-sided only: take a part into `part.block_ids`. However it ends, nothing lands afterwards. Like
-        `push`, it may return before the part has landed.
+        """Take a part into `part.block_ids`, on the receiver, with two-sided transports only. However it ends, nothing
+        lands afterwards. Like `push`, it may return before the part has landed.
 
-        Is cancelled, and `disconnect` called, when nothing arrives in time or the link is lost.
+        This is cancelled, and `disconnect` called, when nothing arrives in time or the link is lost.
         """
         raise NotImplementedError(f"{self.name} is one-sided")
 
     async def admit(self, link: Link) -> bytes:
-        """Receiver: prepare for what arrives over the link; returns what the sender's `connect` needs."""
+        """Prepare for what arrives over the link, on the receiver. Returns what the sender's `connect` needs."""
         return self.describe()
 
     async def revoke(self, link: Link) -> set[str]:
-        """Receiver, one-sided only: take from the sender its means to write, whatever it says or does.
+        """Take from the sender its means to write, whatever it says or does. For the receiver, if one-sided.
 
         Returns the keys of the links over which nothing lands any more, buffered or not: this one, and others that
-        shared its means. Empty, as here, if that is impossible: then the sender is asked, and waited for.
+        shared its means. Empty, as here, if that is impossible: then the receiver asks the sender, and waits for it.
         """
         return set()
 
     @abstractmethod
     async def disconnect(self, link: Link) -> None:
-        """Forget the link. What waits on it fails soon, and what a device moves is over, whether or not it arrived.
-        Returns once this side neither reads nor writes anything of it.
+        """Forget the link. Returns once this side neither reads nor writes anything for it: what waits on the link
+        fails soon, and what a device moves ends, whether or not it arrived.
 
         May be called twice, and for a link that was never connected. May take long; callers wait in the background.
         """
 
     @abstractmethod
     async def close(self) -> None:
-        """Leave nothing behind."""
+        """End what is left of the transport, so that nothing stays behind."""
 
 
 class DrainUnknown(Exception):
-    """A push failed, and bytes may still be read or land, until `disconnect` has returned."""
+    """Raised when a push failed and bytes may still be read or land, until `disconnect` has returned."""
 
 
 def _wait_for_each(waits: Sequence[Callable[[], Any]], waited: "SimpleQueue[Exception | None]") -> None:
@@ -392,7 +392,7 @@ async def abandonable(blocking: Callable[..., T], *arguments: Any) -> T:
 
 
 async def disconnect(transport: Transport, link: Link) -> None:
-    """`Transport.disconnect`, and the end of the link's thread. Errors are logged, because there is nobody to tell."""
+    """Disconnect a link from its transport, and end its thread. Errors are logged, because there is nobody to tell."""
     try:
         await transport.disconnect(link)
     except Exception:

@@ -1,14 +1,14 @@
-"""torch.distributed, one two-rank process group per link: NCCL between GPUs, else Gloo.
+"""The transport over torch.distributed, with a two-rank process group per link: NCCL between GPUs, else Gloo.
 
 Groups are made directly on the link's rendezvous, not by init_process_group: there is no world of fixed membership, no
 global default group and no port for a store, and peers come and go. Rank 0 of a group is the sender.
 
-The way of a part:  blocks ─gather─▶ one tensor ─send─▶ recv ─▶ one tensor ─scatter─▶ blocks
+Path of a part:  blocks ─gather─▶ one tensor ─send─▶ recv ─▶ one tensor ─scatter─▶ blocks
 On a GPU the messages of a part overlap: one is gathered and another scattered while a third is sent. Both sides only
 queue a part there, so the next one follows without the host. A part is not announced before its blocks are computed:
-sends of a group are in order, and a receive waits in a kernel, on multiprocessors that a decode step wants. On the CPU,
-neither is needed for neighbouring blocks or large ones: see `_pieces`. All pieces of a part are sent at once, and the
-last is waited for first: waking up for each would take the processor from Gloo's own thread.
+sends of a group are in order, and a receive waits in a kernel, on multiprocessors that a decode step needs. On the CPU,
+neighbouring or large blocks are neither gathered nor scattered: see `_pieces`. All pieces of a part are sent at once,
+and the sender waits for the last one first: waking up for each would take the processor from Gloo's own thread.
 
 Shapes: the message of positions [start, end) of a part is uint8 (end - start, unit_bytes). See `Rows`, which gathers or
 scatters a message in one kernel, wherever the pieces of its blocks lie.
@@ -48,17 +48,17 @@ if TYPE_CHECKING:
 
 SENDER, RECEIVER = 0, 1
 CLOSING, AT_ONCE = 1, timedelta(milliseconds=1)
-"""Tag of a message that never arrives, and how long it is waited for. Messages of parts have tag 0."""
+"""Tag of a message that never arrives, and how long to wait for it. Messages of parts have tag 0."""
 PACKED_BYTES, LONGEST_BYTES = 1 << 20, 16 << 20
 NCCL_MESSAGE_BYTES, STAGED_MESSAGE_BYTES = 128 << 20, 32 << 20
-"""Of GPU memory. NCCL needs 0.07 ms per message besides its bytes, in which 25 MB could move between two GPUs; pinned
-host memory, which Gloo's messages go through, is slow to allocate."""
+"""Sizes of messages of GPU memory. NCCL needs 0.07 ms per message besides its bytes, in which 25 MB could move between
+two GPUs. Gloo's messages go through pinned host memory, which is slow to allocate."""
 MOST_CTAS = 32
-"""Of NCCL's kernels: each takes a processor of the GPU from a prefill or decode step for as long as a message moves,
-and the receiver's also while it waits for one. Half as many move half as much, and a gigabyte costs the products of a
-prefill more, 5.0 ms and not 3.3 (docs/performance-handoff.md). Both sides must have the same."""
+"""Limit of thread blocks of NCCL's kernels. Each takes a multiprocessor of the GPU from a prefill or decode step for as
+long as a message moves, and at the receiver also while it waits for one. Half as many move half as much, and a gigabyte
+then delays the products of a prefill by 5.0 ms, not 3.3 (docs/performance-handoff.md). Both sides need the same."""
 MESSAGES_AT_ONCE = 1
-"""And one more that is gathered or scattered: a link's staging memory is two messages."""
+"""Messages under way at once, besides one that is gathered or scattered. So a link's staging memory is two messages."""
 
 
 class _Description(msgspec.Struct, frozen=True):
@@ -74,20 +74,20 @@ class _Group:
     process_group: Any
     store: LinkValues
     on_gpu: bool
-    """The group moves GPU memory itself; otherwise GPU blocks are staged through host memory."""
+    """Whether the group moves GPU memory itself; otherwise GPU blocks are staged through host memory."""
     stream: Any
-    """The link's own CUDA stream, or None on the CPU."""
+    """The link's own CUDA stream; None on the CPU."""
     link: Link
     moving: set[asyncio.Future[float]] = field(default_factory=set)
-    """Parts that the GPU moves."""
+    """Ends of the parts that the GPU moves now."""
 
 
 _Way = Callable[[_Group, Rows, Part], None]
 
 
 def link_store(rendezvous: Rendezvous, timeout_s: float) -> Any:
-    """`LinkValues` as a torch store. Made here because its base class is torch's, and this file does not import torch,
-    which takes seconds: with `auto` this transport is there even where another one carries everything."""
+    """Make `LinkValues` a torch store. The class is defined here because its base class is torch's, and this file does
+    not import torch, which takes seconds: with `auto` this transport exists even if another one carries everything."""
     from torch.distributed.distributed_c10d import Store
 
     class LinkStore(LinkValues, Store):  # type: ignore[misc]  # the stubs say str, torch gives bytes
@@ -161,7 +161,7 @@ class NcclTransport(Transport):
         return stream(self._memory.device, priority=COPY_PRIORITY)
 
     def _may_use_nccl(self, peer_device: str) -> bool:
-        """NCCL refuses two ranks on one GPU, unless it is 2.30 or newer and told to allow them."""
+        """Whether to use NCCL, which refuses two ranks on one GPU, unless it is 2.30 or newer and told to allow it."""
         return peer_device != self._device or os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1"
 
     def _make_nccl(self, store: Any, rank: int) -> Any:
@@ -192,7 +192,7 @@ class NcclTransport(Transport):
         return await self._move(link, part, self._accept_on_host, self._accept_staged, self._accept_on_gpu)
 
     async def _move(self, link: Link, part: Part, on_host: _Way, staged: _Way, on_gpu: _Way) -> Moving:
-        """Run in the link's thread. On a GPU that only queues the part, so the next one follows without the host."""
+        """Move a part in the link's thread. On a GPU, this only queues it, so the next one follows without the host."""
         if (group := self._groups.get(link)) is None:
             raise ConnectionError("the link is closed")
         rows = link.rows(self._memory, part.region, part.layers)
@@ -211,7 +211,7 @@ class NcclTransport(Transport):
         return moving
 
     def _queue(self, way: _Way, group: _Group, rows: Rows, part: Part, moving: asyncio.Future[float]) -> None:
-        """Queue on the group's stream. `moving` is completed from here; by way of the loop it would take longer."""
+        """Queue a part on the group's stream, and have `moving` watched from here, which is faster than by the loop."""
         import torch
 
         began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
@@ -225,16 +225,16 @@ class NcclTransport(Transport):
         sent = []
         for start, end in _pieces(rows.unit_bytes, part.target_block_ids):
             blocks = rows.gather(part.block_ids[start:end])
-            sent.append((group.process_group.send([blocks], RECEIVER, 0), blocks))  # which must live until sent
+            sent.append((group.process_group.send([blocks], RECEIVER, 0), blocks))  # blocks must live until sent
         _wait(group, [work for work, _ in reversed(sent)])
 
     def _push_from_gpu(self, group: _Group, rows: Rows, part: Part) -> None:
-        """Queue it: a message is gathered while the one before it is sent."""
+        """Queue a part. A message is gathered while the one before it is sent."""
         messages = _messages(group, rows, part.block_ids)
         _send_in_turn(group, (rows.gather(part.block_ids[start:end]) for start, end in messages))
 
     def _push_staged(self, group: _Group, rows: Rows, part: Part) -> None:
-        """Through pinned host memory."""
+        """Send a part of a GPU through pinned host memory."""
 
         def staged() -> "Iterator[torch.Tensor]":
             for start, end in _messages(group, rows, part.block_ids):
@@ -247,7 +247,7 @@ class NcclTransport(Transport):
             _send_in_turn(group, staged())
 
     def _accept_on_gpu(self, group: _Group, rows: Rows, part: Part) -> None:
-        """Scatter a message while the next one arrives. Blocks that are neighbours are received in place."""
+        """Take a part. A message is scattered while the next one arrives. Neighbouring blocks are received in place."""
         moving: deque[tuple[Any, torch.Tensor, int, int, bool]] = deque()
         places: Any = None
 
@@ -310,8 +310,8 @@ def _wait(group: _Group, works: list[Any], landed: Callable[[int], None] = lambd
     """Wait for messages, in this order. With NCCL this only queues a wait, which an abort of the group ends.
 
     When a connection ends, Gloo forgets whoever waits for a message that is half written or half read; when a peer
-    freezes it tells nobody. So the link gives such a wait up, and closes the sockets, which only a wait that times out
-    does: then nothing is read or written any more.
+    freezes, it tells nobody. So the link gives up such a wait, and then closes the sockets, which only a wait that
+    times out does. After that nothing is read or written any more.
     """
     if group.on_gpu:
         works[0].wait()
@@ -322,14 +322,14 @@ def _wait(group: _Group, works: list[Any], landed: Callable[[int], None] = lambd
         for i, _ in enumerate(group.link.each([work.wait for work in works])):
             landed(i)
     except BaseException:
-        with suppress(RuntimeError):  # it does time out, or they are closed already
+        with suppress(RuntimeError):  # raised because the wait times out, or the sockets are closed already
             peer = RECEIVER if group.link.is_sender else SENDER
             group.process_group.recv([torch.empty(1)], peer, CLOSING).wait(AT_ONCE)
         raise
 
 
 def _pieces(block_bytes: int, target_block_ids: list[int]) -> Iterator[tuple[int, int]]:
-    """Positions [start, end) that are one message on the CPU. Both sides know the target, so both find the same.
+    """Yield positions [start, end) of each message on the CPU. Both sides know the target, so both find the same.
 
     A block of PACKED_BYTES or more is a message of its own, which neither side copies, whatever its neighbours are. Of
     smaller blocks, a run of neighbours of at least that size is a message, which the receiver does not copy. What is
@@ -366,8 +366,8 @@ def _pieces(block_bytes: int, target_block_ids: list[int]) -> Iterator[tuple[int
 
 
 def _warm_up_nccl(group: _Group, rows: Rows, is_sender: bool) -> None:
-    """NCCL connects when it is first used, and the device then loads the kernels that gather and scatter, and allocates
-    messages: 0.15 s together. One block of zeros goes through all of it, so that the first transfer need not."""
+    """Send one block of zeros, so that the first transfer need not wait for what is done at first use: NCCL connects,
+    and the device loads the kernels that gather and scatter, and allocates messages. Together that takes 0.15 s."""
     room = [_staging(rows, max(1, NCCL_MESSAGE_BYTES // rows.unit_bytes), True) for _ in range(MESSAGES_AT_ONCE + 1)]
     block = room[0][:1].zero_()
     rows.load_kernels()
@@ -376,14 +376,14 @@ def _warm_up_nccl(group: _Group, rows: Rows, is_sender: bool) -> None:
 
 
 def _messages(group: _Group, rows: Rows, block_ids: list[int]) -> Iterator[tuple[int, int]]:
-    """Positions [start, end) that are one message of GPU memory, the same on both sides."""
+    """Return the positions [start, end) of each message of GPU memory, which are the same on both sides."""
     step = max(1, (NCCL_MESSAGE_BYTES if group.on_gpu else STAGED_MESSAGE_BYTES) // rows.unit_bytes)
     return ((start, min(start + step, len(block_ids))) for start in range(0, len(block_ids), step))
 
 
 def _send_in_turn(group: _Group, messages: "Iterable[torch.Tensor]") -> None:
     """Make and send messages one after another, with at most MESSAGES_AT_ONCE under way while the next is made."""
-    moving: deque[tuple[Any, torch.Tensor]] = deque()  # they must live until they are sent
+    moving: deque[tuple[Any, torch.Tensor]] = deque()  # the tensors must live until they are sent
     for message in messages:
         moving.append((group.process_group.send([message], RECEIVER, 0), message))
         if len(moving) > MESSAGES_AT_ONCE:
@@ -393,5 +393,5 @@ def _send_in_turn(group: _Group, messages: "Iterable[torch.Tensor]") -> None:
 
 
 def _staging(rows: Rows, num_blocks: int, on_gpu: bool) -> "torch.Tensor":
-    """Room for blocks, on the GPU or in pinned host memory."""
+    """Allocate room for blocks, on the GPU or in pinned host memory."""
     return rows.empty(num_blocks) if on_gpu else rows.empty(num_blocks, device="cpu", pin_memory=True)
