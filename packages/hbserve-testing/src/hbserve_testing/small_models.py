@@ -42,7 +42,7 @@ def write_small_model(folder: Path, architecture: str, **changed: int) -> None:
     import torch
     import transformers as typed
 
-    transformers: Any = typed  # its types refuse what it takes
+    transformers: Any = typed  # its types refuse arguments that it accepts
     sizes = SMALL | changed
     configurations: dict[str, Any] = {
         "qwen3": lambda: transformers.Qwen3Config(**sizes, tie_word_embeddings=True),

@@ -1,4 +1,4 @@
-"""The servers that a router asks. It knows which of them are there, and how many requests each has."""
+"""The servers that a router asks: which of them are there, and how many requests each has."""
 
 import asyncio
 import contextlib

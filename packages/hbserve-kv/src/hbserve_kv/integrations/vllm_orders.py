@@ -46,7 +46,7 @@ class Orders:
     """Transfer ids of requests that have arrived here and whose receiver may be there already. The two sides agree on
     the transfer while the prompt waits and is computed."""
     claims: dict[str, Source] = field(default_factory=dict)
-    """Places where the KV of requests is that have arrived here."""
+    """Sources of the KV of requests that have arrived here."""
     fetches: dict[str, Wanted] = field(default_factory=dict)
     """Blocks of requests that are to be fetched. Each request gets one vote, when nothing lands in them any more."""
     releases: set[str] = field(default_factory=set)

@@ -38,7 +38,7 @@ def pool_of(caches: Mapping[str, torch.Tensor], num_blocks: int) -> tuple[PoolLa
     Raises:
         ValueError: the tensors have an unknown shape, or they differ.
     """
-    tensors = list({tensor.data_ptr(): tensor for tensor in caches.values()}.values())  # layers may share one
+    tensors = list({tensor.data_ptr(): tensor for tensor in caches.values()}.values())  # layers may share a tensor
     kinds = {axes_of(tensor.shape, num_blocks) for tensor in tensors}
     if len(kinds) > 1:
         raise ValueError(f"KV caches of several kinds: {sorted(kinds)}; HBServeConnector moves one kind")

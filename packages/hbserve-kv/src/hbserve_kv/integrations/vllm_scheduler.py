@@ -99,7 +99,7 @@ class SchedulerSide:
             return  # embeddings: nothing says whether both sides mean the same
         try:
             given = msgspec.convert(request.kv_transfer_params or {}, _Given, strict=False)
-            msgspec.json.encode(given)  # halves of surrogates, which JSON may have, cannot be told to the other side
+            msgspec.json.encode(given)  # lone surrogates, which JSON may contain, cannot be sent to the other side
         except (msgspec.ValidationError, UnicodeEncodeError) as error:
             logger.warning("request %s is computed here: kv_transfer_params: %s", request.request_id, error)
             return

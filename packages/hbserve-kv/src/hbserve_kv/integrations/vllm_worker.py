@@ -91,7 +91,7 @@ class WorkerSide:
         self, rank: int, heads: HeadRange, pool: Any, fingerprint: Mapping[str, str | int], config: KVTransferConfig
     ) -> KVTransferManager:
         if self._gpu is not None:
-            torch.cuda.set_device(self._gpu)  # holds for this thread
+            torch.cuda.set_device(self._gpu)  # applies to this thread only
         manager = KVTransferManager(rank=rank, pool=pool, fingerprint=fingerprint, config=config, heads=heads)
         await manager.start()
         return manager

@@ -14,7 +14,7 @@ from typing import Any
 
 DLPACK_CPU, DLPACK_PINNED = 1, 3
 PYBUF_RECORDS = 0x0018 | 0x0004 | 0x0001
-"""The flags PyBUF_STRIDES, PyBUF_FORMAT and PyBUF_WRITABLE, of which `PyBUF_RECORDS` consists."""
+"""CPython's flags PyBUF_STRIDES, PyBUF_FORMAT and PyBUF_WRITABLE."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +72,7 @@ def _meet(distance: int, one: Dims, size: int, other: Dims, other_size: int, ste
         return False
     if not one and not other:
         return True
-    if one and other and one[0][0] == other[0][0]:  # only how many such strides they are apart matters
+    if one and other and one[0][0] == other[0][0]:  # only the number of such strides between them matters
         stride, (rest, other_rest) = one[0][0], (one[1:], other[1:])
         inner, other_inner = span - stride * (one[0][1] - 1), other_span - stride * (other[0][1] - 1)
         least, most = -((distance + other_inner) // stride), -((distance - inner) // stride)
@@ -146,7 +146,7 @@ class _Buffer(ctypes.Structure):
 def _of_buffer(found: Any) -> Array | None:
     try:
         view = memoryview(found)
-    except (TypeError, BufferError, ValueError):  # ValueError: numpy's answer for types that the protocol does not know
+    except (TypeError, BufferError, ValueError):  # numpy raises ValueError for types that the protocol does not know
         return None
     if view.readonly:
         raise TypeError(f"pool: expected memory that can be written, got a read-only {type(found).__name__}")

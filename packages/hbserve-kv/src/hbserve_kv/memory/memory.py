@@ -167,8 +167,8 @@ def copy_on_host(
 
 
 class Rows:
-    """Access to units of one side as rows of bytes (len(units), unit_bytes), in which form they are sent and covered by
-    checksums."""
+    """Units of one side as rows of bytes, (len(units), unit_bytes): this is how they are sent, and what checksums
+    cover."""
 
     def __init__(self, memory: Memory, side: Side, region: Region) -> None:
         self.unit_bytes = side.unit_bytes

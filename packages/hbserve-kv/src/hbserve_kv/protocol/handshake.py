@@ -103,7 +103,7 @@ def choose_transport(
 def _unreachable(transport: Transport, description: bytes) -> str:
     try:
         return transport.unreachable(description)
-    except Exception as error:  # whatever a backend makes of what a peer says
+    except Exception as error:  # whatever a backend raises because of what a peer has sent
         return f"cannot be read: {error}"
 
 

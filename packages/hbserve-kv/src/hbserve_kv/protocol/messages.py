@@ -290,7 +290,7 @@ class Nothing(msgspec.Struct, frozen=True, tag=True):
 LINK: StreamMethod[Handshake, Any] = StreamMethod("kv.link", Handshake, LinkReply | Cancelled)
 TELL: Method[Told, Nothing] = Method("kv.tell", Told, Nothing)
 ASK: Method[Asked, Told] = Method("kv.ask", Asked, Told)
-"""Answered as soon as either end has set the value by TELL."""
+"""Question for a value of the rendezvous, answered as soon as either end has set it by TELL."""
 BEGIN: Method[Begin, Accepted | UnknownLink] = Method("kv.begin", Begin, Accepted | UnknownLink)
 PARTS: Notification[PartsAnnounced] = Notification("kv.parts", PartsAnnounced)
 COMMIT: Method[Commit, Nothing] = Method("kv.commit", Commit, Nothing)

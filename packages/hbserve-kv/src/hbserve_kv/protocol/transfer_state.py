@@ -325,7 +325,7 @@ class SendState(TransferState):
         return self._changed()
 
     def begin_parts(self, leg: int, num_parts: int) -> bool:
-        """Hand parts to the transport, which may read their blocks from now on. False: it must not."""
+        """Hand parts to the transport, which may read their blocks from now on. Returns False if it must not."""
         mine = self.legs[leg]
         is_open = self.phase in (Phase.MOVING, Phase.COMMITTING) and not (mine.closed or mine.acknowledged)
         if not is_open or mine.num_begun + num_parts > mine.num_pushed:

@@ -223,7 +223,7 @@ class Receiver:
         except (
             ConnectionError,
             ValueError,
-        ) as error:  # it has ended: it could not be opened here
+        ) as error:  # the link has ended, because it could not be opened here
             self._drop_message(f"{what}: {error}")
 
     async def _begin(self, begin: Begin) -> Accepted | UnknownLink:

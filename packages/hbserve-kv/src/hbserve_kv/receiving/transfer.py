@@ -356,7 +356,7 @@ class PostedReceive:
 
     def __init__(self, transfer: IncomingTransfer, grant: bytes) -> None:
         self.grant = grant
-        """To be passed to the sender's `open_send`; opaque to whoever carries it."""
+        """Grant to be passed to the sender's `open_send`; opaque to whoever carries it."""
         self._transfer = transfer
 
     async def wait(self) -> TransferResult:

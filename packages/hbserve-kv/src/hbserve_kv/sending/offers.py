@@ -169,7 +169,7 @@ class Offer:
         for piece in self._pushed:
             self._forward(*piece)
         transfer.result.add_done_callback(lambda _: self._payload.cancel())
-        with contextlib.suppress(asyncio.CancelledError):  # it has failed before
+        with contextlib.suppress(asyncio.CancelledError):  # the transfer has failed before the commit
             transfer.state.commit(await self._payload)
         result = await transfer.wait()
         self._end(result)

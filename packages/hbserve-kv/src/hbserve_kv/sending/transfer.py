@@ -200,7 +200,7 @@ class SendTransfer:
         return (await self.wait()).outcome
 
     cancel = abort
-    """Name of `abort` on a PostedReceive, for callers that have both."""
+    """Alias of `abort`, by the name that it has on a PostedReceive, for callers that have both."""
 
     async def wait(self) -> TransferResult:
         """Wait for the end of the transfer, after a commit, an abort or a failure."""

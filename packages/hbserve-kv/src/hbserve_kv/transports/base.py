@@ -128,7 +128,7 @@ class Link:
     """One direction between two instances, during one life of both. Parts go over it one after another."""
 
     key: str
-    """Identifies the link on both sides; never reused, so that a new life of a peer gets a new link."""
+    """Name of the link on both sides. It is never reused, so that a new life of a peer gets a new link."""
     is_sender: bool
     peer_rank: int
     peer_description: bytes
@@ -241,7 +241,7 @@ class Part:
 
 
 Moving = asyncio.Future[float] | None
-"""The end of a part that a device moves by itself: a future of the seconds that it took. None: it has ended already."""
+"""The end of a part that a device moves by itself: a future of the seconds that it took. None: it has moved already."""
 
 
 class Deadline(Generic[T]):

@@ -58,7 +58,7 @@ class CustomTransport(Transport):
         return await result
 
     async def disconnect(self, link: Link) -> None:
-        """Does nothing: the backend knows ranks, not links, and is told of a new peer by `connect`."""
+        """Do nothing: the backend knows ranks, not links, and is told of a new peer by `connect`."""
 
     async def close(self) -> None:
         await self._backend.close()

@@ -181,7 +181,7 @@ class NcclTransport(Transport):
         # Gloo would guess an interface from the host's name, which on many hosts is a loopback address.
         options._devices = [gloo.create_device(hostname=self._ip)]
         made = gloo(store, rank, 2, options)
-        # It listens, and accepts connections from anybody, as long as the group lives.
+        # Gloo listens, and accepts connections from anybody, as long as the group lives.
         let_nobody_in(store.published)
         return made
 

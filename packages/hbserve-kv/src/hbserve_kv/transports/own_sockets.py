@@ -46,7 +46,7 @@ def _connections_to(host: str, port: int) -> set[str]:
     """Return the inodes of the sockets of this namespace that are connected, or connecting, to that address."""
     try:
         wanted = str(ipaddress.ip_address(host))
-    except ValueError:  # a name: then the port must do
+    except ValueError:  # a name, so that only the port is compared
         wanted = ""
     found = set()
     for table in ("tcp", "tcp6"):

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 MOST_ENGINES = 4
 MOST_RECEIVING_ON_TCP = 64
-"""On TCP an engine is cheap, so that each sender may have its own."""
+"""Limit of receiving engines on TCP, where an engine is cheap, so that each sender may have its own."""
 MOST_LEFT = 16
 """Number of links after whose departure an engine that writes is retired. An engine keeps some connections to each peer
 that has gone, because it has no call to close them."""
