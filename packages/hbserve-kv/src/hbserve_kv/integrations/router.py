@@ -50,7 +50,7 @@ OF_ONE_HOP = {
 }
 """Headers that are not passed on."""
 END_OF_STREAM = b"data: [DONE]"
-"""Last event of a streamed answer. If it is the only one, the request has failed."""
+"""Last event of an answer that is streamed: if it is the only one, the request has failed."""
 MOST_UNSENT_BYTES = 1 << 16
 """How much of an answer its client may leave unread before the router stops reading from the server."""
 
