@@ -31,12 +31,14 @@ COUNTERS = {
     "kv_transfers_failed": ("failed_transfers", "KV transfers that failed, those of aborted requests included."),
     "kv_messages_dropped": ("dropped_messages", "Messages that the KV lookup buffer has dropped."),
     "instance_rpc_frames_dropped": (
-        "rpc.dropped_frames", "RPC messages that were unreadable, or of a client that is not known."
+        "rpc.dropped_frames",
+        "RPC messages that were unreadable, or of a client that is not known.",
     ),
     "instance_rpc_notifications_failed": (
-        "rpc.failed_notifications", "RPC notifications that were refused, or whose handler failed."
+        "rpc.failed_notifications",
+        "RPC notifications that were refused, or whose handler failed.",
     ),
-}  # fmt: skip
+}
 """The same for counters, whose names do not have their suffix either."""
 KINDS: dict[Literal["gauge", "counter"], dict[str, tuple[str, str]]] = {"gauge": GAUGES, "counter": COUNTERS}
 

@@ -16,16 +16,19 @@ COUNTERS = {
     "requests_rejected": ("rejected_requests", "Requests that were refused, because too many waited."),
     "request_retries": ("retries", "Attempts at requests after their first one."),
     "request_placements_refused": (
-        "refusals", "Places that an instance has refused, because other schedulers had given it enough to do."
+        "refusals",
+        "Places that an instance has refused, because other schedulers had given it enough to do.",
     ),
     "local_prefills": ("local_prefills", "Prompts that a decode instance has computed itself."),
     "rpc_frames_dropped": (
-        "rpc.dropped_frames", "RPC messages to the scheduler that were unreadable, or of a client that is not known."
+        "rpc.dropped_frames",
+        "RPC messages to the scheduler that were unreadable, or of a client that is not known.",
     ),
     "rpc_notifications_failed": (
-        "rpc.failed_notifications", "RPC notifications to the scheduler that were refused, or whose handler failed."
+        "rpc.failed_notifications",
+        "RPC notifications to the scheduler that were refused, or whose handler failed.",
     ),
-}  # fmt: skip
+}
 """Field of the stats, and description, by name of the metric without prefix and suffix."""
 HISTOGRAMS = {
     "time_to_first_token_seconds": "Time from submission to the first token.",
