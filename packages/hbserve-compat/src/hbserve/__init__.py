@@ -1,7 +1,7 @@
 """HBServe: language models with prefill and decode on separate instances.
 
-`from hbserve import LLM, SamplingParams` stands in for nano-vllm. What a name needs is imported with it, and neither
-torch nor transformers before an LLM is made: a command begins at once, and a scheduler's process needs neither.
+`from hbserve import LLM, SamplingParams` stands in for nano-vllm. Each name is imported at its first use, and torch and
+transformers only when an LLM is made: so a command starts at once, and a scheduler's process needs neither.
 """
 
 from importlib import import_module
@@ -18,7 +18,7 @@ _HOMES = {"LLM": "llm", "SamplingParams": "sampling_params"}
 
 
 def __getattr__(name: str) -> Any:
-    """Called for names that are not here yet (PEP 562)."""
+    """Import a public name at its first use (PEP 562)."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = found = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

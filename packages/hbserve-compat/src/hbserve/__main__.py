@@ -1,6 +1,6 @@
 """The command line: `hbserve generate | chat | serve | instance | scheduler | scale | stats | top | trace | bench`.
 
-What a command needs is imported when it runs: the scheduler's process never sees torch.
+Each command imports what it needs when it runs, so that the scheduler's process never loads torch.
 """
 
 import json
@@ -41,8 +41,8 @@ def _begin(
         bool, typer.Option("--version", is_eager=True, callback=_say_version, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """Before every command: libraries ask for the current folder when they are imported, and fail without a word of
-    what is wrong."""
+    """Set up the process before any command, and refuse a deleted current folder: libraries ask for that folder when
+    they are imported, and their errors do not say what is wrong."""
     own_process.set_up()
     try:
         os.getcwd()
@@ -121,7 +121,7 @@ def generate(
 
 
 def _typed_or_read(prompt: str) -> str:
-    """Not in an event loop: a Ctrl-C ends the reading."""
+    """Return a prompt, or the text of stdin for `-`. Runs outside of an event loop, so that Ctrl-C ends the reading."""
     if prompt != "-":
         return prompt
     text = "" if sys.stdin is None else sys.stdin.buffer.read().decode(errors="surrogateescape").removesuffix("\n")
@@ -131,7 +131,7 @@ def _typed_or_read(prompt: str) -> str:
 
 
 def _sampling(context: typer.Context) -> dict[str, Any]:
-    """Keywords of SamplingParams that were given, or have a value here."""
+    """Return the keywords of SamplingParams that were given, or that have a default in the command."""
     names = ("max_tokens", "temperature", "top_p", "seed", "stop")
     return {name: context.params[name] for name in names if context.params[name] not in (None, [], ())}
 
@@ -335,7 +335,7 @@ app.add_typer(bench, name="bench")
 def main() -> None:
     try:
         app()
-    except OSError as error:  # of output that cannot be written before a command runs: --help
+    except OSError as error:  # output that is written before a command runs, such as --help, could not be written
         typer.echo(f"error: {one_line(str(error))}", err=True)
         raise SystemExit(1) from None
     finally:

@@ -1,4 +1,4 @@
-"""LLM: synchronous, and a drop-in for nano-vllm's."""
+"""LLM: the synchronous interface, a drop-in replacement for nano-vllm's."""
 
 import contextlib
 import copy
@@ -28,14 +28,14 @@ from hbserve_rpc.messages import TokenLogprobs
 class _Choice:
     detokenizer: Detokenizer
     logprobs: list[TokenLogprobs] | None
-    """None: not asked for."""
+    """Log-probabilities of the tokens so far; None if they were not asked for."""
     has_ended: bool = False
 
     def answer(self) -> dict[str, Any]:
         token_ids = self.detokenizer.token_ids
         found: dict[str, Any] = {"text": self.detokenizer.text, "token_ids": token_ids}
         if self.logprobs is not None:
-            found["logprobs"] = self.logprobs[: len(token_ids)]  # there may be more, behind a stop string
+            found["logprobs"] = self.logprobs[: len(token_ids)]  # there may be more, of tokens after a stop string
         return found
 
 
@@ -44,9 +44,9 @@ class _Request:
     number: int
     choices: list[_Choice]
     place: int
-    """Among the prompts of its call."""
+    """Index of the prompt among the prompts of its call."""
     prompt_logprobs: list[TokenLogprobs | None] | None
-    """The first token's are None, as in vLLM."""
+    """Log-probabilities of the prompt; those of its first token are None, as in vLLM. None: not asked for."""
 
     def answer(self) -> dict[str, Any]:
         found = self.choices[0].answer()
@@ -62,35 +62,35 @@ class _Call:
     """The requests of one caller that have not ended."""
 
     num_prompts: int = 1
-    """Where there are several, an error names its prompt."""
+    """Number of prompts of the call. If there are several, an error names its prompt."""
     requests: dict[str, _Request] = field(default_factory=dict)
     news: News = field(default_factory=queue.SimpleQueue)
     errors: list[tuple[int, Exception]] = field(default_factory=list)
-    """Of requests that failed, and of which the caller has not heard yet: each with its place."""
+    """Errors of failed requests that were not raised yet, each with the index of its prompt."""
     num_new_tokens: int = 0
-    """Of the last step."""
+    """Number of output tokens that came with the last step."""
 
 
 class LLM:
-    """One model. By default one engine in this process does everything; with `kv_transfer_backend=` prefill and decode
-    run in processes of their own, and the other keywords are those of PdDisaggConfig.
+    """A language model. By default one engine in this process does everything; with `kv_transfer_backend=`, prefill and
+    decode run in processes of their own. Keywords are those of nano-vllm and the fields of PdDisaggConfig.
 
-    A folder without a tokenizer serves token ids: `tokenizer` is None then, every text is "", as in vLLM without one,
-    and what is text, a prompt or a stop string, is refused.
+    A model folder without a tokenizer serves token ids: then `tokenizer` is None, every text is "" (as in vLLM without
+    a tokenizer), and input that is text, such as a prompt or a stop string, is refused.
 
-    Any thread may call it, also while another does; a process that is forked from this one may not. It ends, with all
-    that it has started, by `exit()`, by `with`, when nobody refers to it any more, or at the interpreter's end.
+    Several threads may call it at the same time; a forked process may not. It ends, with all that it has started, by
+    `exit()`, at the end of a `with` block, when it is garbage-collected, or at the interpreter's end.
     """
 
     _default_backend: str | None = None
-    """The `kv_transfer_backend` if none is given; None is one engine."""
+    """The `kv_transfer_backend` if none is given. None: one engine in this process."""
 
     def __init__(self, model: str | Path | None = None, **keywords: Any) -> None:
-        """Takes nano-vllm's keywords too. One that is unknown warns by its name, and is ignored.
+        """Load the model, and start what runs it. A warning names each keyword that is unknown, and so ignored.
 
         Raises:
-            ValueError: a keyword's value cannot be.
-            BrokenTokenizer: (a ValueError) its tokenizer cannot be read.
+            ValueError: a keyword has an invalid value.
+            BrokenTokenizer: (a ValueError) the model's tokenizer cannot be read.
             FileNotFoundError: there is no such model folder, or a file is missing in it.
         """
         self._numbers = itertools.count()
@@ -104,14 +104,14 @@ class LLM:
             from hbserve.backends.hybrid import HybridBackend as chosen  # type: ignore[assignment]
         folder = model_folder(model)
         self._tokenizer = load_tokenizer(folder)
-        # For callers. Truncation that they switch on, in another thread too, must not reach prompts that are encoded.
+        # A copy for callers: truncation that they switch on, perhaps in another thread, must not apply to our prompts.
         self.tokenizer: Any = copy.deepcopy(self._tokenizer)
         self._backend = chosen(folder, settings)
-        # Refers to the backend only: an `atexit` of this object would keep it for ever.
+        # Refers to the backend only: an `atexit` of this object would keep it alive for ever.
         self._end = weakref.finalize(self, self._backend.close)
 
     def exit(self) -> None:
-        """End everything that was started. Whoever waits for an answer hears of it. May be called twice."""
+        """End everything that was started. Calls that wait for an answer raise. May be called twice."""
         backend = self._backend
         if backend is not None:
             self._end.detach()
@@ -129,7 +129,7 @@ class LLM:
         """Queue a prompt for `step`: a string, to which no chat template is applied, or token ids.
 
         Raises:
-            InvalidRequest: (a ValueError) it can never run; says why.
+            InvalidRequest: (a ValueError) the request can never run; the message says why.
         """
         plain, params = [read_prompt(prompt)], read_params(sampling_params, 1)
         (token_ids,) = encode_all(self._tokenizer, plain, params)
@@ -149,7 +149,7 @@ class LLM:
             )
             choices.append(_Choice(text, None if params.logprobs is None else []))
         request = _Request(number, choices, place, None if params.prompt_logprobs is None else [None])
-        call.requests[str(number)] = request  # first: whatever interrupts `add`, it is known that there may be one
+        call.requests[str(number)] = request  # before `add`: if that is interrupted, the request may exist all the same
         try:
             with naming(place, call.num_prompts):
                 self._running().add(str(number), token_ids, params, call.news)
@@ -158,14 +158,15 @@ class LLM:
             raise
 
     def step(self) -> tuple[list[tuple[int, list[int]]], int]:
-        """Compute once: the requests that finished, as (number, output token ids), and how many tokens were computed.
+        """Compute one step of the requests that `add_request` has queued. Returns those that finished, as
+        (number, output token ids), and the number of tokens that were computed.
 
-        As in nano-vllm that count is positive for a step with prompt tokens, and minus the number of sequences for a
-        step that only decoded. It is about those that `add_request` has queued.
+        As in nano-vllm, that number is positive for a step with prompt tokens, and minus the number of sequences for a
+        step that only decoded.
 
         Raises:
-            LogitsNotFinite, RequestFailed, Unavailable, RequestTimeout: a request failed, and has ended. It is raised
-                once for each, when those that finished in the same step have been returned: nothing of them is lost.
+            LogitsNotFinite, RequestFailed, Unavailable, RequestTimeout: a request failed, and has ended. Each failure
+                is raised once, after the requests that finished in the same step were returned, so that none is lost.
         """
         with self._stepping:
             finished, count = self._step(self._added)
@@ -180,7 +181,7 @@ class LLM:
         finished = []
         for each in progress:
             request = call.requests.get(each.request_id)
-            if request is None:  # it ended at a stop string, and this came meanwhile
+            if request is None:  # it has ended at a stop string; this was under way
                 continue
             if each.error is not None or each.finish_reason == "abort":
                 del call.requests[each.request_id]
@@ -199,9 +200,9 @@ class LLM:
         return finished, num_prompt_tokens or -len(progress)
 
     def _take(self, request: _Request, new: Progress) -> bool:
-        """Whether the request has ended with it, which is when each of its choices has."""
+        """Add new tokens to a request. Returns whether that ended the request, which it does with its last choice."""
         choice = request.choices[new.choice]
-        if choice.has_ended:  # at a stop string, and this came meanwhile
+        if choice.has_ended:  # at a stop string; this was under way
             return False
         if choice.logprobs is not None:
             choice.logprobs += new.logprobs
@@ -214,12 +215,12 @@ class LLM:
         return all(each.has_ended for each in request.choices)
 
     def _step_rated(self, call: _Call) -> tuple[list[_Request], int]:
-        """The same with minus the tokens that came, where none of a prompt were computed here."""
+        """Do as `_step`, but count minus the new output tokens if no prompt tokens were computed in this process."""
         finished, count = self._step(call)
         return finished, count if count > 0 else -call.num_new_tokens
 
     def is_finished(self) -> bool:
-        """Whether every request of `add_request` has finished, and `step` has said so."""
+        """Whether every request of `add_request` has finished, and `step` has returned or raised that."""
         return not self._added.requests and not self._added.errors
 
     def generate(
@@ -228,22 +229,22 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
     ) -> list[dict[str, Any]]:
-        """`[{"text": …, "token_ids": […]}]`, in the order of the prompts. The token ids include the end token.
+        """Return `[{"text": …, "token_ids": […]}]`, in the order of the prompts. The token ids include the end token.
 
-        With `SamplingParams.logprobs` there is a third key, "logprobs": of each token a dict of token ids and their
-        log-probabilities, as in vLLM, where the values have them in `.logprob`. With `SamplingParams.prompt_logprobs`
-        there is "prompt_logprobs": the same of each prompt token, None of the first. With `SamplingParams.n` there is
-        "outputs", which has all answers to the prompt, as in vLLM; what is beside it is the first of them.
+        `SamplingParams.logprobs` adds the key "logprobs": for each token, a dict of token ids and their
+        log-probabilities, as in vLLM, where the values have them in `.logprob`. `SamplingParams.prompt_logprobs` adds
+        "prompt_logprobs": the same for each prompt token, with None for the first. `SamplingParams.n` adds "outputs":
+        all answers to the prompt, as in vLLM; the keys beside it are those of the first answer.
 
-        Whatever it raises, nothing of this call goes on.
+        If the call raises, nothing of it goes on.
 
         Raises:
-            InvalidRequest: (a ValueError) a prompt or parameter can never run, or a wrong number of parameters; names
-                the prompt. None of the prompts is computed then.
-            LogitsNotFinite: the model gives NaN or infinity for a prompt, which it names if there are several.
+            InvalidRequest: (a ValueError) a prompt or parameter can never run (the message names the prompt), or the
+                number of parameters is wrong. None of the prompts is computed then.
+            LogitsNotFinite: the model gives NaN or infinity for a prompt, which is named if there are several.
             RequestFailed, Unavailable, RequestTimeout: every attempt at a prompt failed, it had no instance, or it took
                 too long. In all these cases the other prompts of this call are ended.
-            RuntimeError: the LLM has ended, or is of another process.
+            RuntimeError: the LLM has ended, or belongs to another process.
         """
         plain = read_prompts(prompts)
         params = read_params(sampling_params, len(plain))
@@ -264,7 +265,7 @@ class LLM:
     def _follow(
         self, todo: Sequence[tuple[list[int], SamplingParams]]
     ) -> Generator[tuple[list[_Request], int], None, None]:
-        """Add requests as there is room, and step until all have ended; what each step has brought."""
+        """Add requests as there is room for them, and step until all have ended. Yields the result of each step."""
         call = _Call(len(todo))
         try:
             for place, (token_ids, params) in enumerate(todo):
@@ -274,7 +275,7 @@ class LLM:
             while call.requests or call.errors:
                 yield self._step_rated(call)
         finally:
-            if call.requests:  # what an error or a Ctrl-C has left behind
+            if call.requests:  # left over after an error or a Ctrl-C
                 with contextlib.suppress(Ended):
                     self._running().end(list(call.requests), "abort")
 
@@ -288,9 +289,10 @@ MEASURED_S = 0.1
 
 
 class _Rates:
-    """tqdm's postfix, with nano-vllm's names: tokens per second of the last steps of each kind, MEASURED_S together.
+    """The postfix of tqdm's bar, with nano-vllm's names: tokens per second of prefill and of decode, each measured over
+    the last steps of that kind that took MEASURED_S together.
 
-    A kind that was not seen has none: prompts that other processes compute are not counted here.
+    A kind without steps is not shown, such as prefill if other processes compute the prompts.
     """
 
     def __init__(self) -> None:

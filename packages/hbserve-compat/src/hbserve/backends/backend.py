@@ -11,22 +11,22 @@ from hbserve_rpc.messages import FinishReason, TokenLogprobs
 
 @dataclass(frozen=True)
 class Progress:
-    """What is new of one request, or of one of its choices."""
+    """New tokens, or the end, of one request or of one of its choices."""
 
     request_id: str
     token_ids: list[int]
     finish_reason: FinishReason | None
     error: Exception | None = None
-    """It failed."""
+    """Why the request failed; None if it did not."""
     logprobs: list[TokenLogprobs] = field(default_factory=list)
-    """Of each of `token_ids`, if the request asks for them."""
+    """Log-probabilities of each of `token_ids`, if the request asks for them."""
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
-    """With the first token, if the request asks for them: of each prompt token but the first."""
+    """Log-probabilities of each prompt token but the first, if the request asks for them. Come with the first token."""
     choice: int = 0
 
 
 News = queue.SimpleQueue[Progress]
-"""Of the requests of one caller, who alone reads it."""
+"""Queue of the progress of one caller's requests. Only that caller reads it."""
 
 
 def drained(news: News) -> list[Progress]:
@@ -38,23 +38,23 @@ def drained(news: News) -> list[Progress]:
 
 
 class Backend(Protocol):
-    """What computes: an engine in this process, or prefill and decode instances in others.
+    """An engine in this process, or prefill and decode instances in other processes.
 
-    Every method may be called from any thread, and raises Ended once `close` was called.
+    Every method may be called from any thread, and raises Ended after `close` was called.
     """
 
     def check(self, token_ids: list[int], params: SamplingParams) -> None:
-        """Raises InvalidRequest if such a request can never run."""
+        """Raise InvalidRequest if such a request can never run."""
 
     def add(self, request_id: str, token_ids: list[int], params: SamplingParams, news: News) -> None:
-        """Begin a request; first wait, if so many are waiting that there is no room. Raises InvalidRequest."""
+        """Begin a request. If the queue of waiting requests is full, wait for room first. Raises InvalidRequest."""
 
     def step(self, news: News) -> tuple[list[Progress], int]:
-        """Whatever is new for this caller, after one step if need be, and how many prompt tokens that computed."""
+        """Return this caller's news, after one step if there are none yet, and how many prompt tokens it computed."""
 
     def end(self, request_ids: list[str], reason: FinishReason, choice: int | None = None) -> None:
-        """Compute these, or one choice of each, no further: "stop" if all that was wanted is there. Those that have
-        ended are passed over."""
+        """Stop computing these requests, or one choice of each. The reason is "stop" if everything that was wanted is
+        there. Requests that have ended already are ignored."""
 
     def close(self) -> None:
-        """End everything. May be called twice, and from several threads: each returns when it has ended."""
+        """End everything. May be called twice, and from several threads: each call returns when all has ended."""

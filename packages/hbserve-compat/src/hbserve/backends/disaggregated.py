@@ -1,4 +1,4 @@
-"""A DisaggregatedLLM in a thread of its own, for LLM, which is synchronous."""
+"""A backend of LLM, which is synchronous: a DisaggregatedLLM whose event loop runs in a thread of its own."""
 
 import asyncio
 import inspect
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 class DisaggregatedBackend:
-    """Passes requests to the event loop, and brings back what happened there. Callers may be of any thread."""
+    """Passes requests from any thread to the event loop, and brings back their progress."""
 
     def __init__(self, model: Path, settings: dict[str, Any]) -> None:
         self._llm = DisaggregatedLLM(PdDisaggConfig(model, **within_model_len(model, settings)))
@@ -38,7 +38,7 @@ class DisaggregatedBackend:
             raise
 
     def _run(self, job: Coroutine[Any, Any, T]) -> T:
-        """Run it in the event loop. Whatever interrupts the wait, a Ctrl-C for example, cancels it."""
+        """Run a coroutine in the event loop, and wait for it. Whatever interrupts the wait (Ctrl-C) cancels it."""
         try:
             require_own_process(self._pid)
             if self._loop.is_closed():
@@ -73,14 +73,14 @@ class DisaggregatedBackend:
                 else:
                     more = event.logprobs, event.prompt_logprobs, event.choice
                     news.put(Progress(request_id, event.token_ids, None, None, *more))
-        except Exception as error:  # belongs to whoever calls `step`
+        except Exception as error:  # is raised to the caller of `step`
             news.put(Progress(request_id, [], None, error))
         finally:
             await events.aclose()
             self._tasks.pop(request_id, None)
 
     def step(self, news: News) -> tuple[list[Progress], int]:
-        """Wait for news. Prompt tokens are computed elsewhere, and not counted."""
+        """Wait for progress. Prompt tokens are computed in other processes, and not counted."""
         require_own_process(self._pid)
         return [news.get(), *drained(news)], 0
 
@@ -100,7 +100,7 @@ class DisaggregatedBackend:
     def close(self) -> None:
         if os.getpid() != self._pid:
             return
-        if threading.current_thread() is self._thread:  # garbage that this thread has collected: it cannot wait
+        if threading.current_thread() is self._thread:  # it collected this as garbage, and cannot wait for itself
             threading.Thread(target=self.close, name="hbserve-llm-end").start()
             return
         with self._closing:
@@ -117,5 +117,5 @@ class DisaggregatedBackend:
         try:
             await self._llm.stop()
         finally:
-            # Whoever waits for a request hears that it has ended.
+            # So that every waiting caller hears that its request has ended.
             await asyncio.gather(*self._tasks.values(), return_exceptions=True)

@@ -1,4 +1,4 @@
-"""One engine in this process, for LLM."""
+"""A backend of LLM: one engine in this process."""
 
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ HYBRID = [{"instance_id": "hybrid-0", "instance_type": "hybrid"}]
 
 
 class HybridBackend:
-    """Steps when it is asked to, in a thread of its own: anybody may ask, and nothing interrupts a step."""
+    """An engine that steps on request, in a thread of its own. Any thread may ask, and nothing interrupts a step."""
 
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
         wanted = within_model_len(folder, NANO_VLLM_DEFAULTS | settings)
@@ -30,7 +30,7 @@ class HybridBackend:
         self._runner: Runner | None = None
         self._engine: Engine | None = None
         self._news: dict[str, tuple[News, set[int]]] = {}
-        """Of each request, with its choices that have not ended."""
+        """For each request: the queue for its progress, and the indices of its choices that have not ended."""
         self._thread = OwnThread("hbserve-engine")
         try:
             self._thread.call(lambda: self._start(msgspec.convert(plain, InstanceConfig)))
@@ -67,7 +67,7 @@ class HybridBackend:
 
     def _step(self, news: News) -> int:
         engine = self._running()
-        if not news.empty():  # a step that somebody else asked for has brought it
+        if not news.empty():  # another caller's step has brought it already
             return 0
         if not engine.has_work():
             raise InvalidRequest("step: there is no request; add_request() first")
@@ -81,7 +81,7 @@ class HybridBackend:
         return engine.stats().num_prefill_tokens - before
 
     def _forget(self, request_id: str, choice: int) -> None:
-        """A choice has ended, and perhaps the request with it."""
+        """Drop a choice that has ended, and with the last one its request."""
         _, choices = self._news.get(request_id, (None, set[int]()))
         choices.discard(choice)
         if not choices:

@@ -1,4 +1,4 @@
-"""LLM's keywords: nano-vllm's, and the fields of PdDisaggConfig."""
+"""Keywords of LLM: those of nano-vllm, and the fields of PdDisaggConfig."""
 
 import difflib
 import warnings
@@ -20,17 +20,17 @@ NOT_OF_ONE_ENGINE = {
 
 
 def within_model_len(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """As in nano-vllm, a `max_model_len` beyond the model's own means the model's own."""
+    """Lower a `max_model_len` that exceeds the model's own to the model's own, as nano-vllm does."""
     from hbserve_core.model.model_config import load_model_config
 
     wanted = settings.get("max_model_len")
-    if not isinstance(wanted, int):  # None is the model's own; a wrong type is refused with the other keywords
+    if not isinstance(wanted, int):  # None means the model's own; a wrong type is refused later, like other keywords'
         return settings
     return settings | {"max_model_len": min(wanted, load_model_config(folder).max_model_len)}
 
 
 def translated(keywords: dict[str, Any], default_backend: str | None) -> dict[str, Any]:
-    """nano-vllm's keywords in our words; those that are unknown, or without effect, warn."""
+    """Translate nano-vllm's keywords to fields of PdDisaggConfig. Warns of each that is unknown or without effect."""
     from hbserve.pd_disagg.config import PdDisaggConfig
 
     known = set(PdDisaggConfig.__struct_fields__) - {"model_path"}

@@ -1,4 +1,4 @@
-"""A thread of its own for what only one thread may use."""
+"""A dedicated thread for an object that only one thread may use."""
 
 import os
 import threading
@@ -17,7 +17,7 @@ class Ended(RuntimeError):
 
 
 def require_own_process(pid: int) -> None:
-    """Raises RuntimeError in a process that was forked from the one with this `pid`: threads are not forked with it."""
+    """Raise RuntimeError unless this is process `pid`: a forked process has none of the threads of its parent."""
     if os.getpid() != pid:
         raise RuntimeError(
             f"this LLM belongs to process {pid}, and this is {os.getpid()}, forked from it: make one here"
@@ -25,10 +25,10 @@ def require_own_process(pid: int) -> None:
 
 
 class OwnThread:
-    """Runs jobs one after another, in the order in which they came, whoever sends them.
+    """Runs the jobs of all threads one after another, in the order in which they came.
 
-    Nothing interrupts a job: a signal's exception, such as KeyboardInterrupt, reaches the one who waits for it, and the
-    job goes on to its end.
+    Nothing interrupts a job: a signal's exception, such as KeyboardInterrupt, is raised in the thread that waits for
+    the job, and the job goes on to its end.
     """
 
     def __init__(self, name: str) -> None:
@@ -40,11 +40,11 @@ class OwnThread:
         self._thread.start()
 
     def call(self, job: Callable[[], T]) -> T:
-        """Run it there, and wait for what it returns or raises.
+        """Run a job in the thread, and wait for what it returns or raises.
 
         Raises:
-            Ended: no job is taken any more.
-            RuntimeError: the thread is of another process.
+            Ended: no further job is taken.
+            RuntimeError: the thread belongs to another process.
         """
         require_own_process(self._pid)
         answers: Answers = SimpleQueue()
@@ -59,7 +59,7 @@ class OwnThread:
         return done
 
     def end(self, last: Job) -> None:
-        """Run a last job after those that wait, then end; whoever calls this waits for it. May be called twice."""
+        """Run a last job after those that wait, then end the thread, and wait for that. May be called twice."""
         if os.getpid() != self._pid:
             return
         with self._ending:
@@ -67,7 +67,7 @@ class OwnThread:
                 self._ended = True
                 self._jobs.put((last, SimpleQueue()))
                 self._jobs.put(None)
-        if threading.current_thread() is not self._thread:  # else it was garbage that this thread has collected
+        if threading.current_thread() is not self._thread:  # else this thread collected the caller as garbage
             self._thread.join()
 
 
@@ -76,6 +76,6 @@ def _run(jobs: "SimpleQueue[tuple[Job, Answers] | None]") -> None:
         job, answers = each
         try:
             answers.put((job(), None))
-        except BaseException as error:  # belongs to whoever waits for the answer
+        except BaseException as error:  # is raised in the thread that waits for the answer
             answers.put((None, error))
-        del each, job, answers  # while nothing is to be done, nothing is kept
+        del each, job, answers  # so that an idle thread keeps nothing alive

@@ -29,7 +29,7 @@ class CheckFailed(Exception):
 
 
 async def check_deployment(args: CheckArgs) -> None:
-    """Print the findings, one on each line. Starts nothing, and changes nothing.
+    """Print the findings, one on each line, without starting or changing anything.
 
     Raises:
         ConfigError: the file is invalid; nothing else was checked.

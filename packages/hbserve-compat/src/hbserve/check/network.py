@@ -16,7 +16,7 @@ from hbserve_scheduler import ConfigError, DeploymentConfig
 REACH_TIMEOUT_S = 3.0
 FIREWALL = "a firewall, or a host that is off"
 OPTIONS = {"server.port": ("--port",), "scheduler.port": ("--scheduler-port",)}
-"""Keys that are options of `hbserve serve` too, for who has no file."""
+"""Options of `hbserve serve` that set a key of the file, for users without a file."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def places(config: DeploymentConfig) -> Iterator[Place]:
     kv, health_port = config.kv_transfer, config.engine_settings().health_port
     for number, each in enumerate(config.gpu_instances):
         if each.discover is not None:
-            continue  # whoever is found there says where it is
+            continue  # instances that are found by a name report their own addresses
         own = f"gpu_instances[{number}].host", each.host
         yield Place(each.instance_id, *own, f"gpu_instances[{number}].port", each.port)
         if each.instance_type != "hybrid" and kv.port:
@@ -113,8 +113,8 @@ def _bind(place: Place) -> Finding:
 
 
 def _why_not_served(place: Place) -> OSError | None:
-    """Why nobody could serve there, in words that go on after the address; None if somebody can. Sets SO_REUSEADDR, as
-    a server does so that it can be restarted at once."""
+    """Return why no process could serve there, in words that follow the address; None if one can. Sets SO_REUSEADDR,
+    as servers do so that they can be restarted at once."""
     version = socket.AF_INET6 if ":" in place.host else socket.AF_INET
     try:
         found = socket.getaddrinfo(place.host, place.port, version, socket.SOCK_STREAM)[0]
@@ -128,10 +128,10 @@ def _why_not_served(place: Place) -> OSError | None:
 
 
 def _why_not_reached(listening: socket.socket) -> OSError | None:
-    """Why this host does not reach what listens on it; None if it does. Whatever the address, the way is `lo`."""
+    """Return why this host does not reach its own listening socket; None if it does. Any own address goes by `lo`."""
     with socket.socket(listening.family) as asking:
         asking.settimeout(REACH_TIMEOUT_S)
-        asking.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # it leaves nothing behind
+        asking.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # so that no TIME_WAIT is left
         try:
             asking.connect(listening.getsockname())
         except OSError as error:
@@ -141,8 +141,8 @@ def _why_not_reached(listening: socket.socket) -> OSError | None:
 
 
 async def _reach(place: Place, address: str) -> Finding:
-    """Check that another host can be reached. If it refuses the connection it is reachable: its process was not started
-    yet."""
+    """Check that another host can be reached. A host that refuses the connection is reachable: its process has not been
+    started yet."""
     where = place.where
     try:
         async with asyncio.timeout(REACH_TIMEOUT_S):
@@ -158,7 +158,7 @@ async def _reach(place: Place, address: str) -> Finding:
 
 
 def own_address(peer: str) -> str:
-    """The address of this host that it would use to talk to a peer, found without sending a packet."""
+    """Return the address that this host would use to talk to a peer, found without sending a packet."""
     with socket.socket(socket.AF_INET6 if ":" in peer else socket.AF_INET, socket.SOCK_DGRAM) as asking:
         asking.connect((peer, 9))
         return str(asking.getsockname()[0])

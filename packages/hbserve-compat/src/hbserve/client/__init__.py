@@ -1,1 +1,1 @@
-"""A client of any server that speaks OpenAI's API, and what reads its URL and its events."""
+"""A client of any server that speaks OpenAI's API, with parsers of the server's URL and events."""

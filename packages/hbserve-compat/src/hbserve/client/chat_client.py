@@ -1,4 +1,4 @@
-"""A client of /v1/chat/completions, of whichever server: what `hbserve chat --url` asks with."""
+"""A client of any server's /v1/chat/completions, which `hbserve chat --url` uses."""
 
 import asyncio
 import json
@@ -13,11 +13,12 @@ from hbserve_rpc import PeerLost, RemoteError
 
 CONNECT_TIMEOUT_S = 10.0
 ANSWER_TIMEOUT_S = 10.0
-"""Of a server that is asked only whether it is one; a chat's answer may be queued for longer."""
+"""How long a server may take to answer the first check. The answer to a chat has no such limit: it may be queued."""
 
 
 def why_not_connected(address: str, error: Exception) -> str:
-    """In a line. A server whose certificate is its own is one, too."""
+    """Describe, in one line, why a connection failed. A certificate that is not trusted does not mean that there is no
+    server."""
     if isinstance(error, ssl.SSLCertVerificationError):
         cure = "SSL_CERT_FILE names a file of certificates that are"
         return f"the certificate of {address} is not trusted: {error.verify_message}; {cure}"
@@ -25,10 +26,10 @@ def why_not_connected(address: str, error: Exception) -> str:
 
 
 class ChatClient:
-    """Asks a server by streams, over plain sockets: a command needs no HTTP library for that."""
+    """Sends requests over asyncio's plain streams, so that the command needs no HTTP library."""
 
     def __init__(self, url: str, api_key: str | None, **parameters: Any) -> None:
-        """`url` is a server's, with or without /v1. Raises InvalidAddress, InvalidRequest."""
+        """Take a server's `url`, with or without /v1. Raises InvalidAddress, InvalidRequest."""
         self._url = parse_url("--url", url)
         if api_key:
             require_header("--api-key", "Authorization", api_key)
@@ -36,15 +37,15 @@ class ChatClient:
         self._parameters = parameters
 
     async def require_server(self) -> None:
-        """Ask which models it has, so that a wrong address or key is told before the first question.
+        """Ask for the list of models, so that a wrong address or key is reported before the first question.
 
         Raises:
-            PeerLost: nobody is there, or nobody answers.
-            RemoteError: it lets nobody in with this key, or does not speak HTTP.
+            PeerLost: there is no server at the address, or it does not answer.
+            RemoteError: the server does not accept the key, or does not speak HTTP.
         """
         try:
             async with asyncio.timeout(ANSWER_TIMEOUT_S), self._asked("GET", "/v1/models") as (status, parts):
-                # Any other status is for the first question: it may be loading, or have no list.
+                # Any other status is left to the first question: the server may be loading, or have no such list.
                 if status in (401, 403):
                     raise RemoteError(_message(status, b"".join([part async for part in parts])))
         except TimeoutError:
@@ -53,11 +54,11 @@ class ChatClient:
             ) from None
 
     async def answer(self, messages: list[dict[str, str]]) -> AsyncIterator[str]:
-        """The text of an answer as it comes.
+        """Yield the text of an answer as it comes.
 
         Raises:
-            PeerLost: nobody is there, or the connection has ended.
-            RemoteError: the server has refused, or failed; has its words.
+            PeerLost: there is no server at the address, or the connection has ended.
+            RemoteError: the server refused or failed; has the server's message.
         """
         body = json.dumps({"messages": messages, "stream": True, **self._parameters}).encode()
         async with self._asked("POST", "/v1/chat/completions", body) as (status, parts):
@@ -70,7 +71,7 @@ class ChatClient:
     async def _asked(
         self, method: str, path: str, body: bytes = b""
     ) -> AsyncIterator[tuple[int, AsyncIterator[bytes]]]:
-        """The status and the body of an answer. Errors of the connection, here and in the block, are told as ours."""
+        """Yield the status and the body of an answer. Errors of the connection, here and in the block, become ours."""
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
                 context = ssl.create_default_context() if self._url.is_secure else None
@@ -104,9 +105,9 @@ class ChatClient:
 
 
 async def _read_head(reader: asyncio.StreamReader) -> tuple[int, bool]:
-    """The status, and whether the body comes in chunks."""
+    """Return the status, and whether the body is in chunked transfer coding."""
     begin = await reader.readexactly(5)
-    if begin != b"HTTP/":  # whoever speaks another protocol may never send a whole head, such as HBServe's RPC
+    if begin != b"HTTP/":  # a server of another protocol, such as HBServe's RPC, may never send a whole head
         raise RemoteError(f"--url: the server there does not speak HTTP: {begin!r}")
     first, *lines = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower().split("\r\n")
     words = first.split()
@@ -127,7 +128,7 @@ async def _plain(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
 
 
 async def _texts(parts: AsyncIterator[bytes]) -> AsyncIterator[str]:
-    """Content of the events of a stream."""
+    """Yield the content of the events of a stream."""
     events = EventData()
     async for part in parts:
         for event in events.feed(part):

@@ -1,4 +1,4 @@
-"""URLs of servers, and what may stand in the head of a request to one."""
+"""URLs of servers, and checks of what goes into the head of a request."""
 
 import re
 from dataclasses import dataclass
@@ -16,16 +16,16 @@ class ServerUrl:
     port: int
     is_secure: bool
     authority: str
-    """What the header Host says."""
+    """Value of the header Host."""
     path: str
-    """Of the URL, without a slash at its end."""
+    """Path of the URL, without a slash at its end."""
 
 
 def parse_url(option: str, url: str) -> ServerUrl:
-    """Parts of `url`, which this option gave; http is added where it has no scheme.
+    """Split the `url` that was given by `option`. A URL without a scheme is http.
 
     Raises:
-        InvalidAddress: it is no URL of a server.
+        InvalidAddress: this is not the URL of a server.
     """
     try:
         parts = urlsplit(url if "://" in url else f"http://{url}")
@@ -41,7 +41,7 @@ def parse_url(option: str, url: str) -> ServerUrl:
 
 
 def require_header(option: str, name: str, value: str) -> None:
-    """Raises InvalidRequest unless both can be a line of a request's head, and nothing but that line."""
+    """Raise InvalidRequest unless name and value make exactly one line of a request's head."""
     if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name):
         raise InvalidRequest(f"{option}={shown(name)}: is not a header name")
     if not _is_line(value):
@@ -49,7 +49,7 @@ def require_header(option: str, name: str, value: str) -> None:
 
 
 def require_path(option: str, path: str) -> None:
-    """Raises InvalidRequest unless a request may ask for it."""
+    """Raise InvalidRequest unless a request may ask for this path."""
     if not path.startswith("/") or not path.isascii() or not _is_line(path, spaces=False):
         raise InvalidRequest(f"{option}={shown(path)}: expected a path, such as /v1/completions")
 

@@ -81,7 +81,7 @@ def _refuse_options_of_the_other_kind(sweep: bool, of_workloads: list[Any], of_s
 
 
 def _numbers(option: str, text: str | None) -> tuple[int, ...] | None:
-    """Ascending, without repetitions."""
+    """Parse numbers that are separated by commas. Returns them ascending and without repetitions."""
     if text is None:
         return None
     parts = [part.strip() for part in text.split(",")]

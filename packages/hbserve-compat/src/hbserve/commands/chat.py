@@ -39,7 +39,7 @@ class ChatArgs:
 
 
 async def chat(args: ChatArgs) -> None:
-    """Raises whatever is wrong, before anything is started where that is possible."""
+    """Run a conversation. Raises, if possible, whatever is wrong before anything is started."""
     if sys.stdin is None:
         raise OSError("stdin is closed: there is nobody to talk to")
     async with AsyncExitStack() as stack:
@@ -81,7 +81,7 @@ async def _starting(args: ChatArgs, stack: AsyncExitStack) -> Answer:
 
 
 def _try_template(tokenizer: Any, system: str | None) -> None:
-    """Raises InvalidRequest where the model's chat template would refuse every question."""
+    """Raise InvalidRequest if the model's chat template would refuse every question."""
     encode_messages(tokenizer, [*_first(system), {"role": "user", "content": "Hello"}])
 
 
@@ -90,7 +90,8 @@ def _first(system: str | None) -> list[Message]:
 
 
 class Conversation:
-    """Questions from stdin, answers on stdout. What was said before goes with each question."""
+    """A conversation with questions from stdin and answers on stdout. Each question is sent with all that was said
+    before."""
 
     def __init__(self, answer: Answer, system: str | None = None) -> None:
         self._answer = answer
@@ -98,10 +99,10 @@ class Conversation:
         self._answering: asyncio.Task[None] | None = None
         self._is_shown = sys.stdin.isatty()
         self._held = b""
-        """Read, but not yet asked."""
+        """Input that was read, but not asked yet."""
 
     async def run(self) -> None:
-        """Until there is no more input, or a Ctrl-C while nothing is answered."""
+        """Ask and answer until there is no more input, or until a Ctrl-C while nothing is being answered."""
         task, is_left = asyncio.current_task(), False
         assert task is not None
 
@@ -116,12 +117,12 @@ class Conversation:
                     if line.strip():
                         await self._ask(line.strip())
         except asyncio.CancelledError:
-            if not is_left:  # it is another signal, or whoever has called this
+            if not is_left:  # another signal, or the caller, has cancelled this
                 raise
         sys.stdout.write("\n")
 
     async def _read(self) -> str | None:
-        """The next line; None: there is none."""
+        """Return the next line, or None at the end of the input."""
         if self._is_shown:
             sys.stdout.write("> ")
             sys.stdout.flush()
@@ -140,7 +141,7 @@ class Conversation:
         try:
             await self._answering
         except asyncio.CancelledError:
-            if (task := asyncio.current_task()) is not None and task.cancelling():  # it is not only the answer
+            if (task := asyncio.current_task()) is not None and task.cancelling():  # not only the answer was cancelled
                 raise
             sys.stdout.write(" [stopped]")
         finally:
@@ -158,11 +159,11 @@ class Conversation:
 
 
 async def _readable(file: TextIO) -> None:
-    """Wait until there is something to read, or the end of it: a read in a thread could not be given up."""
+    """Wait until there is input, or its end. A read in a thread would not do: it could not be cancelled."""
     loop, ready = asyncio.get_running_loop(), asyncio.Event()
     try:
         loop.add_reader(file, ready.set)
-    except PermissionError:  # a file on a disk: it never waits
+    except PermissionError:  # a regular file, whose reads never wait
         return
     try:
         await ready.wait()

@@ -1,4 +1,4 @@
-"""A command of the command line: how it is run, how it ends, and what it says of what went wrong."""
+"""The common part of all commands of the command line: how they run, how they end, and how they report errors."""
 
 import asyncio
 import errno
@@ -36,8 +36,8 @@ KeysOption = Annotated[
 
 
 def taking(args: type[Any], job: Callable[..., None]) -> Callable[..., None]:
-    """A command whose options are the fields of `args`, a dataclass, and --log-level: `job(args, log_level)`. For
-    commands of more options than a signature has room for."""
+    """Make a command that calls `job(args, log_level)`, with the fields of the dataclass `args` and --log-level as its
+    options. For commands with too many options for a signature."""
     hints = get_type_hints(args, include_extras=True)
 
     def command(*, log_level: LogLevel, **values: Any) -> None:
@@ -61,7 +61,7 @@ def taking(args: type[Any], job: Callable[..., None]) -> Callable[..., None]:
 
 
 def run(job: Coroutine[Any, Any, None], log_level: LogLevel, *, is_service: bool = False) -> None:
-    """Run a command. One that is a service has no answer to write, and may be without a stdout."""
+    """Run a command. A service has no answer to write, and may therefore run without a stdout."""
     try:
         with explaining(log_level, is_service=is_service):
             asyncio.run(own_process.until_signalled(job))
@@ -71,7 +71,7 @@ def run(job: Coroutine[Any, Any, None], log_level: LogLevel, *, is_service: bool
 
 @contextmanager
 def explaining(log_level: LogLevel, *, is_service: bool = False) -> Iterator[None]:
-    """Around the whole of a command. A problem that has a name is one line on stderr."""
+    """Wrap a whole command: set up its log, and end it with one line on stderr for an error that explains itself."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see `hbserve.entry`
         signal.signal(signal.SIGINT, signal.default_int_handler)
     log_to_stderr(log_level.value)
@@ -81,14 +81,14 @@ def explaining(log_level: LogLevel, *, is_service: bool = False) -> Iterator[Non
         with own_process.keeping_interrupts():
             yield
         if sys.stdout is not None:
-            sys.stdout.flush()  # here, where it is explained why it cannot be written
+            sys.stdout.flush()  # here, so that a failure to write is explained below
     except KeyboardInterrupt:
         raise typer.Exit(128 + signal.SIGINT) from None
     except own_process.Signalled as ended:
-        for number in own_process.ending_signals():  # nothing is left to do but to end: no more of them is of use
+        for number in own_process.ending_signals():  # the process is ending already: ignore any further ones
             signal.signal(number, signal.SIG_IGN)
         raise typer.Exit(128 + ended.number) from None
-    except BrokenPipeError:  # whoever read our output has seen enough
+    except BrokenPipeError:  # the reader of our output, such as `head`, has ended
         raise typer.Exit(141) from None
     except Exception as error:
         if log_level is LogLevel.DEBUG:
@@ -102,7 +102,7 @@ def explaining(log_level: LogLevel, *, is_service: bool = False) -> Iterator[Non
 
 
 def forget_what_nobody_takes() -> None:
-    """Output that cannot be written: Python would try again when it ends, and say so in its own words."""
+    """Discard output that cannot be written. Otherwise Python would try again at its end, and print its own error."""
     if sys.stdout is not None:
         try:
             sys.stdout.flush()
@@ -111,13 +111,14 @@ def forget_what_nobody_takes() -> None:
 
 
 def one_line(text: str) -> str:
-    """What others say may have several lines, and the names of files anything: a terminal must not obey it."""
+    """Join lines, and escape what is not printable. Messages of other programs may have several lines, and names of
+    files may contain control characters, which the terminal must not obey."""
     joined = " ".join(text.split())
     return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in joined)
 
 
 def _in_words(error: Exception) -> str:
-    """The system's own errors begin with a number, and end with the file."""
+    """Return an error's message. An OSError becomes "file: reason"; its own text begins with the error's number."""
     if isinstance(error, OSError) and error.errno == errno.EFBIG:
         most, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
         if most != resource.RLIM_INFINITY:  # else it is the file system's limit
@@ -131,5 +132,5 @@ def _in_words(error: Exception) -> str:
 
 
 def _is_explained(error: Exception) -> bool:
-    """Whether the message was written for users: errors of this project, and of the operating system."""
+    """Whether the message was written for users, as those of this project and of the operating system were."""
     return isinstance(error, OSError) or type(error).__module__.startswith("hbserve")

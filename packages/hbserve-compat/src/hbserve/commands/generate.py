@@ -1,4 +1,4 @@
-"""`hbserve generate`: prompts in, answers on stdout, one summary on stderr."""
+"""`hbserve generate`: answers prompts on stdout, with a summary on stderr."""
 
 import asyncio
 import io
@@ -24,7 +24,7 @@ from hbserve_scheduler import ConfigError, load_config
 
 End = tuple[Timings, FinishReason]
 Begun = tuple[Scheduler, Any, list[list[int]]]
-"""Whom to ask, the model's tokenizer, and the prompts by it."""
+"""The scheduler to ask, the model's tokenizer, and the token ids of the prompts."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class GenerateArgs:
 
 
 async def generate_answers(args: GenerateArgs) -> None:
-    """Raises whatever is wrong, before anything is started where that is possible."""
+    """Answer the prompts. Raises, if possible, whatever is wrong before anything is started."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that cannot show a character shows its number
         sys.stdout.reconfigure(errors="backslashreplace")
     params = SamplingParams(**args.sampling)
@@ -73,7 +73,7 @@ async def _stream(request: TextRequest) -> End:
             sys.stdout.flush()
             has_begun = has_begun or bool(delta["text"])
             end = delta["timings"], delta["finish_reason"]
-    except Exception:  # is told in a line of its own
+    except Exception:  # its message needs a line of its own
         sys.stdout.write("\n" * has_begun)
         raise
     sys.stdout.write("\n")
@@ -93,20 +93,20 @@ async def _together(
 
 
 def why_ended(reason: FinishReason, num_tokens: int, max_tokens: int) -> str:
-    """In a user's words: nothing is cut in silence."""
+    """Say in a user's words why an answer ended, so that no answer is cut silently."""
     if reason != "length":
         return "stopped" if reason == "stop" else "aborted"
     return "cut at --max-tokens" if num_tokens >= max_tokens else "cut at the longest sequence that is served"
 
 
 def counted(reasons: list[str]) -> str:
-    """Each reason once, with its number if there are several answers."""
+    """List each reason once, with its count if there are several answers."""
     counts = Counter(reasons)
     return ", ".join(f"{count} {reason}" if len(reasons) > 1 else reason for reason, count in counts.items())
 
 
 def summary(timings: list[Timings], num_tokens: int) -> str:
-    """One line; with several requests, means of the times and sums of the rest."""
+    """Summarise requests in one line: with several requests, means of the times and sums of the rest."""
     ttft_ms = 1e3 * sum(each["ttft_s"] for each in timings) / len(timings)
     handoffs_s = [each["handoff_s"] for each in timings if each["handoff_s"]] or [0.0]
     handoff_ms = 1e3 * sum(handoffs_s) / len(handoffs_s)
@@ -122,10 +122,10 @@ def summary(timings: list[Timings], num_tokens: int) -> str:
 
 
 def _encoded(tokenizer: Any, texts: list[str], system: str | None) -> list[list[int]]:
-    """The prompts by a tokenizer.
+    """Encode the prompts, by the chat template if the model has one.
 
     Raises:
-        InvalidRequest: a prompt has no token, or the chat template refuses it, or cannot be read. Names the prompt.
+        InvalidRequest: a prompt has no token, or the chat template refuses it or cannot be read. Names the prompt.
     """
     prompts = []
     for place, text in enumerate(texts):
@@ -171,17 +171,21 @@ async def _connected(args: GenerateArgs, texts: list[str]) -> AsyncIterator[Begu
             )
         folder = await folder_here(args.model, info.model_path)
         require_tokenizer_of(folder)
-        # A thread: transformers is imported, which takes seconds.
+        # In a thread, because this imports transformers, which takes seconds.
         tokenizer = await asyncio.to_thread(load_tokenizer, folder)
         yield scheduler, tokenizer, await asyncio.to_thread(_encoded, tokenizer, texts, args.system)
 
 
 async def folder_here(given: Path | None, told: str) -> Path:
-    """Of the model whose tokenizer is taken. `told`: the scheduler's path or hub id of it; "" is the demo model.
+    """Return the folder of the model whose tokenizer is used: `given`, or else `told`.
+
+    Args:
+        given: the user's --model.
+        told: the scheduler's path or hub id of the model; "" is the demo model.
 
     Raises:
-        ConfigError: this host has not what the scheduler has told.
-        FileNotFoundError: nor what was given.
+        ConfigError: this host does not have the model that the scheduler named.
+        FileNotFoundError: this host does not have the model that was given.
     """
     try:
         return await find_model_folder(given or told or None)

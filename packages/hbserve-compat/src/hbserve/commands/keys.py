@@ -1,4 +1,4 @@
-"""`hbserve keys`: the files by which the processes of a deployment know each other."""
+"""`hbserve keys`: writes the key files with which the processes of a deployment authenticate each other."""
 
 import os
 import sys
@@ -11,7 +11,8 @@ from hbserve_rpc.keys import PARTIES, Party, add_keys, drop_keys, save_keys, swi
 
 
 class Rotation(StrEnum):
-    """Steps from keys to the next ones; after each the files are copied, and all processes restarted, in any order."""
+    """Steps from the present keys to the next ones. After each step, the operator copies the files and restarts all
+    processes, in any order."""
 
     ADD = "add"
     SWITCH = "switch"
@@ -27,11 +28,12 @@ NEXT = {
 
 
 def write_keys(folder: Path, rotation: Rotation | None) -> None:
-    """Make a folder's files, or bring them a step further. Says on stdout which, and on stderr what to do with them.
+    """Make the key files of a folder, or take the next step of a rotation. Prints the files on stdout, and what to do
+    with them on stderr.
 
     Raises:
-        KeysError: there are some already, or none; or that step is not the next one.
-        OSError: they cannot be written.
+        KeysError: there are keys already (no rotation), or none (a rotation), or this step is not the next one.
+        OSError: the files cannot be written.
     """
     if rotation is None:
         if there := [party for party in PARTIES if (Path(os.path.expanduser(folder)) / f"{party}.key").exists()]:

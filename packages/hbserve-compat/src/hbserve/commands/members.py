@@ -1,4 +1,4 @@
-"""`hbserve join`, `drain`, `flip`, `scale` and `reload`: who belongs to a running deployment, and as what."""
+"""`hbserve join`, `drain`, `flip`, `scale` and `reload`: change the instances of a running deployment."""
 
 import asyncio
 import re
@@ -29,7 +29,7 @@ class DrainArgs:
 
 
 async def join(connect: str, keys: Path | None, address: str) -> None:
-    """Raises InvalidAddress, ConfigError, NotReady, and what the scheduler says."""
+    """Add an instance. Raises InvalidAddress, ConfigError, NotReady, and the scheduler's own errors."""
     parse_address(address)
     async with remote_scheduler(connect, keys) as (scheduler, _):
         info = await scheduler.join(address)
@@ -37,7 +37,8 @@ async def join(connect: str, keys: Path | None, address: str) -> None:
 
 
 async def drain(args: DrainArgs) -> None:
-    """Wait until the instance has nothing left. Raises ConfigError, NotReady, and what the scheduler says."""
+    """Drain an instance, and wait until it has no requests left. Raises ConfigError, NotReady, and the scheduler's own
+    errors."""
     async with remote_scheduler(args.connect, args.keys) as (scheduler, _):
         leaves = args.leaves or args.within_s is not None
         await scheduler.drain(args.instance_id, leaves=leaves, within_s=args.within_s)
@@ -52,7 +53,7 @@ async def drain(args: DrainArgs) -> None:
 
 
 async def _requests_of(scheduler: RemoteScheduler, instance_id: str) -> int | None:
-    """That it has of all schedulers; None: it is no member, or does not answer."""
+    """Return how many requests of all schedulers an instance has. None: it is no member, or does not answer."""
     for each in (await scheduler.fetch_stats()).instances:
         if each.instance_id == instance_id and each.status != "lost":
             return each.active_requests
@@ -60,7 +61,7 @@ async def _requests_of(scheduler: RemoteScheduler, instance_id: str) -> int | No
 
 
 async def flip(connect: str, keys: Path | None, instance_id: str, role: str) -> None:
-    """Raises ConfigError, NotReady, and what the scheduler says."""
+    """Switch an instance to another role. Raises ConfigError, NotReady, and the scheduler's own errors."""
     if role not in ("prefill", "decode"):
         raise ConfigError(f"{role!r}: expected prefill or decode")
     wanted = cast("Literal['prefill', 'decode']", role)
@@ -69,7 +70,8 @@ async def flip(connect: str, keys: Path | None, instance_id: str, role: str) -> 
 
 
 async def scale(connect: str, keys: Path | None, wanted: Sequence[str]) -> None:
-    """`wanted`: words as prefill=3. Raises ConfigError, NotReady, and what the scheduler says."""
+    """Set the numbers of instances by words such as prefill=3. Raises ConfigError, NotReady, and the scheduler's own
+    errors."""
     numbers = numbers_by_role(wanted)
     async with remote_scheduler(connect, keys) as (scheduler, _), scheduler.scale(numbers) as news:
         await _tell(news)
@@ -82,7 +84,7 @@ async def _tell(news: AsyncIterable[ScaleNews]) -> None:
 
 
 def numbers_by_role(words: Sequence[str]) -> dict[Role, int]:
-    """Raises ConfigError."""
+    """Parse words such as prefill=3. Raises ConfigError."""
     found: dict[Role, int] = {}
     for word in words:
         match = re.fullmatch(r"(prefill|decode|hybrid)=([0-9]{1,4})", word)
@@ -96,7 +98,7 @@ def numbers_by_role(words: Sequence[str]) -> dict[Role, int]:
 
 
 async def reload(connect: str, keys: Path | None) -> None:
-    """Raises ConfigError, NotReady, and what the scheduler says."""
+    """Let the scheduler reread its file. Raises ConfigError, NotReady, and the scheduler's own errors."""
     async with remote_scheduler(connect, keys) as (scheduler, _):
         found = await scheduler.reload()
     changes = {"joining": found.joining, "leaving": found.leaving, "changed, for the next start": found.for_a_restart}

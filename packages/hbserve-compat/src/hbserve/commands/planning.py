@@ -1,4 +1,4 @@
-"""The commands `hbserve profile`, `simulate` and `plan`: deployments that are not there yet."""
+"""The commands `hbserve profile`, `simulate` and `plan`, for deployments that do not exist yet."""
 
 import contextlib
 import logging
@@ -32,7 +32,8 @@ def _plan(args: PlanArgs, log_level: LogLevel) -> None:
 
 @contextlib.contextmanager
 def _quiet_schedulers(log_level: LogLevel) -> Iterator[None]:
-    """Simulated ones have a line for each request that a fault ends, all within a second of the log's clock."""
+    """Silence the warnings of simulated schedulers: they log a line for each request that a simulated fault ends, all
+    within a second of real time."""
     schedulers = logging.getLogger("hbserve_scheduler")
     before = schedulers.level
     if log_level is LogLevel.WARNING:
@@ -44,7 +45,7 @@ def _quiet_schedulers(log_level: LogLevel) -> Iterator[None]:
 
 
 def add_to(app: typer.Typer) -> None:
-    """Add them to the command line."""
+    """Add these commands to the command line."""
     app.command("profile")(taking(ProfileArgs, _profile))
     app.command("simulate")(taking(SimulateArgs, _simulate))
     app.command("plan")(taking(PlanArgs, _plan))

@@ -1,6 +1,6 @@
-"""Commands about a deployment that runs: who belongs to it, its figures, and what its requests did.
+"""Commands for a running deployment: its members, its figures, and timelines of its requests.
 
-What a command needs is imported when it runs, as in `hbserve.__main__`.
+Each command imports what it needs when it runs, as in `hbserve.__main__`.
 """
 
 from pathlib import Path
@@ -13,7 +13,7 @@ from hbserve.commands.command import KeysOption, LogLevel, LogLevelOption, run
 running = typer.Typer()
 ConnectOption = Annotated[str, typer.Option(metavar="HOST:PORT", help="Its scheduler's RPC address.")]
 HERE = "127.0.0.1:5550"
-"""Where `hbserve serve` and `hbserve scheduler` have it, unless told otherwise (`scheduler.port`)."""
+"""Default RPC address of the scheduler of `hbserve serve` and `hbserve scheduler`; `scheduler.port` changes it."""
 
 
 @running.command()

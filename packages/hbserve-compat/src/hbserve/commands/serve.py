@@ -1,4 +1,4 @@
-"""`hbserve serve` and `hbserve instance`: a deployment's processes."""
+"""`hbserve serve` and `hbserve instance`: run the processes of a deployment."""
 
 import asyncio
 import logging
@@ -58,7 +58,7 @@ logger = logging.getLogger(__name__)
 
 MakeInstances = Callable[..., Instances[Any]]
 READY_TIMEOUT_S = 600.0
-"""Until every instance has loaded its model."""
+"""How long all instances together may take to load the model."""
 
 IPV6_LOOPBACK = "::1"
 
@@ -71,14 +71,14 @@ class ServeArgs:
     model: Path | None
     log_level: str
     server: dict[str, Any] = field(default_factory=dict)
-    """Keys of the section `server` that were given; they go before the file's."""
+    """Keys of the section `server` that were given as options. They override the file's."""
     ray: str | None = None
-    """Address of the Ray cluster whose nodes run the instances; None is this host alone."""
+    """Address of the Ray cluster whose nodes run the instances. None: this host runs them all."""
     scheduler_port: int | None = None
-    """Goes before the file's: without it, only one deployment without a file could serve on a host."""
+    """Overrides the file's port. Without this option, a host could run only one deployment that has no file."""
 
     def deployment(self) -> DeploymentConfig:
-        """Raises ConfigError."""
+        """Return the file's configuration with the options applied. Raises ConfigError."""
         config = PdDisaggConfig().to_deployment() if self.config is None else load_config(self.config)
         if self.model is not None:
             config = _with(config, "model", {"path": str(self.model)})
@@ -105,7 +105,7 @@ class ServeArgs:
 
 
 def _with(config: DeploymentConfig, section: str, given: dict[str, Any]) -> DeploymentConfig:
-    """With these keys of a section in place of the file's. Raises ConfigError: names section and key."""
+    """Return a copy in which `given` replaces keys of a section. Raises ConfigError, which names section and key."""
     try:
         changed = msgspec.structs.replace(getattr(config, section), **given)
     except ConfigError as error:
@@ -114,13 +114,13 @@ def _with(config: DeploymentConfig, section: str, given: dict[str, Any]) -> Depl
 
 
 def _all_on(config: DeploymentConfig, host: str) -> DeploymentConfig:
-    """With the scheduler and all instances on the same host as the server."""
+    """Return a copy in which the scheduler and all instances are on the same host as the server."""
     instances = [msgspec.structs.replace(each, host=host) for each in config.gpu_instances]
     return msgspec.structs.replace(_with(config, "scheduler", {"host": host}), gpu_instances=instances)
 
 
 async def serve_all(args: ServeArgs) -> None:
-    """The OpenAI server, the scheduler and every instance, until SIGTERM, SIGINT or SIGHUP.
+    """Run the OpenAI server, the scheduler and every instance, until SIGTERM, SIGINT or SIGHUP.
 
     Raises:
         ConfigError, KeysError, AddressInUse, InstanceFailed, NotReady, BrokenTokenizer.
@@ -134,7 +134,7 @@ async def serve_all(args: ServeArgs) -> None:
     try:
         if front_end is not None:
             await front_end.start()
-        if args.ray is None:  # else instances are on hosts of which nothing is known here
+        if args.ray is None:  # else instances are on other hosts, about which nothing is known here
             require_settings(config)
         folder = await find_model_folder(config.model.path)
         num_here = len(local_instances(config)) if args.ray is None else 0
@@ -151,7 +151,7 @@ async def serve_all(args: ServeArgs) -> None:
 
 @contextmanager
 def _instances(config: DeploymentConfig, folder: Path, args: ServeArgs) -> Iterator[MakeInstances]:
-    """Makes the deployment's instances, of what is called at the death of one: on this host, or on a Ray cluster."""
+    """Yield a factory of the deployment's instances, on this host or on a Ray cluster."""
     if args.ray is None:
         yield partial(LocalInstances, config, folder, log_level=args.log_level)
         return
@@ -175,7 +175,7 @@ def _front_end(settings: ServerSection, log_level: str, ending: Ending) -> "Fron
 
 
 class _Deployment:
-    """What `serve_all` runs, once the model's folder is there."""
+    """The scheduler, its instances and the front end: what `serve_all` runs once the model's folder is there."""
 
     def __init__(
         self,
@@ -186,7 +186,7 @@ class _Deployment:
         ending: Ending,
         reload: Callable[[], DeploymentConfig] | None,
     ) -> None:
-        """reload: reads the file again."""
+        """Make the scheduler and its instances, without starting them. `reload` reads the file again; None: no file."""
         self._config = config
         self._folder = folder
         self._name = demo_model.model_name(config.model.path, folder)
@@ -194,7 +194,7 @@ class _Deployment:
         keys = launch_keys(config)
         self._scheduler = CpuScheduler(config.scheduler, model_path=str(folder))
         self._scheduler.use_keys(keys.get("scheduler"))
-        # Its clients know the deployment's keys, and no others.
+        # Clients have the deployment's keys, and not those that are made for one launch.
         of_clients = keys["scheduler"] if config.security.keys is not None else None
         self._server = SchedulerServer(self._scheduler, keys=of_clients)
         self._server.declared = DeclaredInstances(self._server.members, config, reload, starts_its_own=True)
@@ -205,7 +205,8 @@ class _Deployment:
         self._background: set[asyncio.Task[None]] = set()
 
     def _on_death(self, instance_id: str, why: str) -> None:
-        """It is started again, once all were ready: see `ChildProcesses`. Its requests go elsewhere meanwhile."""
+        """Handle the death of an instance. Before all have been ready once, it ends the deployment. After that,
+        `ChildProcesses` starts the instance again, and its requests go to others meanwhile."""
         if not self._is_ready:
             self._ending.by_death(instance_id, why)
             return
@@ -215,7 +216,7 @@ class _Deployment:
         task.add_done_callback(self._background.discard)
 
     async def _dial_again(self, started: AnInstance) -> None:
-        """One that was started again on another node has another address."""
+        """Connect to an instance anew if it was started again on another node, and so has another address."""
         handle = self._scheduler.fleet.handles.get(started.instance_id)
         if handle is not None and handle.address != started.address:
             await self._scheduler.remove_instance(started.instance_id)
@@ -226,7 +227,7 @@ class _Deployment:
         self._ending.tell()
 
     async def run(self) -> None:
-        """Serve until it is signalled, or a process has ended and is not started again."""
+        """Serve until a signal comes, or until a process that is not started again has ended."""
         with own_process.on_ending_signals(self._on_signal):
             try:
                 await self._server.start()
@@ -262,13 +263,13 @@ class _Deployment:
             sys.stderr.write(self._how_to_ask(self._front_end))
 
     def _how_to_ask(self, front_end: "FrontEnd") -> str:
-        """Three lines: what runs where, and how to ask it."""
+        """Say in three lines what runs where, and how to send a request to it."""
         infos = self._scheduler.info().instances
         places = ", ".join(f"{each.instance_id} on {each.device}" for each in infos) or "no instances yet"
-        backend = next((each.kv_backend for each in infos if each.kv_backend), "")  # hybrid instances have none
+        backend = next((each.kv_backend for each in infos if each.kv_backend), "")  # "" if all instances are hybrid
         kv = f"; KV over {backend}" if backend else ""
         url = front_end.url
-        page = "" if "+unix:" in url else f"; a page to chat at {url}/"  # which browsers cannot open
+        page = "" if "+unix:" in url else f"; a page to chat at {url}/"  # browsers cannot open a Unix socket
         question = '{"messages": [{"role": "user", "content": "What is the capital of France?"}], "temperature": 0}'
         return (
             f"{self._name}: {places}{kv}; RPC at {self._server.address}\n"
@@ -285,13 +286,13 @@ class InstanceArgs:
     instance_id: str
     log_level: str
     given: dict[str, Any] = field(default_factory=dict)
-    """Keys of gpu_instances that were given; they go before the file's. With `instance_type` the file need not have the
-    instance at all: where instances are found by a name, each has its id and its address from whoever starts it."""
+    """Keys of gpu_instances that were given as options. They override the file's. With `instance_type` the file need
+    not have the instance: where instances are found by a name, whoever starts one gives it its id and address."""
     schedulers: list[str] = field(default_factory=list)
-    """Addresses of those that it registers itself with."""
+    """Addresses of the schedulers with which the instance registers itself."""
 
     def deployment(self) -> tuple[DeploymentConfig, InstanceSection]:
-        """The file's, and the instance, which is one of it. Raises ConfigError."""
+        """Return the deployment, and the instance of it that is to run. Raises ConfigError."""
         check_instance_id("--instance-id", self.instance_id)
         config = load_config(self.config)
         in_file = {each.instance_id: each for each in config.named_instances}
@@ -303,7 +304,7 @@ class InstanceArgs:
             found = [each.discover for each in config.gpu_instances if each.discover and each.instance_type == role]
             known = {"port": DnsName.of(found[0]).port} if found else {}
             instance = InstanceSection(instance_id=self.instance_id, **(known | self.given))
-            instances = [instance]  # alone: nothing is known of what else this host has
+            instances = [instance]  # alone, because nothing is known about other instances of this host
         else:
             names = ", ".join(in_file) or "none that has an id"
             raise ConfigError(
@@ -317,12 +318,12 @@ class InstanceArgs:
 
 
 async def serve_instance(args: InstanceArgs) -> None:
-    """One instance, until SIGTERM, SIGINT or SIGHUP.
+    """Run one instance until SIGTERM, SIGINT or SIGHUP.
 
     Raises:
-        ConfigError: the file has no such instance, or is wrong.
-        KeysError: the keys that it names cannot be used.
-        AddressInUse: its address is taken.
+        ConfigError: the file has no such instance, or is invalid.
+        KeysError: the keys that the file names cannot be used.
+        AddressInUse: the instance's address is taken.
     """
     config, instance = args.deployment()
     require_keys(config, launched=False)

@@ -1,1 +1,1 @@
-"""A load generator for servers of OpenAI's API: `hbserve bench serve`."""
+"""A load generator for servers with OpenAI's API: `hbserve bench serve`."""

@@ -1,4 +1,4 @@
-"""Times at which the requests of a load are to be sent, in seconds from its begin."""
+"""Times at which the requests of a load are to be sent, in seconds since its beginning."""
 
 import itertools
 import math
@@ -17,10 +17,10 @@ def arrival_times(
     ramp_rates: tuple[float, float] = (0.0, 0.0),
     seed: int = 0,
 ) -> list[float]:
-    """Arrival times as in `vllm bench serve`: the gaps between them have a gamma distribution whose shape is
+    """Draw arrival times as `vllm bench serve` does: the gaps between them have a gamma distribution whose shape is
     `burstiness`.
 
-    A burstiness of 1 is a Poisson process, less is burstier, and an infinite one has equal gaps. Without a ramp all
+    A burstiness of 1 is a Poisson process, less is burstier, and an infinite one has equal gaps. Without a ramp, all
     times are stretched so that the last request comes at `count / rate`. An infinite rate sends all at once.
     """
     rng = random.Random(seed)
@@ -44,7 +44,7 @@ def _rate_at(progress: float, rate: float, ramp: Ramp | None, ramp_rates: tuple[
 
 
 def gap_s(rng: random.Random, rate: float, burstiness: float) -> float:
-    """Time until the next request. An infinite burstiness, or one that overflows a float, gives equal gaps."""
+    """Draw the time until the next request. An infinite burstiness, or one that overflows a float, gives equal gaps."""
     if math.isinf(rate * burstiness):
         return 1 / rate
     return rng.gammavariate(burstiness, 1 / (rate * burstiness))

@@ -1,4 +1,4 @@
-"""One request of a load to a server with OpenAI's API: what is sent, and when which part of the answer came."""
+"""One request of a load to a server with OpenAI's API, and the times at which the parts of its answer came."""
 
 import time
 from dataclasses import dataclass, field
@@ -13,27 +13,27 @@ from hbserve_rpc import HBServeRpcError
 from hbserve_rpc.plain_values import shown
 
 SHOWN = 60
-"""Bytes of a body that has no events, for the error."""
+"""How many bytes of a body without events the error shows."""
 
 
 @dataclass
 class Outcome:
-    """What became of one request. Times are in seconds, of `time.perf_counter`; `arrivals` are those of events that
-    have text."""
+    """The result of one request. Times are in seconds of `time.perf_counter`; `arrivals` are those of events with
+    text."""
 
     prompt_len: int
     planned_s: float = 0.0
-    """When it was to be sent."""
+    """When the request was to be sent."""
     start_s: float = 0.0
     ready_s: float = 0.0
-    """When its task began. After that it may still wait because of `--max-concurrency`, until `start_s`."""
+    """When the request's task began. Because of `--max-concurrency` it may then wait, until `start_s`."""
     arrivals: list[float] = field(default_factory=list)
     text: str = ""
     output_tokens: int = 0
     latency_s: float = 0.0
     error: str = ""
     server: dict[str, Any] = field(default_factory=dict)
-    """Figures from the server, in `metrics` of the last event; HBServe and vLLM send them."""
+    """The server's own figures, from `metrics` of the last event. HBServe and vLLM send them."""
 
     @property
     def is_ok(self) -> bool:
@@ -102,7 +102,7 @@ class AnswerReader:
         """The first bytes of the body, for the error if it has no events."""
 
     def feed(self, data: bytes) -> None:
-        """Take in a piece of the body, which has just come."""
+        """Read a piece of the body that has just come."""
         now_s = self._last_s = time.perf_counter()
         self._beginning = (self._beginning + data)[:SHOWN]
         for event in self._events.feed(data):
@@ -119,13 +119,13 @@ class AnswerReader:
         if event.metrics:
             outcome.server = event.metrics
         said = [choice.said() for choice in event.choices]
-        # A token may be half a character, or special: an event with a choice is one all the same, in /v1/completions.
+        # A token may be half a character, or special. In /v1/completions an event with a choice is a token anyway.
         if any(said) or any(choice.text is not None for choice in event.choices):
             outcome.arrivals.append(now_s)
             self._texts += said
 
     def end(self) -> None:
-        """The body has ended."""
+        """Complete the outcome at the end of the body."""
         outcome = self._outcome
         outcome.text = "".join(self._texts)
         if not outcome.arrivals and not outcome.error:
@@ -138,7 +138,7 @@ class AnswerReader:
 
 
 async def ask(client: HttpClient, path: str, body: dict[str, Any], outcome: Outcome, request_id: str = "") -> None:
-    """Send one request and read the answer. Errors are recorded in the outcome, and not raised."""
+    """Send one request and read its answer. Errors are recorded in the outcome, not raised."""
     reader = AnswerReader(outcome)
     encoded = msgspec.json.encode(body)
     outcome.start_s = time.perf_counter()

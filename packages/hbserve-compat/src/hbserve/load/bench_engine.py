@@ -1,4 +1,4 @@
-"""`hbserve bench engine`."""
+"""`hbserve bench engine`: measures one engine alone."""
 
 import json
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ class EngineUnderTest:
     tensor_parallel_size: int
 
     def settings(self) -> dict[str, Any]:
-        """Settings of its InstanceConfig, model_path apart."""
+        """Return the settings of the engine's InstanceConfig, except model_path."""
         return {
             "device": self.device,
             "dtype": self.dtype,
@@ -41,13 +41,13 @@ class EngineUnderTest:
         }
 
     def is_on_a_gpu(self, folder: Path) -> bool:
-        """Raises InvalidInstanceConfig for settings that cannot be."""
+        """Whether the engine computes on a GPU. Raises InvalidInstanceConfig for impossible settings."""
         config = InstanceConfig(model_path=str(folder), **self.settings())
         return choose_device(config).type == "cuda"
 
 
 def bench_engine(engine: EngineUnderTest, workloads: Sequence[str], scale: float | None) -> None:
-    """Print a line for each run. Raises what `InstanceConfig` and `make_runner` raise."""
+    """Run the workloads, and print a line for each run. Raises what `InstanceConfig` and `make_runner` raise."""
     folder = model_folder(engine.model)
     on_gpu = engine.is_on_a_gpu(folder)
     if scale is None:
@@ -63,7 +63,7 @@ def sweep_engine(
     contexts: tuple[int, ...] | None,
     rows_file: Path | None,
 ) -> None:
-    """Print a line for each batch size and context, and write it to `rows_file` as a JSON object.
+    """Measure decode steps. Prints a line for each batch size and context, and writes it to `rows_file` as JSON.
 
     Raises what `InstanceConfig` and `make_runner` raise, and OSError if the file cannot be written.
     """

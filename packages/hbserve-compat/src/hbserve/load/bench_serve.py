@@ -31,18 +31,18 @@ from hbserve_rpc.plain_values import shown
 RETRY_S = 1.0
 USUAL_COUNT = 1000
 MOST_ERRORS = 10
-"""How many different error messages are printed."""
+"""Most different error messages that are printed."""
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty")
 
 
 async def bench_serve(args: BenchServeArgs) -> dict[str, Any]:
-    """Send a load, print its report, and write the files that are asked for; returns the content of the JSON file.
+    """Send a load, print its report, and write the files that were asked for. Returns the content of the JSON file.
 
-    After a cancellation the report is about the requests that have ended, and the file has `was_cut`; then the
-    cancellation is raised again.
+    After a cancellation, the report covers the requests that have ended, and the file has `was_cut`. The cancellation
+    is then raised again.
 
     Raises:
-        RemoteError: not one request was answered; the file is written all the same. Else what `measure` raises.
+        RemoteError: not one request was answered; the file is written all the same. Also raises what `measure` does.
     """
     result, load, wanted = await measure(args)
     if load.was_cut:
@@ -62,8 +62,8 @@ async def bench_serve(args: BenchServeArgs) -> dict[str, Any]:
 
 
 async def measure(args: BenchServeArgs) -> tuple[dict[str, Any], Load, Wanted]:
-    """Send a load; returns its figures, what became of each request, and what the report is to have. If the load was
-    cut by a cancellation, the caller must raise it again.
+    """Send a load. Returns its figures, the result of each request, and what the report is to contain. If a
+    cancellation cut the load short, the caller must raise it again.
 
     Raises:
         InvalidRequest: the options contradict each other, or a dataset cannot be read.
@@ -89,8 +89,8 @@ async def measure(args: BenchServeArgs) -> tuple[dict[str, Any], Load, Wanted]:
 
 
 def _require_possible(args: BenchServeArgs) -> None:
-    """Check what can be checked before a server is asked, so that no load of minutes is lost. Raises InvalidRequest,
-    OSError, and what `require_plotting` raises."""
+    """Check what can be checked before the load begins, so that minutes of measuring are not lost. Raises
+    InvalidRequest, OSError, and what `require_plotting` raises."""
     require_path("--endpoint", args.path)
     require_header("--request-id-prefix", "X-Request-Id", args.request_id_prefix)
     for name in (*SAMPLING, "timed_trace_sec_multiplier", "ramp_up_start_rps", "ramp_up_end_rps"):
@@ -157,7 +157,7 @@ def _headers(args: BenchServeArgs) -> dict[str, str]:
 
 
 def _body(args: BenchServeArgs) -> dict[str, Any]:
-    """Fields that are the same in every request."""
+    """Return the fields that are the same in every request."""
     given = args.extra_body or "{}"
     try:
         extra = msgspec.json.decode(given.encode(), type=dict[str, Any])
@@ -209,7 +209,7 @@ def _prompts_of_file(args: BenchServeArgs, tokenizer: Any, vocabulary: Vocabular
             output_len=args.output_len or (None if args.custom_output_len == -1 else args.custom_output_len),
             shuffle_seed=None if args.disable_shuffle else args.seed,
             repeats=not args.no_oversample,
-            templated=not (args.skip_chat_template or args.is_chat),  # of a chat the server applies it
+            templated=not (args.skip_chat_template or args.is_chat),  # in a chat, the server applies the template
         )
     if args.dataset_name is Dataset.BURSTGPT:
         return prompts.burstgpt(path, vocabulary, count, seed=args.seed)
@@ -261,7 +261,7 @@ class _Models(msgspec.Struct):
 
 
 async def _find_model(client: HttpClient, timeout_s: float) -> tuple[str, str]:
-    """Wait for the server; returns name and folder of its first model. Raises RequestTimeout, RemoteError."""
+    """Wait for the server. Returns the name and the folder of its first model. Raises RequestTimeout, RemoteError."""
     deadline_s = time.monotonic() + timeout_s
     while True:
         try:
@@ -288,7 +288,7 @@ async def _find_model(client: HttpClient, timeout_s: float) -> tuple[str, str]:
 
 
 async def _warm_up(client: HttpClient, args: BenchServeArgs, bodies: list[dict[str, Any]]) -> None:
-    """Send the warm-up requests. Raises RemoteError if one is answered with an error, as all of the load would be."""
+    """Send the warm-up requests. Raises RemoteError if one is answered with an error, as the whole load would be."""
     for body in bodies:
         outcome = Outcome(0)
         await ask(client, args.path, body, outcome)
@@ -311,7 +311,7 @@ async def _send(
 
 
 def _count_tokens(load: Load, tokenizer: Any) -> None:
-    """Where a server has not said how many tokens an answer has, count those of its text, as vLLM's command does."""
+    """Count the tokens of the texts of answers for which the server reported no number, as vLLM's command does."""
     untold = [each for each in load.outcomes if each.is_ok and not each.output_tokens]
     for each in untold:
         each.output_tokens = len(encode(tokenizer, each.text, add_special_tokens=False))
