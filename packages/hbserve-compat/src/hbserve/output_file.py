@@ -1,4 +1,4 @@
-"""Of a file that is to be written: what can be known before the work that it is about, and what became of it."""
+"""Output files of commands: checks before the work whose result they get, and errors of writing them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,8 +8,8 @@ from hbserve_rpc import InvalidRequest
 
 
 def require_folder_of(option: str, path: Path) -> None:
-    """Raises FileNotFoundError or InvalidRequest: the folder of the file that this option names is not there, or the
-    file is one itself."""
+    """Check the file that an option names. Raises FileNotFoundError if its folder does not exist, and InvalidRequest if
+    it is a folder itself."""
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{option}={path}: there is no folder {path.parent}")
     if path.is_dir():
@@ -18,17 +18,17 @@ def require_folder_of(option: str, path: Path) -> None:
 
 @contextmanager
 def writing(path: Path, *, in_parts: bool = False) -> Iterator[None]:
-    """Around what opens and writes the file, of which nothing is left if it cannot be written to its end, unless it is
-    written in parts that are of use without the others.
+    """Wrap the code that opens and writes a file. A file that cannot be written to its end is removed, unless it is
+    written `in_parts` that are of use without the others.
 
     Raises:
-        OSError: it cannot be opened or written; has its name. The system's own error of a full disk has none.
+        OSError: the file cannot be opened or written. Has its name, which the system's own error of a full disk lacks.
     """
     try:
         yield
     except OSError as error:
-        if error.filename is not None:  # it was not opened
+        if error.filename is not None:  # the file was not opened
             raise
-        if not in_parts and path.is_file():  # and no device
+        if not in_parts and path.is_file():  # not a device
             path.resolve().unlink()
         raise OSError(error.errno, error.strerror or str(error), str(path)) from None

@@ -1,4 +1,4 @@
-"""Figures by matplotlib, which is an extra: `pip install 'hbserve-compat[plot]'`."""
+"""Plots by matplotlib, which is an extra: `pip install 'hbserve-compat[plot]'`."""
 
 import contextlib
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from hbserve.output_file import require_folder_of, writing
 from hbserve_rpc import InvalidRequest
 
 INCHES = 6.0, 3.6
-"""Of one plot."""
+"""Width and height of one plot."""
 
 
 class PlottingUnavailable(ImportError):
@@ -17,12 +17,12 @@ class PlottingUnavailable(ImportError):
 
 
 def require_plotting(path: Path) -> None:
-    """Whether there can be a plot of this name: to be asked before what is to be drawn takes minutes.
+    """Check that a plot can be written to `path`, before the minutes of work whose result it is to show.
 
     Raises:
         PlottingUnavailable: matplotlib is not installed.
-        InvalidRequest: it is of no kind that matplotlib knows.
-        FileNotFoundError: its folder is not there.
+        InvalidRequest: matplotlib does not know files with this suffix.
+        FileNotFoundError: the folder does not exist.
     """
     try:
         from matplotlib.backend_bases import FigureCanvasBase
@@ -35,12 +35,12 @@ def require_plotting(path: Path) -> None:
 
 @contextlib.contextmanager
 def figure_of(path: Path, num_rows: int, num_columns: int, title: str) -> Iterator[Any]:
-    """Axes in rows and columns, to be drawn on; the file is there afterwards, of the kind that its name ends with.
+    """Yield axes, in rows and columns, to draw on; then write the file, in the format of its suffix.
 
     Raises what `require_plotting` raises, and OSError if the file cannot be written.
     """
     require_plotting(path)
-    from matplotlib.figure import Figure  # without pyplot, and so without a screen
+    from matplotlib.figure import Figure  # not pyplot, which would look for a screen
 
     figure = Figure(figsize=(INCHES[0] * num_columns, INCHES[1] * num_rows), layout="constrained")
     figure.suptitle(title)

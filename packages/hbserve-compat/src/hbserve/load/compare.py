@@ -33,12 +33,12 @@ ROLES: dict[str, Role] = {"P": "prefill", "D": "decode", "H": "hybrid"}
 HYBRID = "H"
 STOP_TIMEOUT_S = 60.0
 MUCH_MORE = 1.05
-"""A smaller ratio of two goodputs is not taken for a difference."""
+"""Smallest ratio of two goodputs that counts as a difference."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured of one layout under one load."""
+    """Figures of one layout under one load."""
 
     layout: str
     rate: float
@@ -50,7 +50,7 @@ class Measured:
 
 
 async def compare(args: CompareArgs) -> None:
-    """Measure the layouts, print a table and a recommendation, and write the files that are asked for.
+    """Measure the layouts, print a table and a recommendation, and write the files that were asked for.
 
     Raises InvalidRequest, ConfigError, OSError, what `bench_serve` raises, and RuntimeError if a server ends by itself.
     """
@@ -66,7 +66,7 @@ async def compare(args: CompareArgs) -> None:
     found: list[Measured] = []
     for name, roles in layouts.items():
         async with serving(base, roles) as server:
-            for seed, rate in enumerate(rates, args.seed):  # prompts of the rate before are in prefix caches
+            for seed, rate in enumerate(rates, args.seed):  # the previous rate's prompts are in the prefix caches
                 sys.stderr.write(f"{name}, {rate:g} requests a second\n")
                 found.append(Measured(name, rate, await server.during(_load(args, server.url, rate, seed))))
     sys.stdout.writelines(f"{line}\n" for line in lines(found))
@@ -82,14 +82,14 @@ def _rates(text: str) -> list[float]:
         rates = sorted({float(each) for each in text.split(",")})
     except ValueError:
         rates = []
-    if not rates or not all(0 < each < math.inf for each in rates):  # nan has no place in an order
+    if not rates or not all(0 < each < math.inf for each in rates):  # also refuses nan
         raise InvalidRequest(f"--rates={text!r}: expected numbers above 0, separated by commas")
     return rates
 
 
 def layouts_of(text: str) -> dict[str, list[Role]]:
-    """The roles of each layout's instances. All layouts must have equally many instances, because a comparison would
-    otherwise be meaningless. Raises InvalidRequest."""
+    """Return the roles of each layout's instances. All layouts must have equally many instances, because otherwise a
+    comparison would be meaningless. Raises InvalidRequest."""
     layouts: dict[str, list[Role]] = {}
     for name in text.upper().split(","):
         counts = {letter: int(count) for count, letter in re.findall(r"(\d+)([PDH])", name)}
@@ -105,7 +105,7 @@ def layouts_of(text: str) -> dict[str, list[Role]]:
 
 @contextlib.asynccontextmanager
 async def serving(base: DeploymentConfig, roles: Sequence[str]) -> AsyncIterator["Server"]:
-    """Run `hbserve serve` with instances of these roles, and otherwise as `base` says. It may not be ready yet."""
+    """Run `hbserve serve` with instances of these roles and the other settings of `base`. It may not be ready yet."""
     config = msgspec.to_builtins(base)
     config["gpu_instances"] = [
         {"instance_id": f"{role}-{rank}", "instance_type": role, "kv_rank": rank} for rank, role in enumerate(roles)
@@ -126,7 +126,7 @@ async def serving(base: DeploymentConfig, roles: Sequence[str]) -> AsyncIterator
 
 
 class Server:
-    """A server process."""
+    """A process of `hbserve serve`."""
 
     def __init__(self, url: str, process: asyncio.subprocess.Process) -> None:
         self.url = url
@@ -178,7 +178,7 @@ async def _load(args: CompareArgs, url: str, rate: float, seed: int) -> dict[str
 
 
 def lines(found: Sequence[Measured]) -> Iterator[str]:
-    """A table, and a recommendation."""
+    """Yield the lines of a table, and of a recommendation."""
     yield f"{'req/s':>7}  {'layout':12}{'goodput':>9}{'attained':>10}{'TTFT p90':>11}{'TPOT p90':>11}{'ITL p99':>11}"
     for each in sorted(found, key=lambda each: each.rate):
         figures = each.figures

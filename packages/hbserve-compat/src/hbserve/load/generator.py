@@ -1,5 +1,5 @@
-"""The load itself: sends each request when it is due, whatever became of those before; and watches whether this process
-is fast enough."""
+"""The sending of a load: each request goes out when it is due, whether or not earlier ones were answered. Also watches
+whether this process is fast enough."""
 
 import asyncio
 import contextlib
@@ -19,10 +19,10 @@ fires this late, which is also a large part of the times that are measured."""
 
 @dataclass
 class Watch:
-    """How busy this process is while it sends a load. Its delays are a part of every figure."""
+    """Measures how busy this process is while it sends a load. Its delays are a part of every figure."""
 
     lags_s: list[float] = field(default_factory=list)
-    """How late each timer has fired."""
+    """How late each timer fired."""
     send_lags_s: list[float] = field(default_factory=list)
     """How late each request was sent, not counting the wait for `max_concurrency`."""
     cpu_share: float = 0.0
@@ -50,9 +50,9 @@ class Watch:
         return lags[int(0.99 * (len(lags) - 1))] if lags else 0.0
 
     def complaint(self, shortest_s: float) -> str:
-        """Why the figures measure this process rather than the server; empty if they do not.
+        """Say why the figures measure this process rather than the server; empty if they do not.
 
-        `shortest_s`: the typical value of the shortest kind of time that is measured.
+        `shortest_s` is the typical value of the shortest kind of time that is measured.
         """
         if self.cpu_share > MOST_CPU_SHARE:
             return f"this client computes {self.cpu_share:.0%} of the time"
@@ -64,13 +64,13 @@ class Watch:
 
 @dataclass(frozen=True)
 class Load:
-    """The requests of a load, and what became of them."""
+    """The results of a load's requests."""
 
     outcomes: list[Outcome]
     duration_s: float
     watch: Watch
     was_cut: bool = False
-    """Whether a cancellation ended it early; `outcomes` then has only the requests that had ended."""
+    """Whether a cancellation ended the load early; `outcomes` then has only the requests that had ended."""
 
 
 async def send_load(
@@ -81,7 +81,7 @@ async def send_load(
     max_concurrency: int | None,
     on_end: Callable[[], object],
 ) -> Load:
-    """Send request `i` by `send(i)` at `times_s[i]`, at most `max_concurrency` at a time, and wait for all.
+    """Send request `i` by `send(i)` at `times_s[i]`, at most `max_concurrency` at a time, and wait for all answers.
 
     `send` fills `outcomes[i]`, and raises nothing. A cancellation ends the load early and is not raised here, so that
     the caller can report what is known (`was_cut`); the caller must then raise it again.
@@ -103,7 +103,7 @@ async def send_load(
             async with asyncio.TaskGroup() as group:
                 for i, at_s in enumerate(times_s):
                     outcomes[i].planned_s = began_s + at_s
-                    # A request that is due runs before the next is made: else all of a burst would wait for the last.
+                    # Let a request that is due run before the next one is made: else a burst would wait for its last.
                     await asyncio.sleep(max(0.0, outcomes[i].planned_s - time.perf_counter()))
                     group.create_task(one(i))
         except asyncio.CancelledError:

@@ -1,4 +1,4 @@
-"""HTTP/1.1 requests over kept connections; the body of an answer is passed on piece by piece, as it comes.
+"""A client for HTTP/1.1 that reuses connections, and passes the body of an answer on piece by piece as it comes.
 
 A load generator's own delays are a part of each figure. So bytes go from the socket to a parser in C, and each piece of
 a body is passed on in the same iteration of the event loop, without waking a task.
@@ -19,17 +19,17 @@ CONNECT_TIMEOUT_S = 30.0
 
 
 class HttpClient:
-    """Connections to one server, at most as many as there are requests at a time."""
+    """A pool of connections to one server, which has at most as many as there are requests at a time."""
 
     def __init__(self, base_url: str, headers: dict[str, str], *, verify: bool = True) -> None:
-        """Raises InvalidAddress."""
+        """Connect to nothing yet. Raises InvalidAddress."""
         url = parse_url("--base-url", base_url)
         self._ssl: ssl.SSLContext | None = None
         if url.is_secure:
             self._ssl = ssl.create_default_context() if verify else ssl._create_unverified_context()
         self._address = url.host, url.port
         self.prefix = url.path
-        """Prefix of every path."""
+        """Path of the base URL, which is put before the path of every request."""
         lines = {"Host": url.authority, "Content-Type": "application/json", **headers}
         self._head = "".join(f"{name}: {value}\r\n" for name, value in lines.items())
         self._idle: list[_Connection] = []
@@ -42,12 +42,13 @@ class HttpClient:
         on_data: Callable[[bytes], None] | None = None,
         request_id: str = "",
     ) -> tuple[int, bytes]:
-        """Send a request; returns status and body.
+        """Send a request. Returns the status and the body.
 
-        on_data: called with each piece of the body as it comes, if the status is 200. The returned body is then empty.
+        `on_data` is called with each piece of the body as it comes, if the status is 200. The returned body is then
+        empty.
 
         Raises:
-            PeerLost: there is no connection, or it has ended before the answer.
+            PeerLost: there is no connection, or it ended before the answer.
         """
         head = f"{method} {self.prefix}{path} HTTP/1.1\r\n{self._head}Content-Length: {len(body)}\r\n"
         head += f"X-Request-Id: {request_id}\r\n\r\n" if request_id else "\r\n"
@@ -113,14 +114,14 @@ class _Connection(asyncio.Protocol):
         if self._transport is not None:
             self._transport.abort()
 
-    # ---- the event loop's --------------------------------------------------------------------------------------------
+    # ---- called by the event loop ------------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
 
     def data_received(self, data: bytes) -> None:
-        if self._answer is None:  # nobody has asked
+        if self._answer is None:  # there is no request that this could answer
             self.close()
             return
         try:
@@ -139,7 +140,7 @@ class _Connection(asyncio.Protocol):
             self._answer.set_exception(known)
         self.close()
 
-    # ---- the parser's ------------------------------------------------------------------------------------------------
+    # ---- called by the parser ----------------------------------------------------------------------------------------
 
     def on_headers_complete(self) -> None:
         self._keep_alive = self._parser.should_keep_alive()

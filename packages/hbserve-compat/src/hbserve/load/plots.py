@@ -1,4 +1,4 @@
-"""Pictures of a load, by matplotlib: SVG, PNG or PDF, depending on the file's name."""
+"""Plots of a load, by matplotlib: SVG, PNG or PDF, depending on the file's name."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -11,8 +11,8 @@ from hbserve.plotting import figure_of
 
 
 def plot_load(path: Path, load: Load, goals_s: Mapping[str, float], title: str) -> None:
-    """Plot each request's TTFT by when it was sent, the distribution of times, output tokens by second, and requests at
-    a time.
+    """Plot each request's TTFT over the time at which it was sent, the distributions of latencies, the output tokens of
+    each second, and the number of requests at a time.
 
     Raises:
         PlottingUnavailable: matplotlib is not installed.

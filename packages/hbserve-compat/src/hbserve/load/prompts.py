@@ -1,5 +1,5 @@
-"""Prompts of a load. Datasets have the names that `vllm bench serve` gives them. The same seed gives the same prompts
-in every process."""
+"""Prompts of a load. The datasets have the names that `vllm bench serve` gives them, and the same seed gives the same
+prompts in every process."""
 
 import codecs
 import csv
@@ -27,9 +27,9 @@ SHAREGPT_FEWEST, SHAREGPT_MOST_PROMPT, SHAREGPT_MOST = 4, 1024, 2048
 of both together. Other conversations are skipped."""
 
 GZIP = b"\x1f\x8b"
-"""What its files begin with."""
+"""The first bytes of a file that gzip has packed."""
 MOST_TOKENS = MOST_REQUESTS = 10_000_000
-"""Limits of what may be asked for: no model has room for more, and a typing error must not fill the memory."""
+"""Limits of what may be asked for. No model has room for more tokens, and a typing error must not fill the memory."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,12 @@ class Prompt:
     at_s: float | None = None
     """Time since the first request, if the dataset has times."""
     text: str | None = None
-    """What a chat is asked, if the dataset has it as text."""
+    """The user's message of a chat, if the dataset has it as text."""
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The token ids that random prompts are drawn from: all but special tokens."""
+    """The token ids that random prompts are drawn from: all except special tokens."""
 
     ids: tuple[int, ...]
 
@@ -62,8 +62,8 @@ class Vocabulary:
 def random_prompts(
     vocabulary: Vocabulary, count: int, input_len: int, output_len: int, *, spread: float, prefix_len: int, seed: int
 ) -> list[Prompt]:
-    """Prompts of random tokens, which all begin with the same `prefix_len` tokens. Lengths are uniform between 1 -
-    `spread` and 1 + `spread` times the wanted ones."""
+    """Make prompts of random tokens, which all begin with the same `prefix_len` tokens. Lengths are uniform between
+    1 - `spread` and 1 + `spread` times the wanted ones."""
     rng = random.Random(seed)
     prefix = vocabulary.draw(rng, prefix_len)
 
@@ -83,7 +83,7 @@ def prefix_repetition(
     output_len: int,
     seed: int,
 ) -> list[Prompt]:
-    """Prompts in random order, each of which has one of `num_prefixes` common beginnings."""
+    """Make prompts in random order, each of which begins with one of `num_prefixes` common prefixes."""
     rng = random.Random(seed)
     prefixes = [vocabulary.draw(rng, prefix_len) for _ in range(num_prefixes)]
     prompts = [Prompt(prefixes[i % num_prefixes] + vocabulary.draw(rng, suffix_len), output_len) for i in range(count)]
@@ -93,10 +93,10 @@ def prefix_repetition(
 
 @contextmanager
 def _opened(path: Path) -> Iterator[io.BufferedReader | gzip.GzipFile]:
-    """A dataset's file, unpacked if it is gzip's. A pipe is read once, from its beginning.
+    """Open a dataset's file, and unpack it if it is gzipped. Reads the file only once, so that it may be a pipe.
 
     Raises:
-        InvalidRequest: it is packed, and cannot be unpacked to its end.
+        InvalidRequest: the file is gzipped, and cannot be unpacked to its end.
     """
     with path.open("rb") as file:
         if file.peek(2)[:2] != GZIP:
@@ -110,8 +110,8 @@ def _opened(path: Path) -> Iterator[io.BufferedReader | gzip.GzipFile]:
 
 
 def sharegpt(path: Path, tokenizer: Any, count: int, *, output_len: int | None, seed: int) -> list[Prompt]:
-    """First questions of ShareGPT's conversations, with the lengths of their answers. Entries without two turns of text
-    are skipped.
+    """Read the first questions of ShareGPT's conversations, with the lengths of their answers. Entries without two
+    turns of text are skipped.
 
     Raises:
         InvalidRequest: the file is not of this format, or has no conversation of a usable length.
@@ -158,14 +158,17 @@ def custom(
     repeats: bool,
     templated: bool,
 ) -> list[Prompt]:
-    """Prompts of lines of `{"prompt", "output_tokens"}`, as in vLLM's dataset of this name. Empty lines are skipped.
+    """Read prompts from lines of `{"prompt", "output_tokens"}`, as in vLLM's dataset of this name. Empty lines are
+    skipped.
 
-    output_len: of all answers; None: each line says its own. shuffle_seed: None is the file's order. repeats: from the
-    beginning again, if the file has fewer than `count`. templated: the prompt is what a user says, and the model's chat
-    template is around it.
+    Args:
+        output_len: length of all answers. None: each line has its own.
+        shuffle_seed: None keeps the file's order.
+        repeats: whether to start again from the beginning if the file has fewer than `count` prompts.
+        templated: whether to put the model's chat template around each prompt, as a user's message.
 
     Raises:
-        InvalidRequest: a line is not of this format (says which), there is none, or the model has no chat template.
+        InvalidRequest: a line is not of this format (which is named), there is none, or the model has no chat template.
     """
     entries: list[tuple[str, int]] = []
     decoder = msgspec.json.Decoder(_CustomLine)
@@ -190,7 +193,7 @@ def custom(
 
 
 def _asked(tokenizer: Any, text: str, templated: bool) -> list[int]:
-    """A prompt's tokens."""
+    """Encode a prompt. `templated`: as a user's message in the model's chat template. Raises InvalidRequest."""
     if not templated:
         return encode(tokenizer, text)
     if not tokenizer.chat_template:
@@ -201,7 +204,7 @@ def _asked(tokenizer: Any, text: str, templated: bool) -> list[int]:
 
 
 def _two_turns(entry: Any) -> list[str]:
-    """The texts of a conversation's first two turns; empty if there are fewer turns, or one is not text."""
+    """Return the texts of a conversation's first two turns; empty if there are fewer turns, or one is not text."""
     turns = entry.get("conversations") if isinstance(entry, dict) else None
     first = turns[:2] if isinstance(turns, list) else []
     said = [each["value"] for each in first if isinstance(each, dict) and isinstance(each.get("value"), str)]
@@ -209,7 +212,7 @@ def _two_turns(entry: Any) -> list[str]:
 
 
 def _why_not(error: Exception) -> str:
-    """A short reason, from the exception of a decoder."""
+    """Return a short reason for the exception of a decoder."""
     if isinstance(error, UnicodeDecodeError):
         return f"byte {error.start} is not UTF-8 text"
     return "it is nested too deep" if isinstance(error, RecursionError) else str(error)
@@ -217,7 +220,7 @@ def _why_not(error: Exception) -> str:
 
 @dataclass(frozen=True)
 class TracedRequest:
-    """One line of a trace: the shape of a request, and when it came."""
+    """One line of a trace: the time and the lengths of a request."""
 
     at_s: float
     input_len: int
@@ -244,8 +247,8 @@ def read_timed_trace(path: Path, *, unit_s: float, most: int | None = None) -> I
     are skipped.
 
     Raises:
-        InvalidRequest: a line is not of this format, or its time is before that of the line above; says which. Or
-            there is no line.
+        InvalidRequest: a line (which is named) is not of this format, or its time is before that of the line above;
+            or there is no line.
     """
     first: float | None = None
     last = 0.0
@@ -271,7 +274,7 @@ def read_timed_trace(path: Path, *, unit_s: float, most: int | None = None) -> I
 def timed_trace(
     path: Path, vocabulary: Vocabulary, count: int | None, *, block_size: int, unit_s: float
 ) -> list[Prompt]:
-    """Prompts of a trace. The tokens of a block depend only on its id. Raises InvalidRequest."""
+    """Make the prompts of a trace. The tokens of a block depend only on its id. Raises InvalidRequest."""
 
     @lru_cache(maxsize=1 << 14)
     def block(hash_id: int) -> list[int]:
@@ -287,12 +290,12 @@ def timed_trace(
 
 
 def burstgpt(path: Path, vocabulary: Vocabulary, count: int, *, seed: int) -> list[Prompt]:
-    """Prompts with the lengths and times of BurstGPT's answered requests to GPT-4, beginning at a random place of the
-    file.
+    """Make prompts with the lengths and times of BurstGPT's answered requests to GPT-4, beginning at a random place of
+    the file.
 
     Raises:
-        InvalidRequest: the file lacks a column of BurstGPT, a row is not of this format (says which), or there is no
-            such request.
+        InvalidRequest: the file lacks a column of BurstGPT, a row (which is named) is not of this format, or there is
+            no such request.
     """
     found = [row for row in _rows(path) if row.given > 0]
     if not found:
@@ -312,7 +315,7 @@ class _Row(msgspec.Struct):
 
 
 def _rows(path: Path) -> Iterator[_Row]:
-    """The rows about GPT-4."""
+    """Yield the rows about GPT-4."""
     with _opened(path) as file, io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
         reader = csv.DictReader(text, restkey="")
         try:

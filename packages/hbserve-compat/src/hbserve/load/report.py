@@ -18,7 +18,7 @@ METRICS = {
     "client_queue_time": "Client Queue Time",
     "handoff": "Hand-off",
 }
-"""Metrics of which a report has mean, median, spread and percentiles, with their names on the screen."""
+"""Metrics for which a report has mean, median, spread and percentiles, with their names on the screen."""
 HEADERS = {
     "ttft": "Time to First Token",
     "tpot": "Time per Output Token (excl. 1st token)",
@@ -33,7 +33,7 @@ SERVER_FIELDS = {
     "server_handoffs": "handoff_ms",
     "server_kv_transfer_times": "kv_transfer_time_ms",
 }
-"""Figures that servers send for each request: milliseconds there, seconds here. vLLM has the first two."""
+"""Figures that servers send for each request, by our name: milliseconds there, seconds here. vLLM has the first two."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Wanted:
 
 
 def goals_of(texts: Iterable[str]) -> dict[str, float]:
-    """Read limits of the form `METRIC:MS`; returns seconds by ttft, tpot and e2el. Raises InvalidRequest."""
+    """Parse limits of the form `METRIC:MS`. Returns seconds by ttft, tpot and e2el. Raises InvalidRequest."""
     goals_s = {}
     for text in texts:
         metric, _, milliseconds = text.partition(":")
@@ -64,7 +64,7 @@ def goals_of(texts: Iterable[str]) -> dict[str, float]:
 
 
 def percentile(values: Iterable[float], share: float) -> float:
-    """A percentile, interpolated between the two neighbouring values as numpy does by default; 0 if there are no
+    """Return a percentile, interpolated between the two neighbouring values as numpy does by default; 0 if there are no
     values. `share` is 0 to 100."""
     ordered = sorted(values)
     if not ordered:
@@ -76,7 +76,7 @@ def percentile(values: Iterable[float], share: float) -> float:
 
 
 def _of_request(outcome: Outcome, metric: str) -> float:
-    """The value of a metric for goodput. A request with a single token counts with a time per token of 0."""
+    """Return the value of a metric for goodput. A request with a single token has a time per token of 0."""
     values: dict[str, Callable[[], float]] = {
         "ttft": lambda: outcome.ttft_s,
         "tpot": lambda: outcome.tpot_s or 0.0,
@@ -86,8 +86,8 @@ def _of_request(outcome: Outcome, metric: str) -> float:
 
 
 def handoff_s(outcome: Outcome) -> float | None:
-    """Time from the first token to the second: the server's figure if it sends one, otherwise what was measured
-    here."""
+    """Return the time from the first token to the second: the server's figure if it sends one, otherwise the measured
+    one. None: there is neither."""
     by_server = outcome.server.get("handoff_ms")
     if by_server is not None:
         return float(by_server) / 1e3
@@ -95,7 +95,7 @@ def handoff_s(outcome: Outcome) -> float | None:
 
 
 def values_of(outcomes: Sequence[Outcome], metric: str) -> list[float]:
-    """The values of a metric over requests that succeeded, in seconds."""
+    """Return the values of a metric, in seconds, over requests that succeeded."""
     match metric:
         case "ttft":
             return [each.ttft_s for each in outcomes]
@@ -112,7 +112,7 @@ def values_of(outcomes: Sequence[Outcome], metric: str) -> list[float]:
 
 
 def figures(load: Load, wanted: Wanted) -> dict[str, Any]:
-    """The figures, as in the JSON file."""
+    """Return the figures of a load, as they are in the JSON file."""
     good = [each for each in load.outcomes if each.is_ok]
     num_in, num_out = sum(each.prompt_len for each in good), sum(each.output_tokens for each in good)
     peak_tokens, peak_requests = _peaks(good)
@@ -140,7 +140,7 @@ def figures(load: Load, wanted: Wanted) -> dict[str, Any]:
 
 
 def complaint(load: Load) -> str:
-    """Why these figures measure the client rather than the server; empty if they do not."""
+    """Say why the figures of a load measure the client rather than the server; empty if they do not."""
     good = [each for each in load.outcomes if each.is_ok]
     if not good:
         return ""
@@ -159,7 +159,7 @@ def _attainment(load: Load, good: Sequence[Outcome], goals_s: Mapping[str, float
 
 
 def summary(metric: str, values_ms: Sequence[float], percentiles: Sequence[float]) -> dict[str, float]:
-    """Mean, median, spread and percentiles; zeros if there are no values."""
+    """Return mean, median, spread and percentiles of a metric; zeros if there are no values."""
     values = values_ms or [0.0]
     return {
         f"mean_{metric}_ms": statistics.fmean(values),
@@ -170,7 +170,7 @@ def summary(metric: str, values_ms: Sequence[float], percentiles: Sequence[float
 
 
 def _peaks(good: Sequence[Outcome]) -> tuple[float, int]:
-    """The most tokens and the most requests in any one second, counted from the first request on."""
+    """Return the most tokens and the most requests in any one second, counted from the first request on."""
     if not good:
         return 0.0, 0
     begin_s = min(each.start_s for each in good)
@@ -182,7 +182,7 @@ def _peaks(good: Sequence[Outcome]) -> tuple[float, int]:
 
 
 def _by_server(good: Sequence[Outcome]) -> dict[str, Any]:
-    """Figures from a server with separate prefill and decode: bytes moved, pairs of instances, and retries."""
+    """Return figures of a server with separate prefill and decode: bytes moved, pairs of instances, and retries."""
     pairs = Counter(
         f"{each.server.get('prefill_instance')} > {each.server.get('decode_instance')}"
         for each in good
@@ -198,7 +198,7 @@ def _by_server(good: Sequence[Outcome]) -> dict[str, Any]:
 
 
 def details(load: Load) -> dict[str, Any]:
-    """Figures of each request, for `--save-detailed`."""
+    """Return the figures of each request, for `--save-detailed`."""
     outcomes = load.outcomes
     lists: dict[str, list[Any]] = {
         "input_lens": [each.prompt_len for each in outcomes],
@@ -219,7 +219,7 @@ def details(load: Load) -> dict[str, Any]:
 
 
 def lines(result: Mapping[str, Any], wanted: Wanted) -> Iterator[str]:
-    """The figures as lines of text."""
+    """Yield the figures as lines of text."""
     yield f"{' Serving Benchmark Result ':=^50}"
     rows = {
         "Successful requests:": result["completed"],

@@ -1,1 +1,1 @@
-"""Folders of models: where they are, how they come there, and which cannot be served."""
+"""Model folders: how they are found, how GGUF files become one, and which cannot be served."""

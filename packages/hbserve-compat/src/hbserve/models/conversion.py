@@ -1,7 +1,7 @@
-"""GGUF files as Hugging Face folders, which transformers makes of them, once, in the user's cache directory.
+"""Conversion of a GGUF file to a Hugging Face folder in the user's cache directory, by transformers and only once.
 
-A process of its own converts, which a Ctrl-C ends at once. The folder appears under its name only when it is whole, so
-neither an interruption nor two processes at once can leave a broken one behind.
+A separate process converts, so that Ctrl-C can end it at once. The folder appears under its name only when it is whole,
+so neither an interruption nor two processes at the same time can leave a broken one behind.
 """
 
 import contextlib
@@ -21,28 +21,29 @@ from platformdirs import user_cache_path
 from hbserve.models.gguf_settings import count_numbers, left_out
 
 CONVERSION = "3"
-"""To be raised when the conversion changes: a folder of another one is not used."""
+"""Version of the conversion, to be raised when it changes: folders of another version are not used."""
 POLL_S = 0.5
 _MAGIC = b"GGUF"
 _ELSEWHERE = "set XDG_CACHE_HOME to a folder that can, or give the path of a Hugging Face folder"
 _NOT_WRITTEN = 3
-"""Exit status of the writing process, whose last line is why."""
+"""Exit status of the writing process if the folder could not be written; its last line on stderr says why."""
 _FLOAT32_BYTES = 4
 _KEYS = ("missing_keys", "unexpected_keys", "mismatched_keys")
-"""Of transformers' report of what it has loaded."""
+"""Keys of transformers' report on loading that name tensors which do not fit the model."""
 
 
 class ConversionFailed(OSError):
-    """A GGUF file that cannot be read, or the package that reads it is not there; says what to do."""
+    """A GGUF file cannot be converted, or a package that reads it is not installed. The message says what to do."""
 
 
 def converted(file: Path, given_up: threading.Event | None = None) -> Path:
-    """The folder of what is in a GGUF file, in float32; converts it first if need be, unless that is `given_up`.
+    """Return the folder with the model of a GGUF file, in float32. Converts the file if that was not done before;
+    `given_up` ends the conversion early.
 
-    A file of the same name that is another one, or has changed, has a folder of its own.
+    A changed file, or another one of the same name, gets a folder of its own.
 
     Raises:
-        ConversionFailed: a package is missing, and how to install it; or why the conversion failed.
+        ConversionFailed: a package is missing (the message says how to install it), or the conversion failed.
     """
     with file.open("rb") as opened:
         if opened.read(len(_MAGIC)) != _MAGIC:
@@ -57,10 +58,10 @@ def converted(file: Path, given_up: threading.Event | None = None) -> Path:
 
 
 def convert(file: Path, folder: Path, duration: str, given_up: threading.Event) -> None:
-    """Make the folder, unless it is there.
+    """Make the folder, unless it exists.
 
     Raises:
-        ConversionFailed: why.
+        ConversionFailed: the conversion failed; the message says why.
     """
     if folder.exists():
         return
@@ -73,7 +74,8 @@ def convert(file: Path, folder: Path, duration: str, given_up: threading.Event) 
             stderr=subprocess.PIPE,
             text=True,
             errors="replace",
-            # A Ctrl-C is for us, and we end it. If we are killed, it ends its work: the folder is whole, or not there.
+            # Ctrl-C reaches only this process, which ends the writer. If this process is killed, the writer goes on:
+            # either way the folder is whole, or not there.
             start_new_session=True,
         )
         try:
@@ -90,7 +92,7 @@ def convert(file: Path, folder: Path, duration: str, given_up: threading.Event) 
 
 
 def _folder_beside(folder: Path) -> "tempfile.TemporaryDirectory[str]":
-    """Raises ConversionFailed: none can be made."""
+    """Make a temporary folder beside the given one. Raises ConversionFailed if that is not possible."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         return tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent, ignore_cleanup_errors=True)
@@ -104,7 +106,7 @@ def _writer_command(file: Path, scratch: Path, folder: Path) -> list[str]:
 
 
 def _wait(writer: "subprocess.Popen[str]", given_up: threading.Event) -> str:
-    """Wait until it ends or is given up; returns what it wrote to stderr."""
+    """Wait until the writer ends, or the conversion is given up. Returns what it wrote to stderr."""
     while not given_up.is_set():
         with contextlib.suppress(subprocess.TimeoutExpired):
             return writer.communicate(timeout=POLL_S)[1]
@@ -119,13 +121,13 @@ def _write_model(file: Path, folder: Path) -> None:
     source = {"gguf_file": file.name, "local_files_only": True}
     loaded: Any = AutoModelForCausalLM.from_pretrained(file.parent, dtype="float32", output_loading_info=True, **source)
     model, found = loaded
-    # transformers invents what a file lacks.
+    # transformers makes up the tensors that the file lacks.
     wrong = [
         f"{kind.removesuffix('_keys')} tensors ({', '.join(sorted(map(str, found[kind]))[:4])})"
         for kind in _KEYS
         if found[kind]
     ]
-    # And it says nothing of what it leaves out.
+    # And it does not report what it leaves out.
     wrong += _surplus(reader, model)
     if wrong:
         raise ValueError(f"it is incomplete, or not of the model that it names: {'; '.join(wrong)}")
@@ -133,7 +135,7 @@ def _write_model(file: Path, folder: Path) -> None:
     # The weights are plain numbers now; without this the folder would claim to be quantized.
     del model.config.quantization_config
     model.hf_quantizer = None
-    # Of a model that is loaded otherwise than by its own names, transformers 5 saves experts as it keeps them: stacked.
+    # transformers 5 would save experts stacked, as it keeps them, if a model was not loaded by its own tensor names.
     model._weight_conversions = None
     tokenizer = AutoTokenizer.from_pretrained(file.parent, **source)
     try:
@@ -141,13 +143,13 @@ def _write_model(file: Path, folder: Path) -> None:
         tokenizer.save_pretrained(folder)
         config = folder / "config.json"
         config.write_text(json.dumps(json.loads(config.read_text()) | settings, indent=2))
-    except Exception as error:  # of libraries, which have errors of their own for a full disk
+    except Exception as error:  # any: the libraries have their own errors for a full disk
         sys.stderr.write(f"{error}\n")
         sys.exit(_NOT_WRITTEN)
 
 
 def _require_room(needed: int, folder: Path) -> None:
-    """End the process unless a disk has room for so many bytes: to read the model first takes minutes."""
+    """End the process unless the disk has room for so many bytes, before minutes are spent on reading the model."""
     free = shutil.disk_usage(folder).free
     if free < needed:
         sys.stderr.write(f"it needs {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free\n")
@@ -155,7 +157,7 @@ def _require_room(needed: int, folder: Path) -> None:
 
 
 def _surplus(reader: Any, model: Any) -> list[str]:
-    """What is wrong with a GGUF file that has more than the model that transformers makes of it."""
+    """Return what a GGUF file has beyond the model that transformers makes of it, in words; empty if nothing."""
     names = [each.name for each in reader.tensors]
     layers = (name for name in names if name.startswith("blk."))
     beyond = [name for name in layers if int(name.split(".")[1]) >= model.config.num_hidden_layers]
@@ -169,10 +171,10 @@ def _surplus(reader: Any, model: Any) -> list[str]:
 
 
 def write_main(file: Path, scratch: Path, folder: Path) -> None:
-    """What the writing process does. `scratch` becomes `folder`, or goes."""
+    """Run the writing process. It writes into `scratch`, which is then renamed to `folder`, or removed."""
     try:
         _write_model(file, scratch)
-        with contextlib.suppress(OSError):  # another process was faster: its folder is as good
+        with contextlib.suppress(OSError):  # another process was faster, and its folder is as good
             scratch.rename(folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

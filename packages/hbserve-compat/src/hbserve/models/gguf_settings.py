@@ -1,8 +1,9 @@
-"""Settings of a model that its GGUF file has and transformers (5.24) leaves out: without them, tokens are other ones.
+"""Settings of a model that its GGUF file has, but transformers (5.24) leaves out. Without them the model would generate
+other tokens.
 
-Scaled RoPE, above all: of Llama 3.1 and later the file has the factor of each frequency as a tensor (rope_freqs), of
-Phi-3 two of them, of others a type and numbers. Then windows, caps, the base of the frequencies where transformers
-takes its default for it, and what llama.cpp knows by the model's size alone.
+Above all these are the settings of scaled RoPE: for Llama 3.1 and later, the file has the factor of each frequency as a
+tensor (rope_freqs); for Phi-3 it has two of them; for others, a type and numbers. Then there are windows, caps, the
+base of the frequencies where transformers takes its own default, and what llama.cpp infers from the model's size alone.
 """
 
 from collections.abc import Mapping
@@ -14,19 +15,20 @@ _WHERE_STATED = {
     "attn_logit_softcapping": "attn_logit_softcapping",
     "final_logit_softcapping": "final_logit_softcapping",
 }
-"""Keys of the file, and of a config.json."""
+"""Key of config.json, by the key of the GGUF file."""
 _LAYERS_OF_27B = {"gemma2": 46, "gemma3_text": 62}
-"""Whose scores are divided by the root of hidden_size / num_attention_heads, and not of head_dim."""
+"""Number of layers of the 27B models, by model type. They divide attention scores by the square root of
+hidden_size / num_attention_heads, and not of head_dim."""
 _SCALING = "rope.scaling."
 _OF_YARN = {"yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow"}
 _PARTLY_ROTATED = ("phi3", "stablelm")
 
 
 def left_out(raw: Mapping[str, Any], reader: Any) -> dict[str, Any]:
-    """Values for a config.json, whose content is `raw`, of what a gguf.GGUFReader has of its model.
+    """Return what to change in a config.json: settings of a gguf.GGUFReader that its content, `raw`, lacks.
 
     Raises:
-        ValueError: what has no key there; names it.
+        ValueError: config.json has no key for a setting, which the message names.
     """
     architecture = reader.fields["general.architecture"].contents()
     prefix = f"{architecture}."
@@ -51,12 +53,12 @@ def left_out(raw: Mapping[str, Any], reader: Any) -> dict[str, Any]:
 
 
 def count_numbers(reader: Any) -> int:
-    """How many a file has that a model has too."""
+    """Count the numbers in the tensors of a file that are a model's weights."""
     return sum(int(each.n_elements) for each in reader.tensors if each.name not in _ROPE_TENSORS)
 
 
 def _rope(raw: Mapping[str, Any], given: Mapping[str, Any], stated: Mapping[str, Any]) -> dict[str, Any]:
-    """What is not scaled. given: what transformers has of it."""
+    """Return the settings of RoPE other than its scaling. `given` are those that transformers found."""
     rope = {"rope_type": "default", "rope_theta": stated.get("rope.freq_base", given.get("rope_theta", 1e4))}
     head_dim = raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]
     rotated = stated.get("rope.dimension_count", head_dim)

@@ -1,4 +1,4 @@
-"""Refusal of models that cannot be served, before anything starts and without torch, with what to do instead."""
+"""Checks that a model can be served, before anything starts and without torch. Errors say what to do instead."""
 
 import ctypes
 import json
@@ -17,10 +17,10 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def model_folder_at(given: Path) -> Path:
-    """The folder that was given, as a path that does not depend on the current folder.
+    """Return the folder that was given, as an absolute path.
 
     Raises:
-        FileNotFoundError: there is none, or it is known to hold something else; says what to do.
+        FileNotFoundError: there is none, or it is known to have something else; the message says what to do.
     """
     folder = Path(os.path.expanduser(given)).absolute()
     if not folder.is_dir():
@@ -47,12 +47,12 @@ def _why_no_folder(given: Path, folder: Path) -> str:
 def require_servable(
     folder: Path, settings: EngineSettings, tensor_parallel_sizes: set[int], num_local_instances: int = 0
 ) -> None:
-    """What every instance would find out by itself, some seconds later. settings: of all of them. num_local_instances:
-    of those, which start on this host.
+    """Check what every instance would otherwise find out by itself, some seconds later. `settings` are those of all
+    instances, and `num_local_instances` is how many of them start on this host.
 
     Raises:
         ModelFilesMissing, UnsupportedModel, BrokenTokenizer, WeightsMismatch, InvalidInstanceConfig, NotEnoughMemory:
-            says what is wrong, and what to do.
+            the message says what is wrong, and what to do.
     """
     from hbserve_core.model.host_memory import require_room
     from hbserve_core.model.model_config import configured_model
@@ -70,11 +70,11 @@ def require_servable(
 
 
 def require_settings(config: DeploymentConfig) -> None:
-    """What every instance would find out by itself, some seconds later, and needs no model.
+    """Check what needs no model, and what every instance would otherwise find out by itself, some seconds later.
 
     Raises:
-        BackendUnavailable: (an ImportError) there is no such backend of KV transfers on this host, which has instances.
-        InvalidInstanceConfig: (a ValueError) they are to compute on a GPU, and it has none.
+        BackendUnavailable: (an ImportError) this host has instances, but not their backend of KV transfers.
+        InvalidInstanceConfig: (a ValueError) its instances are to compute on a GPU, and it has none.
     """
     if not any(is_here(each.host) for each in config.named_instances):
         return
@@ -87,7 +87,7 @@ def require_settings(config: DeploymentConfig) -> None:
 
 
 def _has_driver() -> bool:
-    """Of NVIDIA's GPUs. Asks it nothing: torch, which does, takes seconds to import."""
+    """Whether the driver of NVIDIA's GPUs is installed. Does not call it; torch could, but takes seconds to import."""
     try:
         ctypes.CDLL("libcuda.so.1")
     except OSError:

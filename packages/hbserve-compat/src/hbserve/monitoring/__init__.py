@@ -1,1 +1,1 @@
-"""A running deployment as people watch it: figures, a live view, and timelines of requests."""
+"""Ways to watch a running deployment: figures, a live view, and timelines of requests."""

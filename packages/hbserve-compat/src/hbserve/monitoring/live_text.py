@@ -1,4 +1,4 @@
-"""Texts of a live view, for terminals: tables, sparklines, and waterfalls of requests."""
+"""The live view as text for terminals: tables, sparklines, and waterfalls of requests."""
 
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -9,7 +9,7 @@ MARKS = {"queue": "·", "reserve": "-", "prefill": "█", "kv": "▒", "decode":
 """Marks of a waterfall's segments."""
 ID_WIDTH = 24
 Part = tuple[str, str]
-"""Name of a segment, and its characters."""
+"""The name of a segment, and the characters that draw it."""
 
 
 def overview(view: View) -> str:
@@ -31,7 +31,7 @@ def instance_table(view: View) -> str:
 
 
 def link_matrix(view: View) -> str:
-    """A row for each prefill instance, and a column for each decode instance."""
+    """Draw a table with a row for each prefill instance, and a column for each decode instance."""
     if not view.links:
         return "no links: no prefill instance has a decode instance to send to"
     decodes = sorted({each.decode for each in view.links})
@@ -53,7 +53,7 @@ def _cell(link: LinkView | None) -> str:
 
 
 def sparkline(values: Sequence[float | None], width: int) -> str:
-    """The last ones, from 0 up to the largest of them; what is not known is a space."""
+    """Draw the last `width` values, scaled from 0 to the largest of them. Unknown values are spaces."""
     shown = values[-width:]
     top = max((each for each in shown if each is not None), default=0.0)
     marks = [" " if each is None else SPARKS[round(each / top * (len(SPARKS) - 1)) if top else 0] for each in shown]
@@ -79,8 +79,8 @@ def request_end(request: RequestView) -> str:
 
 
 def waterfall(request: RequestView, whole_s: float, width: int) -> Iterator[Part]:
-    """The segments, of a line on which `width` characters are `whole_s` seconds. Each that ends in a later character
-    than it began has some."""
+    """Draw the segments on a line of `width` characters for `whole_s` seconds. A segment that begins and ends within
+    one character is left out."""
     for each in request.segments:
         begin, end = (round(at_s / whole_s * width) if whole_s > 0 else 0 for at_s in (each.begin_s, each.end_s))
         if end > begin:
@@ -88,7 +88,7 @@ def waterfall(request: RequestView, whole_s: float, width: int) -> Iterator[Part
 
 
 def text_of(view: View) -> str:
-    """All of it, without colours."""
+    """Draw the whole view, without colours."""
     parts = [overview(view), *(f"{name}: {_both(view, name)}" for name in view.latencies), ""]
     parts += [instance_table(view), "", link_matrix(view), ""]
     whole_s = max((each.e2e_s for each in view.requests), default=0.0)
@@ -110,5 +110,5 @@ def _aligned(rows: Iterable[Sequence[str]]) -> list[str]:
 
 
 def plain(text: str) -> str:
-    """What others have named, without what a terminal would obey."""
+    """Replace characters that are not printable in a name that others chose, so that the terminal obeys none."""
     return "".join(each if each.isprintable() else "?" for each in text)

@@ -1,7 +1,9 @@
-"""Figures of a running deployment as people watch them: what is now, how it goes, and where the last requests were.
+"""Live figures of a running deployment: its state now, recent rates and latencies, and where the last requests spent
+their time.
 
     Watched ──▶ LiveView ──▶ View: `hbserve top` draws it, and so does /dashboard; `hbserve top --once --json` prints it
-Rates and latencies are of the last WINDOW_S: what has been added to counters and histograms since.
+
+Rates and latencies cover the last WINDOW_S: what was added to counters and histograms in that time.
 """
 
 import time
@@ -18,20 +20,20 @@ from hbserve_rpc.records import AttemptRecord, RequestRecord
 
 WINDOW_S = 10.0
 APART_S = 0.1
-"""Looks that are remembered are at least so far apart: however many people look, few are."""
+"""Least time between two looks that are remembered, so that few are however many people watch."""
 FIRST_LOOK_S, OVERLAP_S = 60.0, 1.0
 NUM_REQUESTS = 10
-"""Requests whose waterfall is shown."""
+"""Number of the requests whose waterfall is shown."""
 LATENCIES = {
     "ttft": "time_to_first_token_seconds",
     "itl": "inter_token_latency_seconds",
     "handoff": "kv_handoff_exposed_seconds",
 }
-"""Name in a View: name of the histogram."""
+"""Name of the histogram, by the latency's name in a View."""
 
 
 class Latency(msgspec.Struct, frozen=True):
-    """Percentiles of the window, as near as a histogram knows them; None: there was nothing."""
+    """Percentiles over the window, as precise as a histogram allows. None: there were no values."""
 
     p50_s: float | None
     p95_s: float | None
@@ -46,48 +48,50 @@ class InstanceView(msgspec.Struct, frozen=True):
     blocks: dict[str, int]
     """Number of blocks in each state."""
     tokens_per_s: float
-    """Tokens computed: those of prompts, and new ones."""
+    """Rate of tokens computed, in prompts and in answers."""
 
 
 class LinkView(msgspec.Struct, frozen=True):
     prefill: str
     decode: str
     is_up: bool | None
-    """Whether it is connected, or cannot be now; None: it was not tried yet, or is kept no more."""
+    """Whether the instances are connected (False: they cannot be now). None: that was not tried yet, or the link is no
+    longer kept."""
     active: int
-    """Transfers under way."""
+    """Number of transfers under way."""
     gb_per_s: float | None
-    """Rate over the time in which something moved; None: nothing did."""
+    """Rate over the time in which something moved. None: nothing moved."""
     outcomes: dict[str, int]
-    """Transfers that have ended since the start."""
+    """Number of transfers that have ended since the start, by outcome."""
 
 
 class Segment(msgspec.Struct, frozen=True):
-    """A part of a request's time. They follow each other from its submission to its end."""
+    """A part of a request's time. Its segments follow each other from its submission to its end."""
 
     name: str
-    """queue, reserve, prefill, kv (what nobody computed beside), decode, preempted, or failed (an attempt)."""
+    """One of: queue, reserve, prefill, kv (a transfer, while nothing was computed), decode, preempted, or failed (an
+    attempt)."""
     begin_s: float
     end_s: float
 
 
 class RequestView(msgspec.Struct, frozen=True):
-    """One that has ended."""
+    """A request that has ended."""
 
     request_id: str
     num_prompt_tokens: int
     num_output_tokens: int
     e2e_s: float
     end: str
-    """stop, length, abort, or what it has failed of."""
+    """How the request ended: stop, length, abort, or why it failed."""
     instances: str
     held_up: str
-    """What it waited for, in words, if that took much of its time."""
+    """What the request waited for, in words, if that took much of its time."""
     segments: list[Segment]
 
 
 class View(msgspec.Struct, frozen=True):
-    """One look."""
+    """All that is shown of a deployment at one moment."""
 
     unix_s: float
     waiting: int
@@ -98,20 +102,20 @@ class View(msgspec.Struct, frozen=True):
     rejected: int
     retries: int
     requests_per_s: float
-    """Requests that have ended."""
+    """Rate of requests that ended."""
     tokens_per_s: float
-    """Tokens that were delivered."""
+    """Rate of tokens that were delivered."""
     latencies: dict[str, Latency]
     delayed: dict[str, int]
-    """Requests that were held up, by the main cause; since the start."""
+    """Number of requests that were held up since the start, by the main cause."""
     instances: list[InstanceView]
     links: list[LinkView]
     requests: list[RequestView]
-    """The last one first."""
+    """The last requests, the newest first."""
 
 
 class Deployment(Protocol):
-    """Whoever has the figures of all of its requests: SchedulerServer, or RemoteScheduler."""
+    """The source of a deployment's figures and records: SchedulerServer, or RemoteScheduler."""
 
     async def fetch_stats(self) -> SchedulerStats: ...
 
@@ -119,7 +123,7 @@ class Deployment(Protocol):
 
 
 class Watched:
-    """A deployment that is looked at again and again."""
+    """A deployment whose figures are fetched again and again."""
 
     def __init__(self, deployment: Deployment) -> None:
         self._deployment = deployment
@@ -127,9 +131,9 @@ class Watched:
         self._looked_at_s = time.monotonic() - FIRST_LOOK_S
 
     async def look(self) -> View:
-        """Raises what the deployment says, or that it says nothing."""
+        """Fetch the figures, and make a view. Raises the deployment's own errors, or an error if it does not answer."""
         now_s = time.monotonic()
-        # What ended while an answer was on its way is asked for twice.
+        # OVERLAP_S: asks again for what ended while the last answer was under way.
         records = await self._deployment.fetch_records(now_s - self._looked_at_s + OVERLAP_S)
         stats = await self._deployment.fetch_stats()
         self._looked_at_s = now_s
@@ -137,7 +141,7 @@ class Watched:
 
 
 class LiveView:
-    """Looks at one deployment, again and again, and remembers enough to say how it goes."""
+    """Makes views of one deployment, and remembers enough earlier figures for rates and latencies."""
 
     def __init__(self) -> None:
         self._looks: deque[tuple[float, SchedulerStats]] = deque()
@@ -145,7 +149,8 @@ class LiveView:
         self._seen: dict[tuple[str, float], None] = {}
 
     def look(self, now_s: float, unix_s: float, stats: SchedulerStats, records: Iterable[RequestRecord]) -> View:
-        """records: those that have ended lately, each once or more; `now_s` is of a clock that never goes back."""
+        """Make a view. `records` are those of requests that ended lately, each once or more; `now_s` comes from a
+        monotonic clock."""
         while len(self._looks) > 1 and self._looks[0][0] < now_s - WINDOW_S:
             self._looks.popleft()
         if not self._looks or now_s - self._looks[-1][0] >= APART_S:
@@ -178,14 +183,14 @@ class LiveView:
         if key not in self._seen:
             self._requests.append(request_view(record))
             self._seen[key] = None
-            while len(self._seen) > 4096:  # as many as a scheduler has
+            while len(self._seen) > 4096:  # as many as a scheduler keeps
                 del self._seen[next(iter(self._seen))]
 
 
 def _instances(stats: SchedulerStats, before: SchedulerStats, took_s: float) -> Iterator[InstanceView]:
     then = {(each.instance_id, each.epoch): each for each in before.instances}
     for each in stats.instances:
-        # Another life counts from 0.
+        # The counters of a restarted instance begin at 0.
         old = then.get((each.instance_id, each.epoch), InstanceStats(each.instance_id, each.role, each.status))
         computed = each.generated_tokens + each.prefill_tokens - old.generated_tokens - old.prefill_tokens
         yield InstanceView(
@@ -217,7 +222,8 @@ def _latency(stats: SchedulerStats, before: SchedulerStats, name: str) -> Latenc
 
 
 def _percentile(histogram: Histogram, counts: list[int], part: float) -> float | None:
-    """Between the bounds of the range that it is in; beyond the last one, that. None: there are no values."""
+    """Estimate a percentile by interpolation within its bucket; beyond the last bound, return that. None: there are no
+    values."""
     wanted, below = part * sum(counts), 0
     if not any(counts):
         return None
@@ -245,8 +251,8 @@ def request_view(record: RequestRecord) -> RequestView:
 
 
 def segments(record: RequestRecord) -> Iterator[Segment]:
-    """The waterfall of a request. What happens beside something else belongs to that: KV that moves while the prompt is
-    computed is prefill, and so is a wait for room meanwhile."""
+    """Yield the segments of a request's waterfall. Of things that overlap, only one is shown: while the prompt is
+    computed, moving KV and waiting for room count as prefill."""
     ends: list[tuple[str, float]] = [("queue", record.queue_s)]
     for attempt in record.attempts:
         ends.append(("queue", attempt.began_s))
@@ -263,7 +269,7 @@ def segments(record: RequestRecord) -> Iterator[Segment]:
 
 
 def _ends(attempt: AttemptRecord, record: RequestRecord) -> list[tuple[str, float]]:
-    """Until when each part of an attempt was; the order counts, and those that end before another has are nothing."""
+    """Return the end of each part of an attempt, in order. A part that ends before an earlier one has no length."""
     first_s = record.e2e_s if attempt.first_token_s is None else attempt.first_token_s
     computed_s = attempt.computed[-1][0] if attempt.computed else first_s
     found: list[tuple[str, float]] = []

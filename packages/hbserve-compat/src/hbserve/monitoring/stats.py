@@ -32,7 +32,7 @@ class StatsArgs:
 
 
 async def show_stats(args: StatsArgs) -> None:
-    """Raises ConfigError, NotReady, and what the scheduler says."""
+    """Print the figures. Raises ConfigError, NotReady, and the scheduler's own errors."""
     async with remote_scheduler(args.connect, args.keys) as (scheduler, _):
         stats = await scheduler.fetch_stats()
     lines = [msgspec.json.format(msgspec.json.encode(stats)).decode()] if args.json else lines_of(stats)
@@ -76,7 +76,7 @@ def _row(stats: InstanceStats) -> tuple[str, ...]:
 
 
 def _at_most(histogram: Histogram, part: float) -> str:
-    """The smallest bound below which so large a part of the values is: a histogram knows no more."""
+    """Return, as text, the smallest bound of the histogram that this share of the values does not exceed."""
     wanted = part * sum(histogram.counts)
     for bound, count in zip(histogram.bounds, accumulate(histogram.counts), strict=False):
         if count >= wanted:

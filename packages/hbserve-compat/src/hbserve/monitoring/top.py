@@ -1,4 +1,4 @@
-"""`hbserve top`: a running deployment, live in a terminal; once, as text or JSON, for programs."""
+"""`hbserve top`: shows a running deployment live in a terminal, or once, as text or JSON for programs."""
 
 import asyncio
 import sys
@@ -15,7 +15,7 @@ from hbserve_scheduler import ConfigError, RemoteScheduler
 
 INTERVAL_S = 1.0
 TRACE_S = 60.0
-"""A trace that is saved has the requests of so long."""
+"""How far back a saved trace goes."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class TopArgs:
 
 
 class WatchedRemote(Watched):
-    """The deployment of a scheduler elsewhere."""
+    """The deployment of a scheduler in another process."""
 
     def __init__(self, scheduler: RemoteScheduler) -> None:
         super().__init__(scheduler)
@@ -37,16 +37,16 @@ class WatchedRemote(Watched):
         self._scheduler = scheduler
 
     async def drain(self, instance_id: str) -> None:
-        """Give it no new requests; it answers those that it has. Raises what the scheduler says."""
+        """Give an instance no new requests; it answers those that it has. Raises the scheduler's own errors."""
         await self._scheduler.drain(instance_id)
 
     async def trace(self) -> bytes:
-        """The timeline of the last TRACE_S seconds, as `hbserve trace` writes it."""
+        """Return the timeline of the last TRACE_S seconds, as `hbserve trace` writes it."""
         return await asyncio.to_thread(render_trace, await self._scheduler.fetch_records(TRACE_S))
 
 
 async def show_top(args: TopArgs) -> None:
-    """Raises ConfigError, NotReady, and what the scheduler says."""
+    """Show the live view, or print it once. Raises ConfigError, NotReady, and the scheduler's own errors."""
     if args.json and not args.once:
         raise ConfigError("--json needs --once")
     async with remote_scheduler(args.connect, args.keys) as (scheduler, _):
@@ -55,7 +55,7 @@ async def show_top(args: TopArgs) -> None:
             await _live(watched)
             return
         await watched.look()
-        await asyncio.sleep(INTERVAL_S)  # rates are of the time between two looks
+        await asyncio.sleep(INTERVAL_S)  # rates cover the time between two looks
         view = await watched.look()
     text = msgspec.json.format(msgspec.json.encode(view)).decode() if args.json else text_of(view)
     sys.stdout.write(f"{text}\n")
@@ -66,6 +66,6 @@ async def _live(watched: WatchedRemote) -> None:
         from hbserve.monitoring.top_app import TopApp
     except ImportError as error:
         raise ConfigError(f"hbserve top needs pip install 'hbserve-compat[top]' ({error}); --once does not") from None
-    if sys.stdin is None or sys.stderr is None or not (sys.stdin.isatty() and sys.stderr.isatty()):  # textual's ends
+    if sys.stdin is None or sys.stderr is None or not (sys.stdin.isatty() and sys.stderr.isatty()):  # textual uses both
         raise ConfigError("hbserve top needs a terminal, for its keys and its picture; --once prints one view")
     await TopApp(watched).run_async()

@@ -28,7 +28,7 @@ from hbserve.output_file import writing
 from hbserve_rpc import HBServeRpcError
 
 HISTORY = 120
-"""Looks that sparklines have."""
+"""How many looks a sparkline remembers."""
 SPARK_WIDTH, BAR_WIDTH, SHORTEST_BAR = 60, 40, 12
 COLOURS = {
     "queue": "yellow",
@@ -42,7 +42,7 @@ COLOURS = {
 
 
 class Source(Protocol):
-    """What is looked at."""
+    """A deployment that the application shows."""
 
     address: str
 
@@ -54,7 +54,7 @@ class Source(Protocol):
 
 
 class Choice(ModalScreen[str | None]):
-    """Asks which instance is to be drained; Escape is none."""
+    """A dialog that asks which instance to drain; Escape chooses none."""
 
     BINDINGS: ClassVar = [("escape", "dismiss(None)", "None")]
     CSS = """
@@ -76,7 +76,7 @@ class Choice(ModalScreen[str | None]):
 
 
 class TopApp(App[None]):
-    """One screen, renewed every second. Ends by q."""
+    """One screen, refreshed every second. The key q ends it."""
 
     TITLE = "hbserve top"
     BINDINGS: ClassVar = [
@@ -92,7 +92,7 @@ class TopApp(App[None]):
     """
 
     def __init__(self, source: Source, *, interval_s: float = 1.0, folder: Path | None = None) -> None:
-        """folder: where traces are saved; the current one."""
+        """Show `source`. `folder` is where traces are saved; None is the current one."""
         super().__init__()
         self._source = source
         self._interval_s = interval_s
@@ -112,7 +112,7 @@ class TopApp(App[None]):
         self.call_after_refresh(self.look)
 
     async def look(self) -> None:
-        """Look once, and show it; a scheduler that does not answer is said, and what it said last stays."""
+        """Fetch the figures once, and show them. If the scheduler does not answer, say so and keep the last view."""
         if self._is_paused:
             return
         problem = self.query_one("#problem", Static)
@@ -179,8 +179,8 @@ class TopApp(App[None]):
 
 
 def _requests(view: View, width: int) -> Content:
-    """The last ones, each with its waterfall, which is as long as what held them up leaves room for; below, what the
-    colours mean."""
+    """Draw the last requests, each with its waterfall, and a legend of the colours. The texts beside the waterfalls
+    determine how long these can be."""
     whole_s = max((each.e2e_s for each in view.requests), default=0.0)
     rows = [(each, request_title(each), request_end(each)) for each in view.requests]
     room = width - max((len(title) + len(end) + 2 for _, title, end in rows), default=0)

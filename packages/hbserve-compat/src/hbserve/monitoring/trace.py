@@ -1,11 +1,11 @@
-"""A timeline of requests, from their records: JSON that Perfetto (ui.perfetto.dev) and chrome://tracing open.
+"""Timelines of requests, made from their records: JSON for Perfetto (ui.perfetto.dev) and chrome://tracing.
 
     scheduler   queue ─┐
     prefill          └─▶ prefill: chunk, chunk, chunk
                           KV: parts behind the chunks ─┐
     decode          reserve, wait for KV               └─▶ decode
-Each process of the deployment is one there; requests that overlap have lanes of their own.
-The format: Google's "Trace Event Format"; times are in microseconds.
+Each process of the deployment is a process of the timeline; requests that overlap have lanes of their own.
+The format is Google's "Trace Event Format"; its times are in microseconds.
 """
 
 import gzip
@@ -33,7 +33,7 @@ Event = dict[str, Any]
 
 
 def render_trace(records: Sequence[RequestRecord]) -> bytes:
-    """Gzipped, with at least the name of the scheduler in it."""
+    """Make the timeline of these requests as gzipped JSON. Without requests it has the scheduler's name alone."""
     origin_s = min((each.submitted_at for each in records), default=0.0)
     timeline = _Timeline()
     for record in sorted(records, key=lambda each: each.submitted_at):
@@ -58,8 +58,8 @@ class TraceArgs:
 
 
 async def write_trace(args: TraceArgs) -> None:
-    """`hbserve trace`. Raises ConfigError, NotReady, OSError, and what the scheduler says."""
-    require_folder_of("--output", args.path)  # before it asks, and perhaps waits for somebody to answer
+    """Write a timeline to a file. Raises ConfigError, NotReady, OSError, and the scheduler's own errors."""
+    require_folder_of("--output", args.path)  # before the request, which may have to wait for an answer
     async with remote_scheduler(args.connect, args.keys) as (scheduler, _):
         records = await scheduler.fetch_records(args.last_s, args.request_id)
     if args.request_id and not records:
@@ -70,7 +70,7 @@ async def write_trace(args: TraceArgs) -> None:
 
 
 class _Timeline:
-    """Events, and who has which lane of which process until when."""
+    """Events of a timeline, and until when each lane of each process is taken."""
 
     def __init__(self) -> None:
         self.events: list[Event] = []
@@ -80,7 +80,7 @@ class _Timeline:
         self._num_flows = 0
 
     def lane(self, process: str, begin_s: float, end_s: float) -> int:
-        """The first lane that nobody has then, taken until the end."""
+        """Take the first lane of a process that is free at `begin_s`, until `end_s`. Returns its number."""
         self._pids.setdefault(process, len(self._pids) + 1)
         lanes = self._free_at_s.setdefault(process, [])
         free = (i for i, free_at_s in enumerate(lanes) if free_at_s <= begin_s)
@@ -89,17 +89,17 @@ class _Timeline:
         return lane
 
     def slice(self, process: str, lane: int, name: str, begin_s: float, end_s: float, **details: Any) -> None:
-        """Those of one lane lie beside each other or within each other."""
+        """Draw a slice on a lane. The slices of one lane must follow each other, or lie within each other."""
         place = {"pid": self._pids[process], "tid": lane}
         times = {"ts": _us(begin_s), "dur": _us(end_s) - _us(begin_s)}
         self.events.append({"ph": "X", "name": name, "cat": "request"} | place | times | {"args": details})
 
     def count(self, process: str, begin_s: float, end_s: float) -> None:
-        """One more is there between."""
+        """Count one more request of a process from `begin_s` to `end_s`."""
         self._running.setdefault(process, []).extend([(begin_s, 1), (end_s, -1)])
 
     def arrow(self, name: str, *ends: tuple[str, int, float]) -> None:
-        """From a slice to another; each end is a process, a lane, and a time within the slice."""
+        """Draw an arrow from one slice to another. Each end is a process, a lane, and a time within the slice."""
         self._num_flows += 1
         for (process, lane, at_s), phase in zip(ends, ("s", "f"), strict=True):
             place = {"pid": self._pids[process], "tid": lane, "ts": _us(at_s)}
@@ -126,7 +126,7 @@ class _Timeline:
 
 
 class _Drawing:
-    """One request on the timeline. Its own times count from its submission, at `offset_s` there."""
+    """One request on a timeline. The record's times count from its submission, which is at `offset_s` there."""
 
     def __init__(self, timeline: _Timeline, record: RequestRecord, offset_s: float) -> None:
         self._timeline = timeline
@@ -172,7 +172,7 @@ class _Drawing:
     def _prefill(
         self, attempt: AttemptRecord, begin_s: float, first_s: float, end_s: float, details: dict[str, Any]
     ) -> int:
-        """Returns its lane, which it has until `end_s`."""
+        """Draw the prefill and its chunks. Returns its lane, which is taken until `end_s`."""
         process = attempt.prefill_instance
         lane = self._timeline.lane(process, begin_s, end_s)
         self._timeline.count(process, begin_s, end_s)
@@ -183,7 +183,8 @@ class _Drawing:
         return lane
 
     def _kv(self, attempt: AttemptRecord, prefill: tuple[str, int, float]) -> tuple[str, int, float]:
-        """The slice from which the decode instance has its KV: the transfer's, or the prefill's if nothing moved."""
+        """Draw the transfer, if something moved. Returns where the decode instance has its KV from: the slice of the
+        transfer, or that of the prefill."""
         if not attempt.pushed or attempt.kv_moved_s is None:
             return prefill
         process = f"{attempt.prefill_instance} KV"

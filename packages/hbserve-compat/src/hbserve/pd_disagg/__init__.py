@@ -1,6 +1,7 @@
-"""Prefill and decode apart: the facade, and the parts that it is made of, each owned by a package of its own.
+"""PD disaggregation: the facade, and the parts that it is made of, each of which a package of its own owns.
 
-torch is imported with the first of the two that need it: a process that starts the instances, or asks them, does not.
+Only GpuInstance and KVTransferManager import torch, at their first use. A process that starts instances, or sends them
+requests, does not need it.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -31,7 +32,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Called for names that are not here yet (PEP 562)."""
+    """Import a name that needs torch at its first use (PEP 562)."""
     if name == "GpuInstance":
         from hbserve_core import GpuInstance
 

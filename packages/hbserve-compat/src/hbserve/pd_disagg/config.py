@@ -1,4 +1,4 @@
-"""PdDisaggConfig: a deployment in flat fields, for code that starts one."""
+"""PdDisaggConfig: the configuration of a deployment in flat fields, for Python code that starts one."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -27,21 +27,22 @@ class _Keywords(EngineSettings, kw_only=True):
     kv_checksum: bool = _KV.checksum
     kv_options: dict[str, Any] = msgspec.field(default_factory=dict)
     gpu_instances: Sequence[InstanceSection | Mapping[str, Any]] = msgspec.field(default_factory=default_instances)
-    """Entries with the keys of the YAML section of the same name."""
+    """Instances of the deployment, with the keys of the YAML section of the same name."""
     scheduler: dict[str, Any] = msgspec.field(default_factory=dict)
     """Keys of the YAML section `scheduler`."""
     keys: str | None = None
-    """Folder that `hbserve keys` has made. Without, instances that this process starts have keys of their own."""
+    """Folder that `hbserve keys` has made. None: instances that this process starts get keys of their own."""
     allow_insecure: bool = False
 
 
 class PdDisaggConfig(_Keywords):
-    """Fields may be set until `DisaggregatedLLM.start()`, which checks them again. A misspelt one is an AttributeError.
+    """Configuration of a DisaggregatedLLM. Fields may be set until its `start()`, which checks them again. A misspelt
+    one is an AttributeError.
 
     docs/configuration.md has all fields; EngineSettings describes those that every instance takes as they are.
 
     Raises:
-        ConfigError: (a ValueError) a field that cannot be; names it, its value, and what is allowed.
+        ConfigError: (a ValueError) a field has an invalid value. Names the field, the value, and what is allowed.
     """
 
     model_path: str | Path | None = None
@@ -51,7 +52,7 @@ class PdDisaggConfig(_Keywords):
         self.to_deployment()
 
     def to_deployment(self) -> DeploymentConfig:
-        """The same as a checked DeploymentConfig. Raises ConfigError."""
+        """Convert to a DeploymentConfig, and check it. Raises ConfigError."""
         content: dict[str, Any] = {"scheduler": self.scheduler}
         for name, (section, key) in PATHS.items():
             content.setdefault(section, {})[key] = getattr(self, name)
@@ -77,7 +78,7 @@ class PdDisaggConfig(_Keywords):
 
     @classmethod
     def from_deployment(cls, config: DeploymentConfig) -> "PdDisaggConfig":
-        """The flat fields of a configuration file; see `hbserve_scheduler.load_config`."""
+        """Convert a configuration file's content to flat fields; see `hbserve_scheduler.load_config`."""
         values = {name: getattr(getattr(config, section), key) for name, (section, key) in PATHS.items()}
         return cls(**values, gpu_instances=config.gpu_instances, scheduler=msgspec.to_builtins(config.scheduler))
 
@@ -89,10 +90,10 @@ PATHS = {
     **{key: ("security", key) for key in SecuritySection.__struct_fields__},
     **ENGINE_KEYS,
 }
-"""Field of PdDisaggConfig: its section of the YAML file, and its key there."""
+"""For each field of PdDisaggConfig, its section of the YAML file and its key there."""
 
 
 def _in_field_names(message: str) -> str:
-    """A problem with `chunked_prefill.chunk_size` is one with `chunk_size` here."""
+    """Put the field's name for the file's key in an error's message: `chunk_size` for `chunked_prefill.chunk_size`."""
     names = {f"{section}.{key}": name for name, (section, key) in PATHS.items()}
     return re.sub(r"^[\w.]+", lambda found: names.get(found[0], found[0]), message)

@@ -33,22 +33,23 @@ from hbserve_scheduler.security import require_keys
 logger = logging.getLogger(__name__)
 
 READY_TIMEOUT_S = 600.0
-"""Until every instance has loaded its model."""
+"""How long all instances together may take to load the model."""
 
 
 def level_of_application() -> str:
-    """Name of the level that it has set for this package: the next one below, if it is none of the usual."""
+    """Return the log level that the application has set for this package; for an unusual one, the next lower name."""
     level = logging.getLogger("hbserve").getEffectiveLevel()
     known = ("CRITICAL", "ERROR", "WARNING", "INFO", "DEBUG")
     return next((name for name in known if logging.getLevelNamesMapping()[name] <= level), "DEBUG")
 
 
 class DisaggregatedLLM:
-    """Belongs to the event loop that ran `start`; in another one its methods raise RuntimeError, `stop` excepted.
+    """A language model whose prefill and decode run in processes of their own, with an asynchronous interface.
 
-    Also an asynchronous context manager, which starts and stops it. One that nobody refers to any more is ended as by
-    `stop`: by its event loop if that runs, else at once. A call that has not returned refers to it, and what `stream`
-    returned does until it ends or is dropped itself; `scheduler` does not.
+    It belongs to the event loop that ran `start`; in another one its methods raise RuntimeError, except `stop`. It is
+    also an asynchronous context manager, which starts and stops it. When it is garbage-collected, it is ended as by
+    `stop`: by its event loop if that runs, else at once. A call that has not returned keeps it alive, and so does what
+    `stream` returned until that ends or is dropped itself; `scheduler` does not.
 
     `scheduler` is CpuScheduler, or a subclass of it that schedules differently. `log_level` is that of the instances;
     None: the application's. What they log goes through the application's logging, with their name.
@@ -59,15 +60,15 @@ class DisaggregatedLLM:
     ) -> None:
         self.config = config
         self.tokenizer: Any = None
-        """A transformers tokenizer, from `start` on. For callers: what they switch on there reaches no prompt. None if
-        the model's folder has none: then it serves token ids, and every text is ""."""
+        """The model's tokenizer (transformers), from `start` on. A copy for callers: what they change in it does not
+        affect prompts. None if the model's folder has none: then it serves token ids, and every text is ""."""
         self._tokenizer: Any = None
         self._scheduler_class = scheduler
         self._log_level = log_level or level_of_application()
         self._scheduler: CpuScheduler | None = None
         self._instances: LocalInstances | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        """From `start` to the end of `stop`."""
+        """The event loop to which this belongs, from `start` to the end of `stop`."""
         self._pid = 0
         self._starting: asyncio.Task[None] | None = None
         self._stopping: asyncio.Task[None] | None = None
@@ -77,14 +78,14 @@ class DisaggregatedLLM:
     async def start(self, try_tokenizer: Callable[[Any], object] | None = None) -> None:
         """Start everything, and wait until it is ready. If that fails, all that was started is stopped again.
 
-        `try_tokenizer` is called with the tokenizer once it is read, in a thread, while instances start: what it raises
-        ends the start at once, and is raised here.
+        `try_tokenizer` is called with the tokenizer when that has been read, in a thread, while instances start. What
+        it raises ends the start at once, and is raised here.
 
         Raises:
-            ConfigError: a field of the configuration cannot be.
+            ConfigError: a field of the configuration has an invalid value.
             BrokenTokenizer: (a ValueError) the model's tokenizer cannot be read.
             FileNotFoundError: there is no such model folder.
-            NotEnoughMemory: (a MemoryError) this host has none for the weights.
+            NotEnoughMemory: (a MemoryError) this host has too little memory for the weights.
             InstanceFailed: an instance cannot run; has its reason.
             NotReady: the models were not loaded in time.
         """
@@ -109,7 +110,7 @@ class DisaggregatedLLM:
         require_settings(deployment)
         folder = await find_model_folder(self.config.model_path)
         require_servable(folder, self.config, tensor_parallel_sizes(deployment), len(local_instances(deployment)))
-        # Nobody but this object asks the scheduler: it does not listen.
+        # Only this object sends requests to the scheduler, which therefore does not listen at its addresses.
         await asyncio.to_thread(require_places, deployment, but=["server", "scheduler", "scheduler health"])
         self._scheduler = self._scheduler_class(deployment.scheduler, model_path=str(folder))
         on_death = weakly(self._on_death)
@@ -120,10 +121,10 @@ class DisaggregatedLLM:
         self._if_dropped = weakref.finalize(
             self, end_dropped, asyncio.get_running_loop(), os.getpid(), self._scheduler, self._instances
         )
-        # At the interpreter's end each process has a finalizer of its own.
+        # Not needed at the interpreter's end: there, each process has a finalizer of its own.
         self._if_dropped.atexit = False
         try:
-            # A group: when one of the two fails, the other is ended before anything is stopped.
+            # A group, so that when one of the two fails, the other is ended before anything is stopped.
             async with telling(self.waiting_for, logger.info), asyncio.TaskGroup() as group:
                 group.create_task(self._start_instances())
                 group.create_task(self._load_tokenizer(folder, try_tokenizer))
@@ -156,7 +157,7 @@ class DisaggregatedLLM:
         self.tokenizer = copy.deepcopy(self._tokenizer)
 
     def waiting_for(self) -> list[str]:
-        """What `start` waits for: each process that starts, or each instance that is not ready, with its reason."""
+        """Say what `start` waits for: each process that starts, or each instance that is not ready, with its reason."""
         return [] if self._instances is None else missing(self._instances.processes, self.scheduler)
 
     def _on_death(self, instance_id: str, why: str) -> None:
@@ -170,12 +171,12 @@ class DisaggregatedLLM:
         logger.error("%s: %s", instance_id, why)
 
     async def stop(self) -> None:
-        """End every request as aborted, and every process.
+        """Abort every request, and end every process. Returns when all have ended.
 
-        May be called twice, at once too, during `start` and after one that failed, and from any event loop or thread;
-        it returns when all has ended. Whoever is cancelled here has it go on.
+        May be called twice, also at the same time, during `start` and after a failed one, and from any event loop or
+        thread. If the caller is cancelled, the end goes on.
         """
-        if self._loop is None or self._pid != os.getpid():  # what a process has started, no fork of it ends
+        if self._loop is None or self._pid != os.getpid():  # a fork does not end what its parent has started
             return
         if self._loop is asyncio.get_running_loop():
             if self._stopping is None:
@@ -184,7 +185,7 @@ class DisaggregatedLLM:
             await asyncio.shield(self._stopping)
         elif self._loop.is_running():
             await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self.stop(), self._loop))
-        else:  # its tasks, and the sockets that they read, are no more
+        else:  # the loop has ended, and with it the tasks and sockets for an orderly end
             await asyncio.to_thread(self._kill)
 
     def _kill_if_cancelled(self, stopping: "asyncio.Task[None]") -> None:
@@ -233,19 +234,19 @@ class DisaggregatedLLM:
         *,
         use_tqdm: bool = False,
     ) -> list[GenerationResult]:
-        """Answers in the order of the prompts; each prompt is a string or a list of token ids.
+        """Answer prompts, each of which is a string or a list of token ids. Returns the answers in the same order.
 
-        There may be more of them than the queue holds. Whatever it raises, nothing of this call goes on.
+        There may be more prompts than the queue has room for. If the call raises, nothing of it goes on.
 
         Raises:
-            InvalidRequest: (a ValueError) one of the prompts or parameters can never run, or a wrong number of
-                parameters. Names the prompt. None of this call's prompts is computed then.
-            LogitsNotFinite: (a FloatingPointError) the model gives NaN or infinity for one of them. Names the prompt.
-            RequestFailed: every attempt at one of them failed.
-            Unavailable: there was no instance for one of them in `instance_wait_s`.
-            RequestTimeout: one of them took longer than `request_timeout_s`. In all these cases the others of this call
-                are aborted.
-            RuntimeError: it is not running, or in another event loop.
+            InvalidRequest: (a ValueError) a prompt or parameter can never run (the message names the prompt), or the
+                number of parameters is wrong. None of this call's prompts is computed then.
+            LogitsNotFinite: (a FloatingPointError) the model gives NaN or infinity for a prompt, which is named.
+            RequestFailed: every attempt at a prompt failed.
+            Unavailable: there was no instance for a prompt within `instance_wait_s`.
+            RequestTimeout: a prompt took longer than `request_timeout_s`. In all these cases the other prompts of this
+                call are aborted.
+            RuntimeError: this is not running, or belongs to another event loop.
         """
         scheduler = self._require_own_loop()
         plain = read_prompts(prompts)
@@ -258,7 +259,7 @@ class DisaggregatedLLM:
     def stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None, *, request_id: str | None = None
     ) -> AsyncGenerator[GenerationDelta, None]:
-        """The answer as it comes. Leaving the loop early aborts the request.
+        """Yield an answer as it comes. Leaving the loop early aborts the request.
 
         Raises what `generate` raises, and Overloaded if the queue is full.
         """
@@ -278,16 +279,16 @@ class DisaggregatedLLM:
                 yield delta
 
     async def abort(self, request_id: str) -> bool:
-        """End a request by the id that was given to `stream`; it finishes with "abort". False: it has ended already."""
+        """Abort a request by the id that was given to `stream`. Returns False if it has ended already."""
         return await self._require_own_loop().abort(request_id)
 
     # ---- figures -------------------------------------------------------------------------------------------------
 
     def get_system_stats(self) -> dict[str, Any]:
-        """`{"cpu_scheduler": {...}, "gpu_instances": {instance_id: {...}}}`.
+        """Return `{"cpu_scheduler": {...}, "gpu_instances": {instance_id: {...}}}`.
 
-        What the scheduler knows is of now, and so is which instance has how many requests (`active_requests`): right
-        after `generate` none has any of it. All else of instances is as of their last heartbeat.
+        The scheduler's figures are current, and so is each instance's `active_requests`: right after `generate`, none
+        has any of that call's. All other figures of instances date from their last heartbeat.
         """
         stats, active = self._stats(), self.scheduler.active_requests()
         for instance_id, each in stats["gpu_instances"].items():
@@ -297,8 +298,8 @@ class DisaggregatedLLM:
         return stats
 
     async def refresh_system_stats(self) -> dict[str, Any]:
-        """The same as every instance says it when it is asked now. One may be busy for a moment longer than its
-        requests, whose ends it has told."""
+        """Ask every instance for its figures, and return them like `get_system_stats`. An instance may still be busy
+        for a moment after it has reported the ends of its requests."""
         await self._require_own_loop().refresh()
         return self._stats()
 
@@ -309,13 +310,14 @@ class DisaggregatedLLM:
 
     @property
     def scheduler(self) -> CpuScheduler:
-        """Raises RuntimeError unless it is running."""
+        """The scheduler in this process. Raises RuntimeError unless this is running."""
         if self._scheduler is None:
             raise RuntimeError("DisaggregatedLLM is not running: call start() first")
         return self._scheduler
 
     def _require_own_loop(self) -> CpuScheduler:
-        """Raises RuntimeError unless it is running, in this event loop: in another one nothing would ever come."""
+        """Return the scheduler. Raises RuntimeError unless this is running, in this event loop: a call from another one
+        would wait for ever."""
         scheduler = self.scheduler
         if self._starting is not None and not self._starting.done():
             raise RuntimeError("DisaggregatedLLM is still starting: start() has not returned")

@@ -1,4 +1,4 @@
-"""The end of what a DisaggregatedLLM has started, also where it was collected and nobody called `stop`."""
+"""The end of what a DisaggregatedLLM has started, also if it was garbage-collected without a call of `stop`."""
 
 import asyncio
 import contextlib
@@ -11,7 +11,8 @@ from hbserve_scheduler import CpuScheduler
 
 
 def weakly(method: Callable[[str, str], None]) -> Callable[[str, str], None]:
-    """The same as long as its object lives, then nothing: what goes on in an event loop must not keep the object."""
+    """Return a callback that calls a method while its object lives, and then does nothing. So what runs in an event
+    loop does not keep the object alive."""
     reference = weakref.WeakMethod(method)
 
     def call(instance_id: str, why: str) -> None:
@@ -22,7 +23,8 @@ def weakly(method: Callable[[str, str], None]) -> Callable[[str, str], None]:
 
 
 async def end_both(scheduler: CpuScheduler | None, instances: LocalInstances | None) -> None:
-    """Stop first the scheduler, for which an instance's end would be a failure; then the processes in any case."""
+    """Stop the scheduler, and then the processes in any case. The scheduler comes first because it would take the end
+    of an instance for a failure."""
     try:
         if scheduler is not None:
             await scheduler.stop()
@@ -32,16 +34,16 @@ async def end_both(scheduler: CpuScheduler | None, instances: LocalInstances | N
 
 
 def end_dropped(loop: asyncio.AbstractEventLoop, pid: int, scheduler: CpuScheduler, instances: LocalInstances) -> None:
-    """End what a DisaggregatedLLM has left that was collected, in whatever thread."""
+    """End what a garbage-collected DisaggregatedLLM has left. May be called in any thread."""
 
     def begin() -> None:
         task = loop.create_task(end_both(scheduler, instances))
         task.add_done_callback(lambda task: instances.kill() if task.cancelled() else None)
 
-    if os.getpid() != pid:  # what a process has started, no fork of it ends
+    if os.getpid() != pid:  # a fork does not end what its parent has started
         return
     if loop.is_running():
-        with contextlib.suppress(RuntimeError):  # it has just been closed
+        with contextlib.suppress(RuntimeError):  # the loop has just been closed
             loop.call_soon_threadsafe(begin)
             return
     instances.kill()

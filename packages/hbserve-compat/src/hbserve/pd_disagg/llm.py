@@ -1,12 +1,12 @@
-"""LLM, synchronous, with prefill and decode apart."""
+"""The synchronous LLM with separate prefill and decode."""
 
 import hbserve.llm
 
 
 class LLM(hbserve.llm.LLM):
-    """`hbserve.LLM` whose prefill and decode run in processes of their own, also if no `kv_transfer_backend` is given.
+    """An `hbserve.LLM` whose prefill and decode run in processes of their own even without `kv_transfer_backend`.
 
-    The other keywords are those of PdDisaggConfig.
+    Its keywords are those of PdDisaggConfig.
     """
 
     _default_backend = "nccl"

@@ -1,1 +1,1 @@
-"""Instances and front ends as child processes of this host."""
+"""Child processes on this host: instances and front ends."""

@@ -1,4 +1,4 @@
-"""A program of this workspace as a child process: its settings, its address, its words, its death and its end."""
+"""A program of this workspace as a child process: its settings, its address, its log, its restarts and its end."""
 
 import asyncio
 import contextlib
@@ -21,39 +21,39 @@ from hbserve_scheduler import InstanceFailed
 logger = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 120.0
-"""How long a process may take to bind its address: it imports torch before."""
+"""How long a process may take to bind its address; it imports torch before that."""
 STOP_TIMEOUT_S = 20.0
 KILL_TIMEOUT_S = 5.0
-"""How long a process may take to end where no event loop is there to wait in."""
+"""How long a process may take to end if there is no event loop to wait in."""
 MOST_RESTARTS = 5
-"""Most restarts in a row, after lives shorter than STEADY_S each."""
+"""Most restarts in a row, each after a life shorter than STEADY_S."""
 FIRST_RESTART_S, LONGEST_RESTART_S = 0.5, 30.0
-"""Pause before the first of them; each is twice as long as the one before."""
+"""Bounds of the pause before a restart: it doubles from the first to the longest."""
 STEADY_S = 60.0
 LOG_LINE = re.compile(r"\d{4}-\d\d-\d\d [\d:,]+ (DEBUG|INFO|WARNING|ERROR|CRITICAL) ([\w.]+): (.*)", re.DOTALL)
-"""A line of the log as every process of this workspace writes it when it is alone."""
+"""A line of the log, in the format in which every process of this workspace writes it to stderr."""
 OF_EVERY_START = re.compile(
     r"WARNING: Logging before InitGoogleLogging\(\) is written to STDERR|E\d{4} .*\] Local segment descriptor not found"
 )
-"""What Mooncake (0.3.13) writes whenever an engine of it is made; users take it for why the next thing goes wrong."""
+"""Lines that Mooncake (0.3.13) writes whenever one of its engines is made; users take them for a cause of failures."""
 
 
 class Restarts:
-    """When a process that has died is started again: after ever longer pauses, and only so often in a row."""
+    """The policy by which a dead process is started again: after ever longer pauses, and only so often in a row."""
 
     def __init__(self) -> None:
         self.are_wanted = True
-        """Whether it is started again when it dies; else its death is told."""
+        """Whether the process is started again when it dies; if not, its death is only reported."""
         self.number = 0
         """Number of restarts in a row."""
         self._began_s = time.monotonic()
 
     def began(self) -> None:
-        """Note that it has been started."""
+        """Note that the process has been started."""
         self._began_s = time.monotonic()
 
     def pause_s(self) -> float | None:
-        """The pause before the restart that is due now; None: it has died too often."""
+        """Count a restart, and return the pause before it. None: the process has died too often."""
         if time.monotonic() - self._began_s >= STEADY_S:
             self.number = 0
         if self.number >= MOST_RESTARTS:
@@ -63,10 +63,10 @@ class Restarts:
 
 
 class ChildProcess:
-    """A program of this workspace that this process has started, and ends. May be started again after its death.
+    """A program of this workspace that this process starts and ends. May be started again after its death.
 
-    It reads its settings from stdin, as one line of JSON, says in one on stdout at which address it serves, and ends by
-    SIGTERM, or when stdin ends.
+    The program reads its settings from stdin, as one line of JSON, writes the address at which it serves to stdout, in
+    another one, and ends by SIGTERM or when stdin ends.
     """
 
     waits_for = "its process starts"
@@ -82,7 +82,8 @@ class ChildProcess:
         start_timeout_s: float = START_TIMEOUT_S,
         pass_fds: Sequence[int] = (),
     ) -> None:
-        """`settings`: JSON without a line break, asked for at each start. `pass_fds`: open in it too, as these."""
+        """Start nothing yet. `settings` returns JSON without a line break, and is called at each start; `pass_fds` are
+        file descriptors that the program inherits, under the same numbers."""
         self.name = name
         self.address = ""
         self.restarts = Restarts()
@@ -99,20 +100,20 @@ class ChildProcess:
         self._stopping = False
 
     async def start(self) -> None:
-        """Start it and wait until it serves.
+        """Start the process and wait until it serves.
 
         Raises:
-            InstanceFailed: the system makes no process; or it ended first, with its own words, or was too slow.
+            InstanceFailed: the system makes no process, or the process ended (has its last words), or was too slow.
         """
         self.restarts.began()
         self._last_lines.clear()
-        if self._killing is not None:  # of its life before
+        if self._killing is not None:  # the finalizer of its previous life
             self._killing.detach()
         try:
             self._process = await self._launch()
-        except OSError as error:  # too many processes or files, no memory: it may be another time
+        except OSError as error:  # too many processes or files, or no memory: a later try may succeed
             raise InstanceFailed(f"{self.name} did not start: {error}") from error
-        # If nobody stops it: the object is collected, its event loop has ended, or the interpreter ends.
+        # For when `stop` is not called: the object is collected, its event loop has ended, or the interpreter ends.
         self._killing = weakref.finalize(self, _end_unattended, self._process, os.getpid())
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdin is not None
@@ -123,14 +124,14 @@ class ChildProcess:
         self._tasks.append(asyncio.create_task(self._watch()))
 
     async def _launch(self) -> asyncio.subprocess.Process:
-        # Not `-m` alone: a file of the caller's folder, random.py for example, would be imported as a library.
+        # -P: else a file in the current folder, such as random.py, would be imported instead of a library.
         command = [sys.executable, "-P", "-m", self._module]
         return await asyncio.create_subprocess_exec(
             *command,
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
-            # A Ctrl-C is for us; we end the children in order. They also end when their stdin does.
+            # Ctrl-C reaches only this process, which ends its children in order. They also end when their stdin does.
             start_new_session=True,
             env=self._environment,
             pass_fds=self._pass_fds,
@@ -156,11 +157,11 @@ class ChildProcess:
         raise InstanceFailed(f"{self.name} {problem}")
 
     async def stop(self) -> None:
-        """End it: politely, then by force, at once if this is cancelled. Leaves nothing behind."""
+        """End the process by SIGTERM, and by SIGKILL if it is too slow or this is cancelled. Leaves nothing behind."""
         self._stopping = True
         if self._process is not None:
             assert self._process.stdin is not None
-            self._process.stdin.close()  # a second word for one that has heard SIGTERM before, and takes its time
+            self._process.stdin.close()  # a second request, for one that got SIGTERM before and takes its time
             _send(self._process, signal.SIGTERM)
             try:
                 async with asyncio.timeout(STOP_TIMEOUT_S):
@@ -177,20 +178,20 @@ class ChildProcess:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def drain(self) -> None:
-        """SIGTERM, and then time: wait until it has ended by itself."""
+        """Send SIGTERM, and wait, however long, until the process has ended by itself."""
         self._stopping = True
         if self._process is not None:
             _send(self._process, signal.SIGTERM)
             await self._process.wait()
 
     def kill(self) -> None:
-        """`stop` where its event loop does not run any more."""
+        """Do as `stop` when the process's event loop does not run any more."""
         if self._killing is not None:
             self._killing()
 
     @property
     def pid(self) -> int | None:
-        """Process id; None: it was not started."""
+        """Process id; None: the process was not started."""
         return None if self._process is None else self._process.pid
 
     async def _pass_stderr_on(self) -> None:
@@ -206,20 +207,20 @@ class ChildProcess:
             text = line.decode(errors="replace").rstrip()
             self._last_lines.append(text)
             if text.startswith(f"{self.name}: "):
-                continue  # why it ends, in its own words: whoever hears of the end hears that too
+                continue  # says why the process ends; whoever is told of its end is told that too
             self._tell(text)
 
     def _tell(self, text: str) -> None:
-        """A line of its log goes through the logging of this process, which has a format and levels of its own. What is
-        none, a traceback for example, goes to stderr as it is, what means nothing at level DEBUG."""
+        """Pass a line of the child's stderr on. A log line goes through the logging of this process, with its format
+        and levels; a known meaningless line too, at level DEBUG; any other, such as a traceback's, goes to stderr."""
         if (found := LOG_LINE.fullmatch(text)) is not None:
             level, name, message = found.groups()
-            message = message.removeprefix(f"{self.name}: ")  # which is said once
+            message = message.removeprefix(f"{self.name}: ")  # the name is added below
             logging.getLogger(name).log(logging.getLevelNamesMapping()[level], "[%s] %s", self.name, message)
         elif OF_EVERY_START.fullmatch(text):
             logger.debug("[%s] %s", self.name, text)
         else:
-            # There may be no stderr, or nobody reads it. Reading goes on: a child must not block on a full pipe.
+            # There may be no stderr, or no reader of it. We must read on, else the child blocks on a full pipe.
             with contextlib.suppress(Exception):
                 sys.stderr.write(f"[{self.name}] {text}\n")
 
@@ -231,10 +232,10 @@ class ChildProcess:
             self._on_death(self.name, f"its process has ended ({self._why(status)})")
 
     def _why(self, status: int) -> str:
-        if status == -signal.SIGKILL:  # it could say nothing itself: its last words are about something else
+        if status == -signal.SIGKILL:  # the process could not say why: its last lines are about something else
             return "signal SIGKILL, from somebody or from the system when memory ran out"
         how = f"signal {signal_name(-status)}" if status < 0 else f"exit status {status}"
-        most, _ = resource.getrlimit(resource.RLIMIT_AS)  # which it has too; torch alone wants some GiB of it
+        most, _ = resource.getrlimit(resource.RLIMIT_AS)  # the child inherits it; torch alone needs some GiB
         limit = "" if most == resource.RLIM_INFINITY else f" (`ulimit -v` leaves it {most / 2**30:.1f} GiB)"
         return f"{how}: {self._last_lines[-1]}{limit}" if self._last_lines else f"{how}{limit}"
 
@@ -245,7 +246,7 @@ def _send(process: asyncio.subprocess.Process, number: signal.Signals) -> None:
 
 
 def kill_children(pids: Sequence[int]) -> None:
-    """End child processes without an event loop. One that has ended, or is another process's child, is passed over."""
+    """End child processes without an event loop. Those that have ended, or are not our children, are skipped."""
     for number, timeout_s in ((signal.SIGTERM, KILL_TIMEOUT_S), (signal.SIGKILL, KILL_TIMEOUT_S)):
         for pid in filter(_is_running, pids):
             with contextlib.suppress(ProcessLookupError):
@@ -256,22 +257,22 @@ def kill_children(pids: Sequence[int]) -> None:
 
 
 def _end_unattended(process: asyncio.subprocess.Process, parent: int) -> None:
-    if os.getpid() != parent:  # a fork, whose event loop shares its selector with that of the parent: touch nothing
+    if os.getpid() != parent:  # in a fork, whose event loop shares its selector with the parent's: touch nothing
         return
     kill_children([process.pid])
     transport: Any = process._transport  # type: ignore[attr-defined]
     try:
         transport.close()
-    except RuntimeError:  # its event loop has ended, which would close the pipes in a later turn and hear of the end
+    except RuntimeError:  # the loop has ended, which would close the pipes in a later iteration, and reap the process
         for pipe in map(transport.get_pipe_transport, range(3)):
             if not pipe.get_extra_info("pipe").closed:
-                with contextlib.suppress(RuntimeError):  # it tells the loop, too
+                with contextlib.suppress(RuntimeError):  # it also calls the ended loop
                     pipe._call_connection_lost(None)
         transport.get_extra_info("subprocess").poll()
 
 
 def _is_running(pid: int) -> bool:
-    """Whether it is a child of this process that has not ended. Whoever waits for its end is left to hear of it."""
+    """Whether this is a child of this process that has not ended. Does not reap it: others may wait for its end."""
     try:
         return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
     except ChildProcessError:
@@ -279,14 +280,14 @@ def _is_running(pid: int) -> bool:
 
 
 class Startable(Protocol):
-    """A process that was started here, or on another host, as ChildProcesses sees it. ChildProcess describes each."""
+    """What ChildProcesses needs of a process, here or on another host. ChildProcess describes the members."""
 
     name: str
     address: str
-    """Empty until it has been started."""
+    """Address at which the process serves; empty until it has been started."""
     restarts: Restarts
     waits_for: str
-    """What a start waits for that has not ended."""
+    """What a start that is under way waits for, in words."""
 
     @property
     def pid(self) -> int | None: ...
@@ -309,12 +310,11 @@ class ChildProcesses(Generic[P]):
     def __init__(
         self, make: Iterable[Callable[[Callable[[str, str], None]], P]], on_death: Callable[[str, str], None]
     ) -> None:
-        """`make`: makes each, of what it calls at its death.
-
-        on_death: called with the name of one that has died, and why; also if it is started again.
+        """`make` has a function for each process, which makes it, given the callback for its death. `on_death` is
+        called with the name of one that has died, and why, also if it is started again.
         """
         self.processes = [each(self._died) for each in make]
-        """May be started and stopped one by one: see `remove`."""
+        """The processes, which may also be started and stopped one by one: see `remove`."""
         self._on_death = on_death
         self._on_given_up: Callable[[str, str], None] | None = None
         self._on_restart: Callable[[P], Awaitable[None]] | None = None
@@ -325,9 +325,9 @@ class ChildProcesses(Generic[P]):
         on_given_up: Callable[[str, str], None],
         on_restart: Callable[[P], Awaitable[None]] | None = None,
     ) -> None:
-        """From now on. Not before all are ready for the first time: what keeps them from starting is told at once.
+        """Restart dead processes from now on. Only for when all have been ready once: until then, a death is told.
 
-        on_given_up: called, as `on_death`, when one dies again and again, and is not started any more.
+        on_given_up: called, like `on_death`, when one dies again and again, and is not started any more.
         on_restart: called with one that was started again, perhaps at another address.
         """
         self._on_given_up = on_given_up
@@ -358,14 +358,14 @@ class ChildProcesses(Generic[P]):
         on_given_up(name, f"{why}; it was started {MOST_RESTARTS} times again, and is given up")
 
     async def start(self) -> None:
-        """Start all at once. Raises InstanceFailed; `stop` is to be called then too."""
+        """Start all at the same time. Raises InstanceFailed; `stop` must be called after that too."""
         results = await asyncio.gather(*(process.start() for process in self.processes), return_exceptions=True)
         for result in results:
             if isinstance(result, BaseException):
                 raise result
 
     async def drain(self) -> None:
-        """Tell all to end, and wait until they have by themselves."""
+        """Tell all processes to end, and wait until they have ended by themselves."""
         self._on_given_up = None
         await self._end_restarts(list(self._restarting))
         await asyncio.gather(*(process.drain() for process in self.processes))
@@ -376,12 +376,12 @@ class ChildProcesses(Generic[P]):
         await asyncio.gather(*(process.stop() for process in self.processes))
 
     async def let_go(self, process: P) -> None:
-        """Start it no more, whether it has died already or will."""
+        """Do not start a process again, whether it has died already or dies later."""
         process.restarts.are_wanted = False
         await self._end_restarts([process.name])
 
     async def remove(self, process: P) -> None:
-        """Stop it, and forget it."""
+        """Stop a process, and forget it."""
         await self.let_go(process)
         await process.stop()
         self.processes.remove(process)
@@ -393,7 +393,7 @@ class ChildProcesses(Generic[P]):
         await asyncio.gather(*restarting, return_exceptions=True)
 
     def kill(self) -> None:
-        """`stop` where the event loop that started them does not run any more. Waits for their end."""
+        """Do as `stop` when the event loop that started them does not run any more. Waits for their end."""
         kill_children([process.pid for process in self.processes if process.pid is not None])
         for process in self.processes:
             process.kill()

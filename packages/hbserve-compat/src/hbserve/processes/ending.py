@@ -1,4 +1,4 @@
-"""End of a process that serves: when it begins, and when it is to be over."""
+"""The end of a serving process: when it begins, and when it must not wait any longer."""
 
 import asyncio
 from collections.abc import Coroutine
@@ -6,13 +6,13 @@ from typing import Any
 
 
 class Ending:
-    """Why and how a server is to end: at the first signal when its answers have ended, at a second one at once."""
+    """Why and how a server ends: a first signal lets its answers end before that, a second one ends it at once."""
 
     def __init__(self) -> None:
         self.begun = asyncio.Event()
         self.at_once = asyncio.Event()
         self.deaths: list[str] = []
-        """Ends of processes without which it cannot serve, in words."""
+        """Reasons, in words, for the ends of processes without which the server cannot serve."""
 
     def tell(self) -> None:
         (self.at_once if self.begun.is_set() else self.begun).set()
@@ -27,7 +27,7 @@ class Ending:
 
 
 async def unless(stop: asyncio.Event, job: Coroutine[Any, Any, None]) -> None:
-    """Run a job to its end, or until `stop`."""
+    """Run a job to its end, or until `stop` is set."""
     tasks = [asyncio.create_task(job), asyncio.create_task(_wait(stop))]
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -44,7 +44,7 @@ async def _wait(stop: asyncio.Event) -> None:
 
 
 async def together(*jobs: Coroutine[Any, Any, None]) -> None:
-    """Run jobs at once. What the first one raises ends the others, and is raised."""
+    """Run jobs at the same time. The first exception cancels the others, and is raised."""
     try:
         async with asyncio.TaskGroup() as group:
             for job in jobs:

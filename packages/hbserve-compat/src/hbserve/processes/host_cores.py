@@ -1,4 +1,4 @@
-"""The number of threads that make sense on this host: a container may see 64 cores and be given the time of 2."""
+"""The number of threads that make sense on this host. A container may see 64 cores, but get the time of only 2."""
 
 import os
 from pathlib import Path
@@ -7,14 +7,14 @@ CGROUP = Path("/sys/fs/cgroup")
 
 
 def num_cores() -> int:
-    """The least of the cores that this process may run on, the processor time of its control group, rounded down, and
-    OMP_NUM_THREADS: with more threads than that each waits for the others. At least 1."""
+    """Return the least of: the cores that this process may run on, the processor time of its control group, rounded
+    down, and OMP_NUM_THREADS. At least 1. With more threads than that, each waits for the others."""
     limits = [len(os.sched_getaffinity(0)), _quota(), _wanted()]
     return max(1, min(limit for limit in limits if limit is not None))
 
 
 def _quota() -> int | None:
-    """Of control groups version 2, or 1; None: there is none."""
+    """Return the number of cores whose time the control group (version 2 or 1) grants. None: it has no limit."""
     words = _read(CGROUP / "cpu.max").split()
     if not words:
         words = [_read(CGROUP / "cpu" / f"cpu.cfs_{name}_us").strip() for name in ("quota", "period")]
@@ -23,13 +23,13 @@ def _quota() -> int | None:
 
 
 def _wanted() -> int | None:
-    """The first number, that of the outermost level; None: there is none, or no number."""
+    """Return the first number of OMP_NUM_THREADS, which is for the outermost level. None: there is none."""
     first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
     return int(first) if first.isascii() and first.isdecimal() and int(first) else None
 
 
 def _read(path: Path) -> str:
-    """Content of a file that only some systems have; empty elsewhere."""
+    """Return the content of a file that only some systems have; empty elsewhere."""
     try:
         return path.read_text(encoding="ascii")
     except OSError:

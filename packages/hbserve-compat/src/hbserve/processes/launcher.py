@@ -1,4 +1,4 @@
-"""Instances as processes of this host: from a deployment's configuration to running programs, and to their end."""
+"""Launching of instances as processes of this host, from a deployment's configuration."""
 
 import os
 from abc import ABC, abstractmethod
@@ -20,11 +20,12 @@ from hbserve_scheduler import DeploymentConfig, InstanceSection, parse_size
 from hbserve_scheduler.config import KVTransferSection
 
 QUIET_TORCH = ("TORCH_CPP_LOG_LEVEL", "ERROR")
-"""Else it writes a trace of 30 lines for each peer that ends, of which the log says in words what matters."""
+"""Environment variable that silences torch's warnings. Otherwise torch writes a trace of 30 lines for each peer that
+ends; our log already says in words what matters."""
 
 WAIT_POLITELY = ("OMP_WAIT_POLICY", "PASSIVE")
-"""Else threads that wait for one of them spin, and take the core that it, or a neighbour, needs: beside one busy
-process two threads gave a third of the tokens."""
+"""Environment variable that lets idle OpenMP threads sleep. Otherwise threads that wait for another one spin, and take
+the core that it, or a neighbour, needs: beside one busy process, two threads gave a third of the tokens."""
 
 
 def instance_settings(
@@ -35,9 +36,9 @@ def instance_settings(
     log_level: str,
     keys: Keys | None = None,
 ) -> dict[str, Any]:
-    """One instance's InstanceConfig, as plain data: this module does not import the engine.
+    """Return an instance's InstanceConfig, as plain data, because this module does not import the engine.
 
-    The instances of the same machine, whatever each `host` calls it, share its cores and its GPUs.
+    The instances of one machine, whatever names their `host` gives it, share its cores and its GPUs.
     """
     named = config.named_instances
     several = named if instance in named else [*named, instance]
@@ -62,15 +63,15 @@ def instance_settings(
 
 
 def launch_keys(config: DeploymentConfig) -> Mapping[Party, Keys]:
-    """Of a scheduler and the instances that it starts: the deployment's, or else some that nobody else ever has. None
-    where this ZeroMQ has no CURVE and nobody has asked for keys, and for instances that others start.
+    """Return the keys of a scheduler and the instances that it starts: the deployment's, or else new ones for this
+    launch alone. Empty if the deployment has no keys, and ZeroMQ has no CURVE or others start instances.
 
     Raises:
         KeysError: (a ValueError) a file of the deployment's keys cannot be used.
     """
     if config.security.keys is not None:
         return {party: load_keys(config.security.keys, party) for party in ("scheduler", "instance")}
-    if any(each.discover for each in config.gpu_instances):  # whoever has started them knows no keys that are made here
+    if any(each.discover for each in config.gpu_instances):  # others start these, without any keys that are made here
         return {}
     return make_keys() if has_curve() else {}
 
@@ -80,24 +81,24 @@ def _same_machine(host: str, other: str) -> bool:
 
 
 def tensor_parallel_sizes(config: DeploymentConfig) -> set[int]:
-    """Numbers of ranks of all instances of a deployment."""
+    """Return the different numbers of ranks that instances of a deployment have."""
     return {num_ranks(config, each) for each in config.gpu_instances}
 
 
 def local_instances(config: DeploymentConfig) -> list[InstanceSection]:
-    """Instances of a deployment whose host is this machine. May ask a name server."""
+    """Return the instances of a deployment whose host is this machine. May ask a name server."""
     return [each for each in config.named_instances if is_here(each.host)]
 
 
 def num_ranks(config: DeploymentConfig, instance: InstanceSection) -> int:
-    """Processes, and on CUDA GPUs, of one instance."""
+    """Return how many processes, and with CUDA how many GPUs, an instance has."""
     return instance.tensor_parallel_size or config.engine_settings().tensor_parallel_size
 
 
 def _most_on_one_gpu(
     config: DeploymentConfig, neighbours: list[InstanceSection], instance: InstanceSection
 ) -> int | None:
-    """Of this instance's GPUs, on the one where the most are; None if nobody has said which they are."""
+    """Return how many instances share the fullest of this instance's GPUs. None: it has no `gpu_id`."""
 
     def gpus(each: InstanceSection) -> range:
         return range(0) if each.gpu_id is None else range(each.gpu_id, each.gpu_id + num_ranks(config, each))
@@ -114,12 +115,12 @@ def _kv_settings(kv: KVTransferSection, instance: InstanceSection) -> dict[str, 
 
 
 def instance_environment(num_threads: int) -> dict[str, str]:
-    """This process's, with the instance's threads, and torch's warnings only if they are asked for."""
+    """Return an instance's environment: this process's, with its number of threads, and defaults for what is unset."""
     return dict([QUIET_TORCH, WAIT_POLITELY]) | os.environ | {"OMP_NUM_THREADS": str(num_threads)}
 
 
 class InstanceProcess(ChildProcess):
-    """One instance that this process has started, and ends."""
+    """An instance as a process that this one starts and ends."""
 
     def __init__(self, settings: dict[str, Any], on_death: Callable[[str, str], None]) -> None:
         self.instance_id: str = settings["instance_id"]
@@ -129,7 +130,7 @@ class InstanceProcess(ChildProcess):
         super().__init__(self.instance_id, "hbserve_core", self._as_json, environment, on_death)
 
     def _as_json(self) -> bytes:
-        # The second time at the address that it had: whoever dials it finds another life there.
+        # A restart takes the address that it had, so that its peers find it there.
         known = {"port": parse_address(self.address)[1]} if self.address else {}
         return msgspec.json.encode(self._plain | known)
 
@@ -162,7 +163,7 @@ class Instances(ChildProcesses[A], ABC):
             self.add(config, each)
 
     def add(self, config: DeploymentConfig, instance: InstanceSection) -> A:
-        """Make one of a deployment's instances, and do not start it yet."""
+        """Make one of a deployment's instances, without starting it yet."""
         made = self._make(config, instance)
         self.processes.append(made)
         return made

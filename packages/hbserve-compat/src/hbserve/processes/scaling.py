@@ -1,9 +1,9 @@
-"""Scaling of a deployment that serves: whoever has started its instances adds some, or drains and ends some.
+"""Scaling of a running deployment: the process that has started its instances adds some, or drains and ends some.
 
     one more    its process starts ─▶ its model is loaded ─▶ takes requests, and is started again from then on
     one less    drained ─▶ has nothing left, of any scheduler ─▶ its process ends
-The number is of those that take requests: one that was told to drain goes, and else the newest of the role.
-New ones begin when all that go have gone: they may need their GPUs.
+Only instances that take requests count. Those that were told to drain are ended first, and then the newest of the role.
+New ones start when all that leave have left, because they may need their GPUs.
 """
 
 import asyncio
@@ -22,44 +22,45 @@ from hbserve_scheduler import ConfigError, DeploymentConfig, InstanceFailed, Ins
 logger = logging.getLogger(__name__)
 
 LOOK_S = 0.5
-"""Pause between two looks at what is waited for, to tell it if it has changed."""
+"""Pause between two looks at what is waited for, which is reported when it has changed."""
 READY_TIMEOUT_S = 600.0
 """How long a new instance may take to load its model. How long it waits for a place on a cluster is not limited."""
 
 
 class Scaling:
-    """Belongs to the event loop of its scheduler. Another wish, while one is carried out, takes its place."""
+    """Carries out changes of the numbers of instances. Belongs to the event loop of its scheduler. A new request
+    replaces one that is being carried out."""
 
     def __init__(self, config: DeploymentConfig, server: SchedulerServer, instances: Instances[Any]) -> None:
         self._config = config
-        """The deployment with instances that are there or come, and without those that go."""
+        """The deployment with the instances that are there or are starting, and without those that are leaving."""
         self._server = server
         self._instances = instances
         self._changes: dict[str, asyncio.Task[str]] = {}
-        """Changes that are under way, by instance; each returns what is to be told when it is done."""
+        """Changes under way, by instance. Each returns the line that reports that it is done."""
         self._deaths: dict[str, asyncio.Future[str]] = {}
-        """Why processes of instances that come have ended, by instance."""
+        """For each instance that is starting, a future that gets the reason if its process ends."""
         self._going: dict[str, InstanceSection] = {}
 
     async def close(self) -> None:
-        """What comes is ended, what goes stays; whoever started them ends them all."""
+        """Cancel all changes: starting instances are ended, and leaving ones stay. The caller then ends them all."""
         changes = list(self._changes.values())
         for each in changes:
             each.cancel()
         await asyncio.gather(*changes, return_exceptions=True)
 
     def died(self, instance_id: str, why: str) -> None:
-        """The process of an instance has ended. One that was still coming does not come then."""
+        """Note that the process of an instance has ended. If the instance was still starting, that has failed."""
         if (death := self._deaths.get(instance_id)) is not None and not death.done():
             death.set_result(why)
 
     async def scale(self, wanted: Mapping[Role, int]) -> AsyncGenerator[str, None]:
-        """Have so many instances of these roles. Yields lines of what is done and waited for; whoever reads them no
-        more changes nothing.
+        """Change the numbers of instances of these roles. Yields lines about what is done and waited for; the change
+        goes on if they are no longer read.
 
         Raises:
-            InvalidRequest: there cannot be so many; nothing is changed.
-            RemoteError: one that was to come has failed; has its reason.
+            InvalidRequest: such numbers are not possible; nothing is changed.
+            RemoteError: a new instance has failed; has its reason.
         """
         self._begin(scaled(self._config, wanted, self._going, self._sent_away()))
         pending, failed, last = set(self._changes.values()), [], ""
@@ -80,7 +81,7 @@ class Scaling:
         yield describe(self._config)
 
     def _sent_away(self) -> set[str]:
-        """Instances that were told to drain, also those that have left since; not those that still come."""
+        """Return the instances that were told to drain, and those that have left since; not those that are starting."""
         handles = self._server.scheduler.fleet.handles
         names = {each.instance_id for each in self._config.named_instances if each.instance_id not in self._deaths}
         return {name for name in names if name not in handles or handles[name].status == "draining"}
@@ -92,7 +93,7 @@ class Scaling:
             if each.instance_id in kept:
                 continue
             self._going[each.instance_id] = each
-            if each.instance_id in self._deaths:  # it is not there yet
+            if each.instance_id in self._deaths:  # it is still starting
                 self._changes[each.instance_id].cancel()
             else:
                 self._change(each, self._remove(each))
@@ -109,7 +110,7 @@ class Scaling:
         task.add_done_callback(self._end_change)
 
     def _end_change(self, change: "asyncio.Task[str]") -> None:
-        """Also of one that was cancelled before it began."""
+        """Forget a change that has ended, and log its result. Also called if it was cancelled before it began."""
         name = change.get_name()
         del self._changes[name]
         self._going.pop(name, None)
@@ -127,7 +128,7 @@ class Scaling:
             if going:
                 await asyncio.wait(going)
             process = self._instances.add(config, instance)
-            process.restarts.are_wanted = False  # until it has shown that it can be started
+            process.restarts.are_wanted = False  # until it has started once
             await process.start()
             await self._server.scheduler.add_instance(name, process.role, process.address)
             await self._until_ready(name)
@@ -157,7 +158,7 @@ class Scaling:
         name, members = instance.instance_id, self._server.members
         (process,) = [each for each in self._instances.processes if each.name == name]
         await self._instances.let_go(process)
-        with contextlib.suppress(InvalidRequest):  # it was told to leave before, and has left
+        with contextlib.suppress(InvalidRequest):  # it was told to leave earlier, and has left
             members.leave(name)
         if not await members.until_left(name):
             process.restarts.are_wanted = True
@@ -188,11 +189,11 @@ def scaled(
     going: Mapping[str, InstanceSection],
     drained: Collection[str] = (),
 ) -> DeploymentConfig:
-    """The deployment with so many instances of these roles: without those that are drained and the newest ones, or with
-    more that are like the first of their role. Nobody has a name or a rank of those that still go.
+    """Return the deployment with these numbers of instances: without drained ones and the newest ones, or with more
+    that are like the first of their role. New ones do not reuse a name or a rank of those that are still leaving.
 
     Raises:
-        InvalidRequest: there cannot be such a deployment; says why.
+        InvalidRequest: such a deployment is not possible; the message says why.
     """
     found = list(config.gpu_instances)
     for role, number in wanted.items():
@@ -212,7 +213,8 @@ def scaled(
 def _one_more(
     config: DeploymentConfig, role: Role, there: list[InstanceSection], known: list[InstanceSection]
 ) -> InstanceSection:
-    """there: whose GPUs are in use; known: whose names and ranks are."""
+    """Make one more instance of a role. The GPUs of the instances `there`, and the names and ranks of those `known`,
+    are in use."""
     named = config.named_instances
     alike = [*(each for each in named if each.instance_type == role), *named, InstanceSection(instance_type=role)]
     names, ranks = {each.instance_id for each in known}, {each.kv_rank for each in known}
@@ -241,6 +243,6 @@ def _with(config: DeploymentConfig, instances: list[InstanceSection]) -> Deploym
 
 
 def describe(config: DeploymentConfig) -> str:
-    """How many instances of each role it has, as they are asked for."""
+    """Say how many instances of each role a deployment has, in the words of `hbserve scale`: "prefill=3 decode=2"."""
     roles = [each.instance_type for each in config.named_instances]
     return " ".join(f"{role}={roles.count(role)}" for role in dict.fromkeys(roles))
