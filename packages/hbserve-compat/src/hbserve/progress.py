@@ -5,7 +5,7 @@ from typing import Any
 
 
 def progress_bar(num_prompts: int, *, is_shown: bool = True, title: str = "Generating") -> Any:
-    """tqdm's; none where there is no stderr, as under pythonw: tqdm would fail there, and with it the answers."""
+    """Make tqdm's progress bar. It is disabled without a stderr, as under pythonw, where tqdm would fail."""
     from tqdm import tqdm
 
     is_shown = is_shown and sys.stderr is not None

@@ -18,12 +18,13 @@ TELL_AFTER_S = 3.0
 async def remote_scheduler(
     address: str, keys: Path | None = None
 ) -> AsyncIterator[tuple[RemoteScheduler, ServiceInfo]]:
-    """Connected to for as long as it is entered. `keys`: folder of a client's, where the scheduler has keys.
+    """Connect to a scheduler for the time of the block. `keys` is a folder with a client's keys, if the scheduler needs
+    them.
 
     Raises:
-        ConfigError: the address is none.
+        ConfigError: the address is not valid.
         KeysError: (a ValueError) the keys cannot be used.
-        NotReady: nobody answers there in time, or does not let this side in.
+        NotReady: nothing answers there in time, or the scheduler does not accept this side.
     """
     known = load_keys(keys, "client") if keys is not None else None
     try:
@@ -38,7 +39,7 @@ async def remote_scheduler(
 
 
 async def _find(scheduler: RemoteScheduler) -> ServiceInfo:
-    """It may be starting still, so that nobody answers is not yet an error; but the user hears what takes so long."""
+    """Wait for the scheduler, which may still be starting, and tell the user what takes so long."""
     notice = f"waiting for a scheduler at {scheduler.address}, up to {FIND_SCHEDULER_S:.0f} s\n"
     telling = asyncio.get_running_loop().call_later(TELL_AFTER_S, sys.stderr.write, notice)
     try:

@@ -1,4 +1,4 @@
-"""Results of generating, as `generate` and `stream` return them: plain dicts with these keys."""
+"""Types of what `generate` returns and `stream` yields: plain dicts with these keys."""
 
 from typing import NotRequired, TypedDict
 
@@ -6,21 +6,21 @@ from hbserve_rpc.messages import FinishReason, RequestFinished, TokenLogprobs
 
 
 class Timings(TypedDict):
-    """Of one request. Times are in seconds."""
+    """Times of one request, in seconds, and other figures of it."""
 
     queue_time_s: float
     ttft_s: float
     """Time to first token."""
     handoff_s: float
-    """First token to second: how long the request stood still while it changed hands. 0 if there is no second."""
+    """Time from the first token to the second, which includes the hand-off of the request; 0 without a second token."""
     tpot_s: float
     """Mean time per output token after the first."""
     e2e_s: float
     kv_bytes: int
-    """KV moved from the prefill to the decode instance."""
+    """Bytes of KV that moved from the prefill to the decode instance."""
     kv_transfer_time_s: float
     num_cached_tokens: int
-    """Prompt tokens that the decode instance held already."""
+    """Number of prompt tokens that the decode instance had in its prefix cache."""
     num_prompt_tokens: int
     num_attempts: int
     prefill_instance: str
@@ -35,39 +35,39 @@ class Answer(Timings):
     token_ids: list[int]
     finish_reason: FinishReason
     stop_reason: str | int | None
-    """The stop string, or the one of `stop_token_ids`, that ended it; None if something else did."""
+    """The stop string, or the one of `stop_token_ids`, that ended the answer; None if something else did."""
     logprobs: list[TokenLogprobs] | None
-    """Of each of `token_ids`, a dict of token ids and their log-probabilities: the most likely ones, in order, and the
-    one that is there, which may be the last. None unless `SamplingParams.logprobs` asks for them."""
+    """A dict for each of `token_ids`, of token ids and their log-probabilities: the most likely ones, in order, and the
+    chosen one, which may come last. None unless `SamplingParams.logprobs` asks for them."""
     prompt_logprobs: list[TokenLogprobs | None] | None
-    """The same of each prompt token; of the first one it is None."""
+    """The same for each prompt token; None for the first one."""
 
 
 class GenerationResult(Answer):
     """The answer to one prompt, or the first of several."""
 
     outputs: NotRequired[list[Answer]]
-    """All of them, where `SamplingParams.n` is more than one. Their KV was moved once: each of them says so."""
+    """All answers, if `SamplingParams.n` is more than one. Their KV moved only once; each of them reports that."""
 
 
 class GenerationDelta(TypedDict):
-    """What is new of a streamed answer."""
+    """A new piece of a streamed answer."""
 
     request_id: str
     text: str
     token_ids: list[int]
     finish_reason: FinishReason | None
-    """Set in the last one only."""
+    """Why the answer ended; set in the last piece only."""
     stop_reason: str | int | None
-    """As in GenerationResult, in the last one."""
+    """The same as in GenerationResult; set in the last piece only."""
     logprobs: list[TokenLogprobs] | None
-    """As in GenerationResult, of the new `token_ids`."""
+    """The same as in GenerationResult, for the new `token_ids`."""
     prompt_logprobs: list[TokenLogprobs | None] | None
-    """As in GenerationResult, with the first token."""
+    """The same as in GenerationResult; comes with the first token."""
     timings: Timings | None
-    """Set in the last one only."""
+    """Times of the request; set in the last piece only."""
     choice: NotRequired[int]
-    """Which of the answers it is of, where `SamplingParams.n` is more than one; each has a last one."""
+    """Index of the answer, if `SamplingParams.n` is more than one. Each answer has a last piece."""
 
 
 def timings_of(end: RequestFinished) -> Timings:

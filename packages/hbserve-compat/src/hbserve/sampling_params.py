@@ -1,4 +1,4 @@
-"""SamplingParams and what is in them, which hbserve_rpc owns."""
+"""SamplingParams and StructuredOutputsParams, which hbserve_rpc owns."""
 
 from hbserve_rpc.sampling_params import SamplingParams as SamplingParams
 from hbserve_rpc.structured_outputs import StructuredOutputsParams as StructuredOutputsParams

@@ -30,7 +30,7 @@ class HybridBackend:
         self._runner: Runner | None = None
         self._engine: Engine | None = None
         self._news: dict[str, tuple[News, set[int]]] = {}
-        """For each request: the queue for its progress, and the indices of its choices that have not ended."""
+        """The queue for each request's progress, and the indices of its choices that have not ended."""
         self._thread = OwnThread("hbserve-engine")
         try:
             self._thread.call(lambda: self._start(msgspec.convert(plain, InstanceConfig)))

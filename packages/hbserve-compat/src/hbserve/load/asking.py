@@ -23,10 +23,10 @@ class Outcome:
 
     prompt_len: int
     planned_s: float = 0.0
-    """When the request was to be sent."""
+    """Time at which the request was due."""
     start_s: float = 0.0
     ready_s: float = 0.0
-    """When the request's task began. Because of `--max-concurrency` it may then wait, until `start_s`."""
+    """Time at which the request's task began. Because of `--max-concurrency`, it may then wait until `start_s`."""
     arrivals: list[float] = field(default_factory=list)
     text: str = ""
     output_tokens: int = 0

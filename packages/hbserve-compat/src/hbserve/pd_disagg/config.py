@@ -90,7 +90,7 @@ PATHS = {
     **{key: ("security", key) for key in SecuritySection.__struct_fields__},
     **ENGINE_KEYS,
 }
-"""For each field of PdDisaggConfig, its section of the YAML file and its key there."""
+"""Section of the YAML file, and key in it, of each field of PdDisaggConfig."""
 
 
 def _in_field_names(message: str) -> str:

@@ -39,7 +39,7 @@ class Scaling:
         self._changes: dict[str, asyncio.Task[str]] = {}
         """Changes under way, by instance. Each returns the line that reports that it is done."""
         self._deaths: dict[str, asyncio.Future[str]] = {}
-        """For each instance that is starting, a future that gets the reason if its process ends."""
+        """Futures of the instances that are starting, which get the reason if an instance's process ends."""
         self._going: dict[str, InstanceSection] = {}
 
     async def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Notices of what a start waits for, from its second second on, until it has what it needs."""
+"""Notices of what a start waits for, given from two seconds after its beginning until it has what it needs."""
 
 import asyncio
 import sys
@@ -9,11 +9,11 @@ from hbserve.processes.child_process import Startable
 from hbserve_scheduler import CpuScheduler
 
 FIRST_S, LOOK_S, AGAIN_S = 2.0, 0.5, 10.0
-"""The first notice; between two looks; and a notice that is the same as the last is given again after so long."""
+"""Times of the first notice, between two looks, and after which a notice is repeated that has not changed."""
 
 
 def missing(processes: Iterable[Startable], scheduler: CpuScheduler) -> list[str]:
-    """What a start waits for: processes that import what they need, then models that are loaded."""
+    """List what a start waits for: processes that do not serve yet, or else instances that are not ready."""
     starting = [f"{each.name}: {each.waits_for}" for each in processes if not each.address]
     handles = scheduler.fleet.handles.values()
     return starting or [each.describe_problem() for each in handles if each.status != "ready"]
@@ -21,7 +21,7 @@ def missing(processes: Iterable[Startable], scheduler: CpuScheduler) -> list[str
 
 @asynccontextmanager
 async def telling(what: Callable[[], list[str]], tell: Callable[[str], object]) -> AsyncIterator[None]:
-    """Tell from time to time, while it is entered, what a start waits for: `what` finds it, `tell` says it."""
+    """Report from time to time, during the block, what a start waits for. `what` finds it, and `tell` reports it."""
     task = asyncio.create_task(_tell(what, tell))
     try:
         yield
@@ -32,7 +32,7 @@ async def telling(what: Callable[[], list[str]], tell: Callable[[str], object]) 
 
 @asynccontextmanager
 async def telling_at_terminal(what: Callable[[], list[str]]) -> AsyncIterator[None]:
-    """Tell on stderr how a start goes, where somebody watches it."""
+    """Report on stderr what a start waits for, if stderr is a terminal."""
     if sys.stderr is None or not sys.stderr.isatty():
         yield
         return

@@ -1,1 +1,1 @@
-"""Instances on the nodes of a Ray cluster: Ray places their processes, and neither tokens nor KV go through it."""
+"""Instances on the nodes of a Ray cluster. Ray places their processes; neither tokens nor KV go through it."""

@@ -1,4 +1,4 @@
-"""A Ray cluster, as a deployment needs it: a connection, and places on nodes."""
+"""The use of a Ray cluster by a deployment: the connection, and places for instances on the nodes."""
 
 import asyncio
 import logging
@@ -15,24 +15,25 @@ from hbserve_scheduler import ConfigError, DeploymentConfig, InstanceSection
 logger = logging.getLogger(__name__)
 
 TELL_AFTER_S = 5.0
-"""A place that cannot be had yet is told then, and ever more rarely: an autoscaler may take minutes to add a node."""
+"""Time without a place after which that is reported, and then ever more rarely: an autoscaler may take minutes."""
 CONNECT_TIMEOUT_S = 10.0
 SETTINGS = b"\4"
 GRPC_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0" + SETTINGS + b"\0" * 5
-"""HTTP/2's preface and a frame of no settings; the server begins with its own, length and type first."""
+"""HTTP/2's preface, and a frame with no settings. A server begins with its own settings, in a frame that begins with
+length and type."""
 STRATEGY = "STRICT_PACK"
-"""What shares a place is on one node: a pair, and the GPUs of an instance's ranks."""
+"""Ray's strategy that puts all bundles of a place on one node: those of a pair, each with the GPUs of all its ranks."""
 Bundle = dict[str, float]
 
 
 def connect(address: str) -> None:
-    """Join a cluster that runs: `auto` is the one that this host belongs to. `local` starts one of this host alone.
+    """Connect to a running cluster; `auto` is the one that this host belongs to. `local` starts one of this host alone.
 
     Raises:
-        ConfigError: Ray is not installed, or nobody is there.
+        ConfigError: Ray is not installed, or there is no cluster at the address.
     """
-    # Nodes have what this one has installed. In a program of `uv run` Ray would else carry the current folder to each,
-    # and make an environment there.
+    # All nodes have the same packages installed. Without this setting, under `uv run`, Ray would copy the current
+    # folder to each, and make an environment there.
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     try:
         import ray
@@ -41,17 +42,17 @@ def connect(address: str) -> None:
     _require_somebody(address)
     before = signal.getsignal(signal.SIGTERM)
     try:
-        # Of a cluster that is started here nobody asks for a page, whose process is the slowest of all to start.
+        # A cluster that is started here needs no dashboard, whose process is the slowest of all to start.
         own = {"include_dashboard": False} if address == "local" else {}
         ray.init(address=address, logging_level=logging.WARNING, log_to_driver=True, **own)
-    except Exception as error:  # where a node of its own is too slow to start, it is a plain one
+    except Exception as error:  # any: if a local node is too slow to start, Ray raises a plain Exception
         raise ConfigError(f"--ray={address}: {' '.join(str(error).split())}{_about_token(error)}") from None
     finally:
-        signal.signal(signal.SIGTERM, before)  # Ray has its own, which ends this process at once
+        signal.signal(signal.SIGTERM, before)  # Ray's own handler would end this process at once
 
 
 def _require_somebody(address: str) -> None:
-    """Raises ConfigError if nobody listens there, or not as a cluster does: Ray itself would try for minutes."""
+    """Raise ConfigError unless a Ray cluster listens at the address. Ray itself would try for minutes."""
     place = _place_of(address)
     host, _, port = place.rpartition(":")
     if host and "/" not in host and port.isdecimal():
@@ -64,8 +65,8 @@ def _require_somebody(address: str) -> None:
 
 
 def _place_of(address: str) -> str:
-    """HOST:PORT, also of `auto`: by RAY_ADDRESS, by what runs here, or by a file that outlives a head that was killed.
-    "" if there is none, which Ray says at once."""
+    """Return HOST:PORT of an address. `auto` is found by RAY_ADDRESS, by what runs here, or by a file, which outlives a
+    killed head. Returns "" if there is none; Ray itself reports that at once."""
     if address != "auto":
         return address
     try:
@@ -77,7 +78,7 @@ def _place_of(address: str) -> str:
 
 
 def _require_grpc(connection: socket.socket) -> None:
-    """Raises OSError if what listens does not begin as a server of gRPC, which is what a cluster's head is."""
+    """Raise OSError unless the peer begins like a gRPC server, which a cluster's head is."""
     connection.settimeout(CONNECT_TIMEOUT_S)
     connection.sendall(GRPC_GREETING)
     with connection.makefile("rb") as frames:
@@ -86,27 +87,28 @@ def _require_grpc(connection: socket.socket) -> None:
 
 
 def _about_token(error: Exception) -> str:
-    """Ray has it in its log only. With an address it does not look for a token by itself, while `ray start` does."""
+    """Return advice if a token is missing, which Ray says only in its log; otherwise "". When given an address, Ray
+    does not look for a token by itself, while `ray start` does."""
     if "InvalidAuthToken" not in str(error.__cause__):
         return ""
     return "; it asks for a token: set RAY_AUTH_MODE=token, with the cluster's in RAY_AUTH_TOKEN or ~/.ray/auth_token"
 
 
 def disconnect() -> None:
-    """Leave the cluster. What is still running there of this process ends."""
+    """Leave the cluster. What this process still runs there ends."""
     import ray
 
     ray.shutdown()
 
 
 def bundle_of(config: DeploymentConfig, instance: InstanceSection, num_ranks: int) -> Bundle:
-    """What one instance takes of its node. GPUs only where the configuration, or the cluster, has any."""
+    """Return the resources that an instance takes on its node; GPUs only if configuration or cluster have any."""
     role, settings = instance.instance_type, config.engine_settings()
     bundle: Bundle = {"CPU": float(settings.num_threads or 1), **config.ray.resources.get(role, {})}
     if settings.device != "cpu" and (settings.device != "auto" or _has_gpus()):
         bundle["GPU"] = float(num_ranks)
     if role in config.ray.accelerator_type:
-        bundle[f"accelerator_type:{config.ray.accelerator_type[role]}"] = 0.001  # as Ray's own option of that name
+        bundle[f"accelerator_type:{config.ray.accelerator_type[role]}"] = 0.001  # as Ray's own option does it
     return bundle
 
 
@@ -117,20 +119,20 @@ def _has_gpus() -> bool:
 
 
 class Place:
-    """Room for some instances on one node: a placement group. When its node is lost, Ray finds another one."""
+    """Room for some instances on one node: a placement group. If the node is lost, Ray finds another one."""
 
     def __init__(self, bundles: dict[str, Bundle]) -> None:
-        """`bundles`: by the name of the instance that takes it."""
+        """Ask Ray for room. `bundles` has resources by the name of the instance that takes them."""
         from ray.util.placement_group import placement_group
 
         self.taken: set[str] = set()
-        """Of these names, those whose instances are there."""
+        """Names of the instances that have taken their bundles."""
         self._names = list(bundles)
         self._bundles = bundles
         self._group: Any = placement_group(list(bundles.values()), STRATEGY)
 
     def options(self, name: str) -> dict[str, Any]:
-        """Of the actor that has this bundle."""
+        """Return the options of the actor that takes an instance's bundle."""
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         bundle = dict(self._bundles[name])
@@ -144,8 +146,8 @@ class Place:
         }
 
     async def wait(self, name: str) -> AsyncIterator[str]:
-        """Until there is room for it. How long that takes is not known here: an autoscaler may have to add a node.
-        Yields what is to be told meanwhile, ever more rarely."""
+        """Wait until there is room for an instance, for however long: an autoscaler may have to add a node. Yields
+        notices meanwhile, ever more rarely."""
         ready, pause_s = asyncio.ensure_future(_of(self._group.ready())), TELL_AFTER_S
         try:
             while not (await asyncio.wait([ready], timeout=pause_s))[0]:
@@ -156,11 +158,11 @@ class Place:
             ready.cancel()
 
     def has_room_for(self, name: str) -> bool:
-        """Whether it was made for an instance of this name, and none is there."""
+        """Whether the place has a bundle for an instance of this name, which is not taken."""
         return name in self._bundles and name not in self.taken
 
     def give_back(self) -> None:
-        """What still runs there ends."""
+        """Return the room to Ray. What still runs there ends."""
         from ray.util.placement_group import remove_placement_group
 
         remove_placement_group(self._group)
@@ -171,13 +173,13 @@ async def _of(reference: Any) -> Any:
 
 
 class Places:
-    """Room for all instances of a deployment. Those that are to be on one node have one place."""
+    """The places of a deployment's instances. Instances that must be on one node share a place."""
 
     def __init__(self) -> None:
         self._places: list[Place] = []
 
     def take(self, config: DeploymentConfig, instance: InstanceSection) -> Place:
-        """The place for one of the deployment's instances: with that of another one, or its own."""
+        """Take the place for one of the deployment's instances: one that it shares with another, or its own."""
         name = instance.instance_id
         place = next((each for each in self._places if each.has_room_for(name)), None)
         if place is None:
@@ -190,7 +192,7 @@ class Places:
         return place
 
     def give_back(self, name: str) -> None:
-        """Of an instance that is no more. The room of a place is free when the last one has gone."""
+        """Give an instance's part of its place back. The place is returned to Ray with the last of its instances."""
         for place in [each for each in self._places if name in each.taken]:
             place.taken.remove(name)
             if not place.taken:
@@ -199,9 +201,10 @@ class Places:
 
 
 def pairs(instances: list[InstanceSection], place: str) -> list[list[InstanceSection]]:
-    """Instances that are to be on one node: each alone, or the first prefill and the first decode instance, and so on.
+    """Group instances that must be on one node: each alone (`place` is "any"), or the first prefill with the first
+    decode instance, and so on.
 
-    Those of a role that has more than the other are alone.
+    Surplus instances of one of the two roles, and hybrid ones, are alone.
     """
     if place == "any":
         return [[each] for each in instances]

@@ -1,4 +1,4 @@
-"""An actor that starts one instance's process on its node, and knows when it has ended."""
+"""A Ray actor that starts one instance's process on its node, and reports its end."""
 
 import asyncio
 from typing import Any
@@ -7,12 +7,12 @@ from hbserve.processes.launcher import InstanceProcess
 
 
 class InstanceActor:
-    """Runs in a Ray worker. The process is the one that `hbserve serve` starts without Ray; it ends by the end of its
-    stdin if this worker, or the whole driver, is lost."""
+    """The actor, which runs in a Ray worker. The process is the same that `hbserve serve` starts without Ray. If this
+    worker or the driver is lost, the end of its stdin ends it."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
-        """`settings`: of the InstanceConfig, but for where it is: on this node, at a port that the system chooses, on
-        the GPUs that Ray lets this worker see."""
+        """Take the settings of an InstanceConfig, except its place: the instance runs on this node, at a port that the
+        system chooses, on the GPUs that Ray shows to this worker."""
         from ray.util import get_node_ip_address
 
         host = get_node_ip_address()
@@ -25,7 +25,7 @@ class InstanceActor:
         self._death.set_result(why)
 
     async def start(self) -> str:
-        """Its address, once it serves. Raises InstanceFailed."""
+        """Start the process, and return its address when it serves. Raises InstanceFailed."""
         await self._process.start()
         return self._process.address
 

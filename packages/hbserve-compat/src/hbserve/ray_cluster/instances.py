@@ -1,4 +1,4 @@
-"""Instances of a deployment on a Ray cluster: started, watched, and started again where they fit."""
+"""Instances of a deployment on a Ray cluster, where Ray finds room to start and restart them."""
 
 import asyncio
 import contextlib
@@ -18,11 +18,11 @@ logger = logging.getLogger(__name__)
 
 
 class RayInstance:
-    """One instance on some node. Each life has an actor of its own, which Ray does not restart: `ChildProcesses` does,
-    as it does with processes of this host."""
+    """One instance on some node. Each of its lives has a new actor. `ChildProcesses` restarts it, like processes of
+    this host, and Ray does not."""
 
     pid = None
-    """Of another host's process nothing can be told by a number."""
+    """None: a process id of another host would be of no use here."""
 
     def __init__(self, settings: dict[str, Any], place: Place, on_death: Callable[[str, str], None]) -> None:
         self.name = self.instance_id = str(settings["instance_id"])
@@ -37,10 +37,10 @@ class RayInstance:
         self._watching: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Wait for room, start it there, and wait until it serves.
+        """Wait for room, start the instance there, and wait until it serves.
 
         Raises:
-            InstanceFailed: it ended first, or its node was lost meanwhile.
+            InstanceFailed: the instance ended first, or its node was lost meanwhile.
         """
         import ray
         from ray.exceptions import RayError
@@ -74,7 +74,7 @@ class RayInstance:
         await self.stop()
 
     async def stop(self) -> None:
-        """End it: in order, and by force if that takes too long, or its node does not answer."""
+        """End the instance in order, or by force if that takes too long or its node does not answer."""
         if self._watching is not None:
             self._watching.cancel()
             await asyncio.gather(self._watching, return_exceptions=True)
@@ -99,20 +99,20 @@ class RayInstance:
 
 
 def _in_words(error: Exception) -> str:
-    """Ray's messages have several lines, with the ids of nodes and workers; the first one says what matters."""
+    """Describe a Ray error by the first line of its message. The others have ids of nodes and workers."""
     first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     return f"its Ray actor has ended ({type(error).__name__}: {first})"
 
 
 class RayInstances(Instances[RayInstance]):
-    """Instances on the nodes of a cluster, each where there is room for it."""
+    """The instances of a deployment on the nodes of a cluster, each where there is room for it."""
 
     @cached_property
     def _places(self) -> Places:
         return Places()
 
     def _make(self, config: DeploymentConfig, instance: InstanceSection) -> RayInstance:
-        # Ray gives GPUs and cores to one of them alone.
+        # Ray gives each instance GPUs and cores that no other one shares.
         alone = {"num_local_instances": 1, "num_on_gpu": 1, "num_threads": config.engine_settings().num_threads or 1}
         return RayInstance(self._settings(config, instance) | alone, self._places.take(config, instance), self._died)
 

@@ -1,1 +1,1 @@
-"""The OpenAI server: HTTP in front of a scheduler. docs/openai-server.md says what it serves."""
+"""The OpenAI server: HTTP in front of a scheduler. docs/openai-server.md describes what it serves."""

@@ -54,7 +54,7 @@ ROUTES = [
 
 PATHS = {route.path for route in ROUTES}
 PAGES = {"/", "/dashboard"}
-"""Their own address determines what their links mean."""
+"""Pages whose relative links depend on their own address, which therefore must not get a slash."""
 WITH_SLASH = [
     Route(f"{route.path}/", route.endpoint, methods=list(route.methods or ()))
     for route in ROUTES
@@ -65,7 +65,7 @@ others do not follow it."""
 
 
 def make_app(service: Service) -> Starlette:
-    """Raises ConfigError: the API keys cannot be read."""
+    """Make the application. Raises ConfigError if the API keys cannot be read."""
     keys = ApiKeys(service.settings)
     service.http.know(ROUTES)
     middleware = [Middleware(RequestLog, figures=service.http)]
@@ -111,7 +111,7 @@ async def _refuse_route(request: Request, error: Exception) -> Response:
 
 
 def _meant(path: str) -> str | None:
-    """The path that was meant by a base URL that lacks /v1, has it twice, or ends with a slash."""
+    """Return the path that a client meant whose base URL lacks /v1, has it twice, or ends with a slash; None: none."""
     words = [word for word in path.split("/") if word]
     plain = [word for word in words if word != "v1"]
     candidates = ["/" + "/".join(["v1", *plain]), "/" + "/".join(plain)]

@@ -1,8 +1,8 @@
 """`python -m hbserve.server.front_end_process`: one of several processes of an OpenAI server, started by front_ends.py.
 
-FrontEndSettings come as one line of JSON on stdin; the answer is one line on stdout, with the address of its own RPC,
-when it serves. SIGTERM: requests that have begun are answered, within `drain_timeout_s`, and then it ends. A second
-one, or the end of stdin, which stays open until then, ends it at once. Exit status 0, or 1 with one line on stderr.
+It reads FrontEndSettings from stdin, as one line of JSON, and writes the address of its own RPC to stdout, in one line,
+when it serves. At SIGTERM it answers the requests that have begun, within `drain_timeout_s`, and then ends. A second
+SIGTERM, or the end of stdin, ends it at once. Its exit status is 0, or 1 with one line on stderr.
 """
 
 import asyncio
@@ -58,12 +58,12 @@ async def _begin(settings: FrontEndSettings, front_end: FrontEnd, server: Schedu
 
 
 def main() -> None:
-    """Ends the process with the status that the module describes."""
+    """Run the process, and end it with the status that the module's docstring describes."""
     own_process.set_up()
     own_process.end_at_once_by_ctrl_c()
     line = sys.stdin.buffer.readline()
     status = 0
-    if line:  # else its parent has ended
+    if line:  # else the parent has ended
         settings = msgspec.json.decode(line, type=FrontEndSettings)
         log_to_stderr(settings.log_level)
         try:
@@ -71,7 +71,7 @@ def main() -> None:
         except (OSError, ValueError, HBServeRpcError, HBServeSchedulerError) as error:
             sys.stderr.write(f"{settings.name}: {error}\n")
             status = 1
-    # The watching thread may still hold stdin's lock, on which an ordinary exit would wait.
+    # Not an ordinary exit: it would wait for stdin's lock, which the watching thread may still hold.
     logging.shutdown()
     with contextlib.suppress(OSError):
         sys.stderr.flush()

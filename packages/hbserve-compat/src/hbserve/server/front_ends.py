@@ -1,12 +1,12 @@
-"""The OpenAI server of one deployment as several processes, which share its address: see front_end_process.py.
+"""The OpenAI server of one deployment as several processes that share its address; see front_end_process.py.
 
     this process: membership, queue bounds, figures of all           front_end_process, one of several
     CpuScheduler, for clients of the RPC ◀── figures of all ─────── FrontEnd, CpuScheduler
          └───────────── RPC ──────────▶ instances ◀────────── RPC ──────────┘
          └─ figures, aborts ──────────────────────────────────▶ its SchedulerServer
 
-No token passes through this process. Each of the others chooses instances by what it has given them itself and by what
-they report; the reservation on a decode instance decides.
+No token passes through this process. Each of the others chooses instances by the requests that it has given them itself
+and by what they report; the reservation on a decode instance decides.
 """
 
 import asyncio
@@ -35,28 +35,28 @@ SLOWER_THAN_DRAIN_S = 5.0
 
 
 class FrontEndSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """One process of the OpenAI server, as it is told on stdin."""
+    """Settings of one process of the OpenAI server, which it reads from stdin."""
 
     name: str
     server: ServerSection
     listening_fd: int | None
-    """A socket of `server.uds`, which all of them share; None: each has one of its own, of the same port."""
+    """The socket of `server.uds`, which all processes share. None: each has a socket of its own on the same port."""
     scheduler: SchedulerConfig
     model_name: str
     model_folder: str
     instances: list[tuple[str, Role, str]]
-    """Id, role and address."""
+    """Id, role and address of each instance."""
     keys: Keys | None
-    """A scheduler's, for the instances."""
+    """A scheduler's keys, for the links to the instances. None: they need none."""
     parent: str
-    """Address of the SchedulerServer that has the figures of all."""
+    """Address of the SchedulerServer that has the figures of all processes."""
     parent_has_keys: bool
-    """It serves only who has keys, and asks this process with its own."""
+    """Whether the parent serves only clients with keys, and sends its own keys to this process."""
     log_level: str
 
 
 class FrontEndProcess(ChildProcess):
-    """One process of the OpenAI server, and a sibling of this process's scheduler as long as it serves."""
+    """One process of the OpenAI server. As long as it serves, it is a sibling of this process's scheduler."""
 
     def __init__(
         self,
@@ -67,25 +67,26 @@ class FrontEndProcess(ChildProcess):
         pass_fds: Sequence[int],
         on_death: Callable[[str, str], None],
     ) -> None:
-        """on_start: awaited as soon as it serves."""
+        """`on_start` is awaited as soon as the process serves."""
         timeout_s = READY_TIMEOUT_S
         super().__init__(name, MODULE, settings, os.environ, on_death, start_timeout_s=timeout_s, pass_fds=pass_fds)
         self._siblings = siblings
         self._on_start = on_start
 
     async def start(self) -> None:
-        """Raises InstanceFailed."""
+        """Start the process, and make it a sibling when it serves. Raises InstanceFailed."""
         await super().start()
         await self._on_start()
         await self._siblings.add(self.name, self.address)
 
 
 class FrontEnds(FrontEnd):
-    """Answers 503 itself until the first of its processes serves: whoever is told then that the server is healthy is
-    answered, by whichever process. One that ends is started again; the others serve on."""
+    """The OpenAI server as several processes. This one answers 503 itself until the first of them serves, so that a
+    client that was told that the server is healthy gets its answers, from any of them. A process that ends is started
+    again, while the others go on."""
 
     def __init__(self, settings: ServerSection, log_level: str, on_death: Callable[[str, str], None]) -> None:
-        """on_death: called with a name and a reason when no process is left that is started again.
+        """Bind the address. `on_death` is called with a name and a reason when the last process was given up.
 
         Raises what FrontEnd raises.
         """
@@ -114,7 +115,7 @@ class FrontEnds(FrontEnd):
         """Start the processes, and wait until each serves.
 
         Raises:
-            InstanceFailed: one did not start; has its reason.
+            InstanceFailed: a process did not start; has its reason.
         """
         self._name = name
         names = [f"api-server-{number}" for number in range(self._settings.api_servers)]
@@ -151,7 +152,7 @@ class FrontEnds(FrontEnd):
             name=own_name,
             server=self._settings,
             listening_fd=self._listening_fd,
-            # Its own RPC is for this process.
+            # Only this process uses the RPC of that scheduler.
             scheduler=msgspec.structs.replace(config, host="127.0.0.1", port=0, health_port=None),
             model_name=name,
             model_folder=str(folder),
@@ -164,7 +165,7 @@ class FrontEnds(FrontEnd):
         return msgspec.json.encode(settings)
 
     async def drain(self) -> None:
-        """Have each process end when its answers have; cancelled, at once."""
+        """Let each process end when its answers have ended. If this is cancelled, they end at once."""
         if self._processes is None:
             return
         try:

@@ -1,4 +1,4 @@
-"""State that all endpoints share: the settings, and what is served, once it is there."""
+"""State that all endpoints share: the settings, and the served model once it is ready."""
 
 import os
 import time
@@ -38,8 +38,8 @@ RESERVED_TEMPLATE_KWARGS = {
     "return_assistant_tokens_mask",
     "tokenizer_kwargs",
 }
-"""Arguments of `apply_chat_template` that a request cannot set by chat_template_kwargs: they are the server's, or have
-fields of their own. All others go to the template."""
+"""Arguments of `apply_chat_template` that a request cannot set by chat_template_kwargs, because the server sets them or
+they have fields of their own. All others go to the template."""
 
 
 class ServingScheduler(Scheduler, Protocol):
@@ -65,21 +65,21 @@ class ServedModel:
     scheduler: ServingScheduler
     encoder: Encoder
     whole: Deployment
-    """Figures and records of all schedulers of the deployment, of which `scheduler` may be one."""
+    """Source of the figures and records of all schedulers of the deployment; `scheduler` may be one of several."""
     watched: Watched
-    """`whole`, for those who look at the dashboard."""
+    """Views of `whole`, for the dashboard."""
     created: int
-    """When it began to be served: Unix time in seconds."""
+    """Unix time, in seconds, from which the model has been served."""
     defaults: dict[str, Any]
-    """Values of SamplingParams that a request does not give."""
+    """The model's own values of SamplingParams, for requests that do not set them."""
     spans: Spans | None = None
 
     def name_for(self, wanted: str | None) -> str:
-        """The name that a request has given, or the first one for none. The folder is a name too: /v1/models shows it
-        as the model's root, and `vllm bench serve` then asks for that.
+        """Return the name that a request has given, or the first name if it has given none. The folder is accepted too:
+        /v1/models shows it as the model's root, and `vllm bench serve` then asks for that.
 
         Raises:
-            ApiError: 404, there is no such model.
+            ApiError: (404) there is no such model.
         """
         if wanted is None or wanted in (*self.names, self.folder):
             return wanted or self.names[0]
@@ -88,36 +88,36 @@ class ServedModel:
 
     @property
     def max_model_len(self) -> int:
-        """Most tokens of a prompt and its answer; 0 while no instance has said it."""
+        """Most tokens of a prompt and its answer together; 0 until an instance has reported it."""
         return self.scheduler.info().max_model_len
 
     def room_for(self, prompt: tuple[int, ...]) -> int:
-        """Tokens of the longest answer that a prompt can have. At least 1: it is for the scheduler to refuse it."""
+        """Return the most tokens of an answer to a prompt. At least 1: the scheduler refuses prompts without room."""
         return max(1, self.max_model_len - len(prompt))
 
 
 @dataclass
 class Service:
-    """The server's settings, and the model from when it is there until the server ends."""
+    """The server's settings, and the model from when it is ready until the server ends."""
 
     settings: ServerSection
     model: ServedModel | None = None
     problem: str = "the model is being loaded"
-    """Why there is none, or is soon none."""
+    """Why there is no model, for clients."""
     draining: bool = False
     http: HttpFigures = field(default_factory=HttpFigures)
     spans: Spans | None = None
-    """Spans of each request, for OpenTelemetry; None: nobody collects them."""
+    """Spans of requests for OpenTelemetry; None: no collector is configured."""
     max_body_bytes: int = field(init=False)
     chat_template: str | None = field(init=False)
-    """A template that replaces the model's; None: there is none."""
+    """Chat template that replaces the model's; None: the model's is used."""
 
     def __post_init__(self) -> None:
         self.max_body_bytes = parse_size("server.max_body_size", self.settings.max_body_size)
         self.chat_template = _template(self.settings.chat_template)
 
     def require_model(self) -> ServedModel:
-        """The model. Raises ApiError: 503, it is not there yet, or the server is ending."""
+        """Return the model. Raises ApiError (503) if it is not ready yet, or the server is ending."""
         if self.model is None or self.draining:
             raise try_again("the server is ending" if self.draining else self.problem, code="not_ready")
         return self.model
@@ -125,11 +125,11 @@ class Service:
     def template_settings(
         self, given: dict[str, Any] | None, *, begins_message: bool | None, goes_on: bool | None
     ) -> dict[str, Any]:
-        """What the chat template is given beside messages, tools and documents. A prompt ends with the beginning of an
-        answer unless the request says that it does not, or that it goes on with the last message.
+        """Return the variables of the chat template besides messages, tools and documents. A prompt ends with the
+        beginning of an answer unless the request refuses that, or continues the last message.
 
         Raises:
-            ApiError: 400, names what a request may not set.
+            ApiError: (400) a request may not set a variable, which the message names.
         """
         given = given or {}
         if reserved := sorted(RESERVED_TEMPLATE_KWARGS & given.keys()):
@@ -150,7 +150,7 @@ class Service:
         tokenizer: Any,
         whole: Deployment,
     ) -> None:
-        """Serve a model from now on, under this name unless the settings have others."""
+        """Serve a model from now on, under this name unless the settings have other names."""
         encoder = Encoder(tokenizer, self.chat_template)
         names = self.settings.served_model_names or [name]
         scheduler.figures.http = self.http.counts
@@ -177,7 +177,8 @@ class Service:
 
 
 def _template(given: str | None) -> str | None:
-    """A chat template out of a file, or as it was given: one has braces, as few files' names do. Raises ConfigError."""
+    """Return a chat template, which was given as text or as a file. Text with a brace is a template, because few names
+    of files have one. Raises ConfigError."""
     if given is None:
         return None
     try:

@@ -1,4 +1,4 @@
-"""Spans of requests for OpenTelemetry, made of their records when they have ended. Needs the extra `otel`.
+"""Spans of requests for OpenTelemetry, made from their records when they have ended. Needs the extra `otel`.
 
     chat small                     SERVER, child of the caller's `traceparent`; GenAI attributes, and vLLM's latencies
     ├── hbserve.queue
@@ -6,7 +6,7 @@
     ├── hbserve.prefill            an event for each chunk
     ├── hbserve.kv_transfer        bytes, and the part of its time that was hidden behind the prompt
     └── hbserve.decode
-Further attempts repeat the ones below. A thread makes them, so that no request waits for it.
+Further attempts repeat the last four. A thread makes the spans, so that no request waits for that.
 """
 
 import logging
@@ -24,15 +24,15 @@ from hbserve_scheduler import ConfigError
 logger = logging.getLogger(__name__)
 
 ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
-"""Variables of OpenTelemetry's own; spans are made if one of them says where to."""
+"""OpenTelemetry's own variables for the address of a collector. Spans are made if one of them is set."""
 MOST_ASKED = 65536
-"""Requests under way that are remembered."""
+"""Most requests under way that are remembered."""
 CLOSE_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A request of a client, as it came."""
+    """A client's request, as it arrived."""
 
     http: HttpRequest
     model: str
@@ -40,10 +40,10 @@ class Asked:
 
 
 class Spans:
-    """Made of requests whose beginning and end it is told. May be told by one thread; has another one of its own."""
+    """Makes spans of requests, of whose beginning and end one thread notifies it. Makes them in a thread of its own."""
 
     def __init__(self, provider: Any, address: tuple[str, int] | None = None) -> None:
-        """provider: a TracerProvider of the OpenTelemetry SDK; address: of the server."""
+        """`provider` is a TracerProvider of the OpenTelemetry SDK; `address` is the server's. None: it has no port."""
         from opentelemetry import trace
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
@@ -53,14 +53,14 @@ class Spans:
         self._tracer = provider.get_tracer("hbserve")
         self._address = address
         self._asked: dict[str, tuple[Asked, Any]] = {}
-        """Requests with their spans, which go on."""
+        """Requests under way, with their spans."""
         self._ended: queue.SimpleQueue[tuple[Asked, Any, RequestRecord] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="spans", daemon=True)
         self._thread.start()
 
     def began(self, request_id: str, asked: Asked) -> str:
-        """Returns its `traceparent`, for whatever is asked on its behalf: its span begins now, and knows no more yet
-        than whose child it is."""
+        """Begin the span of a request, which so far knows only its parent. Returns its `traceparent`, for everything
+        that is done on behalf of the request."""
         carrier = {name: value for name, value in asked.http.trace_context.items() if value}
         span = self._tracer.start_span(
             f"{asked.http.operation} {asked.model}",
@@ -75,17 +75,17 @@ class Spans:
         return sent_on.get("traceparent", "")
 
     def refused(self, request_id: str) -> None:
-        """It was not taken in: no span is made of it."""
+        """Forget a request that was refused. No span is made of it."""
         self._asked.pop(request_id, None)
 
     def ended(self, record: RequestRecord) -> None:
-        """One that did not begin here is passed over."""
+        """Make the spans of a request that has ended, in the thread. Ignores a request that did not begin here."""
         begun = self._asked.pop(record.request_id, None)
         if begun is not None:
             self._ended.put((*begun, record))
 
     def close(self) -> None:
-        """Send what there is, for as long as a collector that answers takes."""
+        """Send the spans that are left, and end the thread. Waits no longer than a working collector needs."""
         self._ended.put(None)
         self._thread.join(CLOSE_TIMEOUT_S)
         self._provider.shutdown()
@@ -94,7 +94,7 @@ class Spans:
         while (one := self._ended.get()) is not None:
             try:
                 self._make(*one)
-            except Exception:  # of a library that is not ours: requests go on
+            except Exception:  # of OpenTelemetry's libraries: requests must go on
                 logger.exception("no spans of request %s", one[-1].request_id)
 
     def _make(self, asked: Asked, root: Any, record: RequestRecord) -> None:
@@ -140,7 +140,8 @@ class Spans:
         attributes: dict[str, Any] | None = None,
         chunks: list[tuple[float, int]] | None = None,
     ) -> None:
-        """begin_s, end_s, and the times of chunks are of the record: since its request was submitted."""
+        """Make a span below that of the request. `begin_s`, `end_s` and the times of chunks count, as in the record,
+        from the submission of the request."""
         start_ns = began_ns + int(begin_s * 1e9)
         span = self._tracer.start_span(f"hbserve.{name}", inside, attributes=attributes, start_time=start_ns)
         for at_s, num_tokens in chunks or ():
@@ -149,7 +150,7 @@ class Spans:
 
 
 def _attributes(asked: Asked, record: RequestRecord) -> dict[str, Any]:
-    """GenAI semantic conventions, and the latencies that vLLM's span has."""
+    """Return the attributes of OpenTelemetry's GenAI conventions, and the latencies that vLLM's span has."""
     params = asked.params
     known = {
         "gen_ai.operation.name": asked.http.operation,
@@ -182,10 +183,10 @@ def _attributes(asked: Asked, record: RequestRecord) -> dict[str, Any]:
 
 
 def spans_from_environment(address: tuple[str, int] | None) -> Spans | None:
-    """To the collector that OpenTelemetry's variables name; None: they name none.
+    """Make Spans that go to the collector that OpenTelemetry's variables name. Returns None if they name none.
 
     Raises:
-        ConfigError: they do, and the extra is not installed.
+        ConfigError: a variable names a collector, but the extra is not installed.
     """
     named = [name for name in ENDPOINTS if os.environ.get(name)]
     if not named:

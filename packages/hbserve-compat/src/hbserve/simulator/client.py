@@ -93,7 +93,7 @@ class SimulatedClient:
 
     def notify(self, method: Any, request: Any) -> None:
         instance = self._host.instance
-        if instance is None or method is END_CHOICE:  # a choice that goes on a while costs a few tokens
+        if instance is None or method is END_CHOICE:  # ignored: a choice that goes on for a while costs only few tokens
             return
         assert method is GRANT, method
         instance.grant(request, instance.loop.time() + instance.profile.message_s)

@@ -1,4 +1,4 @@
-"""Arguments of the commands `hbserve profile`, `simulate` and `plan`, and what the last two do."""
+"""Arguments of the commands `hbserve profile`, `simulate` and `plan`, and the work of the last two."""
 
 import json
 import re
@@ -27,10 +27,10 @@ from hbserve_rpc import InvalidRequest
 from hbserve_scheduler import SchedulerConfig, load_config
 
 POLLED_A_SECOND = 200
-"""How many instances are asked for their figures in a second. In a large deployment each is asked less often."""
+"""Most instances that are asked for their figures in a second. In a large deployment, each is asked less often."""
 MOST_MS = 1e9
 MOST_TURNS_A_SECOND = 1e6
-"""Highest rate with `--conversations`: as many conversations go on at a time as turns come in a minute."""
+"""Highest rate with `--conversations`. The number of concurrent conversations is that of the turns in a minute."""
 ProfileOption = Annotated[
     str,
     Option(

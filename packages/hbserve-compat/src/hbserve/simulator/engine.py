@@ -33,8 +33,8 @@ class PromptWork:
     done: int
     """Tokens that have been computed, or were cached."""
     on_chunk: Callable[[float], object] | None
-    """Called with the end of each chunk but the last: later than that, perhaps, but not after the end of the prompt or
-    a call of `settle`. None: the same instance decodes."""
+    """Called with the end of each chunk except the last. The call may come later than that time, but not after the end
+    of the prompt or a call of `settle`. None: the same instance decodes."""
     on_done: Callable[[], None]
     """Called when all chunks of the prompt's last step have ended."""
     num_computed_tokens: int = field(init=False)
@@ -91,7 +91,7 @@ class _Chunks:
     """The chunks of one step, while they are being chosen."""
 
     def __init__(self, sizes: ChunkSizes, budget: int, most: int) -> None:
-        """budget: prompt tokens that the step may have. most: tokens of any kind that it may still have."""
+        """`budget`: prompt tokens that the step may have. `most`: tokens of any kind that it may still have."""
         self.chunks: list[tuple[PromptWork, int]] = []
         self.budget = budget
         self._sizes, self._most = sizes, most
@@ -143,7 +143,7 @@ class ModelledEngine:
         """Add work to the next step that has not been launched yet."""
         if self._has_died:
             return
-        if self._timer is None:  # all that comes in this moment is in the step
+        if self._timer is None:  # `call_soon`, so that all work that arrives at this moment is in the step
             self._timer = self._loop.call_soon(self._begin)
         else:
             self._cut_short()
@@ -187,7 +187,7 @@ class ModelledEngine:
             self.keys -= work.context + max(0, work.remaining - (work.end_step - self._step))
 
     def stop(self) -> None:
-        """The engine's process has died: none of its callbacks are called any more."""
+        """Let the engine die with its process: none of its callbacks are called any more."""
         if self._timer is not None:
             self._timer.cancel()
         self.settle()
@@ -346,7 +346,7 @@ class ModelledEngine:
         return self._prompts_step_s(work.num_tokens, (work.num_pairs - self._decode_work().num_pairs) / 2)
 
     def _end(self) -> None:
-        self._end_s = math.inf  # who is added by what ends here goes on in the next step
+        self._end_s = math.inf  # work that is added by callbacks below belongs to the next step
         if len(self._planned) > 1:
             self.settle()
         now_s = self._loop.time()

@@ -1,4 +1,4 @@
-"""Settings of a modelled engine."""
+"""Settings of a modelled engine that bound its steps."""
 
 import math
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ class Checked:
     """A dataclass whose fields are checked when it is made, as those of a configuration are.
 
     Raises:
-        InvalidRequest: (a ValueError) names the field, its value and what is allowed.
+        InvalidRequest: (a ValueError) a field has an invalid value. Names the field, the value and what is allowed.
     """
 
     def __post_init__(self) -> None:
@@ -40,7 +40,7 @@ class EngineLimits(Checked):
 
     @classmethod
     def of(cls, settings: EngineSettings) -> "EngineLimits":
-        """The limits that follow from a deployment's settings."""
+        """Make the limits that follow from a deployment's settings."""
         return cls(
             settings.chunk_size,
             settings.itl_target_ms,
@@ -52,8 +52,8 @@ class EngineLimits(Checked):
         )
 
     def graph_rows(self, num_tokens: int) -> int:
-        """Rows that a GPU computes for a step with prompts that has `num_tokens` tokens: steps are padded to the size
-        of a graph."""
+        """Return how many rows a GPU computes for a step with prompts that has `num_tokens` tokens: steps are padded to
+        the size of a graph."""
         return _graph_rows(num_tokens, self.most_graph_tokens)
 
 

@@ -15,13 +15,13 @@ from hbserve_rpc.messages import GrantRequest, InstanceInfo, InstanceStats, Role
 
 BLOCK_SIZE = 16
 SPARE_PART = 20
-"""When a request is let in, one token in this many of the pool must stay free, because running sequences grow."""
+"""Inverse of the share of the pool that must stay free when a request is admitted, because running sequences grow."""
 LONGEST = 1 << 20
 VOCAB_SIZE = 1 << 17
 
 
 class Shape(NamedTuple):
-    """What is known of a modelled prompt in addition to its length."""
+    """Information about a modelled prompt in addition to its length."""
 
     hash_ids: tuple[int, ...] = ()
     """One id for each full block of `block_size` tokens. It stands for that block and all before it."""
@@ -32,8 +32,8 @@ NO_SHAPE = Shape()
 
 
 class Tokens(tuple[int, ...]):
-    """A prompt without token ids: only its length and shape are known. The scheduler looks at no more of a prompt that
-    comes with its shape, and passes it on unchanged."""
+    """A prompt without token ids, of which only length and shape are known. The scheduler does not look at the token
+    ids of a prompt that comes with its shape, and passes it on unchanged."""
 
     shape: Shape
     _count: int
@@ -54,17 +54,17 @@ class Entering(Protocol):
     num_choices: int
 
     def enter(self) -> None:
-        """Called when there is room."""
+        """Begin. Called when there is room."""
 
 
 class Reserved(Protocol):
     """A session that waits for KV from another instance."""
 
     cached_tokens: int
-    """Tokens whose KV is here already, and need not be moved."""
+    """Number of tokens whose KV is here already, and need not be moved."""
 
     def kv_is_there(self) -> None:
-        """Called when all of the KV has arrived."""
+        """Go on to decode. Called when all of the KV has arrived."""
 
 
 @dataclass
@@ -74,7 +74,7 @@ class Fabric:
     reservations: dict[str, Reserved] = field(default_factory=dict)
     """Sessions that wait for KV, by transfer id."""
     prefix_tokens: int = 0
-    """Prompt tokens that were found in prefix caches; `asked_tokens` are all that were looked for."""
+    """Number of prompt tokens that were found in prefix caches; `asked_tokens` counts all that were looked for."""
     asked_tokens: int = 0
 
 
@@ -92,14 +92,14 @@ class ModelledInstance:
         self.fabric = fabric
         self._cache: PrefixCache | None = None
         self._used_tokens = 0
-        """Tokens of the requests that were let in, not counting those that were generated since."""
+        """Tokens of the requests that were admitted, not counting those that were generated since."""
         self._num_active = self._num_inside = 0
-        """Number of choices of all requests, and of those that were let in."""
+        """Number of choices of all requests, and of those that were admitted."""
         self._waiting: deque[Entering] = deque()
         self._prefilling: dict[str, Callable[[bool, float], None]] = {}
         self._link_free_s = 0.0
 
-    # ---- what it says of itself --------------------------------------------------------------------------------------
+    # ---- for the scheduler -------------------------------------------------------------------------------------------
 
     def info(self) -> InstanceInfo:
         return InstanceInfo(
@@ -130,11 +130,11 @@ class ModelledInstance:
             free_blocks=free,
         )
 
-    # ---- what its sessions need --------------------------------------------------------------------------------------
+    # ---- for its sessions --------------------------------------------------------------------------------------------
 
     def grant(self, request: GrantRequest, at_s: float) -> None:
-        """A decode instance's answer to a reservation for a prompt that is computed here; an empty grant means that the
-        prompt gets no room. `at_s`: when the message arrives, which is now or soon."""
+        """Take a decode instance's answer to a reservation for a prompt that is computed here. An empty grant means
+        that the prompt gets no room. `at_s` is when the message arrives, which is now or soon."""
         if (on_grant := self._prefilling.get(request.request_id)) is not None:
             on_grant(bool(request.grant), at_s)
 
@@ -184,8 +184,8 @@ class ModelledInstance:
         return self._cache
 
     def cached(self, prompt: Sequence[int], count: int, *, counts: bool = True) -> int:
-        """How many of a request's first `count` tokens (its prompt and output so far) are cached, and need not be
-        computed or moved. Never all of them, because the last token must be computed to sample the next."""
+        """Return how many of a request's first `count` tokens (its prompt and output so far) are cached, and need not
+        be computed or moved. Never all of them, because the last token must be computed to sample the next."""
         shape, found = getattr(prompt, "shape", NO_SHAPE), 0
         if shape.hash_ids:
             found = min(count - 1, self._blocks(shape.block_size).find(shape.hash_ids) * shape.block_size)
@@ -201,7 +201,7 @@ class ModelledInstance:
             self._blocks(shape.block_size).add(shape.hash_ids)
 
     def move(self, num_bytes: int, at_s: float) -> tuple[float, float]:
-        """When a copy of `num_bytes` begins and ends. It begins at `at_s`, or when the copies before it have ended."""
+        """Return when a copy of `num_bytes` begins and ends. It begins at `at_s`, or when earlier copies have ended."""
         begin_s = self._link_free_s if self._link_free_s > at_s else at_s
         self._link_free_s = begin_s + self.law.transfer_s(num_bytes)
         return begin_s, self._link_free_s

@@ -44,7 +44,8 @@ ON_A_CPU = Usual("16,64,256", "1,4,16", "64,256")
 
 
 def measure_profile(args: ProfileArgs) -> None:
-    """Measure, and write the file.
+    """Measure an instance, and write its profile.
+
 
     Raises InvalidRequest, BackendUnavailable, what `InstanceConfig` and `make_runner` raise, and OSError.
     """
@@ -84,7 +85,7 @@ def measure_profile(args: ProfileArgs) -> None:
 def _engine(
     bar: Any, config: InstanceConfig, prompts: Sequence[int], batches: Sequence[int], contexts: Sequence[int]
 ) -> tuple[dict[str, Any], str]:
-    """Fields of the profile that depend on the engine, and the dtype in which it computes."""
+    """Measure the fields of the profile that depend on the engine. Returns them, and the dtype in which it computes."""
     runner = make_runner(config)
     try:
         sweep = BatchSweep(config, runner)
@@ -106,7 +107,7 @@ def _engine(
 
 
 def _numbers(option: str, text: str) -> tuple[int, ...]:
-    """The option's numbers, ascending and without repetitions. Raises InvalidRequest."""
+    """Parse the option's numbers. Returns them ascending and without repetitions. Raises InvalidRequest."""
     try:
         found = tuple(sorted({int(each) for each in text.split(",")}))
     except ValueError:
@@ -119,8 +120,8 @@ def _numbers(option: str, text: str) -> tuple[int, ...]:
 def _steps(
     bar: Any, sweep: BatchSweep, prompts: Sequence[int], batches: Sequence[int], contexts: Sequence[int]
 ) -> tuple[list[tuple[int, float]], list[tuple[int, float]], list[tuple[int, int, float]]]:
-    """Times of prompts alone, of prompts behind each other, and of decode steps. A size that the model or its pool has
-    no room for is skipped with a message."""
+    """Measure prompts alone, prompts behind each other, and decode steps. A size for which the model or its pool has no
+    room is skipped with a message."""
     prefill: list[tuple[int, float]] = []
     behind: list[tuple[int, float]] = []
     decode: list[tuple[int, int, float]] = []
@@ -149,8 +150,8 @@ def _steps(
 def _launched_ahead(
     bar: Any, sweep: BatchSweep, config: InstanceConfig, batches: Sequence[int], context: int
 ) -> tuple[float, float, float]:
-    """How long before a step's end the next one is launched: for decodes alone; with prompts beside them; and for
-    prompts alone, of which some have no CUDA graph."""
+    """Measure how long before a step's end the next one is launched: for decodes alone; with prompts beside them; and
+    for prompts alone, of which some have no CUDA graph."""
     bar.set_description("Launches")
     batch = max((each for each in batches if each <= DECODES_AT_A_LAUNCH), default=batches[0])
     ahead_s = mixed_s = eager_s = sweep.launched_ahead_s(batch, context)
@@ -166,11 +167,11 @@ def _launched_ahead(
 async def _transfers(
     bar: Any, backend: str, device: str, megabytes: Sequence[int]
 ) -> tuple[list[tuple[int, float]], float]:
-    """Times of transfers by number of bytes; and, in seconds, what a hand-off takes besides, from computed blocks to a
+    """Measure transfers, by number of bytes, and the additional seconds of a hand-off, from computed blocks to a
     receiver that has them all.
 
-    There is one receiving process, because starting it takes longer than all transfers. So this measures one rank of an
-    instance: the others move as much at the same time, each from its own GPU.
+    There is only one receiving process, because starting one takes longer than all transfers. So this measures one rank
+    of an instance: the others move as much at the same time, each from its own GPU.
     """
     moving, beside = [], []
     bar.set_description("Transfers")
@@ -187,7 +188,7 @@ async def _transfers(
 
 
 async def _message_s(bar: Any) -> float:
-    """Half of the time of a call between two ends in this process: the least that a message takes."""
+    """Measure half the time of a call between two ends in this process, which is the least that a message takes."""
     bar.set_description("Messages")
     server = RpcServer()
 

@@ -20,12 +20,12 @@ SIMULATED_S, LIVES = 20.0, 4
 """Shortest simulated time in seconds, and in multiples of a request's duration."""
 FEWEST_REQUESTS, MOST_REQUESTS = 400, 6000
 LONGEST_S, ALONE = 14400.0, 20
-"""If requests come so rarely that FEWEST_REQUESTS would take more than LONGEST_S seconds, fewer are simulated, but at
-least ALONE: each of them is served alone, and they are all alike."""
+"""Longest simulated time, and fewest requests, of rare requests. If FEWEST_REQUESTS would take more than LONGEST_S
+seconds, fewer are simulated, but at least ALONE: each of them is served alone, and they are all alike."""
 MOST_TOTALS = 6
-"""How many totals of instances are tried, beginning with the smallest that might be enough."""
+"""How many different totals of instances are tried, beginning with the smallest that might be enough."""
 GOAL_S = Bounds(1e-4)
-"""Bounds of a goal for a time, in seconds, as those of the command in milliseconds."""
+"""Bounds of a goal for a time, in seconds; the command has the same in milliseconds."""
 MOST_BUSY = 0.97
 """A prefill instance that computes for a larger part of the time than this falls further and further behind."""
 
@@ -43,11 +43,11 @@ class Question(Checked):
     itl_s: Annotated[float | None, GOAL_S] = None
     """Goal for the 99th percentile of times between tokens."""
     attainment: Annotated[float, Bounds(0.01, 1.0)] = 0.9
-    """The share of requests that must meet both `ttft_s` and `tpot_s`."""
+    """Share of requests that must meet both `ttft_s` and `tpot_s`."""
     spread: Annotated[float, Bounds(0.0, 3.0)] = 0.0
     """Spread of the lengths: the standard deviation of their logarithm."""
     chunk_size: Annotated[int | None, POSITIVE] = None
-    """Most prompt tokens of one request in a step; None: the default of each role."""
+    """Most prompt tokens of one request in a step. None: the default of each role."""
     most_instances: Annotated[int, POSITIVE] = 64
     seed: int = 0
 
@@ -108,8 +108,8 @@ class Plan:
 
 
 def make_plan(question: Question) -> Plan:
-    """Find the smallest layouts that are enough. Raises InvalidRequest if no number of instances can meet a goal; names
-    the goal."""
+    """Find the smallest layouts that are enough. Raises InvalidRequest if no number of instances can meet a goal, which
+    the message names."""
     require_possible(question)
     trials: list[Trial] = []
     apart = _fewest(question, _apart(question), trials)
@@ -118,8 +118,8 @@ def make_plan(question: Question) -> Plan:
 
 
 def require_possible(question: Question) -> None:
-    """Refuse what no layout can do. Raises InvalidRequest if one request alone takes longer than a goal, or if the
-    prompts alone keep more instances busy than are allowed."""
+    """Check that some layout may be enough. Raises InvalidRequest if one request alone takes longer than a goal, or if
+    the prompts alone keep more instances busy than are allowed."""
     law, context = StepLaw(question.profile), question.input_len + question.output_len
     if context > question.profile.kv_tokens:
         raise InvalidRequest(f"--input-len: {context} tokens; the profile's pool has {question.profile.kv_tokens}")
@@ -147,7 +147,8 @@ def require_possible(question: Question) -> None:
 
 
 def _fewest(question: Question, totals: Iterator[list[Layout]], trials: list[Trial]) -> Trial | None:
-    """Of the smallest total of instances that is enough, the layout with which most requests meet their goals."""
+    """Return, among the layouts with the smallest total of instances that is enough, the one with which most requests
+    meet their goals. None: no total is enough."""
     for layouts in totals:
         found = [try_layout(question, layout, question.rate) for layout in layouts]
         trials += found
@@ -173,7 +174,7 @@ def _hybrids(question: Question) -> Iterator[list[Layout]]:
 
 
 def _prompt_s(question: Question) -> float:
-    """Time in seconds that a prompt takes on an instance that computes prompts one after the other."""
+    """Return the seconds that a prompt takes on an instance that computes prompts one after the other."""
     return StepLaw(question.profile).step_s(question.input_len, question.input_len**2 / 2, 0)
 
 
@@ -182,8 +183,8 @@ def _fewest_prefills(question: Question) -> int:
 
 
 def _fewest_decodes(question: Question) -> int:
-    """The fewest decode instances whose steps, each with its share of all sequences, meet the goal, and whose pools
-    have room for the KV."""
+    """Return the fewest decode instances whose steps, each with its share of all sequences, meet the goal, and whose
+    pools have room for the KV."""
     law, context = StepLaw(question.profile), question.input_len + question.output_len / 2
     for count in range(1, question.most_instances):
         step_s = law.decode_steps_s(1, 1, round(context))
@@ -201,8 +202,8 @@ def _fewest_decodes(question: Question) -> int:
 
 
 def _fewest_hybrids(question: Question) -> int:
-    """The fewest hybrid instances, by operations alone: decodes beside prompts cost attention, and one row in the
-    products of each step."""
+    """Return the fewest hybrid instances, by operations alone: decodes beside prompts cost attention, and one row in
+    the products of each step."""
     law, context = StepLaw(question.profile), question.input_len + question.output_len / 2
     decode_s = question.output_len * law.key_s * context
     return max(1, math.ceil(question.rate * (_prompt_s(question) + decode_s)))

@@ -11,7 +11,7 @@ SHARES = (0.4, 0.6, 0.8, 1.0, 1.2, 1.4)
 
 
 def lines(plan: Plan) -> Iterator[str]:
-    """A table of the layouts that were tried, and the answer."""
+    """Yield a table of the layouts that were tried, and the answer, as lines of text."""
     question = plan.question
     yield (
         f"{question.profile.name} ({question.profile.device}), {question.input_len} in, {question.output_len} out, "
@@ -70,7 +70,8 @@ def _answer(plan: Plan) -> Iterator[str]:
 
 
 def plot_plan(plan: Plan, path: Path) -> None:
-    """Plot how the two best layouts do at other rates. Raises PlottingUnavailable, OSError, ValueError."""
+    """Plot attainment and latencies of the two best layouts at several rates. Raises PlottingUnavailable, OSError,
+    ValueError."""
     question = plan.question
     chosen = [each for each in (plan.apart, plan.together) if each is not None] or plan.trials[:1]
     goals_ms = {"TTFT p90, ms": 1e3 * question.ttft_s, "TPOT p90, ms": 1e3 * question.tpot_s}

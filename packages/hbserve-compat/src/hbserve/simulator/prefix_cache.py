@@ -1,4 +1,4 @@
-"""Prompt prefixes whose KV an instance keeps, by the ids of their blocks."""
+"""The prefix cache of a modelled instance: prompt prefixes whose KV it keeps, by the ids of their blocks."""
 
 from collections.abc import Sequence
 from itertools import islice
@@ -10,10 +10,10 @@ class PrefixCache:
     def __init__(self, num_blocks: int) -> None:
         self._num_blocks = num_blocks
         self._blocks: dict[int, None] = {}
-        """The least recently used block comes first. An OrderedDict would take half as much time again."""
+        """Cached blocks, the least recently used one first. An OrderedDict would take half as much time again."""
 
     def find(self, hash_ids: Sequence[int]) -> int:
-        """How many of the first blocks are cached."""
+        """Return how many of the first blocks are cached."""
         blocks = self._blocks
         count = 0
         for hash_id in hash_ids:
@@ -26,7 +26,7 @@ class PrefixCache:
         blocks = self._blocks
         for hash_id in blocks.keys() & hash_ids:
             del blocks[hash_id]
-        blocks.update(dict.fromkeys(reversed(hash_ids)))  # the end goes first: without its begin it is of no use
+        blocks.update(dict.fromkeys(reversed(hash_ids)))  # evict the end first: it needs the beginning
         if (too_many := len(blocks) - self._num_blocks) > 0:
             for hash_id in [*islice(blocks, too_many)]:
                 del blocks[hash_id]

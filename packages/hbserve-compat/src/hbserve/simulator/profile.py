@@ -1,5 +1,4 @@
-"""Profiles of instances: what was measured of one instance, as a small JSON file; and how long a step takes by a
-profile.
+"""Profiles of instances, which are small JSON files of measured times, and the time of a step by such a profile.
 
 A step's time is taken to be the sum of three parts. The matrix products read all weights or are bound by operations,
 whichever takes longer. Attention over prompts takes a time for each pair of a new token and one before it. Decodes read
@@ -31,7 +30,7 @@ LONG_PROMPT = 4
 Count = Annotated[int, Meta(ge=1, le=10**12)]
 Span = Annotated[float, Meta(ge=0, le=1e6)]
 Step = Annotated[float, Meta(gt=0, le=1e6)]
-"""Times in seconds. That of a step is above 0."""
+"""Time of a step, in seconds, which is above 0. A Span, also in seconds, may be 0."""
 
 
 class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -39,28 +38,29 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     name: str
     source: str
-    """Where and how it was measured, or what was assumed."""
+    """Origin of the figures: where and how they were measured, or what was assumed."""
     device: str
     """The GPU's name, or "cpu". On a CPU, steps are not padded."""
     tensor_parallel_size: Count = 1
     kv_bytes_per_token: Count
     kv_tokens: Count
-    """Tokens that the instance's pool has room for."""
+    """Number of tokens for which the instance's pool has room."""
     prefill: list[tuple[Count, Step]]
-    """For prompts that are computed alone: number of tokens, and time until the first token."""
+    """Prompts that are computed alone: number of tokens, and time until the first token."""
     decode: list[tuple[Count, Count, Step]]
-    """For decode steps: number of sequences, tokens of each, and time of the step."""
+    """Decode steps: number of sequences, tokens of each, and time of the step."""
     transfer: list[tuple[Annotated[int, Meta(ge=0, le=10**15)], Span]]
-    """For transfers between two instances: bytes, and how long they take to move."""
+    """Transfers between two instances: bytes, and how long they take to move."""
     handoff_s: Span
-    """What a hand-off takes, from the computed prompt until the other side has all of it, in addition to moving the
-    last bytes: their end is noticed, and reported by a message. In profiles from before 2026-11-28 it is all that a
-    transfer takes in addition to moving: some 1 ms more, for which a hand-off does not wait."""
+    """Time of a hand-off, from the computed prompt until the other side has all of it, in addition to moving the last
+    bytes: their end is noticed, and reported by a message. In profiles from before 2026-11-28, it is all that a
+    transfer takes in addition to moving, which is some 1 ms more, for which a hand-off does not wait."""
     message_s: Span
     """Time of a message in one direction between scheduler and instance."""
     prefill_behind: list[tuple[Count, Step]] = []
-    """As `prefill`, for a prompt that follows another one, from token to token. The host launches it while the other is
-    computed, which takes longest for a long prompt without a CUDA graph. Empty: as `prefill`."""
+    """Prompts that follow another one: number of tokens, and time from one prompt's first token to the next one's. The
+    host launches such a prompt while the other is computed, which takes longest for a long prompt without a CUDA graph.
+    Empty: the same as `prefill`."""
     launched_ahead_s: Span = 0.0
     """How long before the end of a step the engine launches the next one. A request that arrives later is in the step
     after that. 0: steps are not launched ahead, or this was not measured."""
@@ -72,7 +72,7 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class StepLaw:
-    """How long things take, by a profile."""
+    """Computes times of steps and transfers from a profile."""
 
     def __init__(self, profile: Profile) -> None:
         self.profile = profile
@@ -87,7 +87,7 @@ class StepLaw:
         behind = [(tokens, max(0.0, time_s - self.pair_s * tokens**2 / 2)) for tokens, time_s in profile.prefill_behind]
         self._of_prompts_behind = Line(behind) if behind else self._of_prompts
         self.transfer_s = Line(profile.transfer).at
-        """Time that a transfer of this many bytes takes."""
+        """Returns the time that a transfer of so many bytes takes."""
         self.launched_ahead_s = profile.launched_ahead_s
         self.launched_ahead_mixed_s = max(profile.launched_ahead_s, profile.launched_ahead_mixed_s)
         self.launched_ahead_eager_s = max(self.launched_ahead_mixed_s, profile.launched_ahead_eager_s)
@@ -97,28 +97,29 @@ class StepLaw:
         """Whether steps are padded to the shapes of CUDA graphs."""
 
     def step_s(self, new_tokens: int, pairs: float, keys: int, *, is_behind: bool = False) -> float:
-        """Time of a step with `new_tokens` tokens of prompts and decodes together. pairs: of the prompts. keys: of the
-        decodes. is_behind: the step before it had prompts."""
+        """Return the time of a step with `new_tokens` tokens of prompts and decodes together, `pairs` of the prompts,
+        and `keys` of the decodes. `is_behind`: the step before it had prompts too."""
         of_prompts = self._of_prompts_behind if is_behind else self._of_prompts
         products = of_prompts.at(new_tokens) if pairs else self._of_decodes.at(new_tokens)
         return products + self.pair_s * pairs + self.key_s * keys
 
     def decode_steps_s(self, count: int, batch: int, keys: int) -> float:
-        """Time of `count` decode steps of the same sequences, which have `keys` tokens together before the first."""
+        """Return the time of `count` decode steps of the same sequences, which together have `keys` tokens before the
+        first step."""
         return count * self.step_s(batch, 0, keys) + self.key_s * batch * count * (count - 1) / 2
 
     def fewest_steps(self, time_s: float, batch: int, keys: int, most: int) -> int:
-        """The smallest number of these decode steps that take at least `time_s`. The caller knows that `most` steps
-        do."""
+        """Return the smallest number of these decode steps that take at least `time_s`. The caller knows that `most`
+        steps do."""
         first_s, more_s = self.step_s(batch, 0, keys), self.key_s * batch
-        count = min(most, int(time_s / first_s) + 1)  # as many as if they did not get longer, or a few less
+        count = min(most, int(time_s / first_s) + 1)  # an upper bound: the number if steps did not get longer
         while count > 1 and (count - 1) * first_s + more_s * (count - 1) * (count - 2) / 2 >= time_s:
             count -= 1
         return count
 
 
 class Line:
-    """A line through points. Beyond the last one it continues as between the last two. It never falls."""
+    """A line through points that never falls. Beyond the last point, it continues as between the last two."""
 
     def __init__(self, points: Sequence[tuple[int, float]]) -> None:
         ordered = sorted(points)
@@ -127,7 +128,7 @@ class Line:
         for _, y in ordered:
             self._ys.append(max(y, *self._ys[-1:]) if self._ys else y)
         self.at = lru_cache(MOST_REMEMBERED)(self._at)
-        """The value at a place, cached, because the same few places are asked for again and again."""
+        """Returns the value at a place. It is cached, because the same few places are asked for again and again."""
 
     def _at(self, x: int) -> float:
         xs, ys = self._xs, self._ys
@@ -138,15 +139,15 @@ class Line:
 
 
 def _pair_s(prefill: Sequence[tuple[int, float]]) -> float:
-    """`pair_s`, from long prompts: by how much the time for each token grows with the length."""
+    """Estimate `pair_s` from long prompts: by how much the time for each token grows with the length."""
     longest = max(tokens for tokens, _ in prefill)
     rows = [(tokens / 2, time_s / tokens) for tokens, time_s in prefill if tokens >= longest / LONG_PROMPT]
     return max(0.0, statistics.linear_regression(*zip(*rows, strict=True)).slope) if len(rows) > 1 else 0.0
 
 
 def _key_s(decode: Sequence[tuple[int, int, float]]) -> float:
-    """`key_s`, from decode steps with equal numbers of sequences: by how much those with more tokens take longer. Long
-    steps count most."""
+    """Estimate `key_s` from decode steps with equal numbers of sequences: by how much those with more tokens take
+    longer. Long steps count most."""
     shortest = {batch: (context, step_s) for batch, context, step_s in sorted(decode, reverse=True)}
     more = [(batch * (context - shortest[batch][0]), step_s - shortest[batch][1]) for batch, context, step_s in decode]
     squares = sum(keys * keys for keys, _ in more)
@@ -154,7 +155,7 @@ def _key_s(decode: Sequence[tuple[int, int, float]]) -> float:
 
 
 def _decode_products(profile: Profile, key_s: float) -> dict[int, float]:
-    """By the number of sequences, what steps of the shortest contexts say."""
+    """Return the time of matrix products by the number of sequences, from steps with the shortest contexts."""
     return {
         batch: max(0.0, step_s - key_s * batch * context)
         for batch, context, step_s in sorted(profile.decode, reverse=True)
@@ -162,15 +163,15 @@ def _decode_products(profile: Profile, key_s: float) -> dict[int, float]:
 
 
 def own_profiles() -> list[str]:
-    """Names of the profiles that come with this package."""
+    """Return the names of the profiles that come with this package."""
     return sorted(each.name.removesuffix(".json") for each in OWN.iterdir() if each.name.endswith(".json"))
 
 
 def load_profile(name: str) -> Profile:
-    """A profile of this package by its name, or of a file.
+    """Load a profile of this package by its name, or one from a file.
 
     Raises:
-        InvalidRequest: there is none, or it cannot be read; says why.
+        InvalidRequest: there is no such profile, or it cannot be read; the message says why.
     """
     own = OWN / f"{name}.json"
     file = Path(name)

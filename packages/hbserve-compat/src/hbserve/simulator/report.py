@@ -12,7 +12,7 @@ PERCENTILES = (50.0, 90.0, 99.0)
 
 
 def attained(results: Sequence[Results], goals_s: Mapping[str, float]) -> float:
-    """The share of requests that meet every goal, given by ttft, tpot and e2el."""
+    """Return the share of requests that meet every goal. Goals are given by ttft, tpot and e2el."""
     ended = sum(len(each.ttfts_s) for each in results)
     total = ended + sum(each.failed for each in results)
     good = sum(
@@ -27,8 +27,8 @@ METRICS = ("ttft", "tpot", "e2el")
 
 
 def gap_percentile(results: Sequence[Results], share: float) -> float:
-    """A percentile of the times between two tokens of a sequence, in seconds: the smallest time that `share` percent do
-    not exceed."""
+    """Return a percentile of the times between two tokens of a sequence, in seconds: the smallest time that `share`
+    percent do not exceed."""
     gaps: Counter[float] = sum((each.gaps_s for each in results), Counter())
     left = share / 100 * gaps.total()
     for gap_s, count in sorted(gaps.items()):
@@ -39,9 +39,9 @@ def gap_percentile(results: Sequence[Results], share: float) -> float:
 
 
 def figures(results: Sequence[Results], goals_s: Mapping[str, float]) -> dict[str, Any]:
-    """Figures of all cells together."""
+    """Return the figures of all cells together, and some of each cell."""
     duration_s = max(each.duration_s for each in results)
-    per_s = 1 / duration_s if duration_s else 0.0  # all were refused at once
+    per_s = 1 / duration_s if duration_s else 0.0  # 0 if all requests were refused at once
     completed = sum(len(each.ttfts_s) for each in results)
     tokens_in, tokens_out = (sum(getattr(each, name) for each in results) for name in ("input_tokens", "output_tokens"))
     found: dict[str, Any] = {
@@ -69,7 +69,7 @@ def figures(results: Sequence[Results], goals_s: Mapping[str, float]) -> dict[st
 
 
 def _cells(results: Sequence[Results]) -> list[dict[str, float]]:
-    """Figures of each cell."""
+    """Return the figures of each cell."""
     return [
         {
             "completed": len(each.ttfts_s),
@@ -90,13 +90,13 @@ def _roles(results: Sequence[Results]) -> list[str]:
 
 
 def busy_of(results: Sequence[Results], role: str) -> float:
-    """The share of the time in which instances of a role compute."""
+    """Return the share of the time in which instances of a role compute."""
     shares = [busy for each in results for name, busy in each.busy.items() if name.startswith(role)]
     return sum(shares) / len(shares) if shares else 0.0
 
 
 def lines(found: Mapping[str, Any]) -> list[str]:
-    """The figures as lines of text."""
+    """Return the figures as lines of text."""
     busy = ", ".join(f"{role} {share:.0%}" for role, share in found["busy"].items())
     rows = [
         f"{found['completed']} requests in {found['duration']:.1f} s of virtual time, {found['failed']} failed, "

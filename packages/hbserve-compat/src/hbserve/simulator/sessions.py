@@ -1,4 +1,4 @@
-"""Sessions of a modelled instance. Each does what one request asks for: compute a prompt, decode, both, or report.
+"""Sessions of a modelled instance. Each does the work of one request: compute a prompt, decode, both, or report.
 
 A session is driven by its engine and by timers, and sends its answers to one stream.
 """
@@ -27,7 +27,7 @@ ZEROS = [TOKEN] * 4096
 
 
 class Reporting:
-    """Sends what the instance is, and then its figures whenever they have changed."""
+    """A session that sends the instance's description, and then its figures whenever they have changed."""
 
     def __init__(
         self, instance: ModelledInstance, request: ReportsRequest, stream: Stream[InstanceInfo | InstanceReport]
@@ -67,8 +67,7 @@ class RoomSession:
         self._is_closed = False
 
     def enter(self) -> None:
-        """There is room. `begin` comes two message times later: one for the request to arrive, and one for the
-        answer."""
+        """Call `begin` two message times after there is room: one for the request to arrive, and one for the answer."""
         self._instance.loop.call_later(2 * self._instance.profile.message_s, self.begin)
 
     def begin(self) -> None:
@@ -98,7 +97,7 @@ class RoomSession:
         self._is_closed = True
         if self._work is not None:
             self._instance.engine.remove(self._work)
-            self._work = None  # which knows this session: see Stream.__aexit__
+            self._work = None  # breaks a cycle of references: see Stream.__aexit__
         self._instance.let_out(self)
 
 
@@ -143,10 +142,10 @@ class Decoding(RoomSession):
         self._stream.put(Granted(self._transfer_id.encode(), self.cached_tokens))
 
     def kv_is_there(self) -> None:
-        """All KV has arrived, and the first token is known from the prefill instance.
+        """Begin to decode: all KV has arrived, and the first token is known from the prefill instance.
 
-        A step begins this long after its launch, which is as long as a step is launched ahead of the end of the one
-        before it.
+        An idle engine begins its step some time after launching it. That time is as long as other steps are launched
+        before the end of the previous one.
         """
         launch_s = self._instance.law.launched_ahead_s
         if launch_s and self._instance.engine.is_idle:
@@ -176,9 +175,9 @@ class Prefilling:
         self._stream = stream
         self._first = len(request.output_token_ids)
         self._moves = False
-        """Whether KV is to be moved."""
+        """Whether KV has to be moved."""
         self._granted_s = math.inf
-        """When the grant arrives; infinite until then."""
+        """Time at which the grant arrives; infinite while that is not known."""
         if not request.grant_follows:
             self._moves, self._granted_s = bool(request.grant), -math.inf
         self._pushed: int | None = None
@@ -191,14 +190,14 @@ class Prefilling:
         instance.engine.add(self._work)
 
     def grant(self, moves: bool, at_s: float) -> None:
-        """The grant arrives at `at_s`; nothing is pushed before that time."""
+        """Take the grant, which arrives at `at_s`. Nothing is pushed before that time."""
         if self._granted_s == math.inf:
             self._moves, self._granted_s = moves, at_s
             if self._is_computed:
                 self._instance.loop.call_at(at_s, self._tell_granted)
 
     def _computed(self) -> None:
-        """The prompt is computed, and so are all other chunks of its last step."""
+        """Send what is left, if it is granted: the prompt is computed, and so are all other chunks of its last step."""
         instance = self._instance
         self._is_computed = True
         instance.remember(self._request.prompt_token_ids)
@@ -209,8 +208,8 @@ class Prefilling:
             instance.loop.call_at(self._granted_s, self._tell_granted)
 
     def _tell_granted(self) -> None:
-        """The grant came after the prompt was computed. The first token is held back until now, so that the wait for
-        room is before the first token, and not between it and the second."""
+        """Send everything, if the grant came after the prompt was computed. The first token is held back until now, so
+        that the wait for room is before the first token, and not between it and the second."""
         if not self._is_closed:
             moved_s = self._push(self._instance.loop.time())
             self._tell(moved_s, moved_s)
@@ -224,7 +223,7 @@ class Prefilling:
             if moved_s > first_s:
                 loop.call_at(first_s, self._stream.put, event)
                 loop.call_at(moved_s, self._stream.put_last, done)
-            else:  # not two timers of the same time, which asyncio's own loop calls in any order
+            else:  # one timer, because asyncio's own loop calls two of the same time in any order
                 loop.call_at(first_s, self._put_both, event, done)
         else:
             loop.call_at(first_s, self._stream.put_last, event)
@@ -234,7 +233,7 @@ class Prefilling:
         self._stream.put_last(done)
 
     def _push(self, now_s: float) -> float:
-        """Push the KV that is computed; returns when it will have arrived."""
+        """Push the KV that has been computed. Returns when it will have arrived."""
         if not self._moves or now_s < self._granted_s:
             return now_s
         instance, work = self._instance, self._work
@@ -260,8 +259,8 @@ class Prefilling:
         self._is_closed = True
         self._instance.engine.remove(self._work)
         self._instance.end_prefill(self._request.request_id)
-        if self._is_computed:  # else a chunk of it that is under way is pushed still
-            del self._work  # which knows this session: see Stream.__aexit__
+        if self._is_computed:  # else the chunk that is under way will still be pushed
+            del self._work  # breaks a cycle of references: see Stream.__aexit__
 
 
 def _tokens(index: int, count: int, last: int) -> TokenEvent:

@@ -1,4 +1,4 @@
-"""A simulation: the real CpuScheduler, in virtual time, with modelled instances; and what became of each request.
+"""A simulation: the real CpuScheduler, in virtual time, with modelled instances, and the results of all requests.
 
 for each request, when it comes:  CpuScheduler.submit ──▶ its own decisions ──▶ SimulatedClient ──▶ ModelledInstance
 """
@@ -31,15 +31,15 @@ from hbserve_scheduler.virtual_time import VirtualTimeLoop
 
 READY_TIMEOUT_S = 3600.0
 WARM_UP_S = 30.0
-"""Time until the links of all pairs are made."""
+"""Virtual time before the load, in which the links of all pairs are made."""
 OBJECTS_BETWEEN_COLLECTIONS = 100_000
-"""Nearly all objects of a simulation are freed without the garbage collector. At Python's default of 700 it took a
-quarter of the time."""
+"""Threshold of the garbage collector. Nearly all objects of a simulation are freed without it, and at Python's default
+of 700 it took a quarter of the time."""
 
 
 @dataclass(frozen=True)
 class Fault(Checked):
-    """An instance is killed, and started again after a while, or never."""
+    """A fault of an instance: it is killed, and started again after `down_s`, or never."""
 
     instance_id: str
     at_s: Annotated[float, Bounds(0.0)]
@@ -47,7 +47,7 @@ class Fault(Checked):
 
 
 def roles_of(prefill: int, decode: int, hybrid: int = 0) -> tuple[Role, ...]:
-    """One role for each instance."""
+    """Return a role for each instance."""
     counts: dict[Role, int] = {"prefill": prefill, "decode": decode, "hybrid": hybrid}
     return tuple(role for role, count in counts.items() for _ in range(count))
 
@@ -68,7 +68,7 @@ class Deployment(Checked):
         return (self.prefill_profile if role == "prefill" else None) or self.profile
 
     def instances(self) -> list[tuple[str, Role]]:
-        """Names and roles, as prefill-0, decode-0 and so on."""
+        """Return the names (prefill-0, decode-0, …) and roles of all instances."""
         counts: Counter[str] = Counter()
         named: list[tuple[str, Role]] = []
         for role in self.roles:
@@ -77,18 +77,18 @@ class Deployment(Checked):
         return named
 
 
-@dataclass(repr=False)  # which asyncio's runner asks for, of the task that has them: it would print millions of times
+@dataclass(repr=False)  # asyncio's runner prints the task that has them, which would print millions of numbers
 class Results:
-    """What became of the requests, in the order in which they ended. Times are in seconds."""
+    """The results of the requests, in the order in which they ended. Times are in seconds."""
 
     duration_s: float = 0.0
     """Time from the beginning of the load until the last request has ended."""
     ttfts_s: "array[float]" = field(default_factory=lambda: array("d"))
     tpots_s: "array[float]" = field(default_factory=lambda: array("d"))
-    """One for each request; 0 if it has a single token."""
+    """Mean time per output token after the first, for each request; 0 if it has a single token."""
     e2els_s: "array[float]" = field(default_factory=lambda: array("d"))
     handoffs_s: "array[float]" = field(default_factory=lambda: array("d"))
-    """One for each request that has a second token."""
+    """Time from the first token to the second, for each request that has a second token."""
     input_tokens: int = 0
     output_tokens: int = 0
     failed: int = 0
@@ -97,13 +97,12 @@ class Results:
     gaps_s: Counter[float] = field(default_factory=Counter)
     """Number of times between two tokens, by length."""
     busy: dict[str, float] = field(default_factory=dict)
-    """For each instance, the share of the time in which it computes."""
+    """Share of the time in which each instance computes."""
     prefix_tokens: int = 0
     asked_tokens: int = 0
-    """Prompt tokens that were looked for in prefix caches; `prefix_tokens` are those that were found."""
+    """Number of prompt tokens that were looked for in prefix caches; `prefix_tokens` counts those that were found."""
     decisions: list[tuple[float, str, str, str]] = field(default_factory=list)
-    """For each attempt: when it was placed, its request, and its prefill and decode instance. Only kept if asked
-    for."""
+    """Time, request, prefill instance and decode instance of each attempt's placement. Kept only if asked for."""
 
 
 class _Unread(Histogram):
@@ -113,8 +112,7 @@ class _Unread(Histogram):
 
 
 class _Collecting(Figures):
-    """Replaces the scheduler's figures of requests, which nobody reads here, and collects the results of the
-    simulation."""
+    """Collects the results of a simulation. Replaces the scheduler's figures of requests, which are not read here."""
 
     def __init__(self, results: Results) -> None:
         super().__init__()
@@ -122,7 +120,7 @@ class _Collecting(Figures):
         self._results = results
         self.left = 0
         self.ended_s = 0.0
-        """When the last request had ended, by the loop's clock. Other cells may end later."""
+        """Time by the loop's clock at which the last request ended. Other cells may end later."""
         self.all_ended = asyncio.Event()
         self.decisions: list[tuple[float, str, str, str]] | None = None
 
@@ -156,7 +154,7 @@ class _Collecting(Figures):
 
 
 class Simulation:
-    """One cell in one event loop. Made and used inside that loop."""
+    """One cell, in one event loop inside which it is made and used."""
 
     def __init__(
         self, deployment: Deployment, instances: Sequence[tuple[str, Role]], *, keeps_decisions: bool = False
@@ -233,7 +231,7 @@ def _params(output_len: int) -> SamplingParams:
 def simulate(
     deployment: Deployment, requests: Iterable[SimulatedRequest], *, cells: int = 1, keeps_decisions: bool = False
 ) -> Sequence[Results]:
-    """Simulate a deployment; returns the results of each cell.
+    """Simulate a deployment. Returns the results of each cell.
 
     Each cell is a deployment of its own, chosen by a request's session; the instances of `deployment` are those of all
     cells together. Policies draw the same random numbers in every run, so that a result that is close to a limit does
@@ -241,7 +239,7 @@ def simulate(
     """
     chance = random.getstate()
     random.seed(0)
-    gc.freeze()  # what is there already need not be looked at again and again
+    gc.freeze()  # so that the collector does not look at existing objects again and again
     thresholds = gc.get_threshold()
     gc.set_threshold(OBJECTS_BETWEEN_COLLECTIONS, *thresholds[1:])
     try:
@@ -268,8 +266,8 @@ async def _simulate(
 
 
 async def _submit_all(requests: Iterable[SimulatedRequest], simulations: Sequence[Simulation]) -> None:
-    """Submit each request at its time, by a timer that sets the next one: a task that sleeps would be woken for each of
-    a million."""
+    """Submit each request at its time, by a timer that sets the next timer. A sleeping task would have to be woken for
+    each of a million requests."""
     loop = asyncio.get_running_loop()
     begin_s, coming, are_all_there = loop.time(), iter(requests), loop.create_future()
 
@@ -278,7 +276,7 @@ async def _submit_all(requests: Iterable[SimulatedRequest], simulations: Sequenc
             while request is not None and begin_s + request.at_s <= loop.time():
                 simulations[cell_of(request.session, len(simulations))].submit(request)
                 request = next(coming, None)
-        except Exception as error:  # of whoever makes the requests
+        except Exception as error:  # from the iterator that makes the requests
             are_all_there.set_exception(error)
             return
         if request is None:
@@ -291,5 +289,5 @@ async def _submit_all(requests: Iterable[SimulatedRequest], simulations: Sequenc
 
 
 def cell_of(session: int, cells: int) -> int:
-    """The cell of a session, as a load balancer chooses by a hash: the same session always has the same cell."""
+    """Return the cell of a session, chosen by a hash as load balancers do: a session always has the same cell."""
     return (session * 0x9E3779B97F4A7C15 & (1 << 64) - 1) * cells >> 64

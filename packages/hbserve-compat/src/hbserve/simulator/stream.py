@@ -11,15 +11,16 @@ class Session(Protocol):
     """The work of an instance for one stream."""
 
     def close(self) -> None:
-        """The reader has left, before or after the end: the session sends nothing more and leaves nothing behind."""
+        """End the session, whose reader has left, before or after its end. It sends nothing more, and leaves nothing
+        behind."""
 
 
 class Stream(Generic[T]):
-    """An InstanceStream. It has no task: `put` wakes the reader, once for each item. With an asynchronous generator and
+    """An InstanceStream without a task: `put` wakes the reader, once for each item. With an asynchronous generator and
     its own waits, streams took a third of a simulation's time."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, on_left: "Callable[[Stream[T]], object]") -> None:
-        """on_left: called when the reader has left."""
+        """`on_left` is called when the reader has left."""
         self._loop = loop
         self.session: Session | None = None
         self._on_left = on_left
@@ -43,7 +44,7 @@ class Stream(Generic[T]):
     def _hand_over(self, item: T, take: Callable[[T], object]) -> None:
         try:
             has_enough = take(item)
-        except Exception as error:  # of whoever waits in `each`
+        except Exception as error:  # is raised to the caller that waits in `each`
             self._take = None
             self.fail(error)
             return
@@ -55,7 +56,7 @@ class Stream(Generic[T]):
         self.put(item, is_last=True)
 
     def fail(self, error: Exception) -> None:
-        """End the stream with an error; items that were not read yet are lost."""
+        """End the stream with an error. Items that were not read yet are lost."""
         self._error = error
         self._wake()
 
@@ -81,7 +82,7 @@ class Stream(Generic[T]):
         raise self._error
 
     async def each(self, take: Callable[[T], object]) -> bool:
-        """As RpcStream's `each`: nobody is woken for an item."""
+        """Pass items to `take` until it returns True, without waking a task for each; see RpcStream's `each`."""
         items = self._items
         while self._error is None and items:
             item = items[0]
@@ -107,4 +108,4 @@ class Stream(Generic[T]):
         self._on_left(self)
         if self.session is not None:
             self.session.close()
-            self.session = None  # which knows this stream: both are freed at once, without the garbage collector
+            self.session = None  # breaks a cycle of references, so that both are freed without the garbage collector

@@ -1,5 +1,5 @@
-"""Requests of a simulation: the shapes of their prompts, and when they come. They are made one by one, so that a
-million take no memory."""
+"""The requests of a simulation: the shapes of their prompts, and the times at which they come. They are made one by
+one, so that a million take no memory."""
 
 import itertools
 import math
@@ -13,7 +13,7 @@ from hbserve.load.prompts import MOONCAKE_BLOCK, read_timed_trace
 from hbserve.simulator.instance import NO_SHAPE, Shape
 
 CONVERSATION_TURNS, CONVERSATION_PAUSE_S = 4.0, 60.0
-"""Turns of a conversation, and seconds between two turns, on average."""
+"""Average number of turns of a conversation, and average seconds between two turns."""
 CONVERSATION_FIRST, CONVERSATION_QUESTION, CONVERSATION_ANSWER = 7000, 2000, 340
 """Average numbers of tokens: of a conversation's first prompt, of each further question, and of an answer. Together
 they make prompts of some 12,000 tokens, as in Mooncake's conversation trace."""
@@ -29,7 +29,7 @@ class SimulatedRequest(NamedTuple):
     output_len: int
     shape: Shape = NO_SHAPE
     session: int = 0
-    """What a load balancer in front of several cells would choose a cell by."""
+    """Session by which a load balancer in front of several cells would choose a cell."""
 
 
 def poisson(
@@ -42,8 +42,8 @@ def poisson(
     spread: float = 0.0,
     seed: int = 0,
 ) -> Iterator[SimulatedRequest]:
-    """Requests with unrelated prompts at random times, or all at once if the rate is infinite. burstiness: see
-    `arrival_times`. spread: of the logarithm of the lengths."""
+    """Make requests with unrelated prompts at random times, or all at once if the rate is infinite. `burstiness` is as
+    in `arrival_times`; `spread` is the standard deviation of the lengths' logarithm."""
     rng = random.Random(seed)
     at_s = 0.0
     for i in range(count):
@@ -52,15 +52,14 @@ def poisson(
 
 
 def _around(rng: random.Random, mean: float, spread: float) -> int:
-    """A number drawn from a log-normal distribution with this mean."""
+    """Draw a number from a log-normal distribution with this mean."""
     return max(1, round(rng.lognormvariate(math.log(mean) - spread * spread / 2, spread))) if spread else round(mean)
 
 
 def conversations(count: int, rate: float, *, seed: int = 0) -> Iterator[SimulatedRequest]:
-    """Turns of conversations. Their prompts grow: each begins with everything that was said before.
+    """Make the turns of conversations. Their prompts grow: each begins with everything that was said before.
 
-    `rate` is that of all turns together. The number of conversations that go on at a time is constant, once it is
-    reached.
+    `rate` is that of all turns together. Once it is reached, the number of concurrent conversations stays constant.
     """
     rng = random.Random(seed)
     ids = itertools.count(1)
@@ -97,10 +96,10 @@ class _Conversation:
 def trace(
     path: Path, *, block_size: int, unit_s: float, speed: float = 1.0, repeat: int = 1
 ) -> Iterator[SimulatedRequest]:
-    """Requests of a timed trace, `speed` times as fast, several times over with other prompts each time.
+    """Make the requests of a timed trace, `speed` times as fast, several times over with other prompts each time.
 
     Raises:
-        InvalidRequest: it cannot be read; says why.
+        InvalidRequest: the trace cannot be read; the message says why.
     """
     begin_s = last_s = 0.0
     for number in range(repeat):

@@ -1,1 +1,1 @@
-"""Prompts to token ids, and tokens to text."""
+"""Conversion of prompts to token ids, and of generated tokens to text."""

@@ -1,4 +1,4 @@
-"""Text from tokens as they come, and stop strings in it: used wherever text is made."""
+"""Detokenizer: makes text of tokens as they come, and finds stop strings in it. Used wherever text is made."""
 
 from collections import deque
 from collections.abc import Sequence
@@ -9,25 +9,25 @@ from hbserve.text.stop_strings import StopStrings
 from hbserve.text.token_text import NoText, TokenDecoder, TokenText
 
 _decoders: "WeakKeyDictionary[Any, tuple[int, TokenDecoder]]" = WeakKeyDictionary()
-"""For each tokenizer, while it lives: with the size that it had, because tokens may be added to it."""
+"""Decoder of each living tokenizer, with the size that the tokenizer had, because tokens may be added to it."""
 
 
 def decoder_of(tokenizer: Any) -> TokenDecoder:
-    """The decoder of a tokenizer, made once."""
+    """Return the decoder of a tokenizer, which is made only once."""
     size, decoder = _decoders.get(tokenizer, (None, None))
     if decoder is None or size != len(tokenizer):
-        # Not the tokenizer itself: what a value holds, its key's weak reference does not let go.
+        # A proxy, because a value that held its own key would keep the tokenizer alive for ever.
         decoder = TokenDecoder(proxy(tokenizer))
         _decoders[tokenizer] = (len(tokenizer), decoder)
     return decoder
 
 
 class Detokenizer:
-    """One request's text: what `tokenizer.decode` makes of its tokens, up to the first stop string, or including it.
+    """Makes one request's text: what `tokenizer.decode` makes of its tokens, up to or including the first stop string.
 
-    Text is given out as soon as it is final: no half characters, and no beginning of what may become a stop string.
-    Stop strings are searched in the text with its special tokens, even if these are skipped: a stop string may be one
-    of them.
+    Text is returned as soon as it is final: no half characters, and no beginning of what may become a stop string. Stop
+    strings are searched in the text with its special tokens, even if these are skipped, because a stop string may be
+    one of them.
     """
 
     def __init__(
@@ -40,47 +40,47 @@ class Detokenizer:
         min_tokens: int = 0,
         include_stop_str_in_output: bool = False,
     ) -> None:
-        """`tokenizer` is None if there is none: then all text is "", and there may be no stop strings.
+        """Begin the text of a request. If `tokenizer` is None, all text is "", and there must be no stop strings.
 
         shown_ids: special tokens that are not skipped.
-        min_tokens: no stop string is searched in the text of the first `min_tokens` tokens.
+        min_tokens: stop strings are not searched in the text of the first `min_tokens` tokens.
         """
         decoder = None if tokenizer is None else decoder_of(tokenizer)
         self._tokenizer = tokenizer
-        """The decoder does not keep it alive."""
+        """Reference that keeps the tokenizer alive, which the decoder does not do."""
         self._skipped = decoder.special_ids if decoder is not None and skip_special_tokens else frozenset()
         if shown_ids:  # most texts share one set
             self._skipped -= shown_ids
         self._shown: TokenText = NoText() if decoder is None else decoder.text()
         self._searched = decoder.text() if decoder is not None and stop and self._skipped else None
-        """The text with special tokens, if it differs from the one that is shown."""
+        """The text with special tokens, in which stop strings are searched; None if it is the same as `_shown`."""
         self._stop = StopStrings(stop) if stop else None
         self._min_tokens = min_tokens
         self._includes_stop = include_stop_str_in_output
         self._held: deque[tuple[int, str]] = deque()
-        """For tokens whose text may belong to a stop string: its length in the searched text, and what is to be
-        shown."""
+        """Tokens whose text may belong to a stop string: for each, the length of its searched text, and the text that
+        is to be shown."""
         self._num_held = 0
-        """Sum of these lengths."""
+        """Sum of the lengths in `_held`."""
         self._parts: list[str] = []
         self.token_ids: list[int] = []
-        """Up to the one that completed a stop string."""
+        """Token ids up to the one that completed a stop string."""
         self.stop_string: str | None = None
-        """The one that was found."""
+        """The stop string that was found; None: none so far."""
 
     @property
     def stopped(self) -> bool:
-        """Whether a stop string was found: then no more text comes."""
+        """Whether a stop string was found, after which no more text comes."""
         return self.stop_string is not None
 
     @property
     def text(self) -> str:
-        """All text that was given out."""
+        """All text that was returned so far."""
         self._parts = ["".join(self._parts)]
         return self._parts[0]
 
     def feed(self, token_ids: Sequence[int], *, final: bool = False) -> str:
-        """Add tokens; returns the text that is final now. With `final` everything that was held back is given out."""
+        """Add tokens, and return the text that is final now. `final`: also return everything that was held back."""
         if self._stop is not None:
             new = self._feed_searched(self._stop, token_ids, final=final)
         else:
@@ -115,12 +115,12 @@ class Detokenizer:
         self._num_held += len(searched)
         num_behind = stop.feed(searched)
         self.stop_string = stop.found
-        if self._includes_stop:  # nothing needs to wait for what it may become
+        if self._includes_stop:  # a stop string is shown too, so nothing needs to wait for whether it becomes one
             num_behind -= num_behind if stop.found is None else len(stop.found)
         return self._release(self._num_held - num_behind)
 
     def _release(self, num_searched: int) -> list[str]:
-        """What is to be shown for the first `num_searched` characters that are held; they are not held any more."""
+        """Release the first `num_searched` characters that are held. Returns what is to be shown for them."""
         self._num_held -= num_searched
         released = []
         while self._held and self._held[0][0] <= num_searched:
@@ -128,7 +128,7 @@ class Detokenizer:
             num_searched -= length
             released.append(shown)
         if self._held and num_searched:
-            # Where both texts are not the same, what is before a token is: its own text ends both.
+            # The two texts of one token may differ in what is before it. Its own text is at the end of both.
             length, shown = self._held[0]
             rest = length - num_searched
             first = max(0, len(shown) - rest)

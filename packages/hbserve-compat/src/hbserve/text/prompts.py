@@ -1,4 +1,5 @@
-"""Prompts and parameters as any entry gets them: made plain, copied, and refused in words with their place."""
+"""Normalisation of the prompts and parameters that any entry gets: they are checked, and copied to plain types. Errors
+name the place of what is wrong."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,8 +19,8 @@ from hbserve_rpc.plain_values import (
 )
 
 Prompt = Any
-"""A string; token ids in a list, tuple, array, tensor or iterator; `{"prompt": …}` or `{"prompt_token_ids": …}`, as in
-vLLM; or what a tokenizer returns for one text."""
+"""A prompt as users give it: a string; token ids in a list, tuple, array, tensor or iterator; `{"prompt": …}` or
+`{"prompt_token_ids": …}`, as in vLLM; or what a tokenizer returns for one text."""
 PlainPrompt = str | list[int]
 
 EXPECTED = (
@@ -27,12 +28,13 @@ EXPECTED = (
     "of messages, what its apply_chat_template returns)"
 )
 _OF_TOKENIZERS = {"attention_mask", "token_type_ids", "special_tokens_mask", "offset_mapping", "length"}
-"""Beside `input_ids`. Only the mask says something about the prompt: what it hides is padding."""
+"""Keys that tokenizers return beside `input_ids`. Only the mask says something about the prompt: what it hides is
+padding."""
 
 
 @contextmanager
 def naming(place: int, count: int) -> Iterator[None]:
-    """What is wrong with one prompt says with which, if there are several. What others raise passes."""
+    """Add the prompt's index to errors about it, if there are several prompts. Other errors pass unchanged."""
     try:
         yield
     except (InvalidRequest, LogitsNotFinite) as error:
@@ -40,10 +42,10 @@ def naming(place: int, count: int) -> Iterator[None]:
 
 
 def read_prompts(prompts: object) -> list[PlainPrompt]:
-    """The prompts of one call, one or several, as strings and lists of our own.
+    """Return the prompts of one call, one or several, as strings and lists of our own.
 
     Raises:
-        InvalidRequest: names which prompt, the place in it, and what is allowed.
+        InvalidRequest: a prompt is not valid. Names the prompt, the place in it, and what is allowed.
     """
     several: Iterable[object]
     if isinstance(prompts, str):
@@ -62,7 +64,7 @@ def read_prompts(prompts: object) -> list[PlainPrompt]:
 
 
 def read_prompt(prompt: object) -> PlainPrompt:
-    """One prompt. Raises InvalidRequest."""
+    """Return one prompt as a string or a list of our own. Raises InvalidRequest."""
     if isinstance(prompt, str):
         return plain_text("prompt", prompt)
     if isinstance(prompt, Mapping):
@@ -74,7 +76,7 @@ def read_prompt(prompt: object) -> PlainPrompt:
 
 
 def some_tokens(ids: list[int]) -> list[int]:
-    """The same. Raises InvalidRequest where there is none."""
+    """Return the ids. Raises InvalidRequest if there are none."""
     if not ids:
         raise InvalidRequest("prompt: expected at least one token")
     return ids
@@ -96,7 +98,7 @@ def _read_mapping(prompt: Mapping[Any, Any]) -> PlainPrompt:
 
 
 def _rows(encoding: Mapping[Any, Any]) -> list[list[int]]:
-    """Token ids without padding, out of what a tokenizer returned for one text or for several."""
+    """Return token ids without padding, from what a tokenizer returned for one text or for several."""
     if others := set(encoding) - _OF_TOKENIZERS - {"input_ids"}:
         raise InvalidRequest(f"prompts: {shown(sorted(map(str, others)))} beside input_ids; expected text only")
     rows, masks = _nested(encoding["input_ids"]), _nested(encoding.get("attention_mask"))
@@ -123,10 +125,10 @@ def _nested(values: object) -> list[list[Any]]:
 
 
 def encode_all(tokenizer: Any, prompts: list[PlainPrompt], params: list[SamplingParams]) -> list[list[int]]:
-    """Token ids of each. Of long texts it takes a while: in an event loop, to be called in a thread.
+    """Return the token ids of each prompt. Takes long for long texts, so event loops should call it in a thread.
 
     Raises:
-        InvalidRequest: a prompt or a stop string is text, and there is no tokenizer. Names the prompt.
+        InvalidRequest: a prompt or a stop string is text, but there is no tokenizer. Names the prompt.
     """
     ids = []
     for place, (prompt, each) in enumerate(zip(prompts, params, strict=True)):
@@ -138,10 +140,10 @@ def encode_all(tokenizer: Any, prompts: list[PlainPrompt], params: list[Sampling
 
 
 def read_params(params: object, num_prompts: int) -> list[SamplingParams]:
-    """One SamplingParams per prompt, which nobody else has.
+    """Return a SamplingParams for each prompt, as copies that callers cannot change.
 
     Raises:
-        InvalidRequest: a wrong value, another number of them, or something else than SamplingParams.
+        InvalidRequest: a value is wrong, their number does not fit, or one is not a SamplingParams.
     """
     if params is None:
         return [SamplingParams()] * num_prompts

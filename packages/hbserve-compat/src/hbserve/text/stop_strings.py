@@ -1,28 +1,28 @@
-"""Stop strings in a text that comes in pieces."""
+"""Search for stop strings in a text that comes in pieces."""
 
 from collections.abc import Sequence
 
 
 class StopStrings:
-    """Looks for the stop string that is complete first, and among several complete at once for the longest.
+    """Finds the stop string that is complete first, and of several that are complete at the same character the longest.
 
-    So what is found depends on the text alone, not on the pieces in which it comes. The time is linear in the text,
-    however long stop strings are (Knuth, Morris and Pratt).
+    So the result depends on the text alone, not on the pieces in which it comes. The time is linear in the text,
+    however long the stop strings are (Knuth, Morris and Pratt).
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = [(stop, _borders(stop)) for stop in stops]
         self._matched = [0] * len(stops)
-        """How much of each stop string's beginning the text ends with."""
+        """Length of the longest prefix of each stop string with which the text ends."""
         self.found: str | None = None
-        """The one that has come."""
+        """The stop string that was found; None: none so far."""
 
     def feed(self, text: str) -> int:
-        """Add a piece of text; not once one was found.
+        """Add a piece of text. Must not be called after a stop string was found.
 
         Returns:
-            How many of the last characters are a stop string and what follows it, if one was `found`; otherwise, how
-            many of them may become one.
+            If one was `found`, how many of the last characters are the stop string and what follows it; otherwise, how
+            many of them may become a stop string.
         """
         for position, character in enumerate(text):
             complete = ""
@@ -38,14 +38,15 @@ class StopStrings:
 
 
 def _longer(stop: str, borders: Sequence[int], matched: int, character: str) -> int:
-    """How much of `stop` the text ends with after one more character, if it ended with `matched` before, not all."""
+    """Return the length of the prefix of `stop` with which the text ends after one more character. `matched`, which is
+    less than all of it, is that length before."""
     while matched and stop[matched] != character:
         matched = borders[matched - 1]
     return matched + (stop[matched] == character)
 
 
 def _borders(stop: str) -> list[int]:
-    """For each beginning of `stop`, the length of the longest shorter one that it ends with."""
+    """Return, for each prefix of `stop`, the length of the longest shorter prefix with which it ends."""
     borders = [0] * len(stop)
     for end in range(1, len(stop)):
         borders[end] = _longer(stop, borders, borders[end - 1], stop[end])

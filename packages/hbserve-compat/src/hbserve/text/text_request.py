@@ -1,4 +1,4 @@
-"""Text for prompts through any scheduler: shared by DisaggregatedLLM and `hbserve generate --connect`."""
+"""TextRequest: text for a prompt, through any scheduler. DisaggregatedLLM, the server and the commands share it."""
 
 import asyncio
 import uuid
@@ -27,7 +27,7 @@ class Events(Protocol):
 
 
 class Scheduler(Protocol):
-    """CpuScheduler, or RemoteScheduler."""
+    """The scheduler of a request: CpuScheduler, or RemoteScheduler."""
 
     @property
     def digest_block_size(self) -> int: ...
@@ -42,7 +42,7 @@ class Scheduler(Protocol):
 
 
 class TextChoice:
-    """The text of one choice of a request, as its events come."""
+    """Makes the text of one choice of a request, as its events come."""
 
     def __init__(
         self,
@@ -64,15 +64,15 @@ class TextChoice:
         )
         self._stop_token_ids = frozenset(params.stop_token_ids)
         self.logprobs: list[TokenLogprobs] | None = None if params.logprobs is None else []
-        """Log-probabilities up to the last token whose text was given out; None: they are not wanted."""
+        """Log-probabilities of the tokens in all deltas so far; None: they are not wanted."""
 
     def feed(self, event: TokenEvent, prompt_logprobs: list[TokenLogprobs | None] | None) -> GenerationDelta:
-        """The text of its tokens, up to the one that completes a stop string."""
+        """Return the delta of an event's tokens, up to the one that completes a stop string."""
         text = self.detokenizer
         num_given = len(text.token_ids)
         new_text = text.feed(event.token_ids)
         new_ids = text.token_ids[num_given:]
-        return {  # for each token: a function call here would be a measurable part
+        return {  # no call of GenerationDelta: for each token, a function call takes measurable time
             "request_id": self._request_id,
             "text": new_text,
             "token_ids": new_ids,
@@ -84,7 +84,7 @@ class TextChoice:
         }
 
     def end(self, event: RequestFinished) -> GenerationDelta:
-        """The last delta, with everything that was held back."""
+        """Return the last delta, with everything that was held back."""
         text = self.detokenizer
         last_text = text.feed([], final=True)
         return GenerationDelta(
@@ -99,7 +99,7 @@ class TextChoice:
         )
 
     def _stop_reason(self, end: RequestFinished) -> str | int | None:
-        """The request's own stop string or token id that ended it."""
+        """Return the stop string or the id of `stop_token_ids` that ended the choice; None if something else did."""
         text = self.detokenizer
         if text.stopped or end.finish_reason != "stop":
             return text.stop_string
@@ -113,7 +113,7 @@ class TextChoice:
 
 
 class TextRequest:
-    """One submitted request: iterate it for text as it comes."""
+    """One submitted request. Iterating it yields text as it comes."""
 
     def __init__(
         self,
@@ -127,9 +127,10 @@ class TextRequest:
         skip_special_tokens: bool = True,
         shown_ids: frozenset[int] = frozenset(),
     ) -> None:
-        """`shape`: of the prompt, if it has been computed already. shown_ids: special tokens that are not skipped.
+        """Submit the request. `shape` is the prompt's, if it has been computed already; `shown_ids` are special tokens
+        that are not skipped.
 
-        Raises InvalidRequest or Overloaded if a scheduler in this process refuses.
+        Raises InvalidRequest or Overloaded if a scheduler in this process refuses the request.
         """
         self.request_id = request_id or uuid.uuid4().hex
         self.choices = [
@@ -137,14 +138,14 @@ class TextRequest:
             for _ in range(params.n)
         ]
         self._stopped: list[int] = []
-        """Choices that a stop string has ended, which the engines do not know yet."""
+        """Choices that a stop string has ended, of which the engines were not told yet."""
         self._prompt_logprobs: list[TokenLogprobs | None] | None = None
         self._asks_of_prompt = params.prompt_logprobs is not None
         self._scheduler = scheduler
         self._events: Events = scheduler.submit(GenerateRequest(self.request_id, tuple(prompt), params, shape=shape))
 
     async def __aiter__(self) -> AsyncGenerator[GenerationDelta, None]:
-        """Raises what ended the request, if that is an error; leaving early aborts it."""
+        """Yield the deltas. Raises the error that ended the request, if one did. Leaving early aborts the request."""
         try:
             async for event in self._events:
                 if (delta := self._delta(event)) is not None:
@@ -155,10 +156,10 @@ class TextRequest:
             await self._events.aclose()
 
     async def each(self, take: Callable[[GenerationDelta], object]) -> bool:
-        """Pass to `take` what iterating would yield, as `EventStream.each` does, until that returns True.
+        """Pass what iterating would yield to `take` until that returns True, as `EventStream.each` does.
 
-        No task is woken for a token. Returns whether there may be more, and raises what iterating does; returning early
-        does not abort the request.
+        No task is woken for a token. Returns whether there may be more, and raises what iterating raises. Returning
+        early does not abort the request.
         """
         is_left = False
 
@@ -176,7 +177,7 @@ class TextRequest:
         return False
 
     def _delta(self, event: ClientEvent) -> GenerationDelta | None:
-        """The delta of an event; None: it comes after a stop string."""
+        """Return the delta of an event; None if it comes after a stop string."""
         choice = self.choices[event.choice]
         if isinstance(event, RequestFinished):
             delta = choice.end(event)
@@ -191,14 +192,14 @@ class TextRequest:
         return delta
 
     async def _stop_engines(self) -> None:
-        """Tell the engines, which know no text, of stop strings. The last event then says how long everything took."""
+        """Stop choices in the engines, which do not see stop strings in text. The last event then has the timings."""
         stopped, self._stopped = self._stopped, []
         for number in stopped:
             await self._scheduler.abort(self.request_id, "stop", number if len(self.choices) > 1 else None)
 
     def _of_prompt(self, event: TokenEvent) -> list[TokenLogprobs | None] | None:
-        """With the first token, the prompt's log-probabilities, if they were asked for. Reported once for all
-        choices."""
+        """Return the prompt's log-probabilities with a first token; None with others. The engines report them once for
+        all choices."""
         if event.index > 0:
             return None
         if event.prompt_logprobs or self._prompt_logprobs is None:
@@ -206,7 +207,7 @@ class TextRequest:
         return self._prompt_logprobs
 
     async def result(self) -> GenerationResult:
-        """The whole answer, or all of them."""
+        """Wait for the end, and return the whole answer, with all of them in `outputs` if there are several."""
         found: dict[int, Answer] = {}
         async for delta in self:
             if delta["timings"] is not None and delta["finish_reason"] is not None:
@@ -230,18 +231,18 @@ class TextRequest:
         return result
 
     async def aclose(self) -> None:
-        """Abort it, unless it has ended."""
+        """Abort the request, unless it has ended."""
         await self._events.aclose()
 
 
 def check_all(
     scheduler: Scheduler, prompts: Sequence[list[int]], params: Sequence[SamplingParams]
 ) -> list[PromptShape | None]:
-    """Check before any request is submitted that all can run, as far as the scheduler can know. Returns the prompts'
+    """Check, before any request is submitted, that all can run, as far as the scheduler knows. Returns the prompts'
     shapes.
 
     Raises:
-        InvalidRequest: one can never run. Names the prompt, if there are several.
+        InvalidRequest: a request can never run. Names the prompt, if there are several.
     """
     shapes = []
     for place, (prompt, each) in enumerate(zip(prompts, params, strict=True)):
@@ -251,8 +252,8 @@ def check_all(
 
 
 async def _patient_result(request: TextRequest, again: Callable[[], Awaitable[TextRequest]]) -> GenerationResult:
-    """Its result. If a remote scheduler refuses it, before it has begun, it is submitted `again` when there may be
-    room."""
+    """Return a request's result. If a remote scheduler refuses it before it has begun, it is submitted `again` when
+    there may be room."""
     while True:
         try:
             return await request.result()
@@ -269,14 +270,15 @@ async def answer_all(
     shapes: Sequence[PromptShape | None],
     on_done: Callable[[], object],
 ) -> list[GenerationResult]:
-    """All results, in order; requests are submitted as the queue drains. Whatever it raises, none of them goes on.
+    """Return all results, in order. Requests are submitted as the queue drains. If this raises, none of them goes on.
 
-    `shapes`: the result of `check_all`, so that no prompt is examined twice.
+    `shapes` is the result of `check_all`, so that no prompt is examined twice.
 
     Raises:
-        InvalidRequest: something that only the instances could know. Names the prompt, if there are several.
-        LogitsNotFinite: the model computes NaN or infinity for one. Names the prompt, if there are several.
-        RequestTimeout, Unavailable, RemoteError: one has failed.
+        InvalidRequest: an instance refuses a request, for a reason that only instances know. Names the prompt, if there
+            are several.
+        LogitsNotFinite: the model computes NaN or infinity for a prompt, which is named if there are several.
+        RequestTimeout, Unavailable, RemoteError: a request has failed.
     """
     under_way = asyncio.Semaphore(MOST_UNDER_WAY)
     requests: dict[int, TextRequest] = {}

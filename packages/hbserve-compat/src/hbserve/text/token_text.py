@@ -1,7 +1,8 @@
-"""Text of tokens as they come. All of it together is what the tokenizer makes of all tokens at once.
+"""Decoding of tokens as they come. The pieces of text together are what the tokenizer makes of all tokens at once.
 
-That is not the sum of what it makes of each: a character's bytes may be in several tokens, and decoders strip the space
-at the beginning. Nor is the text of some tokens always the beginning of that of more, so what is not sure is held back.
+That is not the concatenation of what it makes of each token: a character's bytes may be in several tokens, and decoders
+strip the space at the beginning. Nor is the text of some tokens always a prefix of the text of more tokens, so text
+that may still change is held back.
 """
 
 import codecs
@@ -11,9 +12,9 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 INCOMPLETE = "�"
-"""What decoding yields for bytes that are no character, or the beginning of one."""
+"""The character that decoding yields for bytes that are not a character, or only the beginning of one."""
 _MOST_HELD = 16
-"""Tokens of a tokenizer about which nothing is known: a character has no more."""
+"""Most tokens that are held back for a tokenizer about which nothing is known. No character has more."""
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 
 
@@ -21,14 +22,14 @@ class TokenText(Protocol):
     """The text of one sequence of tokens."""
 
     def feed(self, token_id: int) -> str:
-        """Add a token; returns the text that is sure now."""
+        """Add a token, and return the text that cannot change any more."""
 
     def finish(self) -> str:
-        """The text that was held back. Nothing is added afterwards."""
+        """Return the text that was held back. Nothing may be added afterwards."""
 
 
 class NoText:
-    """The text of tokens whose tokenizer is not there: none."""
+    """The text of tokens without a tokenizer, which is empty."""
 
     def feed(self, token_id: int) -> str:
         return ""
@@ -38,14 +39,14 @@ class NoText:
 
 
 class TokenDecoder:
-    """What is to be known of a tokenizer to decode its tokens as they come."""
+    """The properties of a tokenizer that are needed to decode its tokens as they come."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self.special_ids = frozenset(
             token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special
         )
-        """Tokens that are left out where special tokens are skipped."""
+        """Tokens that are left out when special tokens are skipped."""
         backend = getattr(tokenizer, "backend_tokenizer", None)
         state = getattr(getattr(backend, "decoder", None), "__getstate__", lambda: None)()
         parts = _decoder_parts(json.loads(state)) if isinstance(state, bytes) else []
@@ -55,15 +56,15 @@ class TokenDecoder:
         self._cleans_up = _cleans_up(tokenizer, backend)
         self._bytes: dict[int, bytes] = {}
         self.whole: dict[int, str | None] = {}
-        """What `whole_text` has found."""
+        """Cache of `whole_text`."""
 
     def text(self) -> TokenText:
-        """The text of a new sequence."""
+        """Begin the text of a new sequence."""
         made: TokenText = _ByteText(self) if self._is_byte_level else _WindowText(self)
         return _CleanText(made, self._tokenizer.clean_up_tokenization) if self._cleans_up else made
 
     def whole_text(self, token_id: int) -> str | None:
-        """The text of a byte-level token, if its bytes are whole characters; else None."""
+        """Return the text of a byte-level token if its bytes are whole characters; else None."""
         if token_id not in self.whole:
             try:
                 self.whole[token_id] = self.token_bytes(token_id).decode()
@@ -72,14 +73,14 @@ class TokenDecoder:
         return self.whole[token_id]
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes of a byte-level token."""
+        """Return the bytes of a byte-level token."""
         found = self._bytes.get(token_id)
         if found is None:
             found = self._bytes[token_id] = _bytes_of(self._tokenizer.convert_ids_to_tokens(token_id) or "")
         return found
 
     def bytes_of(self, token_id: int) -> bytes:
-        """The bytes of a token alone, of any tokenizer: they need not be whole characters."""
+        """Return the bytes of a single token of any tokenizer. They need not be whole characters."""
         return self.token_bytes(token_id) if self._is_byte_level else self.decode([token_id]).encode()
 
     def decode(self, token_ids: list[int]) -> str:
@@ -87,13 +88,13 @@ class TokenDecoder:
         return text
 
     def knows(self, token_id: int) -> bool:
-        """Whether it has any text. Models are often padded to more tokens than their tokenizers have."""
+        """Whether the tokenizer has this token. Models are often padded to more tokens than their tokenizers have."""
         return self._tokenizer.convert_ids_to_tokens(token_id) is not None
 
     def is_open(self, held: list[int], decode: Callable[[], str]) -> bool:
-        """Whether the text of tokens may still change, of which only the last is new. `decode` makes it."""
+        """Whether the text of held tokens, of which only the last is new, may still change. `decode` returns it."""
         if self._falls_back_to_bytes:
-            # A run of such tokens is characters only if all of it is: nothing is sure before its end.
+            # A run of byte tokens is characters only if the whole run is, so nothing is final before its end.
             return _BYTE_TOKEN.fullmatch(self._tokenizer.convert_ids_to_tokens(held[-1])) is not None
         return not self._is_known and len(held) < _MOST_HELD and decode().endswith(INCOMPLETE)
 
@@ -105,7 +106,7 @@ def _decoder_parts(state: dict[str, Any]) -> list[str]:
 
 
 def _cleans_up(tokenizer: Any, backend: Any) -> bool:
-    """Whether decoding ends with transformers' own removal of spaces. With BPE it does so only if it is forced to."""
+    """Whether decoding ends with transformers' own removal of spaces, which for BPE happens only if it is forced."""
     if not getattr(tokenizer, "clean_up_tokenization_spaces", False):
         return False
     forced = getattr(tokenizer, "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output", False)
@@ -113,14 +114,14 @@ def _cleans_up(tokenizer: Any, backend: Any) -> bool:
 
 
 class _ByteText:
-    """Text of a byte-level tokenizer, whose tokens are bytes one after the other."""
+    """Text of a byte-level tokenizer, whose tokens are sequences of bytes."""
 
     def __init__(self, decoder: TokenDecoder) -> None:
         self._of_tokens = decoder
         self._whole = decoder.whole
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._is_open = False
-        """Whether the beginning of a character is held."""
+        """Whether the beginning of a character is held back."""
 
     def feed(self, token_id: int) -> str:
         if not self._is_open:
@@ -136,13 +137,13 @@ class _ByteText:
 
 
 class _WindowText:
-    """Text of other tokenizers: decodes the tokens since the last one whose text was sure, after that one."""
+    """Text of other tokenizers. Decodes the tokens since the last one whose text was final, after that one."""
 
     def __init__(self, decoder: TokenDecoder) -> None:
         self._decoder = decoder
         self._context: list[int] = []
-        """Tokens whose text was given out. They decide how the next ones are spelt, so they must show something: a
-        space is stripped where nothing is before it."""
+        """Last tokens whose text was returned. They determine how the next ones are spelt, so their text must not be
+        empty: the tokenizer strips a space if there is no text before it."""
         self._context_text = ""
         self._held: list[int] = []
 
@@ -156,7 +157,7 @@ class _WindowText:
         if not self._held:
             return ""
         new = self._decode_all()[len(self._context_text) :]
-        # Few tokens, so that time is linear, but not so few that they show nothing.
+        # Keep few tokens, so that time is linear, but not so few that their text is empty.
         for context in (self._held, [*self._context[-1:], *self._held], [*self._context, *self._held]):
             if text := self._decoder.decode(context):
                 break
@@ -170,7 +171,7 @@ class _WindowText:
 class _CleanText:
     """Text of tokenizers with `clean_up_tokenization_spaces`, which removes spaces before marks in the whole text."""
 
-    # Before a space between a letter or digit and another: nothing that is removed or changed reaches across.
+    # The place before a space between two letters or digits. Nothing that is removed or changed reaches across it.
     _BORDER = re.compile(r"(?<=[^\W_])(?= [^\W_])")
 
     def __init__(self, text: TokenText, clean: Callable[[str], str]) -> None:
@@ -193,7 +194,7 @@ class _CleanText:
 
 
 def _byte_symbols() -> dict[str, int]:
-    """The characters that byte-level tokenizers write bytes with: GPT-2's, those that can be printed as they are."""
+    """Return the characters with which byte-level tokenizers write bytes: GPT-2's, which keep printable characters."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
@@ -203,7 +204,7 @@ _BYTE_SYMBOLS = _byte_symbols()
 
 
 def _bytes_of(token: str) -> bytes:
-    """A token that is not written with these symbols alone, such as an added one, is text as it stands."""
+    """Return the bytes of a token. One that has other characters than these symbols, such as an added one, is text."""
     symbols = [_BYTE_SYMBOLS.get(character) for character in token]
     known = [byte for byte in symbols if byte is not None]
     return bytes(known) if len(known) == len(symbols) else token.encode(errors="replace")

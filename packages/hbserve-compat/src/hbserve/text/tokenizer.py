@@ -1,4 +1,4 @@
-"""The tokenizer of a model folder. transformers is imported when one is loaded."""
+"""The tokenizer of a model folder. transformers is imported only when one is loaded."""
 
 import logging
 import os
@@ -13,25 +13,26 @@ from hbserve_rpc.plain_values import plain_text, shown
 logger = logging.getLogger(__name__)
 
 FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
-"""A folder without any of them has no tokenizer."""
+"""Files of tokenizers. A folder without any of them has no tokenizer."""
 
 
 def load_tokenizer(folder: str | Path) -> Any:
-    """A transformers tokenizer from a local folder, never from a hub; None if it has none: it serves token ids only.
+    """Load a transformers tokenizer from a local folder, never from a hub. Returns None if the folder has none: then it
+    serves token ids only.
 
     Raises:
-        BrokenTokenizer: there are files of one, but it cannot be read; says why.
+        BrokenTokenizer: the folder has files of a tokenizer, but it cannot be read; the message says why.
     """
     path = Path(os.path.expanduser(folder))
     if not any((path / name).exists() for name in FILES):
         return None
     try:
         tokenizer = _read(path)
-        tokenizer.decode(tokenizer.encode("a"))  # some of its settings are not looked at before
-    except Exception as error:  # a library's own, of any kind: each format is read by another one
+        tokenizer.decode(tokenizer.encode("a"))  # transformers looks at some settings only when it encodes
+    except Exception as error:  # any kind: each format is read by another library, which has its own errors
         reason = " ".join(str(error).split())
         raise BrokenTokenizer(f"{path}: its tokenizer cannot be read: {type(error).__name__}: {reason}") from error
-    if len(tokenizer) <= len(tokenizer.added_tokens_decoder):  # transformers fills in what is missing with nothing
+    if len(tokenizer) <= len(tokenizer.added_tokens_decoder):  # transformers takes a missing vocabulary as empty
         raise BrokenTokenizer(f"{path}: its tokenizer has no vocabulary; is tokenizer.json missing, or cut off?")
     named = tokenizer.chat_template or {}
     for template in named.values() if isinstance(named, dict) else (named,):
@@ -41,7 +42,7 @@ def load_tokenizer(folder: str | Path) -> Any:
 
 
 def why_no_template(text: str) -> str | None:
-    """What is wrong with the syntax of a chat template, and where."""
+    """Return what is wrong with the syntax of a chat template, and where; None if nothing is."""
     import jinja2
 
     known = re.sub(r"({%-?)\s*(end)?generation\b", r"\1 set _ = 0", text)  # a tag of transformers' own
@@ -53,14 +54,14 @@ def why_no_template(text: str) -> str | None:
 
 
 def require_tokenizer_of(folder: str | Path) -> None:
-    """Raises FileNotFoundError unless a folder has a tokenizer: for those who have nothing but text."""
+    """Raise FileNotFoundError unless a folder has a tokenizer. For commands that need text."""
     path = Path(os.path.expanduser(folder))
     if not any((path / name).exists() for name in FILES):
         raise FileNotFoundError(f"{path}: has no tokenizer, which text needs: none of {', '.join(FILES)}")
 
 
 def require_tokenizer(tokenizer: Any, name: str) -> None:
-    """Raises InvalidRequest where there is none, and so no text; `name` is what was given as text."""
+    """Raise InvalidRequest if there is no tokenizer, so that text cannot be used. `name` is what was given as text."""
     if tokenizer is None:
         raise InvalidRequest(
             f"{name}: is text, but the model folder has no tokenizer, none of {', '.join(FILES)}; expected token ids"
@@ -69,7 +70,7 @@ def require_tokenizer(tokenizer: Any, name: str) -> None:
 
 def _read(path: Path) -> Any:
     if (path / "tokenizer.json").exists():
-        # That file says all there is to say. AutoTokenizer would read the same, but imports torch first: 4 s at start.
+        # This file is enough. AutoTokenizer would read the same, but imports torch first, which takes 4 s at start.
         from transformers import PreTrainedTokenizerFast
 
         return PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)
@@ -79,10 +80,10 @@ def _read(path: Path) -> Any:
 
 
 def encode(tokenizer: Any, text: str, *, add_special_tokens: bool = True) -> list[int]:
-    """Token ids of the text, without a chat template.
+    """Encode a text without a chat template.
 
-    As the tokenizer has it, but with one BOS: a text that begins with it, as chat templates make them, gets none.
-    Without `add_special_tokens` nothing is added.
+    Special tokens are added as the tokenizer does it, but never a second BOS: a text that begins with one, as the text
+    of chat templates does, gets none. Without `add_special_tokens` nothing is added.
 
     Raises:
         InvalidRequest: (a ValueError) there is no tokenizer.
@@ -98,11 +99,12 @@ def encode(tokenizer: Any, text: str, *, add_special_tokens: bool = True) -> lis
 
 
 def encode_message(tokenizer: Any, text: str, system: str | None = None) -> list[int]:
-    """Token ids of the text as a user's message, after a system message if there is one; if the model has no chat
-    template and nothing needs one, of the text as a prompt.
+    """Encode a text as a user's message, after a system message if there is one. If the model has no chat template, and
+    there is no system message, encode the text alone.
 
     Raises:
-        InvalidRequest: (a ValueError) it is not Unicode text, or the template refuses it, or cannot be read; says why.
+        InvalidRequest: (a ValueError) this is not Unicode text, or the template refuses it or cannot be read; the
+            message says why.
     """
     text = plain_text("prompt", text)
     if system is None and not getattr(tokenizer, "chat_template", None):
@@ -114,17 +116,18 @@ def encode_message(tokenizer: Any, text: str, system: str | None = None) -> list
 def encode_messages(
     tokenizer: Any, messages: list[dict[str, Any]], *, name: str = "messages", **settings: Any
 ) -> list[int]:
-    """Token ids of messages by the tokenizer's chat template, or by `chat_template` among the settings, which are
-    transformers'. `name` is what was given.
+    """Encode messages by the tokenizer's chat template, or by `chat_template` among the settings, which are those of
+    transformers. `name` is the name of the messages in errors.
 
     Raises:
-        InvalidRequest: (a ValueError) there is no template, it refuses the messages, or it cannot be read; says why.
+        InvalidRequest: (a ValueError) there is no template, it refuses the messages, or it cannot be read; the message
+            says why.
     """
     require_tokenizer(tokenizer, name)
     settings = {"add_generation_prompt": True} | settings
     try:
         ids: list[int] = tokenizer.apply_chat_template(messages, return_dict=False, **settings)
-    except Exception as error:  # templates are programs, and raise what they like
+    except Exception as error:  # any kind: templates are programs, which may raise anything
         given = shown(messages[0]["content"] if len(messages) == 1 else messages)
         why = str(error) or type(error).__name__
         raise InvalidRequest(f"{name}={given}: the model's chat template cannot be applied: {why}") from error

@@ -1,1 +1,1 @@
-"""Answers to one HTTP request: tokens as they come, and the JSON or the events that clients get."""
+"""Answers to one HTTP request: from tokens as they come to the JSON or the events that clients get."""

@@ -1,4 +1,4 @@
-"""Answering a request over HTTP: computing while the client is watched, and sending together whatever waits."""
+"""Sending of answers over HTTP: in one piece or as a stream, while the connection to the client is watched."""
 
 import asyncio
 import logging
@@ -16,12 +16,12 @@ logger = logging.getLogger(__name__)
 
 EVENT_STREAM = (b"content-type", b"text/event-stream; charset=utf-8")
 JSON = (b"content-type", b"application/json")
-# A proxy that collects chunks until it has enough of them would defeat streaming.
+# Keep proxies from collecting chunks until they have enough of them, which would defeat streaming.
 NO_BUFFERS = [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
 
 
 class CancellableResponse:
-    """ASGI response that runs a job, and cancels it when its client goes: nobody would read the result."""
+    """An ASGI response that runs a job, and cancels it when the client disconnects and so cannot read the result."""
 
     def __init__(self, job: Callable[[Send], Awaitable[None]]) -> None:
         self._job = job
@@ -56,42 +56,43 @@ async def _gone(receive: Receive) -> None:
 
 
 class AnswerFormat(Protocol):
-    """One answer as its client reads it, in events or whole."""
+    """The format of one answer for its client, as events or in one piece."""
 
     def opening(self) -> bytes:
-        """Events that are sent with the status line."""
+        """Return the events that are sent with the status line."""
 
     def chunks(self, news: News) -> bytes:
-        """Events of what is new."""
+        """Return the events for new pieces of the answer."""
 
     def closing(self) -> bytes:
-        """The last events of an answer that is complete."""
+        """Return the last events of a complete answer."""
 
     def failed(self, error: ApiError) -> bytes:
-        """The last events of an answer that has failed."""
+        """Return the last events of a failed answer."""
 
     def take(self, news: News) -> None:
-        """Like `chunks`, for a client that wants the whole answer at the end."""
+        """Keep new pieces for `whole`. Replaces `chunks` for a client that wants the answer in one piece."""
 
     def whole(self) -> dict[str, Any]:
-        """The whole answer."""
+        """Return the whole answer."""
 
 
 class Reply:
-    """One answer on its way to its client: the status line goes with the first bytes."""
+    """The sending of one answer to its client. The status line goes with the first bytes."""
 
     def __init__(
         self, send: Send, headers: dict[str, str], first_byte_timeout_s: float, direct: DirectBody | None = None
     ) -> None:
-        """first_byte_timeout_s: after this long without a token, a stream begins anyway."""
+        """A stream begins after `first_byte_timeout_s` even without a token. `direct` writes past ASGI; None: there is
+        no such way."""
         self._send = send
         self._direct = direct
         self._first_byte_timeout_s = first_byte_timeout_s
         self._headers = [(name.encode(), value.encode()) for name, value in headers.items()]
 
     async def answer(self, answers: Answers, rendering: AnswerFormat, *, streamed: bool) -> None:
-        """Raises the error that ends one of the answers, unless a stream has begun: then it is an event of the
-        stream."""
+        """Send the answer. Raises the error that ends one of the answers; once a stream has begun, the error becomes an
+        event of the stream instead."""
         await (self._stream(answers, rendering) if streamed else self._whole(answers, rendering))
 
     async def _whole(self, answers: Answers, rendering: AnswerFormat) -> None:
@@ -112,7 +113,7 @@ class Reply:
         await self._part(last, more=False)
 
     async def _rest(self, answers: Answers, rendering: AnswerFormat) -> None:
-        """All chunks after the first: written as they come, unless the client does not read."""
+        """Send all chunks after the first, each as it comes. If the client does not read, they are sent together."""
         direct, held = self._direct, b""
 
         def give(news: News) -> bool:
@@ -124,7 +125,7 @@ class Reply:
             return True
 
         while await answers.each(give):
-            await self._part(held)  # even if empty: it waits until the client reads
+            await self._part(held)  # even if it is empty, because this waits until the client reads
 
     async def _start(self, headers: list[tuple[bytes, bytes]]) -> None:
         await self._send({"type": "http.response.start", "status": 200, "headers": [*headers, *self._headers]})

@@ -1,4 +1,4 @@
-"""All answers to one HTTP request: their tokens as they come, from whichever comes first."""
+"""All answers to one HTTP request, merged: their tokens in the order in which they come."""
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
@@ -19,12 +19,12 @@ from hbserve_rpc.rpc_stream import whenever_told
 from hbserve_rpc.trace_context import in_trace
 
 News = list[tuple[int, GenerationDelta]]
-"""Pairs of an answer's number and what is new of it."""
+"""Pairs of an answer's index and a new piece of it."""
 
 
 class Answers:
-    """Answers to some prompts, as many to each as its `params` say. An asynchronous context manager that submits them,
-    and at its end aborts those that are still running."""
+    """Answers to some prompts, as many to each as its `params` say. An asynchronous context manager that submits the
+    requests, and at its end aborts those that are still running."""
 
     def __init__(
         self,
@@ -37,8 +37,12 @@ class Answers:
         only_prompt: bool = False,
         names: Mapping[str, str] | None = None,
     ) -> None:
-        """shown_ids: special tokens that are not skipped. only_prompt: only information about the prompts is wanted,
-        and no token of an answer. names: what the client calls some of the fields that errors name."""
+        """Submit nothing yet.
+
+        shown_ids: special tokens that are not skipped.
+        only_prompt: whether only information about the prompts is wanted, and no token of an answer.
+        names: the client's names for some of the fields that errors name.
+        """
         self._only_prompt = only_prompt
         self._names = names or {}
         self._model = model
@@ -51,10 +55,10 @@ class Answers:
             shown_ids=shown_ids,
         )
         self._news: News = []
-        """Not taken yet: at most one for each prompt. Further tokens wait in the scheduler, together."""
+        """Pieces that were not taken yet: at most one for each prompt. Further tokens collect in the scheduler."""
         self._changed = asyncio.Event()
         self._on_change: Callable[[], object] = self._changed.set
-        """Called for news, and at the end of an answer."""
+        """Callback for news, and for the end of an answer."""
         self._taken = asyncio.Event()
         self._error: Exception | None = None
         self._requests: list[TextRequest] = []
@@ -62,7 +66,7 @@ class Answers:
         self._num_running = len(params)
 
     async def __aenter__(self) -> Self:
-        """Raises InvalidRequest or Overloaded if the scheduler refuses one; then none goes on."""
+        """Submit the requests. Raises InvalidRequest or Overloaded if the scheduler refuses one; then none goes on."""
         try:
             first, http = 0, HTTP_REQUEST.get()
             for number, (prompt, params) in enumerate(self._wanted):
@@ -83,7 +87,7 @@ class Answers:
     def _begin(
         self, http: HttpRequest, number: int, prompt: tuple[int, ...], params: SamplingParams, shape: PromptShape | None
     ) -> TextRequest:
-        """Submit it, in the client's trace, or in one of its own if spans are made."""
+        """Submit a request in the client's trace, or in a trace of its own if spans are made."""
         spans, request_id = self._model.spans, http.name(number)
         traceparent = http.trace_context["traceparent"]
         if spans is not None:
@@ -105,7 +109,7 @@ class Answers:
             await request.aclose()
 
     async def _pump(self, first: int, request: TextRequest) -> None:
-        """first: the number of the request's first answer."""
+        """Collect the news of a request. `first` is the index of its first answer."""
 
         def take(delta: GenerationDelta) -> bool:
             self._news.append((first + delta.get("choice", 0), self._wanted_of(delta)))
@@ -117,14 +121,15 @@ class Answers:
                 self._taken.clear()
                 if self._news:
                     await self._taken.wait()
-        except Exception as error:  # from the engines; whoever waits for news is to get it
+        except Exception as error:  # from the engines; is raised to the one who waits for news
             self._error = self._error or in_names_of_client(error, self._names)
         finally:
             self._num_running -= 1
             self._on_change()
 
     def _wanted_of(self, delta: GenerationDelta) -> GenerationDelta:
-        """Raises ApiError if the request was ended by the server rather than by its client."""
+        """Remove what the client does not want to have. Raises ApiError if the server, and not the client, has ended
+        the request."""
         if delta["finish_reason"] == "abort":
             raise try_again("the server is ending", code="not_ready")
         if self._only_prompt:
@@ -133,7 +138,7 @@ class Answers:
         return delta
 
     async def first(self, timeout_s: float) -> News:
-        """Wait for the first news; empty: none came in time. Raises as `each` does."""
+        """Wait for the first news, and return them; empty if none came in time. Raises what `each` raises."""
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await self._changed.wait()
@@ -147,7 +152,7 @@ class Answers:
         return found
 
     async def each(self, take: Callable[[News], object]) -> bool:
-        """Pass whatever is new to `take`, in the turn of the loop in which it arrives, until that returns True.
+        """Pass news to `take`, in the iteration of the loop in which they arrive, until it returns True.
 
         Returns:
             Whether there may be more.

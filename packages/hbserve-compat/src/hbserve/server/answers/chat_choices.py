@@ -1,4 +1,4 @@
-"""Choices of /v1/chat/completions."""
+"""The choices of an answer of /v1/chat/completions."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +10,7 @@ from hbserve.server.chat.reasoning import ReasoningSplit
 
 
 class ChatChoices:
-    """Messages of an assistant, in the parts that a reader of its text finds in it."""
+    """Messages of the assistant. `MessageParts` splits each text into content, reasoning and tool calls."""
 
     object_name = "chat.completion"
     chunk_name = "chat.completion.chunk"

@@ -1,4 +1,4 @@
-"""Choices of /v1/completions."""
+"""The choices of an answer of /v1/completions."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from hbserve_rpc.messages import TokenLogprobs
 
 
 class CompletionChoices:
-    """Text as the model writes it, after the prompt's own if the request wants it back."""
+    """Texts as the model writes them, each after the text of its prompt if the request wants that back."""
 
     object_name = "text_completion"
     chunk_name = "text_completion"
@@ -17,10 +17,10 @@ class CompletionChoices:
     def __init__(
         self, names: TokenNames, body: CompletionBody, prompts: list[tuple[int, ...]], echoed: list[str]
     ) -> None:
-        """Of each choice its prompt, and what of that is repeated before the answer."""
+        """Take, for each choice, its prompt, and the text of it that is repeated before the answer ("" is none)."""
         self._names = names
         self._is_scored = bool(body.echo) and body.logprobs is not None and body.logprobs is not False
-        """The prompt is repeated with its log-probabilities, which come with the first token."""
+        """Whether the prompt is repeated with its log-probabilities, which come with the first token."""
         self._shows_prompt_logprobs = body.prompt_logprobs is not None
         with_token_ids = bool(body.return_token_ids)
         self._logprobs = [CompletionLogprobs(names, 0 if self._is_scored else len(text)) for text in echoed]
@@ -63,7 +63,7 @@ class CompletionChoices:
         return [self._choice(index, text, reason, more)] if text or reason or more else []
 
     def beside(self, index: int, delta: GenerationDelta) -> dict[str, Any]:
-        return {}  # as in vLLM, each choice has what is known of its prompt
+        return {}  # as in vLLM, each choice has its prompt's log-probabilities itself
 
     def num_reasoning(self) -> int | None:
         return None

@@ -8,19 +8,19 @@ from hbserve.text.detokenizer import decoder_of
 from hbserve_rpc.messages import TokenLogprobs
 
 LEAST = -9999.0
-"""Log-probability in place of minus infinity, which JSON has not; OpenAI's own."""
+"""Log-probability in place of minus infinity, which JSON cannot express. OpenAI uses the same number."""
 
 
 class TokenNames:
-    """Tokens as text and as bytes: of one alone, which need not be a whole character."""
+    """Spells single tokens, as text and as bytes. One token need not be a whole character."""
 
     def __init__(self, tokenizer: Any, *, as_ids: bool = False) -> None:
-        """as_ids: they are called `token_id:5`, by which each can be told from all others."""
+        """as_ids: whether tokens are named `token_id:5` and so on, by which each differs from all others."""
         self._decoder = None if tokenizer is None else decoder_of(tokenizer)
         self._as_ids = as_ids
 
     def bytes_of(self, token_id: int) -> bytes:
-        """Without a tokenizer, its number."""
+        """Return the bytes of a token; without a tokenizer, those of its number."""
         return str(token_id).encode() if self._decoder is None else self._decoder.bytes_of(token_id)
 
     def text_of(self, token_id: int) -> str:
@@ -31,7 +31,7 @@ class TokenNames:
 
 
 def of_chat(names: TokenNames, token_ids: list[int], found: list[TokenLogprobs], num_top: int) -> list[dict[str, Any]]:
-    """`logprobs.content`: an entry for each token."""
+    """Make `logprobs.content` of a chat, which has an entry for each token."""
     return [
         _entry(names, token_id, each[token_id])
         | {"top_logprobs": [_entry(names, *pair) for pair in islice(each.items(), num_top)]}
@@ -45,16 +45,17 @@ def _entry(names: TokenNames, token_id: int, logprob: float) -> dict[str, Any]:
 
 
 class CompletionLogprobs:
-    """`logprobs` of a completion: four lists, with a place for each token."""
+    """`logprobs` of a completion: four lists with an element for each token."""
 
     def __init__(self, names: TokenNames, offset: int) -> None:
-        """`offset`: characters before the first token."""
+        """offset: number of characters before the first token."""
         self._names = names
         self._offset = offset
         self.whole: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
 
     def add(self, token_ids: list[int], found: Sequence[TokenLogprobs | None]) -> dict[str, list[Any]]:
-        """Of some more tokens; `whole` has them too then. Nothing is known of a prompt's first one."""
+        """Add more tokens to `whole`, and return the lists for them alone. `found` is None for a prompt's first token,
+        which has no log-probability."""
         offsets = []
         for token_id in token_ids:
             offsets.append(self._offset)
@@ -73,13 +74,13 @@ class CompletionLogprobs:
 
     def _by_name(self, logprobs: TokenLogprobs) -> dict[str, float]:
         found: dict[str, float] = {}
-        for token_id, logprob in logprobs.items():  # the most likely first, which keeps the text that others have too
+        for token_id, logprob in logprobs.items():  # the most likely first: of tokens with the same text, it is kept
             found.setdefault(self._names.name_of(token_id), max(logprob, LEAST))
         return found
 
 
 def of_prompt(names: TokenNames, found: Sequence[TokenLogprobs | None]) -> list[dict[str, Any] | None]:
-    """`prompt_logprobs` as vLLM has it, but for ranks, which are known of those only that were asked for by rank."""
+    """Make `prompt_logprobs` as in vLLM, but without ranks, which are not known for all of the tokens."""
     return [
         None
         if each is None

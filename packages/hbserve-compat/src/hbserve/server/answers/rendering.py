@@ -1,4 +1,4 @@
-"""Rendering of tokens and text as the JSON of an answer, whole or in chunks: what chat and completions share."""
+"""Rendering of tokens and text as the JSON of an answer, whole or in chunks, for both chats and completions."""
 
 from typing import Any, Protocol
 
@@ -14,45 +14,46 @@ MARK = "\0"
 
 
 def event(value: Any) -> bytes:
-    """One server-sent event."""
+    """Encode one server-sent event."""
     return b"data: " + msgspec.json.encode(value) + b"\n\n"
 
 
 class Choices(Protocol):
-    """One kind of answer: what its choices look like."""
+    """The choices of one answer: what differs between chats and completions."""
 
     object_name: str
     chunk_name: str
 
     def opening(self, index: int) -> list[dict[str, Any]]:
-        """A choice's first chunks, which are sent with the status line."""
+        """Return a choice's first chunks, which are sent with the status line."""
 
     def chunk(self, index: int, delta: GenerationDelta) -> list[dict[str, Any]]:
-        """A choice's next chunks."""
+        """Return a choice's next chunks."""
 
     def beside(self, index: int, delta: GenerationDelta) -> dict[str, Any]:
-        """Fields of the answer, beside its choices, that are known with this chunk of one."""
+        """Return fields of the answer, beside its choices, that become known with this chunk of one choice."""
 
     def num_reasoning(self) -> int | None:
-        """Tokens of reasoning so far; None: there is no such thing."""
+        """Return the number of reasoning tokens so far; None if the model does not reason."""
 
     def is_bare(self, index: int, delta: GenerationDelta) -> bool:
-        """Whether a choice's next chunk has only text: then its chunk need not be built."""
+        """Whether a choice's next chunk has only text, so that it need not be built."""
 
     def bare(self, index: int, text: str) -> dict[str, Any]:
-        """The chunk of such a text."""
+        """Return the chunk of a text alone."""
 
     def whole(self, index: int) -> dict[str, Any]:
-        """A choice, after its last chunk."""
+        """Return a whole choice, after its last chunk."""
 
 
 class Rendering:
-    """The answer to one request, and its counts."""
+    """The AnswerFormat of chats and completions, which also counts tokens."""
 
     def __init__(
         self, choices: Choices, body: SamplingFields, head: dict[str, Any], prompts: list[tuple[int, ...]]
     ) -> None:
-        """`prompts`: the prompt of each choice, in order; those of one prompt are neighbours, and the same tuple."""
+        """`prompts` has the prompt of each choice, in order. The choices of one prompt are neighbours, and share one
+        tuple."""
         options = body.stream_options
         self._choices = choices
         self._head = head
@@ -60,14 +61,14 @@ class Rendering:
         self._has_usage = bool(self._ends_with_usage and options and options.continuous_usage_stats)
         self._prompts = prompts
         self._firsts = [i for i, each in enumerate(prompts) if i == 0 or each is not prompts[i - 1]]
-        """The first choice of each prompt."""
+        """Index of the first choice of each prompt."""
         self._num_output = 0
         self._beside: dict[str, Any] = {}
         self._timings: dict[int, Timings] = {}
         start = msgspec.json.encode({**head, "object": choices.chunk_name})[:-1]
         self._start = b"data: " + start + b',"choices":['
         self._around_text: list[tuple[bytes, bytes]] = []
-        """For each choice, what comes before and after the text in an event that has nothing else."""
+        """Bytes before and after the text in an event that has only text, for each choice."""
         if body.stream and not self._has_usage:
             self._around_text = [self._around(choices.bare(index, MARK)) for index in range(len(prompts))]
 
@@ -78,7 +79,7 @@ class Rendering:
     # ---- in chunks -----------------------------------------------------------------------------------------------
 
     def opening(self) -> bytes:
-        """What is sent with the status line."""
+        """Return the events that are sent with the status line."""
         return b"".join(
             [self._event(each) for index in range(len(self._prompts)) for each in self._choices.opening(index)]
         )
@@ -102,7 +103,7 @@ class Rendering:
         return self._start + msgspec.json.encode(choice) + b"]" + rest + b"\n\n"
 
     def closing(self) -> bytes:
-        """Events after the last chunk of every choice."""
+        """Return the events after the last chunk of every choice."""
         if not self._ends_with_usage:
             return DONE
         last = {
@@ -120,7 +121,7 @@ class Rendering:
     # ---- whole ---------------------------------------------------------------------------------------------------
 
     def take(self, news: News) -> None:
-        """Like `chunks`, for a client that wants the whole answer at the end."""
+        """Keep new pieces for `whole`. Replaces `chunks` for a client that wants the answer in one piece."""
         for index, delta in news:
             self._count(index, delta)
             self._beside |= self._choices.beside(index, delta)
@@ -139,7 +140,7 @@ class Rendering:
             self._timings[index] = delta["timings"]
 
     def usage(self) -> dict[str, Any]:
-        """Tokens so far. The number of cached ones is known for prompts whose answers have ended."""
+        """Return the number of tokens so far. Cached ones are counted for prompts whose first answer has ended."""
         num_prompt = sum(len(self._prompts[index]) for index in self._firsts)
         cached = sum(self._timings[index]["num_cached_tokens"] for index in self._firsts if index in self._timings)
         reasoning = self._choices.num_reasoning()
@@ -152,7 +153,7 @@ class Rendering:
         }
 
     def metrics(self) -> dict[str, Any]:
-        """How long an answer took, if it is the only one: vLLM's names first."""
+        """Return times and other figures of an answer that is the only one: first those that vLLM has too."""
         if len(self._prompts) != 1 or 0 not in self._timings:
             return {}
         times = self._timings[0]

@@ -1,4 +1,4 @@
-"""Log-probabilities of those tokens that an answer's text is made of, among its reasoning and its calls."""
+"""Selection of the log-probabilities that belong to an answer's text, among those of its reasoning and its calls."""
 
 from collections.abc import Sequence
 from itertools import accumulate
@@ -6,19 +6,20 @@ from typing import Any
 
 
 class TextLogprobs:
-    """Takes what is known of each token, and the pieces that are read of them, which may come later than they."""
+    """Matches the log-probabilities of tokens with the pieces that are read from their text, which may come later."""
 
     def __init__(self) -> None:
         self._waiting: list[dict[str, Any]] = []
-        """Log-probabilities of tokens of which nothing has been read yet."""
+        """Log-probabilities of tokens whose text was not read yet."""
 
     def feed(
         self, entries: list[dict[str, Any]], pieces: Sequence[tuple[str, str]], *, final: bool
     ) -> list[dict[str, Any]]:
-        """Entries, as a chat has them, of the text among some more pieces, each of which is its kind and its text.
+        """Take more entries, as a chat has them, and more pieces, each with its kind and its text. Returns the entries
+        that belong to text.
 
-        Where a token's spelling is, and that of what was read, says which it is: a tag between reasoning and text is
-        neither. Tokens after the last text, such as one that ends the sequence, are the text's too.
+        The position of a piece's spelling among those of the tokens determines which tokens it has. A tag between
+        reasoning and text belongs to neither. Tokens after the last text, such as an end token, belong to the text.
         """
         found = self._waiting + entries
         if not found:
@@ -32,7 +33,8 @@ class TextLogprobs:
 
 
 def _place(entries: list[dict[str, Any]], text: bytes) -> tuple[int, int]:
-    """The first token that has some of a text, and the first one behind it. All of them, if it is spelt otherwise."""
+    """Return the index of the first token that has some of a text, and that of the first one after it. If the tokens do
+    not spell the text, returns the bounds of all of them."""
     ends = list(accumulate(len(each["bytes"]) for each in entries))
     begin = b"".join(bytes(each["bytes"]) for each in entries).find(text)
     if begin < 0:

@@ -1,1 +1,1 @@
-"""Handlers of the paths that the server answers; hbserve/server/app.py lists them."""
+"""Handlers of the paths that the server answers, which hbserve/server/app.py lists."""

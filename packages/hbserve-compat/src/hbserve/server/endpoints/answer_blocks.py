@@ -1,4 +1,4 @@
-"""Answer as blocks, one after the other, as newer APIs than chat completions have it: reasoning, text, and calls."""
+"""An answer as a sequence of blocks (reasoning, text, and calls), as APIs newer than chat completions have it."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,16 +15,16 @@ from hbserve.server.chat.reasoning import ReasoningSplit
 
 @dataclass
 class Block:
-    """One of them."""
+    """One block of an answer."""
 
     kind: Literal["reasoning", "text", "call"]
     index: int
     call_id: str = ""
     name: str = ""
-    """Name of the tool that is called; the text is its arguments."""
+    """Name of the tool that a call's block calls; its text is the arguments."""
     pieces: list[str] = field(default_factory=list)
     logprobs: list[dict[str, Any]] = field(default_factory=list)
-    """Log-probabilities of a text's tokens, if they are wanted, as a chat has them."""
+    """Log-probabilities of a text's tokens, if they are wanted, in the format of chats."""
 
     @property
     def text(self) -> str:
@@ -32,11 +32,11 @@ class Block:
 
 
 Change = tuple[Literal["begins", "grows", "ends"], Block, str]
-"""What happens to a block, and the text by which it grows."""
+"""An event of a block, and the text by which it grows."""
 
 
 class BlockFormat:
-    """Reads one answer into blocks, and counts it. A subclass says which events that makes."""
+    """Reads one answer into blocks, and counts its tokens. A subclass makes events of that."""
 
     def __init__(self, head: dict[str, Any], prompt: tuple[int, ...], parts: MessageParts) -> None:
         self._head = head
@@ -45,12 +45,12 @@ class BlockFormat:
         self._num_output = self._num_cached = self._num_reasoning = 0
         self._blocks: list[Block] = []
         self._reason: str | None = None
-        """How it ended, in the words of chat completions."""
+        """Why the answer ended, in the words of chat completions; None until then."""
         self._stop_reason: str | int | None = None
         self._text_logprobs = TextLogprobs()
 
     def _entries(self, delta: GenerationDelta) -> list[dict[str, Any]]:
-        """What is wanted to be known of each token; nothing, if a subclass does not say."""
+        """Return the log-probabilities of each token, if they are wanted. A subclass may override this."""
         return []
 
     def _events(self, change: Change) -> list[dict[str, Any]]:
@@ -61,12 +61,12 @@ class BlockFormat:
         return b"".join([b"event: " + name + b"\ndata: " + content + b"\n\n" for name, content in named])
 
     def chunks(self, news: News) -> bytes:
-        """Events of what is new."""
+        """Return the events for new pieces of the answer."""
         changes = [change for _, delta in news for change in self._changes(delta)]
         return self._sent([event for change in changes for event in self._events(change)])
 
     def take(self, news: News) -> None:
-        """Like `chunks`, for a client that wants the whole answer at the end."""
+        """Keep new pieces for `whole`. Replaces `chunks` for a client that wants the answer in one piece."""
         for _, delta in news:
             for _ in self._changes(delta):
                 pass
@@ -108,7 +108,8 @@ class BlockFormat:
 
 
 def _pieces(delta: dict[str, Any]) -> Iterator[tuple[Literal["reasoning", "text", "call"], str, dict[str, Any]]]:
-    """Pieces of a chunk's delta, as a chat has it; the last is a call, which has an id where it begins."""
+    """Yield the pieces of a chat's delta: kind, text, and, for a call, the call itself, which has an id where it
+    begins."""
     if "reasoning" in delta:
         yield "reasoning", delta["reasoning"], {}
     if "content" in delta:

@@ -1,4 +1,4 @@
-"""Answers of /v1/messages: a message whole, or its events in their order."""
+"""Answers of /v1/messages: a whole message, or its events in their order."""
 
 from typing import Any
 
@@ -12,28 +12,28 @@ GROWTH = {
     "text": ("text_delta", "text"),
     "call": ("input_json_delta", "partial_json"),
 }
-"""Of each kind of block, the type of what it grows by, and the field that has it."""
+"""Type of the delta by which each kind of block grows, and the delta's field with the text."""
 REASONS = {"length": "max_tokens", "tool_calls": "tool_use"}
 
 
 class MessageFormat(BlockFormat):
-    """One message."""
+    """The format of one message."""
 
     def opening(self) -> bytes:
-        """The event that is sent with the status line."""
+        """Return the event that is sent with the status line."""
         return self._sent([{"type": "message_start", "message": self._message([], None)}])
 
     def closing(self) -> bytes:
-        """Events that say how it has ended."""
+        """Return the events that say how the message has ended."""
         delta = {"stop_reason": self._stopped_by(), "stop_sequence": self._stop_sequence()}
         return self._sent([{"type": "message_delta", "delta": delta, "usage": self._usage()}, {"type": "message_stop"}])
 
     def failed(self, error: ApiError) -> bytes:
-        """The event that says why there is no more."""
+        """Return the event that says why the message has failed."""
         return self._sent([error.anthropic_body(self._head["id"].removeprefix("msg_"))])
 
     def whole(self) -> dict[str, Any]:
-        """A message that has ended."""
+        """Return the whole message, which has ended."""
         return self._message([_whole(block) for block in self._blocks], self._stopped_by())
 
     def _message(self, content: list[dict[str, Any]], stop_reason: str | None) -> dict[str, Any]:
@@ -55,7 +55,7 @@ class MessageFormat(BlockFormat):
         return self._stop_reason if isinstance(self._stop_reason, str) else None
 
     def _usage(self) -> dict[str, Any]:
-        """Tokens so far. Those that were cached are counted apart, and known at the end."""
+        """Return the number of tokens so far. Cached ones are counted apart, and known only at the end."""
         return {
             "input_tokens": self._num_prompt - self._num_cached,
             "cache_read_input_tokens": self._num_cached,
@@ -89,7 +89,8 @@ def _whole(block: Block) -> dict[str, Any]:
 
 
 def _input(arguments: str) -> dict[str, Any]:
-    """What a model wrote is not always the JSON object that clients expect; then it is a text in one."""
+    """Decode the arguments of a call. If the model did not write the JSON object that clients expect, put its text into
+    one."""
     try:
         found = msgspec.json.decode(arguments or "{}")
     except (msgspec.DecodeError, UnicodeError, RecursionError):

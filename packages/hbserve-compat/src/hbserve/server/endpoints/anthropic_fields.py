@@ -1,4 +1,4 @@
-"""Fields of requests to /v1/messages: their types, and what is done with each. request_fields.py says how."""
+"""Fields of requests to /v1/messages: their types, and what is done with each, as request_fields.py describes it."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
@@ -16,7 +16,7 @@ NOT_SERVED: dict[str, tuple[Any, ...]] = {
     "cache_salt": (),
     "kv_transfer_params": (),
 }
-"""Field: the values that it may have, beside null."""
+"""Fields that are not served, with the values that they may have besides null."""
 IGNORED = {
     "metadata": "nothing is kept of a user",
     "service_tier": "there is one",
@@ -30,7 +30,7 @@ IGNORED = {
     "fallback_credit_token": "there is no bill",
     "billing_policy": "there is no bill",
 }
-"""Fields that clients are known to send, and that have no effect here; so has any other that is in no list."""
+"""Fields that clients are known to send and that have no effect, with the reason. Unlisted fields have none either."""
 
 
 class Thinking(msgspec.Struct, frozen=True):
@@ -38,7 +38,7 @@ class Thinking(msgspec.Struct, frozen=True):
 
     type: Literal["enabled", "disabled", "adaptive"]
     budget_tokens: Any = None
-    """A model thinks as long as it likes."""
+    """Has no effect: the model itself decides how long it thinks."""
     display: Literal["summarized", "omitted"] | None = None
 
 
@@ -54,7 +54,7 @@ class OutputConfig(msgspec.Struct, frozen=True):
     """`output_config` of a request."""
 
     effort: str | None = None
-    """Handed to the chat template."""
+    """Passed to the chat template."""
     format: dict[str, Any] | None = None
 
 
@@ -68,7 +68,7 @@ class CountTokensBody(RequestBody, frozen=True, kw_only=True):
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    """As of a chat: an extension of vLLM's."""
+    """Variables of the chat template, as in chats: an extension of vLLM's."""
 
 
 class MessagesBody(CountTokensBody, frozen=True, kw_only=True):
@@ -97,7 +97,7 @@ class MessagesBody(CountTokensBody, frozen=True, kw_only=True):
     top_p: float | None = None
     priority: int | None = None
     timeout_s: float | None = None
-    """Both as of a chat: an extension of ours."""
+    """`priority` and `timeout_s`, as in chats, are extensions of ours."""
     container: Any = None
     mcp_servers: Any = None
     speed: str | None = None

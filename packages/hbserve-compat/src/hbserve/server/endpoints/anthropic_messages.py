@@ -36,7 +36,7 @@ NAMES = {
 TEXT = {"text": "text"}
 ROLES = ("user", "assistant", "system")
 CHOICES = {"auto": "auto", "any": "required", "none": "none"}
-"""Kinds of `tool_choice`, and their names in a chat."""
+"""Kinds of `tool_choice`, with their names in a chat."""
 
 
 async def messages(request: Request) -> CancellableResponse:
@@ -63,7 +63,8 @@ async def _answer(reply: Reply, service: Service, model: ServedModel, body: Mess
 
 
 def _as_chat(body: CountTokensBody, **more: Any) -> TranslatedChat:
-    """A chat with the same prompt, and `more` of its fields. Raises ApiError: 400, names what is wrong."""
+    """Translate to a chat with the same prompt, and `more` fields of a chat. Raises ApiError (400), which names what is
+    wrong."""
     history = _History()
     if body.system is not None:
         history.add("system", "system", content=text_of("system", body.system, TEXT))
@@ -107,14 +108,15 @@ def _choice(given: ToolChoice | None) -> str | dict[str, Any] | None:
 
 
 def _response_format(given: dict[str, Any]) -> dict[str, Any]:
-    """As a chat has it, where schemas have names."""
+    """Translate `output_config.format` to a chat's `response_format`, in which schemas have names."""
     if given.get("type") != "json_schema":
         return given
     return {"type": "json_schema", "json_schema": {"name": "output", "schema": given.get("schema")}}
 
 
 class _History(ChatHistory):
-    """Out of messages, of which a user's may be several there, one for each result of a tool."""
+    """A chat's messages, made of those of /v1/messages. One message of a user may become several, one for each result
+    of a tool."""
 
     def add_message(self, path: str, message: dict[str, Any]) -> None:
         role, content = plain_role(path, message, ROLES), message.get("content")
@@ -133,7 +135,7 @@ class _History(ChatHistory):
                 self.add(path, "tool", content=result, tool_call_id=part.get("tool_use_id"))
             else:
                 texts.append(part_text(of_part, part, kind, TEXT))
-        if texts:  # what comes beside results is about them
+        if texts:  # text beside results is about them, so it follows them
             self.add(path, role, content="".join(texts))
 
     def _add_answer(self, path: str, content: list[Any]) -> None:

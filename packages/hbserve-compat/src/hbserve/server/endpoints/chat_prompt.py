@@ -1,4 +1,4 @@
-"""Prompt of a chat, its parameters, and readers of the answers: all that the ways to ask for a chat have in common."""
+"""The prompt of a chat, its parameters, and the readers of its answers, for all APIs that ask for a chat."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,20 +20,21 @@ from hbserve_rpc.plain_values import shown
 
 @dataclass(frozen=True)
 class ChatPrompt:
-    """What the model is given, and how what it writes is read."""
+    """The model's input, and how its output is read."""
 
     token_ids: tuple[int, ...]
     params: SamplingParams
     make_parts: Callable[[], MessageParts]
-    """A new reader, for one answer."""
+    """Makes a reader for one answer."""
     names: dict[str, str]
-    """Fields of which errors speak, and what a chat's client calls them."""
+    """Names of fields in errors, with the names that a chat's client has for them."""
     shown_ids: frozenset[int]
-    """Special tokens that are tags of calls: they are read."""
+    """Special tokens that are not skipped, because they are tags of calls, which must be read."""
 
 
 def _template_settings(service: Service, model: ServedModel, body: ChatBody) -> dict[str, Any]:
-    """Raises ApiError: 400, there is something that the template cannot show, and would leave out in silence."""
+    """Return the variables of the chat template. Raises ApiError (400) for what the template cannot show, and would
+    silently leave out."""
     settings = service.template_settings(
         body.chat_template_kwargs, begins_message=body.add_generation_prompt, goes_on=body.continue_final_message
     )
@@ -47,7 +48,7 @@ def _template_settings(service: Service, model: ServedModel, body: ChatBody) -> 
         settings["documents"] = body.documents
     if body.reasoning_effort is not None:
         settings["reasoning_effort"] = body.reasoning_effort
-        if "enable_thinking" not in (body.chat_template_kwargs or {}):  # as templates of Qwen's kind call it
+        if "enable_thinking" not in (body.chat_template_kwargs or {}):  # the variable of templates of Qwen's kind
             settings["enable_thinking"] = body.reasoning_effort != "none"
     return settings
 
@@ -55,10 +56,10 @@ def _template_settings(service: Service, model: ServedModel, body: ChatBody) -> 
 async def chat_prompt(
     service: Service, model: ServedModel, body: ChatBody, paths: Sequence[str] | None = None
 ) -> ChatPrompt:
-    """The prompt of a body's messages; `paths` names them in errors, where a client has sent them in another form.
+    """Make the prompt of a body's messages. `paths` names these in errors, if the client sent them in another form.
 
     Raises:
-        ApiError, InvalidRequest: names the field that is wrong.
+        ApiError, InvalidRequest: a field is wrong; the message names it.
     """
     settings = _template_settings(service, model, body)
     grammar = structured_outputs(body)
@@ -69,7 +70,7 @@ async def chat_prompt(
         raise ApiError(400, problem, param="tool_choice")
     prompt = await model.encoder.messages(plain_messages(body.messages, paths), tools=tools.offered, **settings)
     has_begun = thinking_has_begun(model.encoder.chat_template, model.encoder.tokenizer, prompt)
-    # What follows a grammar from its first token on has no reasoning before it.
+    # An answer that follows a grammar from its first token on can have no reasoning before it.
     beginning = tools.beginning or (f"\n{END}\n\n" if is_structured and has_begun else "")
     if beginning:
         prompt = prompt + await model.encoder.text(beginning, add_special_tokens=False)

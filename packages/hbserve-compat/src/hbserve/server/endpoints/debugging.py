@@ -1,4 +1,4 @@
-"""/debug/trace: the requests of the last while as a timeline. /debug/view: what /dashboard shows, as JSON."""
+"""/debug/trace, a timeline of the last requests, and /debug/view, the content of /dashboard as JSON."""
 
 import asyncio
 import math
@@ -16,7 +16,7 @@ LAST_S = 60.0
 
 
 async def show_trace(request: Request) -> Response:
-    """`last_s` says how far back, `request_id` which request alone."""
+    """Answer with a timeline of the last `last_s` seconds, or of the request `request_id` alone."""
     service: Service = request.app.state.service
     model = service.require_model()
     text = request.query_params.get("last_s", str(LAST_S))
@@ -33,7 +33,7 @@ async def show_trace(request: Request) -> Response:
 
 
 async def show_view(request: Request) -> Response:
-    """One look; see hbserve/monitoring/live_view.py."""
+    """Answer with one View; see hbserve/monitoring/live_view.py."""
     service: Service = request.app.state.service
     view = await service.require_model().watched.look()
     return Response(msgspec.json.encode(view), media_type="application/json", headers={"Cache-Control": "no-store"})

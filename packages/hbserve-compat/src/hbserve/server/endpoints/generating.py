@@ -33,7 +33,7 @@ from hbserve_rpc import SamplingParams
 
 B = TypeVar("B", bound=RequestBody)
 Answer = Callable[[Reply, Service, ServedModel, B, dict[str, Any]], Awaitable[None]]
-"""Sends the answer to a body; the last argument has its id, time and model."""
+"""Sends the answer to a body. The last argument has the answer's id, time and model."""
 
 
 async def completions(request: Request) -> CancellableResponse:
@@ -45,10 +45,10 @@ async def chat_completions(request: Request) -> CancellableResponse:
 
 
 async def endpoint(request: Request, kind: type[B], answer: Answer[B]) -> CancellableResponse:
-    """Refuse what is wrong with the request itself, and leave the rest to a response that can be cancelled."""
+    """Check the request itself, and leave the rest to a response that can be cancelled. Raises ApiError."""
     service: Service = request.app.state.service
     model, content, body = await read_body(request, kind)
-    # Before any other work: when there are too many requests, a refusal must not have to wait for theirs.
+    # Before any other work: when there are too many requests, a refusal must not have to wait for the work of others.
     model.scheduler.require_room(getattr(body, "priority", None) or 0)
     headers = ignored_header(ignored_fields(content, kind))
     request_id, name = request.scope["state"]["request_id"], model.name_for(body.model)
@@ -62,7 +62,7 @@ async def endpoint(request: Request, kind: type[B], answer: Answer[B]) -> Cancel
 
 
 async def read_body(request: Request, kind: type[B]) -> tuple[ServedModel, dict[str, Any], B]:
-    """The model that is served, and a request's body, as it was sent and as one of this kind. Raises ApiError."""
+    """Return the served model, and a request's body, as it was sent and as one of this kind. Raises ApiError."""
     service: Service = request.app.state.service
     content = await read_object(request, service.max_body_bytes)
     model = service.require_model()
@@ -90,7 +90,7 @@ async def _complete(
 
 
 async def _read_prompts(model: ServedModel, body: CompletionBody) -> tuple[list[tuple[int, ...]], list[str]]:
-    """Token ids of each prompt, and the part of its text that is repeated before its answer."""
+    """Return the token ids of each prompt, and the text of it that is repeated before its answer ("" is none)."""
     given = read_prompts(body.prompt)
     with_special = body.add_special_tokens is not False
     prompts = [
@@ -137,7 +137,8 @@ async def _answer(
     names: dict[str, str],
     shown_ids: frozenset[int] = frozenset(),
 ) -> None:
-    """Answer each prompt as often as its `params` say, in chunks or whole; errors call fields by these names."""
+    """Answer each prompt as often as its `params` say, in chunks or whole. `names` are the client's names for fields in
+    errors."""
     if body.stream_options is not None and not body.stream:
         raise ApiError(400, "stream_options: only with stream=true", param="stream_options")
     rendering = Rendering(

@@ -1,8 +1,8 @@
-"""/metrics: the scheduler's and the instances' figures for Prometheus.
+"""/metrics: the figures of the scheduler and the instances for Prometheus.
 
-Read from one snapshot at each scrape, so nothing is counted twice. `hbserve:` has all of them, under vLLM's suffixes
-where vLLM has the figure; `vllm:` repeats those with vLLM's labels, so that dashboards made for it show them too.
-Latencies are the scheduler's: what a client has felt, over prefill, KV and decode.
+Each scrape reads one snapshot, so nothing is counted twice. All figures begin with `hbserve:`, and those that vLLM has
+too have its suffixes; `vllm:` repeats these with vLLM's labels, so that dashboards made for vLLM show them too.
+Latencies are measured in the scheduler, over prefill, KV and decode, as a client experiences them.
 """
 
 from collections.abc import Iterator, Mapping
@@ -18,9 +18,9 @@ from hbserve_rpc.metrics_text import CONTENT_TYPE, Family, text_of
 from hbserve_scheduler.metrics import HISTOGRAMS, deployment_metrics
 
 ONLY_OURS = ("kv_", "reservation_", "request_attempts", "event_loop_")
-"""Beginnings of the names of histograms that vLLM has not."""
+"""Prefixes of the names of histograms that vLLM does not have."""
 OF_VLLM = ["model_name", "engine"]
-"""Labels that vLLM's dashboards choose by. A deployment is one engine; where a figure is of each instance, each is."""
+"""Labels by which vLLM's dashboards select. A deployment is one engine; for figures of instances, each instance is."""
 
 
 async def show_metrics(request: Request) -> Response:
@@ -41,7 +41,7 @@ def _families(service: Service, stats: SchedulerStats | None) -> Iterator[Family
 
 
 class _Aliases:
-    """The figures that vLLM has too, under its names (v1/metrics/loggers.py)."""
+    """Figures that vLLM has too, under vLLM's names (its v1/metrics/loggers.py)."""
 
     def __init__(self, model: ServedModel, stats: SchedulerStats) -> None:
         self._name = model.names[0]
@@ -103,14 +103,14 @@ class _Aliases:
             yield self._with(name, "counter", {"": value})
         by_source = {"local_compute": computed, "local_cache_hit": cached}
         yield self._with("prompt_tokens_by_source", "counter", by_source, "source")
-        # Whoever divides by all of them needs those at 0 too.
+        # Queries that divide by the sum need the reasons with a count of 0 too.
         ended = {"stop": 0, "length": 0, "abort": 0, "error": 0} | stats.ended_requests
         yield self._with("request_success", "counter", ended, "finished_reason")
 
     def _with(
         self, name: str, kind: Literal["gauge", "counter"], values: Mapping[str, float], label: str | None = None
     ) -> Family:
-        """`values` by what `label` says, or one value."""
+        """Make a family of `values`, by the values of `label`, or of a single value without a label."""
         labels = OF_VLLM if label is None else [*OF_VLLM, label]
         family = Family(f"vllm:{name}", kind, "HBServe's figure for vLLM's metric of this name.", labels)
         for of, value in values.items():

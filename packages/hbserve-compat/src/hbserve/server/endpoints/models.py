@@ -28,7 +28,7 @@ def _card(model: ServedModel, name: str) -> dict[str, Any]:
         "object": "model",
         "created": model.created,
         "owned_by": "hbserve",
-        # `vllm bench serve` does not run without it.
+        # `vllm bench serve` needs it.
         "root": model.folder,
         "parent": None,
         "max_model_len": model.max_model_len,

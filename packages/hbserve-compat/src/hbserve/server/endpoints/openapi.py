@@ -1,4 +1,4 @@
-"""/openapi.json: the endpoints and the bodies that they take, made of the same structs that read them."""
+"""/openapi.json: the endpoints and their request bodies, generated from the structs that decode these."""
 
 from importlib.metadata import version
 from typing import Any

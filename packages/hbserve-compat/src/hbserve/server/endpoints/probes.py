@@ -1,4 +1,4 @@
-"""/health, /ping and /version: for whoever watches the server."""
+"""/health, /ping and /version, for programs that watch the server."""
 
 from importlib.metadata import version
 
@@ -12,7 +12,7 @@ from hbserve_scheduler.fleet import missing_roles
 
 
 async def health(request: Request) -> Response:
-    """200 if requests are served now; else 503, which says why."""
+    """Answer 200 if requests are served now, and otherwise 503 with the reason."""
     service: Service = request.app.state.service
     model = service.require_model()
     if not model.scheduler.may_serve():
@@ -24,7 +24,7 @@ async def health(request: Request) -> Response:
 
 
 async def ping(request: Request) -> Response:
-    """200 as long as the server runs, also while the model is being loaded."""
+    """Answer 200 as long as the server runs, also while the model is being loaded."""
     return Response()
 
 

@@ -1,4 +1,4 @@
-"""Answers of /v1/responses: a response whole, or its events in their order."""
+"""Answers of /v1/responses: a whole response, or its events in their order."""
 
 import time
 from typing import Any
@@ -14,7 +14,7 @@ PREFIXES = {"reasoning": "rs", "text": "msg", "call": "fc"}
 
 
 class ResponseFormat(BlockFormat):
-    """One response: each block is an item of its output."""
+    """The format of one response, in which each block is an item of the output."""
 
     def __init__(
         self,
@@ -24,13 +24,13 @@ class ResponseFormat(BlockFormat):
         prompt: tuple[int, ...],
         parts: MessageParts,
     ) -> None:
-        """names: spells tokens, if the body wants their log-probabilities."""
+        """names: spells tokens if the body asks for their log-probabilities."""
         super().__init__(head, prompt, parts)
         self._body = body
         self._names = names
         self._num_events = 0
         self._num_told = 0
-        """Tokens of the last text whose log-probabilities an event has had."""
+        """Number of tokens of the last text whose log-probabilities were sent in an event."""
 
     def _entries(self, delta: GenerationDelta) -> list[dict[str, Any]]:
         num_top = self._body.top_logprobs or 0
@@ -43,17 +43,17 @@ class ResponseFormat(BlockFormat):
         return super()._sent(events)
 
     def opening(self) -> bytes:
-        """Events that are sent with the status line."""
+        """Return the events that are sent with the status line."""
         begun = self._response("in_progress")
         return self._sent([{"type": f"response.{name}", "response": begun} for name in ("created", "in_progress")])
 
     def closing(self) -> bytes:
-        """The event that has all of it."""
+        """Return the event with the whole response."""
         whole = self.whole()
         return self._sent([{"type": f"response.{whole['status']}", "response": whole}])
 
     def failed(self, error: ApiError) -> bytes:
-        """The event that says why there is no more."""
+        """Return the event that says why the response has failed."""
         told = {"code": "server_error", "message": error.message}
         response = self._response("failed", error=told)
         for item in response["output"][-1:]:
@@ -61,7 +61,7 @@ class ResponseFormat(BlockFormat):
         return self._sent([{"type": "response.failed", "response": response}])
 
     def whole(self) -> dict[str, Any]:
-        """A response that has ended."""
+        """Return the whole response, which has ended."""
         usage = {
             "input_tokens": self._num_prompt,
             "input_tokens_details": {"cached_tokens": self._num_cached, "cache_write_tokens": 0},

@@ -1,4 +1,4 @@
-"""/v1/responses: OpenAI's Responses API, translated to a chat. Nothing is stored: a request has all it is about."""
+"""/v1/responses: OpenAI's Responses API, translated to a chat. Nothing is stored, so each request must be complete."""
 
 from functools import partial
 from typing import Any
@@ -53,7 +53,7 @@ async def _respond(
 
 
 def _as_chat(body: ResponsesBody) -> TranslatedChat:
-    """Raises ApiError: 400, names what is wrong."""
+    """Translate to a chat. Raises ApiError (400), which names what is wrong."""
     for each in body.include or []:
         if each not in INCLUDED:
             raise ApiError(400, f"include={shown(each)}: is not served; expected one of {INCLUDED}", param="include")
@@ -84,7 +84,7 @@ def _as_chat(body: ResponsesBody) -> TranslatedChat:
 
 
 def _response_format(text: TextConfig | None) -> dict[str, Any] | None:
-    """As a chat has it, whose JSON schemas are one object deeper."""
+    """Translate `text.format` to a chat's `response_format`, in which JSON schemas are one object deeper."""
     given = text.format if text is not None else None
     if given is None or given.get("type") != "json_schema":
         return given
@@ -92,7 +92,7 @@ def _response_format(text: TextConfig | None) -> dict[str, Any] | None:
 
 
 class _History(ChatHistory):
-    """Out of items, several of which may be one message of the assistant."""
+    """A chat's messages, made of items. Several items may be one message of the assistant."""
 
     def add_item(self, path: str, item: dict[str, Any]) -> None:
         kind = item.get("type") or "message"
@@ -122,7 +122,7 @@ class _History(ChatHistory):
             self.add(path, role, text)
 
     def _answer(self, path: str, *, is_call: bool = False) -> dict[str, Any]:
-        """The assistant's message that an item belongs to: reasoning, then text, then calls are one."""
+        """Return the assistant's message of which an item is part. Reasoning, then text, then calls are one message."""
         last = self.messages[-1] if self.messages else {}
         has_later = bool(last.get("content") or "tool_calls" in last) and not is_call
         return self.add(path, "assistant", "") if last.get("role") != "assistant" or has_later else last

@@ -1,4 +1,4 @@
-"""Fields of requests to /v1/responses: their types, and what is done with each. request_fields.py says how."""
+"""Fields of requests to /v1/responses: their types, and what is done with each, as request_fields.py describes it."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -25,7 +25,8 @@ NOT_SERVED: dict[str, tuple[Any, ...]] = {
     "previous_input_messages": (),
     "enable_response_messages": (False,),
 }
-"""Field: the values that it may have, beside null. Nothing is stored, so nothing can be referred to later."""
+"""Fields that are not served, with the values that they may have besides null. Nothing is stored, so later requests
+cannot refer to anything."""
 IGNORED = {
     "metadata": "nothing is stored",
     "user": "nothing is kept of a user",
@@ -36,7 +37,7 @@ IGNORED = {
     "prompt_cache_options": "prefixes are found by their tokens",
     "prompt_cache_retention": "prefixes stay as long as there is room",
 }
-"""Fields that clients are known to send, and that have no effect here; so has any other that is in no list."""
+"""Fields that clients are known to send and that have no effect, with the reason. Unlisted fields have none either."""
 AS_IN_A_CHAT = [
     "stream",
     "temperature",
@@ -59,10 +60,10 @@ AS_IN_A_CHAT = [
     "structured_outputs",
     "chat_template_kwargs",
 ]
-"""Fields that are handed on under their own names."""
+"""Fields that a chat has under the same names, and that are passed on."""
 LOGPROBS = "message.output_text.logprobs"
 INCLUDED = ["reasoning.encrypted_content", LOGPROBS]
-"""What `include` may name. Clients that store nothing always name the first one; reasoning is there as text."""
+"""Values that `include` may have. Clients that store nothing always send the first; here, reasoning is plain text."""
 
 
 class TextConfig(msgspec.Struct, frozen=True):
@@ -70,16 +71,16 @@ class TextConfig(msgspec.Struct, frozen=True):
 
     format: dict[str, Any] | None = None
     verbosity: Any = None
-    """Templates know nothing of it."""
+    """Has no effect: chat templates do not know it."""
 
 
 class ReasoningConfig(msgspec.Struct, frozen=True):
     """`reasoning` of a request."""
 
     effort: str | None = None
-    """Handed to the chat template."""
+    """Passed to the chat template."""
     summary: Any = None
-    """Reasoning comes whole."""
+    """Has no effect: reasoning comes whole."""
 
 
 class ResponsesBody(RequestBody, frozen=True, kw_only=True):
@@ -112,7 +113,7 @@ class ResponsesBody(RequestBody, frozen=True, kw_only=True):
     parallel_tool_calls: bool | None = None
     priority: int | None = None
     timeout_s: float | None = None
-    """Both as of a chat: an extension of ours."""
+    """`priority` and `timeout_s`, as in chats, are extensions of ours."""
     top_k: int | None = None
     min_p: float | None = None
     seed: int | None = None
@@ -126,7 +127,7 @@ class ResponsesBody(RequestBody, frozen=True, kw_only=True):
     logit_bias: dict[int, float] | None = None
     structured_outputs: Any = None
     chat_template_kwargs: dict[str, Any] | None = None
-    """These, too, as of a chat: most of them as vLLM's extensions."""
+    """The fields from `top_k` on are as in chats; most of them are vLLM's extensions."""
     store: bool | None = None
     previous_response_id: Any = None
     conversation: Any = None

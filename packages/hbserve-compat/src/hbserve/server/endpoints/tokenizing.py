@@ -1,4 +1,4 @@
-"""/tokenize, /detokenize and /tokenizer_info: the model's tokenizer, for clients that have none."""
+"""/tokenize, /detokenize and /tokenizer_info: the model's tokenizer for clients without one."""
 
 from typing import Any, TypeVar
 
@@ -23,14 +23,14 @@ class TokenizeBody(msgspec.Struct, frozen=True, kw_only=True):
     prompt: str | None = None
     messages: list[dict[str, Any]] | None = None
     add_special_tokens: bool | None = None
-    """Whether a prompt gets special tokens; messages get what their template has."""
+    """Whether a prompt gets special tokens. Messages get those of the chat template."""
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     return_token_strs: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     tools: list[dict[str, Any]] | None = None
     chat_template: None = None
-    """Not served, as in chats: the tokens would be others than those that are asked for."""
+    """Refused unless null, as in chats: ignoring it would give other tokens than those that were asked for."""
 
 
 class DetokenizeBody(msgspec.Struct, frozen=True, kw_only=True):
@@ -44,7 +44,7 @@ B = TypeVar("B", TokenizeBody, DetokenizeBody)
 
 
 async def _read(request: Request, kind: type[B]) -> tuple[ServedModel, B, dict[str, str]]:
-    """The model, what it is asked, and headers of the answer."""
+    """Return the model, the request's body, and headers for the answer."""
     service: Service = request.app.state.service
     content = await read_object(request, service.max_body_bytes)
     model, body = service.require_model(), converted(content, kind)
@@ -81,12 +81,12 @@ async def detokenize(request: Request) -> Response:
             problem = f"tokens[{place}]={token}: is outside the vocabulary [0, {vocab_size})"
             raise ApiError(400, problem, param=f"tokens[{place}]")
     text = model.encoder.tokenizer.decode(tokens)
-    # vLLM's name of it, and SGLang's.
+    # The names of vLLM and of SGLang.
     return _json({"prompt": text, "text": text}, headers)
 
 
 async def tokenizer_info(request: Request) -> Response:
-    """The tokenizer's settings, by the names of tokenizer_config.json."""
+    """Answer with the tokenizer's settings, under the names of tokenizer_config.json."""
     model = request.app.state.service.require_model()
     encoder = model.encoder
     require_tokenizer(encoder.tokenizer, "tokenizer")

@@ -1,4 +1,4 @@
-"""A chat that was asked for in the words of another API than chat completions: from there on it is one of these."""
+"""Translation of requests of other APIs to chat completions, as which they are then answered."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -24,16 +24,16 @@ B = TypeVar("B", bound=RequestBody)
 
 @dataclass(frozen=True)
 class TranslatedChat:
-    """A request translated to one of chat completions, and what its parts were called."""
+    """A request translated to one of chat completions, with the client's names for its parts."""
 
     body: ChatBody
     paths: list[str]
-    """Of each message, where its client has it."""
+    """Path of each message in the client's request."""
     names: Mapping[str, str]
-    """Fields of the body: what its client calls them."""
+    """Fields of the body, with the client's names for them."""
 
     async def prompt(self, service: Service, model: ServedModel) -> ChatPrompt:
-        """Raises ApiError: names what is wrong as its client does."""
+        """Make the prompt. Raises ApiError, which names what is wrong as the client does."""
         with renamed(self.names):
             require_served(self.body)
             return await chat_prompt(service, model, self.body, self.paths)
@@ -45,7 +45,8 @@ class TranslatedChat:
         model: ServedModel,
         make_format: Callable[[tuple[int, ...], MessageParts], AnswerFormat],
     ) -> None:
-        """Send the answer, in a format that is made of the prompt and a reader. Raises as `prompt`, or what ends it."""
+        """Send the answer, in a format that is made from the prompt and a reader. Raises what `prompt` raises, and the
+        error that ends the answer."""
         prompt = await self.prompt(service, model)
         answer_format = make_format(prompt.token_ids, prompt.make_parts())
         names = {name: _translated(other, self.names) for name, other in prompt.names.items()}
@@ -68,7 +69,8 @@ async def count_tokens(
     head: dict[str, Any],
     known: type[RequestBody] | None = None,
 ) -> Response:
-    """How many tokens the prompt of a body has. `known`: a kind whose fields may be there too, without effect."""
+    """Answer with the number of tokens of a body's prompt. `known` is a kind of body whose fields may be there too,
+    without effect."""
     model, content, body = await read_body(request, kind)
     model.name_for(body.model)
     prompt = await as_chat(body).prompt(request.app.state.service, model)
@@ -78,18 +80,18 @@ async def count_tokens(
 
 
 def _translated(path: str, names: Mapping[str, str]) -> str:
-    """What a client calls a field of a chat, or a part of one."""
+    """Return the client's name for a field of a chat, or for a part of a field."""
     known = next((each for each in sorted(names, reverse=True) if f"{path}.".startswith(f"{each}.")), None)
     return path if known is None else names[known] + path.removeprefix(known)
 
 
 class ChatHistory:
-    """Messages of a chat, out of what another API has in their place. A subclass reads that."""
+    """Messages of a chat, made from what another API has in their place. A subclass reads that."""
 
     def __init__(self) -> None:
         self.messages: list[dict[str, Any]] = []
         self.paths: list[str] = []
-        """Of each message, where its client has it."""
+        """Path of each message in the client's request."""
 
     def add(self, path: str, role: str, content: str, **more: Any) -> dict[str, Any]:
         self.messages.append({"role": role, "content": content, **more})
@@ -98,7 +100,7 @@ class ChatHistory:
 
 
 def plain_role(path: str, message: dict[str, Any], roles: tuple[str, ...]) -> str:
-    """Whose message it is. Raises ApiError: 400, nobody's of these."""
+    """Return the role of a message. Raises ApiError (400) if it is not one of `roles`."""
     role = message.get("role")
     if role not in roles:
         problem = f"{path}.role={shown(role)}: expected one of {', '.join(roles)}"
@@ -107,7 +109,7 @@ def plain_role(path: str, message: dict[str, Any], roles: tuple[str, ...]) -> st
 
 
 def parts_of(path: str, content: Any) -> list[tuple[str, dict[str, Any], Any]]:
-    """Of a list of parts, the path, the part and its type. Raises ApiError: it is no such list."""
+    """Return path, part and type of each element of a list of parts. Raises ApiError if `content` is no such list."""
     if not isinstance(content, list):
         raise ApiError(400, f"{path}={shown(content)}: expected text, or a list of parts", param=path)
     found = []
@@ -120,7 +122,8 @@ def parts_of(path: str, content: Any) -> list[tuple[str, dict[str, Any], Any]]:
 
 
 def text_of(path: str, content: Any, fields: Mapping[str, str]) -> str:
-    """Text of a content that is one, or parts of one; `fields` are the parts' types, with the field of their text.
+    """Return the text of a message's content, which is a text or a list of parts. `fields` has the types of parts, each
+    with the name of the field that has the text.
 
     Raises:
         ApiError, InvalidRequest: a part is something else.
@@ -133,7 +136,7 @@ def text_of(path: str, content: Any, fields: Mapping[str, str]) -> str:
 
 
 def part_text(path: str, part: dict[str, Any], kind: Any, fields: Mapping[str, str]) -> str:
-    """Text of one part. Raises as `text_of`."""
+    """Return the text of one part. Raises what `text_of` raises."""
     if not isinstance(kind, str) or kind not in fields:
         expected = " or ".join(fields)
         raise ApiError(
@@ -143,16 +146,16 @@ def part_text(path: str, part: dict[str, Any], kind: Any, fields: Mapping[str, s
 
 
 def new_tool_call(path: str, call_id: Any, name: Any, arguments: Any) -> dict[str, Any]:
-    """A call of an earlier answer, as a chat's message has it. Raises InvalidRequest: its name is no text."""
+    """Make a tool call of an earlier answer in the format of chats. Raises InvalidRequest if its name is not text."""
     function = {"name": plain_text(f"{path}.name", name), "arguments": arguments}
     return {"id": call_id, "type": "function", "function": function}
 
 
 def offered_function(path: str, tool: dict[str, Any], kinds: tuple[Any, ...], schema: str) -> dict[str, Any]:
-    """A tool, as a chat has it, of which `schema` is the field with its parameters.
+    """Translate a tool to the format of chats. `schema` is the name of its field with the parameters.
 
     Raises:
-        ApiError: 400, it is of a kind that is not among `kinds`.
+        ApiError: (400) the tool's type is not among `kinds`.
     """
     if tool.get("type") not in kinds:
         expected = " or ".join("none" if kind is None else str(kind) for kind in kinds)
@@ -162,5 +165,5 @@ def offered_function(path: str, tool: dict[str, Any], kinds: tuple[Any, ...], sc
 
 
 def named_function(name: Any) -> dict[str, Any]:
-    """The choice of one tool, as a chat has it."""
+    """Make the `tool_choice` of one tool in the format of chats."""
     return {"type": "function", "function": {"name": name}}

@@ -1,1 +1,1 @@
-"""Fields of a request's body, and the SamplingParams that they make."""
+"""Fields of a request's body, and the SamplingParams that are made from them."""

@@ -1,8 +1,8 @@
 """Fields of requests to /v1/completions and /v1/chat/completions: their types, and what is done with each.
 
-A field is served, unless NOT_SERVED has it: then it may only have one of the values there. One of SamplingParams is
-handed on under its own name as soon as it is not in NOT_SERVED: to serve it, delete that line. A field that is not here
-is ignored, and named in the answer's header. docs/openai-server.md lists them all; a test compares it with this file.
+A field is served unless NOT_SERVED has it, and then it may only have one of the values there. A field of SamplingParams
+that is not in NOT_SERVED is passed on under its own name, so to serve one, delete its line there. A field that is not
+here is ignored, and named in a header of the answer. docs/openai-server.md lists all; a test compares it with this.
 """
 
 from collections.abc import Mapping
@@ -43,7 +43,7 @@ NOT_SERVED: dict[str, tuple[Any, ...]] = {
     "structural_tag": (),
     "extra_body": ({},),
 }
-"""Field: the values that it may have, beside null."""
+"""Fields that are not served, with the values that they may have besides null."""
 IGNORED = {
     "user": "nothing is kept of a user",
     "metadata": "nothing is stored",
@@ -64,27 +64,27 @@ IGNORED = {
     "guided_decoding_backend": "there is one",
     "vllm_xargs": "they are for extensions of vLLM",
 }
-"""Fields that clients are known to send, and that have no effect here; so has any other that is in no list."""
+"""Fields that clients are known to send and that have no effect, with the reason. Unlisted fields have none either."""
 
 
 class StreamOptions(msgspec.Struct, frozen=True):
     """`stream_options` of a request."""
 
     include_usage: bool | None = None
-    """A last chunk without choices has the usage of the whole request."""
+    """Whether a last chunk, without choices, has the usage of the whole request."""
     continuous_usage_stats: bool | None = None
-    """Each chunk has the usage so far."""
+    """Whether each chunk has the usage so far."""
 
 
 class RequestBody(msgspec.Struct, frozen=True, kw_only=True):
-    """Body of a request for an answer. Null is as if it were not there."""
+    """Body of a request for an answer. A field that is null is treated as absent."""
 
     id_prefix: ClassVar[str]
-    """What the ids of answers begin with."""
+    """Prefix of the ids of answers."""
     not_served: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
-    """As NOT_SERVED has it."""
+    """Fields of this body that are not served, in the format of NOT_SERVED."""
     elsewhere: ClassVar[Mapping[str, str]] = {}
-    """Names that other APIs have for one of these fields, which is what a request with one of them means."""
+    """Names of other APIs, each with the field of this body that a request with that name means."""
 
     model: str | None = None
 
@@ -129,7 +129,7 @@ class SamplingFields(RequestBody, frozen=True, kw_only=True):
     timeout_s: float | None = None
     echo: bool | None = None
     response_format: Any = None
-    """OpenAI's way to say `structured_outputs`."""
+    """OpenAI's form of `structured_outputs`."""
     structured_outputs: Any = None
     use_beam_search: bool | None = None
     length_penalty: float | None = None
@@ -139,7 +139,7 @@ class SamplingFields(RequestBody, frozen=True, kw_only=True):
     truncate_prompt_tokens: int | None = None
     add_special_tokens: bool | None = None
     return_tokens_as_token_ids: bool | None = None
-    """Tokens of `logprobs` as their numbers: not every one is a text by itself."""
+    """Whether tokens in `logprobs` are shown by their ids, because not every token is text by itself."""
     kv_transfer_params: Any = None
     cache_salt: str | None = None
     logprob_token_ids: list[int] | None = None
@@ -149,7 +149,7 @@ class SamplingFields(RequestBody, frozen=True, kw_only=True):
     ec_transfer_params: Any = None
     structural_tag: Any = None
     extra_body: Any = None
-    """An argument of OpenAI's client for Python, whose content goes into the body itself."""
+    """An argument of OpenAI's Python client, whose content belongs into the body itself."""
 
 
 class CompletionBody(SamplingFields, frozen=True, kw_only=True):
@@ -166,7 +166,7 @@ class CompletionBody(SamplingFields, frozen=True, kw_only=True):
         "input": "prompt",
     }
     prompt: str | tuple[Any, ...]
-    """Text, token ids, or several of either. Not in a list, as of `hbserve_rpc.prompt_shape.PromptIds`."""
+    """Text, token ids, or several of either. A tuple rather than a list, like `hbserve_rpc.prompt_shape.PromptIds`."""
     logprobs: int | bool | None = None
     suffix: str | None = None
     prompt_embeds: Any = None
@@ -188,7 +188,7 @@ class ChatBody(SamplingFields, frozen=True, kw_only=True):
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool | None = None
     reasoning_effort: str | None = None
-    """Handed to the chat template."""
+    """Passed to the chat template."""
     include_reasoning: bool | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
@@ -204,21 +204,21 @@ class ChatBody(SamplingFields, frozen=True, kw_only=True):
     return_prompt_text: bool | None = None
     chat_template: str | None = None
     documents: list[dict[str, Any]] | None = None
-    """Handed to the chat template."""
+    """Passed to the chat template."""
     continue_final_message: bool | None = None
-    """The answer goes on with the last message."""
+    """Whether the answer continues the last message."""
 
 
 def require_own_names(content: Mapping[str, Any], kind: type[RequestBody]) -> None:
-    """Raises ApiError: 400, a field has another API's name, and not its own. To ignore `max_new_tokens` would be to
-    answer until the context is full."""
+    """Raise ApiError (400) if a field has another API's name, and not its own. Ignoring `max_new_tokens`, for example,
+    would mean to answer until the context is full."""
     for name, own in kind.elsewhere.items():
         if content.get(name) is not None and content.get(own.partition(".")[0]) is None:
             raise ApiError(400, f"{name}={shown(content[name])}: is called {own} here", param=name)
 
 
 def require_served(body: RequestBody) -> None:
-    """Raises ApiError: 400, names a field whose value is not served, and what it may be."""
+    """Raise ApiError (400) if a field has a value that is not served. Names the field, and the values that are."""
     for name, allowed in body.not_served.items():
         value = getattr(body, name, None)
         if value is not None and not any(type(value) is type(each) and value == each for each in allowed):
@@ -227,4 +227,4 @@ def require_served(body: RequestBody) -> None:
 
 
 SAMPLED = [name for name in SamplingParams.__struct_fields__ if name not in NOT_SERVED and name != "logprobs"]
-"""Fields of SamplingParams that requests may set under the same names. `logprobs` is another thing in each endpoint."""
+"""Fields of SamplingParams that requests may set under the same names; `logprobs` differs between the endpoints."""

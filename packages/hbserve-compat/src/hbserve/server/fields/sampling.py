@@ -1,4 +1,4 @@
-"""SamplingParams of requests, made of a body's fields and the model's own defaults."""
+"""SamplingParams of requests, made from a body's fields and the model's own defaults."""
 
 import json
 import logging
@@ -14,7 +14,7 @@ from hbserve_rpc.sampling_params import MAX_LOGPROBS
 logger = logging.getLogger(__name__)
 
 MOST_CHOICES = 1024
-"""Most choices of one request: its prompts, times `n`."""
+"""Most choices of one request: the number of its prompts, times `n`."""
 COMPLETION_MAX_TOKENS = 16
 """Default of a completion's `max_tokens`, as in OpenAI's API."""
 SEEDS = 2**63
@@ -26,14 +26,14 @@ FROM_THE_MODEL = {
     "repetition_penalty": "repetition_penalty",
     "max_new_tokens": "max_tokens",
 }
-"""What generation_config.json may have, and what it is called here; those that vLLM takes from there too."""
+"""Settings that are taken from generation_config.json, with our names for them. vLLM takes the same ones."""
 
 
 def num_choices(body: SamplingFields, num_prompts: int) -> int:
-    """`n`: how many answers each prompt gets.
+    """Return `n`, the number of answers to each prompt.
 
     Raises:
-        ApiError: 400, there are too many, or they cannot be.
+        ApiError: (400) there are too many answers, or an impossible number of them.
     """
     if num_prompts == 0:
         raise ApiError(400, "prompt=[]: expected at least one", param="prompt")
@@ -47,8 +47,8 @@ def num_choices(body: SamplingFields, num_prompts: int) -> int:
 
 
 def model_defaults(folder: Path) -> dict[str, Any]:
-    """Parameters that the model's generation_config.json has, for requests that do not say. One that cannot be is left
-    out, and so is all if the file cannot be read; that is logged."""
+    """Read the model's default parameters from its generation_config.json, for requests that do not set them. Invalid
+    ones are left out, and so are all if the file cannot be read; both are logged."""
     path = folder / "generation_config.json"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -77,10 +77,15 @@ def sampling_params(
     grammar: StructuredOutputsParams | None,
     defaults: Mapping[str, Any],
 ) -> SamplingParams:
-    """Parameters of a request whose answer may have so many tokens unless it says otherwise, and follows this grammar.
+    """Make the parameters of a request.
+
+    Args:
+        max_tokens: most tokens of the answer, unless the request sets another limit.
+        grammar: the grammar that the answer follows.
+        defaults: the model's own, from `model_defaults`.
 
     Raises:
-        InvalidRequest: a value out of its range; names the field.
+        InvalidRequest: a value is out of its range; the message names the field.
     """
     given = {name: value for name in SAMPLED if (value := getattr(body, name, None)) is not None}
     wanted = _max_tokens(body)
@@ -91,14 +96,15 @@ def sampling_params(
     given["structured_outputs"] = grammar
     if isinstance(body, CompletionBody):
         given["prompt_logprobs"] = _prompt_logprobs(body, given["logprobs"])
-        given["max_tokens"] += is_only_prompt(body)  # the engines know no answer without a token
-    if "seed" in given:  # OpenAI's may be negative
+        given["max_tokens"] += is_only_prompt(body)  # for the engines, every answer has at least one token
+    if "seed" in given:  # in OpenAI's API it may be negative
         given["seed"] %= SEEDS
     return SamplingParams(**given)
 
 
 def _logprobs(body: SamplingFields) -> int | None:
-    """How many tokens beside the chosen one; None: not even that. Raises ApiError."""
+    """Return for how many tokens besides the chosen one log-probabilities are wanted; None: for none at all. Raises
+    ApiError."""
     if isinstance(body, CompletionBody):
         if body.logprobs is False or body.logprobs is None:
             return None
@@ -115,13 +121,14 @@ def _logprobs(body: SamplingFields) -> int | None:
 
 
 def _prompt_logprobs(body: CompletionBody, logprobs: int | None) -> int | None:
-    """How many are asked for by themselves, or to be echoed with the prompt; whichever is more."""
+    """Return how many log-probabilities of each prompt token are wanted, by themselves or to be echoed with the prompt,
+    whichever is more; None: none."""
     wanted = [body.prompt_logprobs, logprobs if body.echo else None]
     return max((each for each in wanted if each is not None), default=None)
 
 
 def is_only_prompt(body: CompletionBody) -> bool:
-    """Whether nothing is wanted but the prompt and what is known of it."""
+    """Whether only the prompt and information about it is wanted, and no answer."""
     return body.max_tokens == 0 and bool(body.echo)
 
 

@@ -1,4 +1,4 @@
-"""The grammar that a request's answer is to follow, under the names of OpenAI's API and of vLLM's."""
+"""The grammar that a request's answer must follow, under the field names of OpenAI and of vLLM."""
 
 from typing import Any
 
@@ -10,11 +10,11 @@ from hbserve_rpc.structured_outputs import plain_structured_outputs
 
 
 def structured_outputs(body: SamplingFields) -> StructuredOutputsParams | None:
-    """What `structured_outputs` or `response_format` say; None: neither asks for anything.
+    """Return the grammar that `structured_outputs` or `response_format` asks for; None if neither does.
 
     Raises:
-        ApiError: 400, names the field.
-        InvalidRequest: what it says cannot be.
+        ApiError: (400) a field is wrong; the message names it.
+        InvalidRequest: the grammar that it asks for is not valid.
     """
     given = _of_response_format(body.response_format)
     if given is None:
@@ -27,7 +27,8 @@ def structured_outputs(body: SamplingFields) -> StructuredOutputsParams | None:
 
 
 def grammar_names(body: SamplingFields) -> dict[str, str]:
-    """What a client that sent `response_format` calls the parts of `structured_outputs`, as which instances know it."""
+    """Return the names of parts of `structured_outputs`, which instances use, with those that a client knows which sent
+    `response_format`."""
     if body.structured_outputs is not None or body.response_format is None:
         return {}
     return {

@@ -1,1 +1,1 @@
-"""HTTP: the socket, bodies in both directions, errors, keys, figures, and a line in the log for each request."""
+"""HTTP: the socket, bodies in both directions, errors, API keys, figures, and a log line for each request."""

@@ -1,4 +1,4 @@
-"""Errors as clients of OpenAI's or Anthropic's API expect them: a status, and a JSON object that says what is wrong."""
+"""Errors in the formats of OpenAI's and Anthropic's APIs: a status, and a JSON object that says what is wrong."""
 
 import math
 import re
@@ -14,7 +14,7 @@ from hbserve_core import BrokenTokenizer
 from hbserve_rpc import HBServeRpcError, InvalidRequest, Overloaded, RequestTimeout, Unavailable
 
 RETRY_AFTER_S = 1
-"""Told to those who are refused for lack of room, unless the refusal has a time of its own."""
+"""Default of `retry-after`, for clients that are refused for lack of room."""
 TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -27,7 +27,7 @@ TYPES = {
     504: "timeout_error",
 }
 ANTHROPIC_PATH = "/v1/messages"
-"""Answers below it are in the words of Anthropic's API."""
+"""Path under which errors have the format of Anthropic's API."""
 ANTHROPIC_TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -39,7 +39,7 @@ ANTHROPIC_TYPES = {
 
 
 class ApiError(Exception):
-    """A refusal or failure, as a client is told."""
+    """A refusal or failure that is reported to a client."""
 
     def __init__(
         self,
@@ -54,7 +54,7 @@ class ApiError(Exception):
         self.status = status
         self.message = message
         self.param = param
-        """The field of the body that is wrong."""
+        """Name of the field of the body that is wrong; None if it is none of them."""
         self.code = code
         self.headers = headers or {}
 
@@ -67,7 +67,7 @@ class ApiError(Exception):
         return {"type": "error", "error": {"type": kind, "message": self.message}, "request_id": request_id}
 
     def response(self, scope: Scope) -> Response:
-        """The error in the words of the API that a request's path belongs to."""
+        """Make the response, in the format of the API to which the request's path belongs."""
         is_anthropic = path_of(scope).startswith(ANTHROPIC_PATH)
         request_id = scope.get("state", {}).get("request_id")
         body = self.anthropic_body(request_id) if is_anthropic else self.body()
@@ -75,13 +75,13 @@ class ApiError(Exception):
 
 
 def path_of(scope: Scope) -> str:
-    """A request's path, without the one that a proxy has us under."""
+    """Return a request's path without `root_path`, the prefix under which a proxy serves us."""
     return str(scope["path"]).removeprefix(scope.get("root_path", ""))
 
 
 @contextmanager
 def renamed(names: Mapping[str, str]) -> Iterator[None]:
-    """Errors name the fields as the client has sent them: raises what `in_names_of_client` makes of each."""
+    """Translate errors of the block by `in_names_of_client`, so that they name fields as the client does."""
     try:
         yield
     except Exception as error:
@@ -92,13 +92,13 @@ def renamed(names: Mapping[str, str]) -> Iterator[None]:
 
 
 def in_names_of_client(error: Exception, names: Mapping[str, str]) -> Exception:
-    """The same error in the words of a client that has other `names` for some fields, or for parts of them, such as
-    `field.part`; the error itself if it has none of them."""
+    """Translate an error for a client that has other `names` for some fields, or for parts of them, such as
+    `field.part`. Returns the error itself if it names none of them."""
     known = as_api_error(error)
     if known is None or not names:
         return error
     words = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
-    # What a client has sent is shown in quotes. Behind its beginning, a message has words that are no fields.
+    # Not within quotes, which show what the client sent. After its beginning, a message has words that are not fields.
     found = re.compile(rf"(?<![\w.\"'])({words})(?![\w\[])")
     message = found.sub(lambda at: names[at[1]] if at.start() == 0 or "_" in at[1] else at[1], known.message)
     param = known.param and found.sub(lambda at: names[at[1]] if at.start() == 0 else at[1], known.param)
@@ -108,21 +108,21 @@ def in_names_of_client(error: Exception, names: Mapping[str, str]) -> Exception:
 
 
 def try_again(message: str, after_s: float = RETRY_AFTER_S, *, code: str = "overloaded") -> ApiError:
-    """Refusal for lack of room, or of somebody who is ready: clients send the request again."""
+    """Make a refusal for lack of room, or because nothing is ready to serve. Clients send such a request again."""
     return ApiError(503, message, code=code, headers={"retry-after": str(max(1, math.ceil(after_s)))})
 
 
 def as_api_error(error: Exception) -> ApiError | None:
-    """The same as a client is told; None: nobody meant it to happen."""
+    """Translate an error to one that a client may see. None: the error is a bug."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, InvalidRequest | BrokenTokenizer):
-        # What is wrong with one of several prompts is a place in the body's `prompt`; parameters are those of all.
+        # One of several prompts is `prompt[i]` in the body. Parameters belong to all prompts, so they get no index.
         message = re.sub(r"^prompts(\[\d+\]): prompt\b", r"prompt\1", str(error))
         message = re.sub(r"^prompts\[\d+\]: ", "", message)
         found = re.match(r"\w+(\[\d+\]|\.\w+)*(?=[=:])", message) or re.match(r"\w+", message)
         name = re.sub(r"^prompt\[.*", "prompt", found[0]) if found else None
-        if re.search(r"structured_outputs[.:=]", str(error)):  # of an instance, which says its own name first
+        if re.search(r"structured_outputs[.:=]", str(error)):  # from an instance, whose name its message begins with
             name = "structured_outputs"
         return ApiError(400, message, param=name)
     if isinstance(error, Overloaded):

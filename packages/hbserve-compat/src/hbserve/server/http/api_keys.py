@@ -1,4 +1,4 @@
-"""API keys: who may ask. They come from an option, the environment, and a file that is read again when it changes."""
+"""API keys of clients. They come from an option, the environment, and a file that is read again when it changes."""
 
 import hashlib
 import hmac
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 VARIABLE = "HBSERVE_API_KEY"
 OPEN_PATHS = {"/", "/health", "/ping", "/version", "/metrics", "/openapi.json", "/dashboard"}
-"""Paths for probes and for people who look, which need no key: none of them computes."""
+"""Paths that need no key, for probes and for people who look. None of them makes the engines compute."""
 
 
 def _digest(key: str) -> bytes:
@@ -30,10 +30,10 @@ def are_asked_for(settings: ServerSection) -> bool:
 
 
 class ApiKeys:
-    """Keys that are accepted now."""
+    """The keys that are accepted at present. Keeps only their digests."""
 
     def __init__(self, settings: ServerSection) -> None:
-        """Raises ConfigError: the file cannot be read, or has no key."""
+        """Read the keys. Raises ConfigError if a key is not valid, or the file cannot be read or has no key."""
         given = (settings.api_key, os.environ.get(VARIABLE))
         for name, key in zip(("server.api_key", VARIABLE), given, strict=True):
             if key and not (key.strip() == key and key.isprintable()):
@@ -56,7 +56,7 @@ class ApiKeys:
                 raise ConfigError(f"server.api_key_file={str(self._path)!r}: has no key; expected one on each line")
 
     def accept(self, key: str) -> bool:
-        """Takes the same time for every key."""
+        """Whether a key is accepted. Takes the same time for every key."""
         if self._path is not None:
             self._read_again(self._path)
         digest = _digest(key)
@@ -67,7 +67,7 @@ class ApiKeys:
         trouble = None
         try:
             self._read(path)
-        except OSError as error:  # being replaced, perhaps: those that were there go on
+        except OSError as error:  # the file is being replaced, perhaps: the previous keys stay
             trouble = error.strerror
         if trouble not in (None, self._trouble):
             logger.warning("keeping the previous API keys: %s: %s", path, trouble)
@@ -86,7 +86,7 @@ class ApiKeys:
 
 
 class RequireApiKey:
-    """ASGI middleware that lets in who has a key."""
+    """ASGI middleware that refuses requests without an accepted key."""
 
     def __init__(self, app: ASGIApp, keys: ApiKeys) -> None:
         self._app = app
@@ -111,6 +111,6 @@ class RequireApiKey:
 
 
 def _key(headers: Headers) -> str:
-    """The key as OpenAI's clients send it, or Anthropic's; "", which is no key, if there is none."""
+    """Return the key as OpenAI's or Anthropic's clients send it; "", which is never accepted, if there is none."""
     kind, _, key = headers.get("authorization", "").partition(" ")
     return key.strip() if kind.lower() == "bearer" else headers.get("x-api-key", "").strip()

@@ -1,4 +1,4 @@
-"""One connection to the HTTP server: uvicorn's protocol, with what it lacks where a client does not behave."""
+"""A connection to the HTTP server: uvicorn's protocol, with what it lacks against clients that misbehave."""
 
 import asyncio
 import time
@@ -13,43 +13,43 @@ from hbserve.server.http.direct_body import EXTENSION, DirectBody
 MOST_HEAD_BYTES = 1 << 20
 TOO_LARGE = b"HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
 LINGER_S = 10.0
-"""How long a client may go on sending a request that has its answer, before its connection ends."""
+"""How long a client may go on sending a request that was answered already, before its connection ends."""
 HALF_CLOSED = ApiError(
     400, "the connection was shut down for writing before the answer (nc -N does so): taken for a client that has gone"
 )
 
 
 class Connection(HttpToolsProtocol):
-    """Bounds what httptools does not: the head of a request, and what may follow its body. Knows whether it waits for
-    one, and since when. Lets answers be written directly. Ends all requests of a client that goes, and answers one that
-    only stops sending."""
+    """One connection. It bounds what httptools does not: the head of a request, and what may follow its body. It knows
+    whether it waits for a request, and since when. It lets answers be written directly. It ends all requests of a
+    client that disconnects, and answers one that only stops sending."""
 
     num_unbounded = 0
-    """Bytes since anything of a request was complete, or of its body, which has a bound of its own."""
+    """Bytes since the last complete part of a request, or piece of a body. Bodies have a bound of their own."""
 
     is_whole = False
-    """The last request has come to its end."""
+    """Whether the last request has been received completely."""
     has_begun = False
-    """There was one."""
+    """Whether any request has begun."""
     heard_s: float
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # of uvicorn's own
         self.heard_s = time.monotonic()
         self._cycles: list[RequestResponseCycle] = []
-        """Requests without the end of their answers: several, if the client pipelines."""
+        """Requests whose answers have not ended: several, if the client pipelines."""
         super().connection_made(transport)
         self.transport = cast("asyncio.Transport", _LeavingTransport(transport, self))
 
     def connection_lost(self, exc: Exception | None) -> None:
-        for each in self._cycles:  # uvicorn tells the last one only
+        for each in self._cycles:  # uvicorn itself tells only the last one
             if not each.response_complete:
                 each.disconnected = True
                 each.message_event.set()
         super().connection_lost(exc)
 
     def eof_received(self) -> bool:  # type: ignore[override]  # whether the transport is kept
-        """The client sends no more. It has gone, as far as anybody can tell: what is computed for it ends. Where that
-        costs nothing it gets its answer: programs that probe a port may end their side first."""
+        """Handle a client that sends no more. It cannot be told from one that has gone, so what is computed for it
+        ends. GET and HEAD, which cost nothing, are answered: programs that probe a port may end their side first."""
         waiting = [each for each in self._cycles if not each.response_complete]
         if not waiting or not self.is_whole or not self.transport.can_write_eof():
             return False
@@ -76,7 +76,7 @@ class Connection(HttpToolsProtocol):
         super().data_received(data)
         if self.num_unbounded > MOST_HEAD_BYTES and not self.transport.is_closing():
             self.transport.write(TOO_LARGE)
-            self.has_begun = False  # nothing more of it is read: it may have no end
+            self.has_begun = False  # so that `close` does not read on: the request may have no end
             self.transport.close()
 
     def on_headers_complete(self) -> None:
@@ -101,7 +101,7 @@ class Connection(HttpToolsProtocol):
 
 
 def _send_without_chunks(cycle: RequestResponseCycle) -> None:
-    """Send to a client of HTTP/1.0, which knows no chunks: a body whose length is not told ends with the connection."""
+    """Send without chunks, for a client of HTTP/1.0: a body of unknown length ends with the connection."""
     send, has_length = cycle.send, True
 
     async def send_as_it_is(message: Any) -> None:
@@ -117,17 +117,17 @@ def _send_without_chunks(cycle: RequestResponseCycle) -> None:
 
 
 class _LeavingTransport:
-    """A connection's transport whose `close` leaves the client time to read its answer.
+    """A connection's transport whose `close` gives the client time to read its answer.
 
-    What comes to a socket that is closed breaks its connection, and many clients then do not read what they were
-    answered. So while a request is still coming, only the sending side ends; what comes is thrown away.
+    Data that arrives at a closed socket resets the connection, and many clients then do not read their answer. So while
+    a request is still arriving, only the sending side is closed, and what arrives is thrown away.
     """
 
     def __init__(self, transport: asyncio.Transport, connection: Connection) -> None:
         self._transport = transport
         self._connection = connection
         self._is_leaving = False
-        self.write = transport.write  # of each token: not by way of __getattr__
+        self.write = transport.write  # called for each token, so it should not take the way through __getattr__
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._transport, name)

@@ -1,5 +1,5 @@
-"""Parts of a streamed answer, written in the turn of the loop that brings them: does what uvicorn does with a part,
-without the task and the six functions in between."""
+"""Direct writing of a streamed answer's parts, in the same iteration of the loop in which they come. Does what uvicorn
+does with a part, without the task and the six functions in between."""
 
 from typing import Any
 
@@ -7,22 +7,22 @@ from starlette.types import Scope
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 EXTENSION = "hbserve.direct_body"
-"""Key in the ASGI scope."""
+"""Key of the extension in the ASGI scope."""
 
 
 class DirectBody:
-    """The body of one answer."""
+    """Writes the body of one answer."""
 
     def __init__(self, cycle: RequestResponseCycle) -> None:
         self._cycle = cycle
         self.num_bytes = 0
-        """Bytes that were written."""
+        """Number of bytes that were written."""
 
     def write(self, part: bytes) -> bool:
-        """Write a part, neither the first nor the last one, which need `send`.
+        """Write a part. The first and the last part need `send` instead.
 
         Returns:
-            Whether the client reads. If not, the next part waits in a `send` until it does.
+            Whether the client reads. If not, send the next part by `send`, which waits until it does.
         """
         cycle = self._cycle
         if cycle.disconnected:
@@ -34,6 +34,6 @@ class DirectBody:
 
 
 def direct_body(scope: Scope) -> DirectBody | None:
-    """The direct body of a request; None if the server is not ours."""
+    """Return the direct body of a request; None if another server than ours, or HTTP/1.0, is used."""
     extensions: dict[str, Any] = scope.get("extensions") or {}
     return extensions[EXTENSION]["body"] if EXTENSION in extensions else None

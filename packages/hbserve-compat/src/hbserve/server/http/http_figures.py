@@ -1,4 +1,4 @@
-"""Figures of HTTP requests: how many of which path, how they ended, how long they took, and their bytes.
+"""Figures of HTTP requests by path and status: how many there were, how long they took, and their bytes.
 
 At /metrics they are `http_*`, with the labels that prometheus-fastapi-instrumentator gives them in vLLM.
 """
@@ -13,28 +13,29 @@ from hbserve_rpc.metrics_text import Family
 
 BOUNDS = [0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 1.5, 2, 2.5, 3, 3.5, 4, 4.5, 5, 7.5, 10, 30, 60]
 COARSE_BOUNDS = [0.1, 0.5, 1.0]
-"""Bounds of each path's histogram: some of the others."""
+"""Bounds of each path's histogram, which are some of BOUNDS."""
 NO_PATH = "none"
-"""Path of requests to what is not there: the names that clients make up are no labels."""
+"""Label for requests to unknown paths: what clients make up must not become labels."""
 NOT_COUNTED = {"/metrics", "/health", "/ping", "/version", "/debug/view"}
-"""Asked by programs, again and again: as in vLLM they would hide what people ask."""
+"""Paths that programs poll. Counting them would hide the requests of users; vLLM does not count them either."""
 
 
 class HttpFigures:
-    """Grows with each request that has ended."""
+    """Counts of the requests that have ended."""
 
     def __init__(self) -> None:
         self.counts: dict[str, HttpCounts] = {}
         self._paths: dict[Callable[..., Any], str] = {}
 
     def know(self, routes: Iterable[Route]) -> None:
-        """Tell requests apart by these."""
+        """Set the routes by which requests are counted."""
         self._paths = {route.endpoint: route.path for route in routes}
 
     def add(
         self, method: str, endpoint: Callable[..., Any] | None, status: int, took_s: float, received: int, sent: int
     ) -> None:
-        """One has ended; `endpoint` is whoever answered it, `received` and `sent` the bytes of both bodies."""
+        """Count a request that has ended. `endpoint` is the handler that answered it; `received` and `sent` are the
+        bytes of both bodies."""
         path = NO_PATH if endpoint is None else self._paths.get(endpoint, NO_PATH)
         if path in NOT_COUNTED:
             return
@@ -49,7 +50,7 @@ class HttpFigures:
 
 
 def http_metrics(counts: Iterable[HttpCounts]) -> Iterator[Family]:
-    """What /metrics says of them."""
+    """Yield the metrics of these counts for /metrics."""
     found = list(counts)
     requests = Family(
         "http_requests",

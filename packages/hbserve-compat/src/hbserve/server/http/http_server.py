@@ -1,4 +1,4 @@
-"""The HTTP server: its socket, which is bound before anything else starts, uvicorn behind it, and its end."""
+"""The HTTP server: its socket, which is bound before anything else starts, and uvicorn behind it."""
 
 import asyncio
 import contextlib
@@ -25,24 +25,25 @@ from hbserve_scheduler import ConfigError
 from hbserve_scheduler.config import ServerSection
 
 logger = logging.getLogger(__name__)
-logging.getLogger("uvicorn").setLevel(logging.WARNING)  # of its own beginning and end we tell ourselves
+logging.getLogger("uvicorn").setLevel(logging.WARNING)  # we report its start and end ourselves
 
 KEEP_ALIVE_S = 120
-"""More than proxies have, so that it is they who close: else a request meets a connection that is being closed. Also
-for a client from which nothing comes of a request that is not whole."""
+"""How long an idle connection is kept. It is longer than in proxies, so that these close first: otherwise a request may
+meet a connection that is being closed. Also the limit for a client that sends nothing more of an incomplete request."""
 BACKLOG = 2048
 MOST_PATH_BYTES = 107 if sys.platform == "linux" else 103
-"""Longest path of a Unix domain socket: `sun_path` of the system, without the zero at its end."""
+"""Longest path of a Unix domain socket: the system's `sun_path`, without the zero at its end."""
 FILES_LEFT = 16
-"""Of those that the process may open, for all that are no connections: a scheduler's links, what a request reads."""
+"""Number of open files that are kept for other purposes than clients' connections: a scheduler's links, or files that a
+request reads."""
 LAST_WORDS_S = 0.5
-"""How long clients may take, when the server stops, to read what it has answered them."""
+"""How long clients may take to read their answers when the server stops."""
 STALL_TIMEOUT_S = 60.0
-"""A client that reads nothing for so long, of what waits for it, loses its connection."""
+"""A client that reads nothing for so long, although data waits for it, loses its connection."""
 
 
 class _Uvicorn(uvicorn.Server):
-    """Uvicorn without its signal handlers: `hbserve serve` has its own."""
+    """Uvicorn without its signal handlers, because `hbserve serve` has its own."""
 
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
@@ -61,11 +62,11 @@ class HttpServer:
     """Serves an application from `start` to `stop`."""
 
     def __init__(self, settings: ServerSection, app: ASGIApp, *, shared: socket.socket | None = None) -> None:
-        """Binds the address, unless it gets a socket of one that several processes share.
+        """Bind the address, unless `shared` is given, a socket of an address that several processes share.
 
         Raises:
-            AddressInUse: it belongs to another process.
-            ConfigError: it cannot be bound here, or the certificate and its key cannot be used.
+            AddressInUse: another process has the address.
+            ConfigError: the address cannot be bound here, or the certificate and its key cannot be used.
         """
         self._settings = settings
         self._app = app
@@ -77,7 +78,7 @@ class HttpServer:
 
     @property
     def url(self) -> str:
-        """Where clients on this machine find it."""
+        """URL of the server for clients on this machine."""
         scheme = "http" if self._settings.ssl_certfile is None else "https"
         if self._settings.uds is not None:
             return f"{scheme}+unix://{self._settings.uds}"
@@ -88,7 +89,7 @@ class HttpServer:
 
     @property
     def bound_socket(self) -> socket.socket:
-        """What it accepts connections at."""
+        """The socket at which connections are accepted."""
         return self._socket
 
     async def start(self) -> None:
@@ -114,8 +115,8 @@ class HttpServer:
         self._watching = asyncio.create_task(self._watch_stalled(self._server))
 
     async def _watch_stalled(self, server: _Uvicorn) -> None:
-        """What waits for clients that do not read, or do not write, is bounded for each, but there may be ever more of
-        them."""
+        """End connections whose clients read or send nothing for too long. What waits for one such client is bounded,
+        but there may be ever more of them."""
         since_s: dict[uvicorn.server.Protocols, tuple[int, float]] = {}
         while True:
             await asyncio.sleep(STALL_TIMEOUT_S / 4)
@@ -136,7 +137,8 @@ class HttpServer:
 
     @staticmethod
     def _end_silent(connection: Connection, now_s: float) -> None:
-        """uvicorn waits for ever for the first request of a connection, and for the rest of one."""
+        """End a connection that has sent nothing of a request for too long. uvicorn itself waits for ever for the first
+        request of a connection, and for the rest of any request."""
         silent_s = now_s - connection.heard_s
         if silent_s > KEEP_ALIVE_S:
             logger.info("a client has sent nothing for %.0f s of a request; its connection ends", silent_s)
@@ -144,7 +146,7 @@ class HttpServer:
 
     @property
     def num_answering(self) -> int:
-        """Requests whose answers have not ended."""
+        """Number of requests whose answers have not ended."""
         return 0 if self._server is None else len(self._server.server_state.tasks)
 
     async def drain(self) -> None:
@@ -167,8 +169,8 @@ class HttpServer:
             for task in list(self._server.server_state.tasks):
                 task.cancel()
             await asyncio.gather(*self._server.server_state.tasks, return_exceptions=True)
-            # From Python 3.12 on it ends when all connections have. An answer that was cancelled before it had begun
-            # leaves its client waiting, and a client that reads nothing never gets the end of one.
+            # From Python 3.12 on, the server ends when all connections have ended. Some never would: an answer that was
+            # cancelled before it began leaves its client waiting, and a client may read nothing.
             await asyncio.wait([self._serving], timeout=LAST_WORDS_S)
             for connection in list(self._server.server_state.connections):
                 connection.transport.abort()
@@ -183,7 +185,7 @@ def _check_certificate(settings: ServerSection) -> None:
         return
     for key, path in (("ssl_certfile", settings.ssl_certfile), ("ssl_keyfile", settings.ssl_keyfile)):
         try:
-            Path(path).open("rb").close()  # of two files, ssl does not say which one it means
+            Path(path).open("rb").close()  # because ssl's error does not say which of the two files it means
         except OSError as error:
             raise ConfigError(f"server.{key}={path!r}: {error.strerror}") from None
     try:
@@ -204,21 +206,22 @@ def _bound(settings: ServerSection) -> socket.socket:
         if error.errno == errno.EADDRINUSE:
             problem = f"{address} is in use: give another server.port or --port, or 0 to let the system choose"
             raise AddressInUse(problem) from None
-        # The system's words alone: create_server adds the address once more, as a tuple.
+        # Only the system's message: create_server adds the address to it, as a tuple.
         why = (error.strerror or str(error)).partition(" (while attempting")[0]
         raise ConfigError(f"server.host={settings.host!r}: {address} cannot be bound: {why}") from None
 
 
 def _refusal(settings: ServerSection) -> dict[str, Any]:
-    """How connections are refused for which there are not files enough."""
+    """Return how a ListeningSocket refuses connections for which too few open files are left."""
     return {"is_plain": settings.ssl_certfile is None, "files_left": FILES_LEFT}
 
 
 class _SharedSocket(ListeningSocket):
-    """A listening socket of several processes, each of which hears of every connection, and one of which gets it.
+    """A listening socket of several processes. Every connection wakes all of them, and one of them gets it.
 
-    Who has accepted one leaves the next ones to the others: else the quickest to wake would have them all, whatever it
-    has to do. What they leave alone too, for as many turns of its event loop as there are of them, it takes.
+    A process that has accepted a connection leaves the next ones to the others. Otherwise the one that wakes first
+    would get them all, however busy it is. It takes connections again after as many iterations of its event loop as
+    there are processes, if the others have left them too.
     """
 
     def __init__(self, fd: int, num_processes: int, **refusal: Any) -> None:
@@ -231,13 +234,13 @@ class _SharedSocket(ListeningSocket):
             self._num_left_alone -= 1
             raise BlockingIOError
         accepted = super().accept()
-        self._num_left_alone = self._num_processes  # the first is asyncio's, which asks for more in the same turn
+        self._num_left_alone = self._num_processes  # one is used up at once: asyncio asks for more in this iteration
         return accepted
 
 
 def shared_with_others(settings: ServerSection, listening_fd: int | None) -> socket.socket:
-    """A socket of an address that `api_servers` processes share: one more of its port, or that of its path, which is
-    open as `listening_fd`."""
+    """Return a socket of an address that `api_servers` processes share: another one on its port, or the one on its
+    path, which is open as `listening_fd`."""
     if listening_fd is not None:
         return _SharedSocket(listening_fd, settings.api_servers, **_refusal(settings))
     sharing = _undelayed(_sharing_port(settings.host, settings.port, reuses_address=True))
@@ -245,10 +248,11 @@ def shared_with_others(settings: ServerSection, listening_fd: int | None) -> soc
 
 
 def _sharing_port(host: str, port: int, *, reuses_address: bool) -> socket.socket:
-    """The system gives each connection to one of those that listen.
+    """Make a socket on a port that several sockets share. The system gives each connection to one of those that listen.
 
-    reuses_address: its connections, of which the system remembers for a minute those that this side has ended, do not
-    keep the next server from the port. Whoever only holds the port must not: another server could listen there.
+    With `reuses_address`, closed connections, which the system remembers for a minute if this side has ended them, do
+    not keep the next server from the port. A socket that only holds the port must not have it: then another server
+    could listen there.
     """
     found = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, reuses_address)
@@ -260,17 +264,16 @@ def _sharing_port(host: str, port: int, *, reuses_address: bool) -> socket.socke
 
 
 def _undelayed(listening: socket.socket) -> socket.socket:
-    """So that its connections send what is written when it is written: asyncio sees to that where it has bound the
-    address itself. An answer's first token would wait, behind its head, for the client's word that the head is there,
-    which Linux holds back for 40 ms."""
+    """Set TCP_NODELAY for a socket's connections, as asyncio does if it binds the address itself. Without it, an
+    answer's first token would wait until the client acknowledges the head, which Linux delays by 40 ms."""
     listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listening
 
 
 def held_for_others(first: socket.socket) -> socket.socket:
-    """Hold the address of a socket that nobody else may have had, for those who share it.
+    """Hold the address of `first`, which was bound exclusively, for processes that are to share it.
 
-    Nothing connects to the port of the one that is returned; it listens if it has a path, and connections wait.
+    On a port, the returned socket gets no connections. On a path it listens, and connections wait in it.
     """
     if first.family == socket.AF_UNIX:
         return socket.socket(fileno=os.dup(first.fileno()))
@@ -279,14 +282,14 @@ def held_for_others(first: socket.socket) -> socket.socket:
 
 
 def remove_path(settings: ServerSection) -> None:
-    """Remove the path of a Unix domain socket that nobody serves any more."""
+    """Remove the path of a Unix domain socket that is no longer served."""
     if settings.uds is not None:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(settings.uds)
 
 
 def _bound_to_path(path: Path) -> socket.socket:
-    """A socket file that nobody listens at any more is replaced."""
+    """Bind a Unix domain socket. Replaces a socket file at which no process listens any more."""
     if (num_bytes := len(os.fsencode(path))) > MOST_PATH_BYTES:
         problem = f"{num_bytes} bytes; a Unix domain socket's path may have {MOST_PATH_BYTES}: give a shorter one"
         raise ConfigError(f"server.uds={str(path)!r}: {problem}")

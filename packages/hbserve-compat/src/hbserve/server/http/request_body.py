@@ -20,15 +20,15 @@ IGNORED_HEADER = "x-hbserve-ignored"
 HALF_A_CHARACTER = re.compile(
     rb"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB][0-9a-fA-F]{2})\\u[dD][c-fC-F][0-9a-fA-F]{2}"
 )
-"""An escaped half of a surrogate pair, without the other."""
+"""An escaped half of a surrogate pair without the other half."""
 MOST_NAMED = 16
-"""Ignored fields that a response names; the header says how many more there were."""
+"""Most ignored fields that a response names; its header says how many more there were."""
 MOST_REMEMBERED = 256
-"""How many names of ignored fields are remembered as logged."""
+"""Most names of ignored fields that are logged, and remembered as logged."""
 
 
 async def read_object(request: Request, most_bytes: int) -> dict[str, Any]:
-    """The JSON object that is a request's body.
+    """Read a request's body, which must be a JSON object.
 
     Raises:
         ApiError: 413 if it is too large, 415 if it is compressed, 400 if it is not a JSON object.
@@ -41,14 +41,14 @@ async def read_object(request: Request, most_bytes: int) -> dict[str, Any]:
 
 
 def _require_plain(request: Request) -> None:
-    """Check what a body claims to be, so that nobody has to guess it from a complaint about its first byte."""
+    """Check what a body claims to be, so that the error says this, and not that its first byte is no JSON."""
     encoding = request.headers.get("content-encoding", "identity")
     if encoding != "identity":
         problem = f"content-encoding={shown(encoding)}: is not served; send the body as it is"
         raise ApiError(415, problem, headers={"accept-encoding": "identity"})
     kind = request.headers.get("content-type", "")
-    # Programs may call JSON what they like; curl calls it a form. But for a page of another origin, a browser sends
-    # anything that is not called JSON without asking for permission.
+    # Programs may send JSON under any type; curl calls it a form. Browsers may not: for a page of another origin, they
+    # send anything that is not called JSON without asking the server for permission first.
     if "origin" in request.headers and "json" not in kind:
         raise ApiError(415, f"content-type={shown(kind)}: expected application/json from a browser")
 
@@ -76,10 +76,10 @@ def decoded(body: bytes) -> Any:
     if not body:
         raise ApiError(400, "the body is empty; expected a JSON object")
     try:
-        body.decode()  # msgspec counts bytes from the beginning of the string that they are in
+        body.decode()  # for the position: msgspec counts bytes from the beginning of the string in which they are
         return msgspec.json.decode(body.removeprefix(codecs.BOM_UTF8))
     except msgspec.DecodeError as error:
-        # What was cut within a character, as many a program's JSON may be, is not what was cut off.
+        # Programs may cut text within a character. That is another problem than a body that was cut off.
         if re.search("surrogate|truncated", str(error)) and (half := HALF_A_CHARACTER.search(body)):
             place = f"byte {half.start()} is {half[0].decode()}, half of a surrogate pair"
             raise ApiError(400, f"the body is not Unicode text: {place}") from None
@@ -92,10 +92,10 @@ def decoded(body: bytes) -> Any:
 
 
 def converted(content: dict[str, Any], kind: type[T]) -> T:
-    """The fields that an endpoint takes, converted to their types. Others are left out: see `ignored_fields`.
+    """Convert the fields that an endpoint takes to their types. Others are left out: see `ignored_fields`.
 
     Raises:
-        ApiError: 400, names the field by its path and what is expected.
+        ApiError: (400) a field has another type. Names its path, and what is expected.
     """
     try:
         return msgspec.convert({name: _number(value) for name, value in content.items()}, kind, str_keys=True)
@@ -112,13 +112,13 @@ def converted(content: dict[str, Any], kind: type[T]) -> T:
 
 
 def _number(value: Any) -> Any:
-    """JSON has one kind of number: 2.0 is 2, and some languages write it that way."""
+    """Convert 2.0 to 2. JSON has only one kind of number, and some languages write integers that way."""
     return int(value) if type(value) is float and value.is_integer() else value
 
 
 def ignored_fields(content: dict[str, Any], kind: type[msgspec.Struct]) -> list[str]:
-    """Names of fields that the body has and the endpoint does not take, such as `odd` or `stream_options.odd`; null
-    counts as absent."""
+    """Return the names of fields that the body has and the endpoint does not take, such as `odd` or
+    `stream_options.odd`. A field that is null counts as absent."""
     names = {name for name, value in content.items() if value is not None} - set(kind.__struct_fields__)
     for name, known in _objects(kind).items():
         if isinstance(inner := content.get(name), dict):
@@ -128,7 +128,7 @@ def ignored_fields(content: dict[str, Any], kind: type[msgspec.Struct]) -> list[
 
 @cache
 def _objects(kind: type[msgspec.Struct]) -> dict[str, tuple[str, ...]]:
-    """The fields of a body that are themselves objects, and the fields of those."""
+    """Return the fields of a body that are themselves objects, with the fields of those."""
     return {
         field.name: each.__struct_fields__
         for field in msgspec.structs.fields(kind)
@@ -141,7 +141,7 @@ _logged: set[str] = set()
 
 
 def ignored_header(names: list[str]) -> dict[str, str]:
-    """A header that names the fields without effect; the log has each name once."""
+    """Return a header that names the fields without effect, and log each name once."""
     if not names:
         return {}
     for name in map(_sanitised, names):
@@ -153,5 +153,5 @@ def ignored_header(names: list[str]) -> dict[str, str]:
 
 
 def _sanitised(name: str) -> str:
-    """A name that is safe in a header and a log: a client may call its fields anything."""
+    """Make a field's name safe for a header and a log, because clients may call their fields anything."""
     return re.sub(r"[^A-Za-z0-9_.-]", "?", name[:64])

@@ -1,4 +1,5 @@
-"""An id for each request, and a line in the log at its end: who asked what, and how it ended, but no text of theirs."""
+"""An id and a log line for each request. The line says who asked for which path and how that ended, but has no text of
+the prompt or the answer."""
 
 import logging
 import re
@@ -18,44 +19,45 @@ from hbserve.server.http.http_figures import HttpFigures
 logger = logging.getLogger(__name__)
 
 PROBED = {"/health", "/ping", "/metrics", "/debug/view"}
-"""Asked again and again by programs."""
+"""Paths that programs poll; their successful requests are logged at level DEBUG."""
 REQUEST_ID = "x-request-id"
 TRACE_RESPONSE = "traceresponse"
-"""Of W3C's drafts, and of OpenTelemetry: the span that has answered."""
+"""Header of W3C's drafts, and of OpenTelemetry, that names the span that has answered."""
 CLIENT_GONE = 499
-"""Status in the log of a request whose client has gone before its answer had one, as nginx has it."""
+"""Status in the log of a request whose client disconnected before its answer had a status; nginx uses the same."""
 
 
 @dataclass
 class HttpRequest:
-    """The request that is being answered."""
+    """An HTTP request that is being answered."""
 
     request_id: str
     is_own: bool
-    """Its id is the client's, who may give it to another one too."""
+    """Whether the id came from the client, which may use it for several requests."""
     path: str
     trace_context: dict[str, str]
-    """W3C headers: the span of the caller that it belongs to, if there is one."""
+    """W3C headers that name the caller's span to which the request belongs; empty if there is none."""
     trace_response: str = ""
-    """The span that is made of it, as the client hears it; of several prompts the first one's."""
+    """The span that is made of the request, for the client; of several prompts, that of the first one."""
 
     @property
     def operation(self) -> str:
-        """The operation as OpenTelemetry's GenAI conventions name it."""
+        """Name of the operation in OpenTelemetry's GenAI conventions."""
         return "text_completion" if self.path == "/v1/completions" else "chat"
 
     def name(self, number: int) -> str:
-        """Id of its prompt with this number in the scheduler, its log and its records: no other one has it."""
+        """Return the unique id of the request's prompt with this index, for the scheduler, its log and its records."""
         unique = f"{self.request_id}-{uuid.uuid4().hex[:8]}" if self.is_own else self.request_id
         return f"{unique}-{number}" if number else unique
 
 
 HTTP_REQUEST: ContextVar[HttpRequest] = ContextVar("HTTP_REQUEST")
-"""Of the task that answers it, and of those that it starts."""
+"""The HTTP request of the current task: of the one that answers it, and of those that this one starts."""
 
 
 class RequestLog:
-    """ASGI middleware. `scope["state"]["request_id"]` is the client's own X-Request-Id, or a new one."""
+    """ASGI middleware that gives each request an id, and logs and counts it at its end. The id, in
+    `scope["state"]["request_id"]`, is the client's own X-Request-Id, or a new one."""
 
     def __init__(self, app: ASGIApp, figures: HttpFigures) -> None:
         self._app = app
@@ -95,7 +97,7 @@ class RequestLog:
             if (direct := direct_body(scope)) is not None:
                 num_sent += direct.num_bytes
             self._figures.add(scope["method"], scope.get("endpoint"), status, took_s, received, num_sent)
-            # A path without its query, as it was sent: quoted, so that it is one line whatever it says.
+            # The path as it was sent, without its query. It is percent-encoded, and so stays on one line.
             path = scope.get("raw_path", b"").decode("ascii", "backslashreplace")[:256]
             client = _client(scope.get("client"))
             level = logging.DEBUG if path in PROBED and status == 200 else logging.INFO
