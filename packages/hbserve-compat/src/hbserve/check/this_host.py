@@ -116,7 +116,7 @@ def list_gpus() -> list[Gpu]:
     gpus = []
     for line in done.stdout.splitlines():
         index, name, free, total = (word.strip() for word in line.split(","))
-        if free.isdecimal() and total.isdecimal():  # parts of a card that is divided say "[N/A]"
+        if free.isdecimal() and total.isdecimal():  # parts of a divided card report "[N/A]"
             gpus.append(Gpu(int(index), name, int(free) << 20, int(total) << 20))
     return gpus
 
@@ -153,7 +153,7 @@ def _may_use(config: DeploymentConfig, instance: InstanceSection, index: int) ->
 
 
 def _nccl_path(config: DeploymentConfig, on_gpu: bool) -> Finding:
-    """What carries KV between hosts with the backend nccl, by NCCL's own choice."""
+    """Say what carries KV between hosts with the backend nccl, by NCCL's own choice."""
     if not on_gpu:
         return Finding("ok", "NCCL", "not used: without GPUs the backend nccl is Gloo, over TCP")
     if all(is_here(each.host) for each in config.gpu_instances):

@@ -39,7 +39,7 @@ Burstiness = Annotated[
 
 
 def tokens_option(what: str, *, least: int = 1) -> Any:
-    """A command-line option whose value is a number of tokens."""
+    """Make a command-line option whose value is a number of tokens."""
     return Option(min=least, max=MOST_TOKENS, metavar="TOKENS", help=what)
 
 

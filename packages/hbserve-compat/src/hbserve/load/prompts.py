@@ -226,7 +226,7 @@ class TracedRequest:
     input_len: int
     output_len: int
     hash_ids: tuple[int, ...] = ()
-    """One id for each block of the prompt. Equal blocks after equal beginnings have equal ids."""
+    """Ids of the prompt's blocks. Equal blocks after equal beginnings have equal ids."""
 
 
 _Time = Annotated[float, msgspec.Meta(ge=-1e15, le=1e15)]

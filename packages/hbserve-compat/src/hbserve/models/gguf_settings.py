@@ -47,7 +47,7 @@ def left_out(raw: Mapping[str, Any], reader: Any) -> dict[str, Any]:
     rope = _rope(raw, given.get("full_attention", given), stated)
     rope |= _scaling(raw, stated, {each.name: each.data for each in reader.tensors if each.name in _ROPE_TENSORS})
     found["rope_parameters"] = {**given, "full_attention": rope} if "full_attention" in given else rope
-    if rope["rope_type"] == "longrope":  # Phi-3 has a key of its own for it, which counts
+    if rope["rope_type"] == "longrope":  # Phi-3's config reads it from a key of its own
         found["original_max_position_embeddings"] = rope["original_max_position_embeddings"]
     return found
 

@@ -69,8 +69,8 @@ class Segment(msgspec.Struct, frozen=True):
     """A part of a request's time. Its segments follow each other from its submission to its end."""
 
     name: str
-    """One of: queue, reserve, prefill, kv (a transfer, while nothing was computed), decode, preempted, or failed (an
-    attempt)."""
+    """Kind of the segment: queue, reserve, prefill, kv (a transfer, while nothing was computed), decode, preempted, or
+    failed (an attempt)."""
     begin_s: float
     end_s: float
 

@@ -24,7 +24,7 @@ class Shape(NamedTuple):
     """Information about a modelled prompt in addition to its length."""
 
     hash_ids: tuple[int, ...] = ()
-    """One id for each full block of `block_size` tokens. It stands for that block and all before it."""
+    """Ids of the full blocks of `block_size` tokens. Each stands for its block and all before it."""
     block_size: int = 512
 
 

@@ -83,8 +83,8 @@ class Reply:
     def __init__(
         self, send: Send, headers: dict[str, str], first_byte_timeout_s: float, direct: DirectBody | None = None
     ) -> None:
-        """A stream begins after `first_byte_timeout_s` even without a token. `direct` writes past ASGI; None: there is
-        no such way."""
+        """Send nothing yet. A stream will begin after `first_byte_timeout_s` even without a token. `direct` writes past
+        ASGI; None: there is no such way."""
         self._send = send
         self._direct = direct
         self._first_byte_timeout_s = first_byte_timeout_s

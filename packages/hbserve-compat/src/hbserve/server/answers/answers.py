@@ -121,7 +121,7 @@ class Answers:
                 self._taken.clear()
                 if self._news:
                     await self._taken.wait()
-        except Exception as error:  # from the engines; is raised to the one who waits for news
+        except Exception as error:  # from the engines; is raised to the caller that waits for news
             self._error = self._error or in_names_of_client(error, self._names)
         finally:
             self._num_running -= 1
