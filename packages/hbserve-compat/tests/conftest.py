@@ -1,4 +1,4 @@
-"""Configuration files for commands that start a pair of instances."""
+"""Fixtures for commands: configuration files of a pair of instances."""
 
 import importlib.util
 import warnings
@@ -12,8 +12,8 @@ import yaml
 
 
 def pytest_configure() -> None:
-    """What takes 15 ms each time is made once: the parser of all commands, for each one that a test runs here, and what
-    a client of HTTP would trust over TLS."""
+    """Cache what takes 15 ms each time: the parser of all commands, which every test of a command would make anew, and
+    the certificates that an HTTP client trusts."""
     with warnings.catch_warnings():
         # The lowest typer imports what the newest click calls deprecated.
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -28,7 +28,7 @@ def pytest_configure() -> None:
 
 @pytest.fixture
 def config(tmp_path: Path, small_model: Callable[[str], Path]) -> Callable[..., Path]:
-    """Writes a configuration file of one pair, changed by `section={key: value}`."""
+    """Function that writes a configuration file of one pair, changed by `section={key: value}`."""
 
     def write(**changes: Any) -> Path:
         content: dict[str, Any] = {

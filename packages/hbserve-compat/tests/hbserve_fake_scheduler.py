@@ -1,4 +1,4 @@
-"""A scheduler that answers what a test tells it to, and an OpenAI server in front of it, in this process."""
+"""A scheduler that answers as a test tells it to, and an OpenAI server in front of it, in this process."""
 
 import asyncio
 import json
@@ -39,23 +39,23 @@ TOOL_TEMPLATE = (
     "{% for c in m.tool_calls %}{{ c.function.name }}({{ c.function.arguments.a }}){% endfor %}{% endfor %}"
     "{{ enable_thinking }}"
 )
-"""Of a model that thinks and knows tools; a prompt shows all that it was made of."""
+"""Chat template of a model that thinks and knows tools. Its prompts show everything that they were made from."""
 THOUGHT_TEXT_AND_CALL = [
     "<thi", "nk>\nhm", ", f", "</think>\n\nSo", " be it.", '\n<tool_call>{"name": "f", "arguments": {"a"',
     ": 1}}</tool_call>",
 ]  # fmt: skip
-"""Steps of an answer of such a model."""
+"""Steps of an answer of a model with TOOL_TEMPLATE."""
 
 
 class FakeEvents:
-    """Events of one request, as `FakeScheduler.steps` has them."""
+    """The stream of one request's events, which `FakeScheduler.steps` determines."""
 
     def __init__(self, scheduler: "FakeScheduler", request: GenerateRequest) -> None:
         self._scheduler = scheduler
         self._request = request
         self.aborted: FinishReason | None = None
         self.ended: dict[int, FinishReason] = {}
-        """Choices that were aborted by themselves."""
+        """Choices that were aborted one by one, with the reasons."""
         self._events = self._all()
 
     def __aiter__(self) -> AsyncIterator[TokenEvent | RequestFinished]:
@@ -118,7 +118,8 @@ class FakeEvents:
         )
 
     def _logprobs(self, token_ids: list[int]) -> list[dict[int, float]]:
-        """Tokens 3, 4 … are the most likely ones everywhere; the one that is there is impossible."""
+        """Make log-probabilities in which tokens 3, 4 … are always the most likely ones, and the chosen one is
+        impossible."""
         count = self._request.params.logprobs
         if count is None:
             return []
@@ -126,7 +127,7 @@ class FakeEvents:
         return [most_likely | {token_id: float("-inf")} for token_id in token_ids]
 
     def _prompt_logprobs(self) -> list[dict[int, float]]:
-        """Each token is as unlikely as its place says."""
+        """Make log-probabilities that fall by 1 from token to token of the prompt."""
         if self._request.params.prompt_logprobs is None:
             return []
         return [{token: -1.0 - place} for place, token in enumerate(self._request.prompt_token_ids) if place]
@@ -147,17 +148,17 @@ class FakeScheduler:
         self.running: dict[str, FakeEvents] = {}
         self.num_abandoned = 0
         self.num_given = 0
-        """Tokens of all answers."""
+        """Number of tokens of all answers so far."""
         self.asked: list[tuple[tuple[int, ...], SamplingParams]] = []
         self.request_ids: list[str] = []
-        """Of all that it was asked."""
+        """Ids of all requests so far."""
         self.traces: list[str] = []
-        """The same: the `traceparent` of each."""
+        """The `traceparent` of each request so far."""
         self.most_running = 1000
         self.role = "hybrid"
         self.digest_block_size = 0
         self.figures = Figures()
-        """Of which nothing here writes: it is for tests."""
+        """Figures for tests to set; nothing here changes them."""
 
     def submit(self, request: GenerateRequest) -> FakeEvents:
         request = self.check(request)
@@ -221,7 +222,7 @@ class FakeServer:
     """The ASGI application in front of a FakeScheduler, and a client of it."""
 
     url: str
-    """Of whoever serves it over HTTP."""
+    """URL of the HTTP server in front of it, set by the fixture that starts one."""
 
     def __init__(self, tokenizer: Any, folder: Path = Path("/models/small"), **settings: Any) -> None:
         self.scheduler = FakeScheduler()
@@ -233,7 +234,7 @@ class FakeServer:
         self.client = httpx.AsyncClient(transport=transport, base_url="http://test")
 
     def answers(self, *texts: str) -> None:
-        """Each text is a step's tokens: one of each byte."""
+        """Set the answer to every request: the tokens of each text, one for each byte, are one step."""
         self.scheduler.steps = [self.tokenizer.encode(text, add_special_tokens=False) for text in texts]
 
     async def post(self, path: str, **body: Any) -> httpx.Response:
@@ -244,7 +245,7 @@ class FakeServer:
 
     @property
     def prompt(self) -> str:
-        """The last one that was asked."""
+        """Text of the last request's prompt."""
         return str(self.tokenizer.decode(self.scheduler.asked[-1][0]))
 
     async def complete(self, **body: Any) -> httpx.Response:
@@ -252,7 +253,7 @@ class FakeServer:
 
 
 def chunks_of(response: httpx.Response) -> list[Any]:
-    """The JSON of each event of a stream, which ends with [DONE]."""
+    """Return the JSON of each event of a stream, which must end with [DONE]."""
     assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
     *events, done, rest = response.text.split("\n\n")
     assert (done, rest) == ("data: [DONE]", "")
@@ -261,7 +262,7 @@ def chunks_of(response: httpx.Response) -> list[Any]:
 
 
 def named_events_of(response: httpx.Response) -> list[Any]:
-    """The JSON of each event of a stream whose events have their type's name, and which ends with its last event."""
+    """Return the JSON of each event of a stream whose events are named by their type. It ends without [DONE]."""
     assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
     *events, rest = response.text.split("\n\n")
     assert rest == ""
@@ -272,7 +273,7 @@ def named_events_of(response: httpx.Response) -> list[Any]:
 
 
 def server_that_thinks(small_model: Any) -> FakeServer:
-    """Its answers have reasoning, text and a call of a tool."""
+    """Make a FakeServer whose answers have reasoning, text and a tool call."""
     server = FakeServer(load_tokenizer(small_model("qwen3")), chat_template=TOOL_TEMPLATE)
     server.answers(*THOUGHT_TEXT_AND_CALL)
     return server

@@ -1,4 +1,4 @@
-"""`hbserve serve` as a process of its own, and what it says of itself."""
+"""`hbserve serve` as a process of its own, with its log and its metrics."""
 
 import re
 import signal
@@ -28,14 +28,14 @@ def until(condition: Callable[[], bool]) -> None:
 
 
 class Served:
-    """A server that runs."""
+    """A running server."""
 
     def __init__(self, process: subprocess.Popen[bytes], log: Path) -> None:
         self.process = process
         self.log = log
 
     def found(self, pattern: str) -> str:
-        """The first group of a pattern that the log is to have, sooner or later."""
+        """Wait until the log matches a pattern, and return the pattern's first group."""
 
         def look() -> bool:
             status = self.process.poll()
@@ -78,7 +78,8 @@ def is_empty(figures: dict[str, float]) -> bool:
 
 @contextmanager
 def served(folder: Path, *options: str, statuses: Sequence[int] = (0,), **sections: Any) -> Iterator[Served]:
-    """Serves what the sections of a file say; without `model`, the demo model. `statuses`: with which it may end."""
+    """Run `hbserve serve` with these sections of a configuration file; without `model`, with the demo model.
+    `statuses` are the exit statuses with which it may end."""
     content = {"gpu_instances": PAIR, "engine": {"num_blocks": 256}, "scheduler": {"port": 0}, "server": {"port": 0}}
     path, log = folder / "served.yaml", folder / "served.log"
     path.write_text(yaml.safe_dump(content | sections))

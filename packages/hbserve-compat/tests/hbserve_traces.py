@@ -1,4 +1,4 @@
-"""What Perfetto needs of a trace."""
+"""Check of what Perfetto needs in a trace."""
 
 import gzip
 import json
@@ -11,7 +11,7 @@ def read_trace(content: bytes) -> dict[str, Any]:
 
 
 def check_trace(trace: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """Slices of a lane are nested or apart, arrows go forward in time between slices, counters end at 0.
+    """Check that slices of a lane are nested or apart, arrows go forward in time between slices, and counters end at 0.
 
     Returns the slices by process.
     """

@@ -1,4 +1,4 @@
-"""`--api-servers N`: several processes on one port, of which each may end, and which end together."""
+"""`--api-servers N`: several processes on one port. Each may end by itself, and they end together with the server."""
 
 import asyncio
 import os
@@ -29,11 +29,11 @@ from hbserve_testing.narrowing import present
 
 BODY = {"prompt": "Once", "max_tokens": 400, "ignore_eos": True, "stream": True}
 NO_HEARTBEATS = {"port": 0, "heartbeat_timeout_s": 600}
-"""Whoever notices that a process has ended notices it in another way."""
+"""Settings of a scheduler whose heartbeats notice no dead process, so that the tests see the other ways to notice."""
 
 
 def processes(server: Served) -> set[int]:
-    """Pids of the processes that serve HTTP."""
+    """Return the pids of the processes that serve HTTP."""
     found = set()
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -181,13 +181,13 @@ if (fd := json.loads(settings)["listening_fd"]) is not None:
     print("listens at", socket.socket(fileno=fd).getsockname(), file=sys.stderr)
 sys.stdin.read()
 """
-"""In place of a process of the server: one that serves nothing, and says what it was told, and of
-which socket it has got."""
+"""Program that replaces a process of the server: it serves nothing, and prints its settings and the
+address of the socket that it has inherited."""
 
 
 @pytest.fixture
 def broken(monkeypatch, tmp_path) -> Path:
-    """Processes of a server are CHILDs. They end at once while this path exists, and `slow` beside it holds one up."""
+    """Path while which exists, processes of a server, which are CHILDs, end at once; `slow` beside it holds one up."""
     path, execute = tmp_path / "broken", asyncio.create_subprocess_exec
 
     async def start_child(*_: str, **options: Any) -> asyncio.subprocess.Process:

@@ -1,4 +1,4 @@
-"""What a file has wrong is told by the process that reads it: in one line, before an instance is started."""
+"""Errors in a configuration file: the process that reads it reports them, in one line, before it starts an instance."""
 
 import os
 import socket
@@ -21,7 +21,7 @@ from hbserve_rpc import AddressInUse
 from hbserve_scheduler import ConfigError
 
 FOREIGN = "192.0.2.7"
-"""No machine's: for examples in documents."""
+"""An address that no machine has, because it is reserved for documentation."""
 
 
 @pytest.fixture(autouse=True)

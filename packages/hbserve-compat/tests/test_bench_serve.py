@@ -1,4 +1,4 @@
-"""`hbserve bench serve`: what it sends, when, and which figures come of what was answered."""
+"""`hbserve bench serve`: what it sends, when, and which figures it computes from the answers."""
 
 import asyncio
 import contextlib
@@ -38,7 +38,7 @@ p99_ttft_ms mean_tpot_ms median_tpot_ms std_tpot_ms p99_tpot_ms mean_itl_ms medi
 input_lens output_lens ttfts itls latencies start_times queue_times generated_texts errors server_queue_times
 server_ttfts
 """
-"""Of the JSON file of vLLM 0.33, with --save-detailed."""
+"""Keys of the JSON file that vLLM 0.33 writes with --save-detailed."""
 
 
 # ---- a server of which every byte is known ------------------------------------------------------------------------
@@ -50,16 +50,16 @@ def event(text: str | None = None, **more: Any) -> bytes:
 
 
 class Scripted:
-    """Answers each request with the parts of `answers`, in turn, over connections that it keeps.
+    """A server that answers each request with the parts of the next one of `answers`, over connections that it keeps.
 
-    A float is a pause, an exception breaks the connection, an integer at the begin is another status than 200.
+    A float is a pause, an exception breaks the connection, and an integer at the beginning is a status other than 200.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.answers: list[list[Any]] = []
         self.refuses_all = False
-        """For want of a key."""
+        """Whether every request is refused because it has no API key."""
         self.asked: list[dict[str, Any]] = []
         self.heads: list[str] = []
         self.connections: list[tuple[asyncio.StreamWriter, asyncio.Task[None] | None]] = []
@@ -373,7 +373,7 @@ def test_the_second_of_two_requests_is_at_the_end_of_a_ramp():
 
 
 def test_a_ramp_whose_gaps_are_random_keeps_its_rates_on_average():
-    """No time is stretched there to what was asked for."""
+    """With a ramp, the times are not stretched to the rate that was asked for."""
     for burstiness in (0.5, 4):
         times = arrival_times(4000, 0, burstiness=burstiness, ramp="linear", ramp_rates=(20, 20), seed=1)
         assert times[-1] == pytest.approx(4000 / 20, rel=0.1)
@@ -650,7 +650,8 @@ def test_vllm_s_options_are_taken_on_the_command_line(monkeypatch):
 
 @pytest.fixture
 def two_layouts(scripted, monkeypatch):
-    """In place of `hbserve serve`: those apart answer only the first request, before each load of four."""
+    """Replacement of `hbserve serve`. With prefill and decode apart, it answers only the request before each load of
+    four, and none of the load."""
     served: list[list[str]] = []
 
     @contextlib.asynccontextmanager

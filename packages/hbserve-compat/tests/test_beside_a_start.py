@@ -1,4 +1,4 @@
-"""What only a tokenizer can tell is told in one line while instances start, and then nothing of them is left."""
+"""Errors that only a tokenizer can find: they are told in one line while instances start, and no instance is left."""
 
 import os
 import shutil
@@ -12,14 +12,14 @@ from hbserve_testing.processes import children_of
 
 @pytest.fixture(autouse=True)
 def nothing_is_left():
-    """Of the processes that a command has started."""
+    """Check that none of the processes that a command has started is left."""
     before = children_of(os.getpid())
     yield
     assert children_of(os.getpid()) == before
 
 
 def refused(*command: str) -> list[str]:
-    """Lines of its stderr."""
+    """Run a command that must be refused, and return the lines of its stderr."""
     found = CliRunner().invoke(app, [*command, "--log-level", "ERROR"])
     assert found.exit_code == 2, found.stderr
     return found.stderr.splitlines()

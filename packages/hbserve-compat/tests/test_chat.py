@@ -1,4 +1,4 @@
-"""`hbserve chat`: a conversation by a URL, and with instances of its own."""
+"""`hbserve chat`: a conversation with the server at a URL, and one with instances of its own."""
 
 import asyncio
 import json
@@ -185,7 +185,7 @@ def test_ctrl_c_stops_an_answer_and_not_the_program_and_the_conversation_goes_on
 
 
 def read_until(terminal: int, end: bytes, *, more: int = 0) -> bytes:
-    """What comes up to these bytes, and so many after them."""
+    """Read from a terminal up to these bytes, and `more` bytes after them."""
     found = b""
     while end not in found or len(found) < found.index(end) + len(end) + more:
         found += os.read(terminal, 1 << 16)

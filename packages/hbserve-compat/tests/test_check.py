@@ -23,7 +23,7 @@ from hbserve_scheduler import DeploymentConfig, convert
 
 
 def deployment(*instances: dict[str, Any], **sections: Any) -> DeploymentConfig:
-    """Of a prefill instance and decode instances, each changed by its dict."""
+    """Make a deployment of a prefill instance and decode instances, each changed by its dict."""
     entries = [
         {"instance_id": f"{'d' if rank else 'p'}{rank}", "instance_type": "decode" if rank else "prefill"}
         | {"kv_rank": rank, **each}
@@ -194,7 +194,7 @@ def test_a_deployment_that_will_work_is_status_0_and_one_that_will_not_names_wha
 
 @pytest.mark.netns
 def test_a_host_whose_loopback_is_down_is_told_in_place_of_a_start(make_network, tmp_path):
-    """Addresses can be bound there, and nobody reaches them: each instance would wait for half a minute for itself."""
+    """Addresses can be bound there, but not reached: each instance would wait for itself, for half a minute."""
     network = make_network({"alone": "10.9.9.1"})
     namespace = network.namespace("alone")
     subprocess.run(["ip", "-n", namespace, "link", "set", "lo", "down"], check=True, timeout=30)

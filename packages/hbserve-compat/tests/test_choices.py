@@ -1,4 +1,5 @@
-"""Several answers to one prompt: the same ones in one process and over prefill and decode instances, moved once."""
+"""Several answers to one prompt: they are the same in one process and over prefill and decode instances, between which
+their KV moves only once."""
 
 import contextlib
 import os
@@ -30,7 +31,7 @@ ASKED = {
 
 @pytest.fixture(scope="module")
 def in_one_process(small_model):
-    """Answers of one engine, by what was asked; and those of as many requests."""
+    """Answers of one engine, by the parameters' name: those to one request, and those to a request for each choice."""
     llm = LLM(small_model("qwen3"), **SIZES)
     together = {name: llm.generate(PROMPTS, params, use_tqdm=False) for name, params in ASKED.items()}
     alone = {
@@ -42,7 +43,7 @@ def in_one_process(small_model):
 
 
 def ranked(answers):
-    """The tokens of which log-probabilities are told, place by place."""
+    """Return the tokens that have log-probabilities, for each place of each answer."""
     return [[list(each) for each in answer.get("logprobs") or ()] for answer in answers]
 
 

@@ -1,4 +1,4 @@
-"""The command line as a user runs it: real processes, and what is left of them."""
+"""The command line as a user runs it, with real processes, of which nothing may be left."""
 
 import os
 import signal
@@ -170,7 +170,8 @@ def test_an_address_that_cannot_be_connected_to_is_refused_with_the_cure(address
 
 
 def test_a_deployment_of_the_demo_model_is_asked_with_that_ones_tokenizer(tmp_path, free_ports):
-    """As examples/two_hosts.yaml has it. A file without a model may be of a deployment of another one: it is said."""
+    """As in examples/two_hosts.yaml. A file without a model may belong to a deployment of another model, so the command
+    says which tokenizer it takes."""
     instances = [
         f"{{instance_id: {role}, instance_type: {role}, port: {port}, kv_rank: {rank}}}"
         for rank, (role, port) in enumerate(zip(("prefill", "decode"), free_ports(2), strict=True))

@@ -1,4 +1,4 @@
-"""The demo model: converted once, whole or not at all, and it knows the capital of France."""
+"""The demo model: it is converted once, whole or not at all, and knows the capital of France."""
 
 import asyncio
 import os
@@ -36,7 +36,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def convert_by(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Replaces what takes so long. The code knows `gguf_file` and `folder`, where the model is to be written."""
+    """Function that replaces the conversion, which takes long, by code that defines `write(gguf_file, folder)`."""
 
     def set_code(code: str) -> None:
         script = f"import sys, time; from hbserve.models import conversion; from pathlib import Path\n{code}"
@@ -212,7 +212,8 @@ def test_a_gguf_file_is_converted_once_and_again_when_it_has_changed(cache, conv
 
 
 def write_gguf(file: Path, num_layers: int, lacks: str = "", more: Mapping[str, int] | None = None) -> None:
-    """A tiny Llama of two layers that claims to have `num_layers`. more: tensors, and how many numbers they have."""
+    """Write a tiny Llama of two layers that claims to have `num_layers`. `more` has the names of additional tensors,
+    with how many numbers they have."""
     gguf, np = pytest.importorskip("gguf"), pytest.importorskip("numpy")
     writer = gguf.GGUFWriter(file, "llama")
     hidden, inner, tokens = 32, 48, ["t", "1", "t1", *(f"x{i}" for i in range(61))]
@@ -271,7 +272,7 @@ def test_a_disk_without_room_is_told_before_the_model_is_read(tmp_path, monkeypa
 
 
 def test_what_a_gguf_file_has_beyond_its_weights_is_kept_or_named(tmp_path):
-    """transformers leaves both out."""
+    """transformers leaves out both: what is kept, and what is named."""
     pytest.importorskip("accelerate")
     write_gguf(tmp_path / "scaled.gguf", 2, more={"rope_freqs.weight": 4})
     conversion._write_model(tmp_path / "scaled.gguf", tmp_path / "folder")

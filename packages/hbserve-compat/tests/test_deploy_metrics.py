@@ -1,4 +1,4 @@
-"""What deploy/ has for Prometheus and Grafana: it asks for metrics that there are, and its parts fit each other."""
+"""The files of deploy/ for Prometheus and Grafana: they ask for metrics that exist, and fit each other."""
 
 import json
 import re
@@ -22,7 +22,7 @@ OF_LABELS = {
     *("cause", "prefill", "decode", "error", "instance_id", "role", "local_prefill_tokens"),
     *("lost", "starting", "ready", "suspect", "draining", "failed"),
 }
-"""What the page has in code beside the metrics: labels, some of their values, and a setting."""
+"""Other words that the page has in code: labels, some of their values, and a setting."""
 LABELS_OF_PROMETHEUS = {"job", "instance"}
 
 
@@ -37,7 +37,7 @@ def expressions() -> Iterator[str]:
 
 @pytest.fixture
 async def labels(small_model: Callable[[str], Path]) -> dict[str, set[str]]:
-    """Labels of each sample that /metrics has."""
+    """The labels of each sample of /metrics."""
     server = FakeServer(load_tokenizer(small_model("qwen3")))
     figures = server.scheduler.figures
     link = figures.link("p0", "d0")

@@ -1,4 +1,4 @@
-"""Text that comes in pieces is the text of all tokens at once, up to the first stop string, for any tokens."""
+"""Detokenizer: for any tokens, the pieces of text are the text of all tokens at once, up to the first stop string."""
 
 import gc
 import time
@@ -40,7 +40,7 @@ def byte_level():
 
 
 def byte_level_and_more():
-    """About whose decoder nothing is known."""
+    """Make a byte-level tokenizer whose decoder has a further part, so that nothing is known about it."""
     made = byte_level()
     made.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Fuse()])
     return made
@@ -109,7 +109,7 @@ def token_ids(kind, tokens):
 
 
 def in_pieces(detokenizer, ids, sizes):
-    """Texts of tokens that come so many at once, again and again, and of the end."""
+    """Feed tokens in groups of these sizes, again and again, and then the end. Returns the text of each."""
     texts, first = list[str](), 0
     while first < len(ids):
         size = sizes[len(texts) % len(sizes)]

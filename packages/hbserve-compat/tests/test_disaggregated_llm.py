@@ -33,7 +33,7 @@ async def llm(small_model, until_empty) -> AsyncIterator[DisaggregatedLLM]:
 
 @in_its_loop
 async def test_the_pair_is_connected_although_nothing_was_asked_yet(llm):
-    """The first test of the file: the model's fixture has asked nothing."""
+    """Must be the first test of the file, because the fixture that is shared has sent no request before it."""
     assert llm.get_system_stats()["cpu_scheduler"]["total_requests"] == 0
     prefill, decode = llm.scheduler.fleet.handles.values()
     async with asyncio.timeout(60):

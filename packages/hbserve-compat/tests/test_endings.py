@@ -1,4 +1,4 @@
-"""Where an answer ends is the same for LLM, in one process or several, and for DisaggregatedLLM."""
+"""The ends of answers: they are the same for LLM, in one process or several, and for DisaggregatedLLM."""
 
 import json
 import shutil
@@ -23,13 +23,13 @@ LONG = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)
 class Case:
     folder: object
     tokens: list[int]
-    """What the model says greedily after the prompt."""
+    """The model's greedy answer to the prompt."""
     symbols: list[str]
 
 
 @pytest.fixture
 def case(small_model, tmp_path):
-    """A model whose second token is special, and its tokenizer's end; config.json has another."""
+    """A model whose answer's second token is special, and is the tokenizer's end token; config.json has another one."""
     folder = shutil.copytree(small_model("llama"), tmp_path / "model")
     llm = LLM(folder, **SIZES)
     (answer,) = llm.generate(PROMPT, LONG, use_tqdm=False)
@@ -69,7 +69,7 @@ def test_a_text_ends_where_it_does_in_one_process(case, name):
 
 
 def reason_of(params):
-    """What ended it, as the parameters of CASES have it."""
+    """Return the stop reason that belongs to the parameters of one of CASES."""
     return next(iter([*params.stop[-1:], *params.stop_token_ids]), None)
 
 

@@ -1,4 +1,4 @@
-"""Whatever a caller of LLM does: an answer or one error of ours, the others unaffected, and nothing stays."""
+"""Whatever a caller of LLM does, it gets an answer or one error of ours, others are not affected, nothing is left."""
 
 import contextlib
 import gc
@@ -219,7 +219,7 @@ OF_SEVERAL = (
     "list of arrays", "array of objects", "list of lists of np.int64", "batch of one in a list", "generator of prompts",
     "list of dicts", "text of numpy",
 )  # fmt: skip
-"""Forms of lists of prompts, of which these have one, where one prompt is expected."""
+"""Those of PROMPTS that are lists of prompts, here with a single one, where one prompt is expected."""
 
 
 @pytest.mark.parametrize("kind", ["one engine"])
@@ -266,7 +266,7 @@ def test_no_prompts_have_no_answers_but_nothing_is_no_prompt(llms):
 
 
 class Answerless:
-    """Has no attributes, and no text of its own."""
+    """An object that raises for every attribute, and whose repr is not Unicode text."""
 
     def __getattr__(self, name: str) -> Any:
         raise RuntimeError(name)
@@ -347,7 +347,7 @@ def test_whatever_is_given_is_answered_or_refused_and_another_call_is_unaffected
 
 
 def children() -> set[int]:
-    """Of every thread of this process."""
+    """Return the pids of the children of every thread of this process."""
     found = set[int]()
     for each in Path("/proc/self/task").glob("*/children"):
         with contextlib.suppress(FileNotFoundError):  # its thread has ended meanwhile

@@ -1,4 +1,4 @@
-"""Server-sent events, however the body is cut."""
+"""Server-sent events are read correctly, however the body is cut into pieces."""
 
 import pytest
 

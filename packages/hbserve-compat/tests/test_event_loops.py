@@ -1,4 +1,4 @@
-"""DisaggregatedLLM belongs to one event loop; whoever ends it may be anywhere, and nothing stays."""
+"""DisaggregatedLLM belongs to one event loop, but may be ended from anywhere, and leaves nothing behind."""
 
 import asyncio
 import gc
@@ -46,7 +46,7 @@ def pids(llm: DisaggregatedLLM) -> list[int]:
 
 
 async def start_under_way(llm: DisaggregatedLLM) -> tuple[asyncio.Task[None], list[int]]:
-    """A start whose processes are there, and theirs."""
+    """Begin a start, and wait until its processes run. Returns the task of the start, and their pids."""
     starting = asyncio.create_task(llm.start())
     async with asyncio.timeout(30):
         while llm._instances is None or len(pids(llm)) < 2:
@@ -55,7 +55,7 @@ async def start_under_way(llm: DisaggregatedLLM) -> tuple[asyncio.Task[None], li
 
 
 def assert_ended(processes: list[int]) -> None:
-    """Ended; a zombie is one that has ended, too."""
+    """Wait until these processes have ended. A zombie has ended, too."""
     deadline_s = time.monotonic() + 5
     while left := [pid for pid in processes if alive(pid)]:
         assert time.monotonic() < deadline_s, f"{left} still run"
@@ -151,7 +151,7 @@ async def test_after_the_death_of_an_instance_it_can_be_stopped_and_started_agai
 
 
 async def until_collected(seen: "weakref.ref[Any]", processes: list[int]) -> None:
-    """Collected, ended, and nothing goes on in the event loop of it."""
+    """Wait until the object has been collected, its processes have ended, and none of its tasks is left."""
     gc.collect()
     assert seen() is None
     async with asyncio.timeout(30):

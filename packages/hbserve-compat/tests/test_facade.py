@@ -1,4 +1,4 @@
-"""The documented names are the owners' objects, and light ones stay light."""
+"""The documented names are the same objects as in the packages that own them, and importing a light one stays light."""
 
 import importlib
 import subprocess

@@ -1,4 +1,4 @@
-"""What people type first: it works, or one line says what to do, before anything is started."""
+"""Commands that people type first: they work, or one line says what to do before anything is started."""
 
 import json
 import os
@@ -28,7 +28,7 @@ from hbserve_rpc.settings import EngineSettings
 
 @pytest.fixture
 def begun(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Arguments of commands, which end before they would start anything; and no process is started."""
+    """The arguments of commands, which are noted in place of running them, so that no process is started."""
     found: list[Any] = []
 
     async def note(args: Any) -> None:
@@ -130,7 +130,7 @@ def test_what_is_not_said_of_the_server_is_as_the_file_has_it(begun, config):
 
 @pytest.fixture
 def folder_with(tmp_path: Path) -> Callable[..., Path]:
-    """Makes a folder of files, from their contents as JSON."""
+    """Function that makes a folder of files, each with its content as JSON."""
 
     def make(**files: Any) -> Path:
         for name, content in files.items():
@@ -226,7 +226,7 @@ def test_help_that_cannot_be_written_is_one_line():
 
 
 def test_a_ctrl_c_while_the_command_line_is_imported_is_no_traceback(tmp_path):
-    """A module that the command line imports says that it is there, and waits: the signal comes in the midst of it."""
+    """A module that the command line imports reports that it is being imported, and waits for the signal."""
     (tmp_path / "typer.py").write_text("import os, signal\nos.write(1, b'importing')\nsignal.pause()\n")
     code = "from hbserve.entry import main; main()"
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}

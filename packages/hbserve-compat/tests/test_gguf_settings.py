@@ -1,4 +1,4 @@
-"""What a GGUF file says of its model: the folder that it is converted to says the same to the engine."""
+"""Settings of a model in a GGUF file: the engine finds the same ones in the folder to which the file is converted."""
 
 import json
 from types import SimpleNamespace
@@ -41,7 +41,7 @@ LONGROPE = {
 
 
 def reader(architecture, fields, tensors=None):
-    """As gguf.GGUFReader has a file."""
+    """Make what gguf.GGUFReader would return for a file with these fields and tensors."""
     named = {"general.architecture": architecture, **{f"{architecture}.{name}": each for name, each in fields.items()}}
     return SimpleNamespace(
         fields={name: SimpleNamespace(contents=lambda value=value: value) for name, value in named.items()},
@@ -51,7 +51,7 @@ def reader(architecture, fields, tensors=None):
 
 @pytest.fixture
 def load(tmp_path):
-    """The engine's config of what transformers writes for such values, completed from a file."""
+    """Function that returns the engine's config for what transformers writes for such values, completed from a file."""
 
     def load(name, given, file=None):
         config = getattr(transformers, f"{name}Config")(**SIZES | given)
@@ -65,7 +65,8 @@ def load(tmp_path):
 
 
 def factors_of_llama3():
-    """What llama.cpp's converter puts into rope_freqs: by how much each pair of 16 dimensions is slowed down."""
+    """Return what llama.cpp's converter puts into rope_freqs: the factor by which each pair of 16 dimensions is slowed
+    down."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     config = transformers.LlamaConfig(**SIZES, rope_parameters=LLAMA3)
@@ -148,7 +149,7 @@ def test_what_has_no_key_in_a_config_is_named(load, fields, named):
 
 
 def test_experts_have_their_own_names_in_the_folder(tmp_path):
-    """transformers keeps them stacked, as the file does."""
+    """transformers keeps experts stacked, like the file."""
     gguf, np = pytest.importorskip("gguf"), pytest.importorskip("numpy")
     pytest.importorskip("accelerate")
     writer = gguf.GGUFWriter(tmp_path / "x.gguf", "qwen3moe")

@@ -1,4 +1,4 @@
-"""What `--help` says to somebody who has not read anything else."""
+"""`--help` is enough for a user who has read nothing else."""
 
 from collections.abc import Iterator
 from typing import Any

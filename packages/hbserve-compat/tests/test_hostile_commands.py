@@ -1,7 +1,7 @@
-"""Whatever a command is given: an answer, or one error line of ours and an exit status; never a traceback.
+"""Whatever a command is given, it gives an answer, or one error line of ours and an exit status, and never a traceback.
 
-The commands run in this process, where a hundred of them take seconds; up to where they would start processes, or with
-a deployment that runs already.
+The commands run in this process, where a hundred of them take only seconds. They run up to the point where they would
+start processes, or use a deployment that runs already.
 """
 
 import errno
@@ -51,7 +51,7 @@ OPTION = st.sampled_from(["--max-tokens", "--temperature", "--kv-transfer-backen
 
 
 def invoke(arguments: list[str], caplog: pytest.LogCaptureFixture) -> Result:
-    """Run it, and check how it ended."""
+    """Run a command, and check how it ended."""
     caplog.clear()
     result = CliRunner().invoke(app, arguments)
     assert result.exception is None or isinstance(result.exception, SystemExit), repr(result.exception)
@@ -73,7 +73,7 @@ def invoke(arguments: list[str], caplog: pytest.LogCaptureFixture) -> Result:
 
 @pytest.fixture(scope="module")
 def address(small_model, free_ports, tmp_path_factory) -> Iterator[str]:
-    """Of a scheduler that serves the small model."""
+    """Address of a scheduler that serves the small model."""
     folder, (port, *ports) = tmp_path_factory.mktemp("deployment"), free_ports(3)
     roles = zip(("prefill", "decode"), ports, (0, 1), strict=True)
     content = {

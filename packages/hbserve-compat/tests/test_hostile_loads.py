@@ -1,5 +1,5 @@
-"""Whatever `bench serve`, `simulate`, `plan` and `chat` are given, options, files and servers: an answer, or one error
-line of ours; and what can be known before a load is told before it."""
+"""Whatever options, files and servers `bench serve`, `simulate`, `plan` and `chat` are given, they give an answer, or
+one error line of ours. Errors that can be known before a load are told before it."""
 
 import asyncio
 import codecs
@@ -127,7 +127,7 @@ def write(path: Path, content: str | bytes) -> None:
 
 
 async def load_of(scripted: Scripted, path: Path, kind: Dataset, content: str | bytes, **options: Any) -> int:
-    """How many requests come of it, the warm-up apart."""
+    """Return how many requests are sent for a dataset, without the warm-up."""
     scripted.answers = [[b'data: {"choices":[{"text":"a"}]}\n\n']]
     write(path, content)
     await bench(scripted, dataset_name=kind, dataset_path=path, **options)

@@ -1,4 +1,4 @@
-"""The sockets of the OpenAI server: a Unix domain's, one with TLS, one behind a proxy, and one that is taken."""
+"""The sockets of the OpenAI server: a Unix domain socket, one with TLS, one behind a proxy, and one that is taken."""
 
 import asyncio
 import contextlib
@@ -31,7 +31,7 @@ from hbserve_testing.narrowing import present
 
 
 async def not_called(*_: Any) -> None:
-    """The application of a server that is not started."""
+    """Stand in for the application of a server that is not started."""
 
 
 @pytest.fixture
@@ -139,7 +139,7 @@ async def test_a_request_that_has_come_as_the_server_stops_is_not_left_without_a
 
 @pytest.fixture
 def key_and_certificate(tmp_path: Path) -> tuple[str, str]:
-    """Of 127.0.0.1."""
+    """Files of a private key and a certificate of 127.0.0.1."""
     if shutil.which("openssl") is None:
         pytest.skip("needs openssl, to make a certificate")
     key, certificate = str(tmp_path / "key.pem"), str(tmp_path / "cert.pem")
@@ -182,7 +182,7 @@ async def test_a_host_that_is_not_here_is_named():
 
 
 async def health_over(connection: socket.socket) -> bytes:
-    """The first line of an answer."""
+    """Ask for /health, and return the first line of the answer."""
     loop = asyncio.get_running_loop()
     async with asyncio.timeout(30):
         await loop.sock_sendall(connection, b"GET /health HTTP/1.1\r\nhost: here\r\n\r\n")

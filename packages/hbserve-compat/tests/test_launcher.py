@@ -1,4 +1,4 @@
-"""What a launcher tells each instance: its share of the host, and its own addresses."""
+"""The settings that a launcher gives each instance, such as its share of the host, and the processes that it starts."""
 
 import asyncio
 import os
@@ -24,7 +24,8 @@ from hbserve_testing.waits import until
 
 
 def settings(instances: list[dict[str, Any]], **sections: Any) -> list[dict[str, Any]]:
-    """Of each instance; `instances` need only what differs from one prefill and then decode instances."""
+    """Return the settings of each instance. `instances` need only what differs from one prefill instance followed by
+    decode instances."""
     entries = [
         {"instance_id": f"i{rank}", "instance_type": "decode" if rank else "prefill", "kv_rank": rank} | each
         for rank, each in enumerate(instances)
@@ -34,7 +35,7 @@ def settings(instances: list[dict[str, Any]], **sections: Any) -> list[dict[str,
 
 
 def give_cores(monkeypatch: pytest.MonkeyPatch, num_cores: int) -> None:
-    """And no other limit than this machine's number of cores."""
+    """Give this machine so many cores, and no other limit."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(num_cores)))
     monkeypatch.setattr(host_cores, "CGROUP", Path("/nowhere"))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
@@ -121,7 +122,7 @@ class Closed:
 
 @pytest.mark.parametrize("stderr", [None, Closed()])
 async def test_what_an_instance_logs_is_read_although_there_is_no_stderr_to_show_it_on(stderr, monkeypatch):
-    """Else it blocks when the pipe is full, in the middle of a request."""
+    """If it was not read, the instance would block on a full pipe, in the middle of a request."""
     process = InstanceProcess(settings([{}, {}])[0], lambda *_: None)
     child = "import sys; sys.stderr.write(('x' * 99 + chr(10)) * 2000 + 'last' + chr(10))"
     process._process = await asyncio.create_subprocess_exec(sys.executable, "-c", child, stderr=asyncio.subprocess.PIPE)
@@ -165,11 +166,11 @@ if settings["log_level"] == "CRITICAL" and settings["port"]:
 print(json.dumps({"address": f"127.0.0.1:{settings['port'] or 4711}"}), flush=True)
 sys.stdin.read()
 """
-"""In place of an instance: one that serves nothing."""
+"""Program that replaces an instance, and serves nothing."""
 
 
 class Local:
-    """Instances of this test, and what is said of them."""
+    """One instance that a test starts, with the deaths that are reported of it."""
 
     def __init__(self, log_level: str = "INFO") -> None:
         entry = {"instance_id": "d0", "instance_type": "hybrid"}
@@ -296,7 +297,7 @@ async def test_one_that_does_not_hear_sigterm_ends_with_its_stdin(local, caplog)
 
 
 class Dying:
-    """Dies by itself when it is told to end."""
+    """A process that dies by itself when it is told to end."""
 
     name, address, waits_for, pid = "d0", "", "", None
 

@@ -74,7 +74,7 @@ def test_a_waterfall_is_without_gaps_and_what_is_computed_beside_a_wait_is_no_wa
 
 
 def a_view(*records: RequestRecord, seconds: float = 2.0) -> View:
-    """The second of two looks, between which the records came."""
+    """Return the view of the second of two looks, between which the records came."""
     figures, live = Figures(), LiveView()
     instances = [
         InstanceStats("p0", "prefill", "ready", "1", prefill_tokens=10),
@@ -141,7 +141,7 @@ def test_texts_say_what_is_and_obey_nobody():
 
 
 class ShownSource:
-    """What a TopApp looks at: views of a test, or an error."""
+    """The source of a TopApp: views that a test makes, or an error."""
 
     address = "127.0.0.1:1"
 

@@ -1,4 +1,4 @@
-"""LLM, in place of nano-vllm's: same call, same shape, same order."""
+"""LLM as a replacement of nano-vllm's: the same calls, and results of the same shape in the same order."""
 
 import warnings
 from collections.abc import Iterator
@@ -150,7 +150,7 @@ def expected(small_model) -> list[list[int]]:
 
 
 def run(llm: LLM) -> tuple[list[list[int]], list[str]]:
-    """Tokens by number, and errors, until all requests are told of."""
+    """Step until all requests have finished. Returns their tokens, in order, and the messages of errors."""
     tokens, errors = dict[int, list[int]](), []
     while not llm.is_finished():
         try:
@@ -174,7 +174,7 @@ def test_generate_names_the_prompt_that_has_no_numbers_and_goes_on_with_others_l
 def test_step_raises_once_for_each_request_without_numbers_and_loses_nothing_of_others(
     broken_llm, expected, max_tokens
 ):
-    """With one token, all end in the same step."""
+    """Each request has one token, so that all end in the same step."""
     for prompt in [[5, 100], SOUND[0], [100], SOUND[1]]:
         broken_llm.add_request(prompt, SamplingParams(0, max_tokens, True))
     tokens, errors = run(broken_llm)

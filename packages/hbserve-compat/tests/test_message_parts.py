@@ -31,7 +31,7 @@ TIME = '{"name": "time", "arguments": {}}'
 
 
 def read(make: Callable[[], MessageParts], text: str, places: list[int] | None = None) -> tuple[Any, str | None]:
-    """The whole message of a text that is cut at these places, and how it ended."""
+    """Read a text that is cut at these places. Returns the whole message, and how it ended."""
     parts, deltas = make(), []
     cuts = [0, *sorted(place % (len(text) + 1) for place in places or []), len(text)]
     for begin, end in pairwise(cuts):
@@ -57,7 +57,7 @@ CODER_TOOLS = [
 
 
 def coder(name: str, **parameters: str) -> str:
-    """A call as Qwen3-Coder writes it."""
+    """Write a call as Qwen3-Coder does."""
     given = "".join(f"<parameter={name}>\n{value}\n</parameter>\n" for name, value in parameters.items())
     return f"<tool_call>\n<function={name}>\n{given}</function>\n</tool_call>"
 
@@ -299,7 +299,7 @@ BEGUN = {
         "time>\n<parameter=a>1</parameter>\n</function>\n</seed:tool_call>",
     ),
 }  # fmt: skip
-"""By format: what a template shows of it, how a call begins, and the rest of one."""
+"""For each format: words of a template that has it, the beginning of a call, and the rest of that call."""
 
 
 @pytest.mark.parametrize("name", BEGUN)

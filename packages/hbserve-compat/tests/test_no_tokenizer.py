@@ -72,7 +72,7 @@ def cut_off(file: Path) -> None:
 
 
 def only_settings(file: Path) -> None:
-    """transformers makes an empty tokenizer of these, and says nothing."""
+    """Leave only tokenizer_config.json, of which transformers silently makes an empty tokenizer."""
     file.unlink()
     file.with_name("tokenizer_config.json").write_text('{"tokenizer_class": "Qwen2Tokenizer"}')
 

@@ -1,4 +1,4 @@
-"""The figures beside the progress bar are measured, or not there."""
+"""The figures beside the progress bar: they are measured, or absent."""
 
 import itertools
 
@@ -27,7 +27,7 @@ def test_steps_have_the_rate_of_their_kind():
 
 
 def test_news_that_comes_in_bursts_is_measured_over_a_while():
-    """The events of a DisaggregatedLLM lie in a queue: one right after the other says nothing of how fast they came."""
+    """The events of a DisaggregatedLLM wait in a queue: the time between two reads does not say how fast they came."""
     rates = rates_at([0.01 + 0.04 * (i // 4) + 1e-6 * (i % 4) for i in range(400)])
     shown = {int(rates.after(-1)["Decode"].removesuffix("tok/s")) for _ in range(400)}
     assert max(shown) <= 150, "100 tokens a second"

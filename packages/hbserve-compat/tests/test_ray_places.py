@@ -1,4 +1,4 @@
-"""`hbserve serve --ray` without a cluster: what each instance takes of a node, and what is refused."""
+"""`hbserve serve --ray` without a cluster: the resources that each instance takes on a node, and refusals."""
 
 import socket
 import sys
@@ -97,7 +97,7 @@ def test_where_nobody_listens_ray_is_not_left_to_try_for_minutes(monkeypatch):
 
 
 def test_a_cluster_that_was_killed_and_that_ray_still_knows_is_told_at_once_too(monkeypatch):
-    """Ray has it in a file, which only `ray stop` removes."""
+    """Ray keeps the cluster's address in a file, which only `ray stop` removes."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
     services: Any = ModuleType("ray._private.services")
@@ -111,7 +111,7 @@ def test_a_cluster_that_was_killed_and_that_ray_still_knows_is_told_at_once_too(
 
 @pytest.mark.parametrize("says", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n", b"\0\0\x06\4"])
 def test_what_is_no_cluster_is_told_at_once_as_that(monkeypatch, says):
-    """Ray tries for 14 minutes where somebody else listens."""
+    """Ray itself tries for 14 minutes if something else listens at the address."""
     tried: list[str] = []
     ray: Any = ModuleType("ray")
     ray.init = lambda address, **_: tried.append(address)

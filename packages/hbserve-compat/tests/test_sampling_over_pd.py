@@ -1,4 +1,4 @@
-"""What a request asks of sampling means the same in one process and over prefill and decode instances."""
+"""Sampling parameters mean the same in one process and over prefill and decode instances."""
 
 from typing import Any
 
@@ -35,7 +35,7 @@ ASKED = {
 
 @pytest.fixture(scope="module")
 def in_one_process(small_model):
-    """Answers of one engine, by what was asked."""
+    """Answers of one engine, by the parameters' name."""
     llm = LLM(small_model("qwen3"), **SIZES)
     answers = {name: llm.generate(PROMPTS, params, use_tqdm=False) for name, params in ASKED.items()}
     llm.exit()
@@ -43,7 +43,8 @@ def in_one_process(small_model):
 
 
 def check_same(logprobs, expected):
-    """Of the same tokens in the same order. What is summed in another order differs in the last digits."""
+    """Check that log-probabilities are of the same tokens in the same order, and equal except for the last digits, in
+    which sums of another order differ."""
     assert [list(each) for each in logprobs or ()] == [list(each) for each in expected or ()]
     for found, other in zip(logprobs or (), expected or (), strict=True):
         assert list(found.values()) == pytest.approx(list(other.values()), abs=1e-4)
@@ -97,7 +98,7 @@ async def test_answers_over_prefill_and_decode_instances_are_those_of_one_proces
 
 
 async def test_streamed_logprobs_are_those_of_the_tokens_that_come_with_them(small_model):
-    """A stop string cuts both."""
+    """A stop string cuts both the tokens and their log-probabilities."""
     async with DisaggregatedLLM(PdDisaggConfig(small_model("qwen3"), **SIZES)) as llm:
         (whole,) = await llm.generate(PROMPTS[0], ASKED["logprobs"])
         stop = llm.tokenizer.decode(whole["token_ids"][4:5])

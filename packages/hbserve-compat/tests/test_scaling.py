@@ -1,4 +1,4 @@
-"""`hbserve scale`: instances are added to a deployment that serves, and drained and ended, while requests go on."""
+"""`hbserve scale`: instances of a running deployment are added, or drained and ended, while requests go on."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
@@ -41,9 +41,9 @@ class InstanceHere:
     pid = None
     waits_for = "its process starts"
     held = asyncio.Event()
-    """Whether one may start: set for each test."""
+    """Event without which none starts; set anew for each test."""
     failure = ""
-    """Why the next ones do not start."""
+    """Why the next instances fail to start; "": they do not."""
 
     def __init__(self, settings: dict[str, Any], on_death: Callable[[str, str], None]) -> None:
         self.name = self.instance_id = settings["instance_id"]
@@ -54,7 +54,7 @@ class InstanceHere:
         self.server = GpuInstance(msgspec.convert(settings, InstanceConfig))
         self.has_begun = False
         self.num_left: int | None = None
-        """Requests that it had when it was stopped."""
+        """Number of requests that it had when it was stopped."""
 
     async def start(self) -> None:
         await InstanceHere.held.wait()
@@ -73,7 +73,7 @@ class InstanceHere:
         await self.stop()
 
     def kill(self) -> None:
-        """Nobody does that here."""
+        """Do nothing: no test here kills an instance."""
 
 
 class InstancesHere(Instances[InstanceHere]):
@@ -331,7 +331,7 @@ def test_a_typo_in_a_number_is_named(words, problem):
 
 
 def deployment_of(*instances: str, **sections: Any) -> DeploymentConfig:
-    """Of words as `decode-0/1 gpu 3`: name, rank, GPU."""
+    """Make a deployment of words such as `decode-0/1 gpu 3`: name, rank and GPU."""
     entries = []
     for each in instances:
         name, _, gpu = each.partition(" gpu ")

@@ -1,4 +1,4 @@
-"""`hbserve serve` over HTTP, with real instances behind it: the same text as from an LLM, and an end in order."""
+"""`hbserve serve` over HTTP, with real instances: it returns the same text as an LLM, and ends in order."""
 
 import json
 import re
@@ -45,7 +45,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """Serves it, prefill and decode apart."""
+    """A server of the model, with separate prefill and decode instances."""
     with served(tmp_path_factory.mktemp("served"), model={"path": str(model)}) as server:
         assert server.url
         yield server
@@ -68,7 +68,7 @@ def expected(model: Path) -> dict[str, Any]:
 
 
 def ask(server: Served, path: str, **body: Any) -> list[str]:
-    """The texts of a greedy answer's choices."""
+    """Send a request, and return the texts of the greedy answer's choices."""
     question = {"messages": QUESTION} if "chat" in path else {"prompt": QUESTION[0]["content"]}
     # An LLM shows special tokens, as nano-vllm does.
     body = {"temperature": 0, "max_tokens": NUM_TOKENS, "skip_special_tokens": False, **question, **body}
@@ -180,7 +180,7 @@ def test_its_last_requests_are_shown_as_a_timeline(server, tmp_path):
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
 def test_an_answer_follows_its_schema_and_what_cannot_be_followed_is_a_400(server: Served, path: str) -> None:
-    """Of a real tokenizer, whose tokens are words and more."""
+    """The grammar is applied to a real tokenizer, whose tokens are words and more."""
     cities = {"type": "object", "properties": {"capital": {"enum": ["Paris", "Rome"]}}, "required": ["capital"],
               "additionalProperties": False}  # fmt: skip
     for streamed in (False, True):
@@ -211,7 +211,7 @@ def test_clients_that_go_away_while_their_answers_come_leave_nothing(server):
 
 
 def test_it_tells_at_once_that_it_starts_and_in_three_lines_what_runs_and_how_to_ask_it(tmp_path):
-    """With the demo model, which is served if no other is given."""
+    """Uses the demo model, which is served if no other is given."""
     with served(tmp_path) as server:
         url = server.url
         lines = server.log.read_text().splitlines()
@@ -238,7 +238,7 @@ def test_an_address_in_use_is_one_line_before_anything_starts(tmp_path):
 
 @pytest.mark.cold
 def test_a_sign_of_life_comes_within_two_seconds(tmp_path):
-    """Of its own: how long others keep the processor from it says nothing of it."""
+    """Two seconds of its own processor time, so that other processes do not count."""
     command = [sys.executable, "-m", "hbserve", "serve", "--model", str(tmp_path / "nowhere"), "--port", "0"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None

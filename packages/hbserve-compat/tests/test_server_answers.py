@@ -114,7 +114,7 @@ async def test_the_choices_of_a_prompt_are_one_request(server):
 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_stop_string_ends_its_own_choice_alone(server, stream):
-    """All of them have it here, each with its own step: whoever is ended by itself gets no more."""
+    """All choices have the stop string here, each in its own step. One that is ended by itself gets no more tokens."""
     server.answers("Hello", " wörld", " and all")
     answer = await server.complete(n=2, stop=" w", max_tokens=100, stream=stream, logprobs=0)
     assert server.scheduler.running == {}
@@ -434,7 +434,7 @@ def test_of_the_models_defaults_one_that_cannot_be_is_named_and_the_others_are_u
 
 
 class FullAtFirst(FakeScheduler):
-    """A scheduler elsewhere: it refuses where the stream is read, and has room a moment later."""
+    """A remote scheduler, which refuses when the stream is read, and has room a moment later."""
 
     num_refusals = 3
 

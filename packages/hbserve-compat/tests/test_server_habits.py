@@ -1,4 +1,4 @@
-"""Requests as people send them by habit, of other servers and other languages: served, or refused with what to do."""
+"""Requests that people send from habit with other servers and languages: they are served, or refused with advice."""
 
 import gzip
 import json
@@ -156,7 +156,7 @@ async def test_a_field_by_the_name_of_another_api_is_refused_with_its_own(server
 
 
 async def test_a_field_by_both_names_has_the_one_that_is_its_own(server):
-    """As some load generators send it, whatever the endpoint."""
+    """Some load generators send both names to every endpoint."""
     response = await server.complete(max_tokens=2, max_completion_tokens=2)
     assert response.json()["usage"]["completion_tokens"] == 2
     assert response.headers["x-hbserve-ignored"] == "max_completion_tokens"

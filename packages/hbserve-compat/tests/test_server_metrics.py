@@ -1,4 +1,4 @@
-"""/metrics, as Prometheus reads it, and under the names that dashboards for vLLM have."""
+"""/metrics as Prometheus reads it, also under the names that dashboards for vLLM use."""
 
 import re
 from collections.abc import Callable
@@ -49,9 +49,9 @@ DASHBOARDS = {
     "vllm:time_to_first_token_seconds_count",
     "vllm:time_to_first_token_seconds_sum",
 }
-"""Of vLLM's public Grafana dashboards, and of vllmstat 0.9.1, vllm-htop 0.5.0 and vllm-mon 0.1.0. Not there: what is
-gone from vLLM itself (num_requests_swapped, gpu_cache_usage_perc, avg_*_throughput_toks_per_s), speculative decoding,
-and estimates of FLOPs and bytes."""
+"""Samples that vLLM's public Grafana dashboards, vllmstat 0.9.1, vllm-htop 0.5.0 and vllm-mon 0.1.0 use. Left out are
+those that vLLM itself no longer has (num_requests_swapped, gpu_cache_usage_perc, avg_*_throughput_toks_per_s),
+speculative decoding, and estimates of FLOPs and bytes."""
 
 
 NO_METRICS = {
@@ -66,7 +66,7 @@ NO_METRICS = {
     "local_prefill_tokens",
     *get_args(InstanceStatus),
 }
-"""What the page has in code beside metrics."""
+"""Words in code on the page that are not metrics."""
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def server(small_model: Callable[[str], Path]) -> FakeServer:
 
 
 async def scrape(server: FakeServer) -> dict[str, float]:
-    """Value by sample, such as `name{label="value"}`, labels in the order of their names."""
+    """Return the values by sample, such as `name{label="value"}`, with labels in the order of their names."""
     text = (await server.client.get("/metrics")).text
     found: dict[str, float] = {}
     for family in text_string_to_metric_families(text):

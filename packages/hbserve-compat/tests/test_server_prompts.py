@@ -1,4 +1,4 @@
-"""Fields that say how a prompt is made, and how tokens are shown, as users of vLLM send them."""
+"""Fields for how a prompt is made, and how tokens are shown, as users of vLLM send them."""
 
 import inspect
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Whatever is sent to the OpenAI server: it is answered or refused, never with a 500, and nothing of it stays."""
+"""Whatever is sent to the OpenAI server, it is answered or refused, never with a 500, and leaves nothing behind."""
 
 import asyncio
 from collections import Counter

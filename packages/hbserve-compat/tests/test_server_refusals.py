@@ -222,7 +222,7 @@ async def test_who_is_refused_for_lack_of_room_does_not_wait_for_a_prompt_to_be_
     ],
 )
 async def test_the_collector_does_not_go_through_the_prompt_of_a_request_that_waits(server, path, body):
-    """Of thousands that wait it is most of what there is, and a full pass would keep refusals waiting."""
+    """With thousands of waiting requests, most objects are their prompts, and a full pass would delay refusals."""
     server.scheduler.steps = [asyncio.Event()]
     gc.freeze()  # what was there before
     try:
@@ -266,7 +266,7 @@ async def test_priority_and_time_limit_of_a_request_are_handed_on(server):
     ],
 )
 async def test_an_error_before_the_first_token_has_a_status_of_its_own_streamed_or_not(server, failure, status, stream):
-    """Not 200 and then an error: smg #2382."""
+    """A status of 200 must not be followed by such an error (known elsewhere: smg #2382)."""
     server.scheduler.steps = [failure]
     response = await server.chat(stream=stream)
     error = error_of(response, status)
@@ -319,7 +319,7 @@ async def test_a_stream_without_a_token_for_long_begins_with_its_role(tokenizer)
 
 
 async def call(server: FakeServer, body: dict[str, Any], send: Any, gone: asyncio.Event) -> None:
-    """One request as an ASGI server passes it on; the client goes away with `gone`."""
+    """Pass one request to the application as an ASGI server does. The client disconnects when `gone` is set."""
     messages = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
 
     async def receive() -> Any:

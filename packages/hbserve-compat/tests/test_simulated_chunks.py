@@ -1,4 +1,4 @@
-"""The simulator's engine computes in each step what the real one would: the same tokens of the same prompts."""
+"""The simulator's engine computes in each step the same tokens of the same prompts as the real one."""
 
 import asyncio
 from collections.abc import Callable
@@ -24,12 +24,12 @@ PARAMS = SamplingParams(0, 1000)
 
 
 def predictions(token_s: float) -> Callable[[StepWork], float]:
-    """How long a step takes; asked by both."""
+    """Return a prediction of how long a step takes, which both engines use."""
     return lambda work: 0.004 + token_s * work.num_tokens + 2e-8 * work.num_keys + 1e-9 * work.num_pairs
 
 
 class Real:
-    """What hbserve_core schedules, whose steps are played by hand."""
+    """The scheduler of hbserve_core, whose steps are carried out by hand."""
 
     def __init__(self, config: InstanceConfig, predict_s: Callable[[StepWork], float]) -> None:
         self.scheduler = BatchScheduler(
@@ -41,7 +41,7 @@ class Real:
         self.scheduler.move(sequence, Phase.WAITING)
 
     def step(self) -> dict[str, int]:
-        """Tokens by prompt, without decodes."""
+        """Run a step, and return the number of tokens by prompt, without decodes."""
         found = {}
         for chunk in self.scheduler.schedule():
             sequence = chunk.sequence
@@ -57,7 +57,7 @@ class Real:
 
 
 class Modelled:
-    """What the simulator's engine chooses."""
+    """The choices of the simulator's engine."""
 
     def __init__(self, limits: EngineLimits, role: Role, predict_s: Callable[[StepWork], float]) -> None:
         self.engine = ModelledEngine(StepLaw(load_profile("h100-qwen3-8b")), limits, role)
@@ -147,7 +147,7 @@ def test_a_step_is_predicted_to_take_what_it_will():
     ],
 )
 def test_without_a_size_prefill_instances_adapt_and_others_do_not(role: Role, chunk_size: Any, sizes: list[int]):
-    """With 8B on one H100, where 1024 tokens take longer than a step is to take."""
+    """The model has 8B parameters, on one H100, where 1024 tokens take longer than the target of a step."""
 
     async def run() -> None:
         limits = EngineLimits.of(EngineSettings(chunk_size=chunk_size))

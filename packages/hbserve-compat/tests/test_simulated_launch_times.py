@@ -1,4 +1,4 @@
-"""When a modelled engine launches its steps."""
+"""The times at which a modelled engine launches its steps."""
 
 import math
 from collections.abc import Iterable
@@ -10,7 +10,7 @@ from hbserve.simulator.profile import Profile, StepLaw
 from hbserve_core.engine.step_times import STEPS_REMEMBERED
 
 GRAPH = 2304
-"""Tokens of a step that has one."""
+"""Most tokens of a step that has a CUDA graph."""
 AHEAD_S, MIXED_S, EAGER_S = 0.001, 0.004, 0.030
 DECODES = (0.005, 16, 0)
 MIXED = (0.050, 16, 2048)

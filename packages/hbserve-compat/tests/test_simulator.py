@@ -1,4 +1,4 @@
-"""The simulator: the decisions of the real clock, times that follow from a profile, faults, prefixes and plans."""
+"""The simulator: the decisions that the real clock gives, times that follow from a profile, faults, prefixes, plans."""
 
 import asyncio
 import gc
@@ -57,7 +57,7 @@ MESSAGE_S, HANDOFF_S = 0.0001, 0.001
 
 
 def profile(**more: Any) -> Profile:
-    """A token of a prompt takes a millisecond, a decode step ten, and a megabyte one."""
+    """Make a profile in which a prompt's token takes 1 ms, a decode step 10 ms, and moving a megabyte 1 ms."""
     values: dict[str, Any] = {
         "name": "round numbers", "source": "made up", "device": "cpu",
         "kv_bytes_per_token": 1000, "kv_tokens": 100_000,
@@ -68,7 +68,7 @@ def profile(**more: Any) -> Profile:
 
 
 WHOLE = EngineLimits(chunk_size=2048)
-"""Prompts are computed at once."""
+"""Limits with which every prompt is computed in one step."""
 
 
 # ---- the same decisions --------------------------------------------------------------------------------------------
@@ -80,7 +80,7 @@ SETTINGS = SchedulerConfig(max_inflight_prefills=1, heartbeat_interval_s=5, **PO
 
 
 def serve(instance: ModelledInstance, server: RpcServer) -> None:
-    """Let it be dialled over a socket."""
+    """Let a modelled instance be reached over a socket."""
 
     async def connected(_: ConnectRequest) -> Empty:
         return Empty()
@@ -105,7 +105,7 @@ def serve(instance: ModelledInstance, server: RpcServer) -> None:
 
 
 async def decided_on_the_real_clock(slower: float) -> list[tuple[str, str]]:
-    """By a scheduler that dials its instances, over sockets."""
+    """Return the decisions of a scheduler that reaches its instances over sockets."""
     fast = profile(prefill=[(1, 0.0002 * slower), (1000, 0.2 * slower)])
     fabric, law = Fabric(), StepLaw(fast)
     servers, scheduler = [], CpuScheduler(SETTINGS)
@@ -134,7 +134,7 @@ async def decided_on_the_real_clock(slower: float) -> list[tuple[str, str]]:
 
 
 def decided(ended: Any) -> list[tuple[str, str]]:
-    """Where each request was placed. They are placed in the order in which they came."""
+    """Return the prefill and decode instance of each request, in the order in which they came."""
     placed = {request_id: (each.prefill_instance, each.decode_instance) for request_id, (each,) in ended}
     return [placed[f"r{i}"] for i in range(len(LENGTHS))]
 
@@ -220,7 +220,7 @@ def test_a_prompt_behind_another_takes_what_was_measured_of_its_length():
     ],
 )
 def test_the_first_prompt_that_comes_late_is_launched_at_once_and_alone(came_s: list[float], ends_s: list[float]):
-    """The next step is launched 0.3 s before the end of the one that is under way, if there is anything for it then."""
+    """The next step is launched 0.3 s before the end of the current one, if there is work for it at that time."""
     deployment = Deployment(profile(launched_ahead_s=0.3), roles_of(1, 1), limits=WHOLE)
     (results,) = simulate(deployment, [SimulatedRequest(at_s, 500, 1) for at_s in (0, *came_s)])
     expected_s = [0.5, *(end_s - at_s for at_s, end_s in zip(came_s, ends_s, strict=True))]
@@ -259,7 +259,7 @@ def test_who_finds_no_room_on_the_decode_side_waits_for_it():
 
 
 class Reference:
-    """Decode steps one by one: what an engine that jumps over them must agree with."""
+    """A reference that computes decode steps one by one, with which an engine that skips them must agree."""
 
     def __init__(self, law: StepLaw, works: list[tuple[float, int, int]]) -> None:
         now, left = 0.0, sorted(enumerate(works), key=lambda each: each[1][0])
@@ -460,7 +460,7 @@ def test_work_that_is_aborted_leaves_nothing_in_the_engine():
     [(0.015, 0.03), (0.095, 0.11)],  # in its second step, and in its last
 )
 def test_a_prompt_that_is_aborted_is_in_no_step_after_the_current_one(aborted_s: float, ends_s: float):
-    """A step has one chunk, of 10 ms: ten of the first prompt, and one of who has come second."""
+    """A step has one chunk, of 10 ms: ten steps are the first prompt's, and one is the second's."""
     ended: dict[str, float] = {}
 
     async def run() -> None:
@@ -484,7 +484,7 @@ def test_a_prompt_that_is_aborted_is_in_no_step_after_the_current_one(aborted_s:
 
 @pytest.mark.parametrize(("aborted_s", "num_steps"), [(0.01, 1), (0.05, 3)])
 def test_a_sequence_that_is_aborted_is_in_no_step_after_the_current_one(aborted_s: float, num_steps: int):
-    """Both have begun together; steps of two take 20 ms, and those of one 10 ms."""
+    """Both sequences have begun together. Steps of two take 20 ms, and steps of one 10 ms."""
     ends_s: list[float] = []
 
     async def run() -> None:

@@ -23,7 +23,7 @@ STEP, NUM_STEPS = "x" * 100, 4000
 
 
 class Asking:
-    """A server, and a streamed request to it of which nothing is read."""
+    """A server, and a streamed request to it whose answer is not read."""
 
     def __init__(self, server: FakeServer, http: HttpServer, client: socket.socket) -> None:
         self.server = server

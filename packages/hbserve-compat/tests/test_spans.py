@@ -1,4 +1,4 @@
-"""Spans of requests, as a collector of OpenTelemetry gets them."""
+"""Spans of requests, as an OpenTelemetry collector receives them."""
 
 import sys
 import time
@@ -26,7 +26,7 @@ LAST = AttemptRecord(
 
 
 class Collector:
-    """A server whose spans are kept, and what it has answered."""
+    """A server whose spans are kept, so that tests can look at them."""
 
     def __init__(self, folder: Path) -> None:
         self._exporter = InMemorySpanExporter()
@@ -39,7 +39,7 @@ class Collector:
         self.server.answers("ab")
 
     def end(self, *attempts: AttemptRecord, **others: Any) -> str:
-        """The last request has ended so; its id."""
+        """Record how the last request has ended. Returns its id."""
         known: dict[str, Any] = {"finish_reason": "length", "first_token_s": 1.25, "second_token_s": 2.0} | others
         request_id = self.server.scheduler.request_ids[-1]
         self.submitted_at = time.time()

@@ -1,4 +1,4 @@
-"""What a start says while it waits, and the logs of processes that it has started."""
+"""Notices of a start while it waits, and the logs of processes that it has started."""
 
 import asyncio
 import logging

@@ -1,4 +1,4 @@
-"""Structured outputs, of LLM and of the OpenAI server, whose scheduler here does as it is told."""
+"""Structured outputs of LLM, and of the OpenAI server in front of a scheduler that answers as it is told."""
 
 import json
 from typing import Any
@@ -56,7 +56,7 @@ SCHEMAS = st.recursive(LEAVES, _nested, max_leaves=4).filter(lambda schema: json
 
 
 def random_requests(count: int) -> list[tuple[dict, str]]:
-    """Schemas, and prompts: drawn first, so that all of them are answered together."""
+    """Draw schemas and prompts, all before the first request, so that they can be answered together."""
     found: list[tuple[dict, str]] = []
 
     @settings(max_examples=count, derandomize=True, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
@@ -93,7 +93,7 @@ def test_answers_to_random_prompts_parse_and_validate_against_random_schemas(llm
 
 
 def _root(schema: dict) -> dict:
-    """References lead to definitions at the root."""
+    """Move a schema's definitions to the root, where its references expect them."""
     definitions: dict[str, dict] = {}
 
     def moved(part: Any) -> Any:
@@ -210,7 +210,7 @@ async def test_what_an_instance_refuses_is_a_400_too(server):
 async def test_what_an_instance_finds_in_a_schema_is_named_as_its_client_sent_it(
     server, path, body, path_of_schema, param, late
 ):
-    """Before the first token, and as an event of a stream that has begun."""
+    """The error may come before the first token, or as an event of a stream that has begun."""
     refused = InvalidRequest('decode-0: structured_outputs.json: Unimplemented keys: ["response_format"]')
     server.answers("a")
     server.scheduler.steps = [*server.scheduler.steps, refused] if late else [refused]

@@ -1,4 +1,4 @@
-"""Commands and scripts in folders, terminals, locales and with signals as users have them."""
+"""Commands and scripts with the folders, terminals, locales and signals that users have."""
 
 import asyncio
 import json
@@ -32,7 +32,7 @@ OF_OTHERS = {
 
 
 def command(*arguments: Any) -> list[str]:
-    """The installed script: other than `python -m`, it does not put the current folder before all libraries."""
+    """The installed script, which, unlike `python -m`, does not put the current folder before all libraries."""
     return [str(Path(sys.executable).parent / "hbserve"), *map(str, arguments)]
 
 
@@ -77,8 +77,8 @@ BLOCKS_SIGTERM_AND_IGNORES_SIGCHLD = (
 
 
 def start(config: Path, inherits: str = "", *, num_tokens: int = 100000) -> tuple[subprocess.Popen[bytes], list[int]]:
-    """A command in the middle of an answer that lasts a second, and its instances. inherits: what its process does
-    first, as if whoever started it had done so."""
+    """Start a command, and wait until it is in the middle of an answer that lasts a second. Returns it and the pids of
+    its instances. `inherits` is code that its process runs first, as if it had been inherited from the parent."""
     program = ["-c", f"import runpy, signal; {inherits}; runpy.run_module('hbserve', None, '__main__')"]
     client = subprocess.Popen(
         [sys.executable, "-P", *(program if inherits else ["-m", "hbserve"]), "generate", "Hello", "--config", config,
@@ -181,7 +181,7 @@ def test_without_stdout_there_is_no_place_for_an_answer_and_that_is_said_at_once
 
 
 def test_a_server_whose_stderr_nobody_reads_starts_all_the_same():
-    """Until it finds its port taken: it was ended by its first notice, without a word."""
+    """It ends only because its port is taken. Once, its first notice ended it, without a message."""
     reading, writing = os.pipe()
     os.close(reading)
     with open(writing, "wb") as unread, socket.create_server(("127.0.0.1", 0)) as held:

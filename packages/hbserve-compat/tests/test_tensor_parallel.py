@@ -21,7 +21,7 @@ HYBRID = [{"instance_id": "hybrid-0", "instance_type": "hybrid"}]
 
 
 def ranks() -> list[int]:
-    """Processes of this host that are ranks, and that this process has started."""
+    """Return the pids of the ranks that this process has started."""
     return [pid for pid in children_of(os.getpid()) if "hbserve_core.ranks.worker_main" in command_of(pid)]
 
 

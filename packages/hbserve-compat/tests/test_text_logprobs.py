@@ -1,4 +1,4 @@
-"""Which tokens an answer's text is made of."""
+"""TextLogprobs finds the tokens of which an answer's text is made."""
 
 import pytest
 

@@ -17,7 +17,7 @@ BOS, EOS, A, B = 1, 2, 3, 4
 
 @pytest.fixture
 def make(tmp_path):
-    """A tokenizer of single letters, which puts before and after a text what `template` says."""
+    """Function that makes a tokenizer of single letters, which puts the special tokens of `template` around a text."""
 
     def tokenizer(template="<s> $A", chat_template=None):
         letters = [*"abuser[]hi", " "]

@@ -1,4 +1,4 @@
-"""Timelines of requests: whatever the records are, what Perfetto needs of the file is there."""
+"""Timelines of requests: whatever the records are, the file has what Perfetto needs."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ def load(records: list[RequestRecord]) -> dict[str, Any]:
 
 
 def requests_of(number: int) -> list[RequestRecord]:
-    """One over prefill and decode every millisecond, each third of which was tried twice."""
+    """Make records of requests over prefill and decode, one each millisecond; each third one was tried twice."""
     made = []
     for i in range(number):
         first = AttemptRecord(0.001, "p0", "d0", ended_s=0.002, error="d0: lost")
@@ -55,7 +55,7 @@ def test_a_thousand_requests_with_retries_are_a_small_file():
 
 @st.composite
 def record(draw: st.DrawFn) -> RequestRecord:
-    """Whatever an instance tells, and however a request ended."""
+    """Draw a record of a request, with anything that instances may report, and with any end."""
     attempts, at_s = [], draw(TIME)
     for _ in range(draw(st.integers(0, 3))):
         began_s, at_s = at_s, at_s + draw(TIME)
