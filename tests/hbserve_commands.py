@@ -1,4 +1,4 @@
-"""The command line's own parser, for commands that are written down somewhere: each must be one that it takes."""
+"""The command line's own parser, for commands in documents, which it must accept."""
 
 import shlex
 from collections.abc import Iterator, Sequence
@@ -11,9 +11,9 @@ from hbserve.__main__ import app
 
 
 def parsed(arguments: Sequence[str]) -> dict[str, Any]:
-    """Parameters of the command that these arguments of `hbserve` give. Runs nothing.
+    """Return the parameters that these arguments of `hbserve` give to a command, without running it.
 
-    Raises what the parser does: SystemExit, or its own error, of an option or a command that there is not.
+    Raises what the parser raises for an option or a command that does not exist: SystemExit, or its own error.
     """
     command: Any = typer.main.get_command(app)
     context: Any = None
@@ -27,7 +27,7 @@ def parsed(arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def commands_of(document: Path) -> Iterator[list[str]]:
-    """Arguments of each `hbserve` in the shell blocks of a Markdown file, whatever starts it."""
+    """Yield the arguments of each `hbserve` in the shell blocks of a Markdown file, whatever starts it."""
     in_block, held = False, ""
     for line in document.read_text(encoding="utf-8").splitlines():
         if line.startswith("```"):
@@ -40,7 +40,7 @@ def commands_of(document: Path) -> Iterator[list[str]]:
 
 
 def _is_in_quotes(line: str) -> bool:
-    """At its end, so that the next one belongs to it."""
+    """Whether a line ends within quotes, so that the next line belongs to it."""
     try:
         shlex.split(line, comments=True)
     except ValueError:
@@ -49,7 +49,7 @@ def _is_in_quotes(line: str) -> bool:
 
 
 _BEFORE = {"uv", "run", "--no-sync", "exec"}
-"""What may stand before `hbserve` where it is the program, beside settings of the environment."""
+"""Words that may come before `hbserve` where it is the program, besides settings of the environment."""
 
 
 def _hbserve_in(line: str) -> Iterator[list[str]]:

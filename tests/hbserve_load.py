@@ -1,6 +1,6 @@
-"""Requests at a scheduler, several at a time, until stdin ends: `python hbserve_load.py HOST:PORT AT_ONCE`.
+"""A load for a scheduler, AT_ONCE requests at a time until stdin ends: `python hbserve_load.py HOST:PORT AT_ONCE`.
 
-Prints one line of JSON for each that has ended, and at the end one with what the deployment still holds.
+Prints one line of JSON for each request that has ended, and at the end one with what the deployment still holds.
 """
 
 import asyncio
@@ -39,7 +39,7 @@ async def request(scheduler: RemoteScheduler, lane: int, number: int) -> None:
 
 
 async def leftovers(scheduler: RemoteScheduler) -> dict[str, int]:
-    """What is not zero although nothing runs."""
+    """Return the figures that are not zero although nothing runs."""
     stats = await scheduler.fetch_stats()
     found = {"waiting": stats.waiting_requests, "running": stats.running_requests}
     for each in stats.instances:

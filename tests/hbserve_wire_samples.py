@@ -1,10 +1,10 @@
-"""One encoded message of each type of hbserve_rpc that crosses a wire, as this version of the protocol has it.
-Both ends of a KV link have one version, so those of hbserve_kv are not here.
+"""Samples of the protocol: one encoded message of each type of hbserve_rpc that crosses a wire, in its present version.
+Both ends of a KV link have the same version, so there are none of hbserve_kv's messages.
 
     python tests/hbserve_wire_samples.py
 
-writes `wire_samples.json` beside this file: of types that have none there, and of all if the protocol has another
-version than when they were written. A type that changes in another way is what `test_wire_samples.py` finds.
+writes samples to `wire_samples.json` beside this file: of types that have none there, or of all types if the version of
+the protocol has changed. If a type changes without that, `test_wire_samples.py` fails.
 """
 
 import base64
@@ -27,7 +27,7 @@ UNTYPED = msgspec.msgpack.Decoder().decode
 
 
 def types() -> dict[str, Any]:
-    """By module and name: frames, requests, and what may answer them."""
+    """Return the types by module and name: frames, requests, and the answers to these."""
     found = {each for frames in (wire.FromClient, wire.FromServer) for each in get_args(frames)}
     for each in pkgutil.iter_modules(hbserve_rpc.__path__, "hbserve_rpc."):
         module = importlib.import_module(each.name)
@@ -40,7 +40,7 @@ def types() -> dict[str, Any]:
 
 
 def sample_of(kind: Any) -> bytes:
-    """Each field has a value, and none its default where that can be."""
+    """Encode a sample of a type. Each field has a value, other than its default if possible."""
     sample = msgspec.msgpack.encode(_value(inspect.type_info(kind)))
     msgspec.msgpack.decode(sample, type=kind)
     return sample
@@ -83,11 +83,11 @@ PLAIN: dict[type, Any] = {
 }  # fmt: skip
 TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 LEFT_OUT: dict[type, set[str]] = {SamplingParams: {"structured_outputs"}}
-"""Of fields that exclude each other."""
+"""Fields that samples leave out, because they exclude another field."""
 
 
 def read() -> tuple[int, dict[str, bytes]]:
-    """The version that they are of, and the encoded message by the name of its type."""
+    """Return the version of the stored samples, and the encoded messages by the name of their type."""
     stored = json.loads(FILE.read_text())
     return stored["version"], {name: base64.b64decode(sample) for name, sample in stored["samples"].items()}
 

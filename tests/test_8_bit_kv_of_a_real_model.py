@@ -11,13 +11,14 @@ from hbserve_rpc import SamplingParams
 
 NUM_TOKENS = 128
 NEAR_TIE = 0.4
-"""Log-probabilities of the two likeliest tokens that are no farther apart: which comes first is a matter of rounding.
-In bfloat16 2 of 100 tokens differ from float32 there, in 8-bit floats 4."""
+"""Largest difference of the two likeliest tokens' log-probabilities at which rounding may decide which comes first.
+There, 2 of 100 tokens in bfloat16 differ from float32, and 4 in 8-bit floats."""
 
 
 @pytest.fixture(scope="module")
 def read():
-    """Likeliest token and log-probabilities at each place of a text, and its keys and values, by dtype of KV."""
+    """Function that reads a text with a dtype of KV. Returns the likeliest token and the log-probabilities at each
+    place of the text, and its keys and values."""
     from tokenizers import Tokenizer
 
     folder = demo_model_path()
@@ -59,7 +60,7 @@ def test_the_same_tokens_are_the_likeliest_but_for_near_ties(read):
 
 
 def test_keys_and_values_of_every_layer_are_off_by_little_more_than_a_rounding_to_four_bits(read):
-    """A rounding alone is 2.7 % off. docs/rationale.md tells of it."""
+    """Rounding alone gives an error of 2.7 %; see docs/rationale.md."""
     (_, wide), (_, narrow) = read
     errors = (narrow - wide).flatten(2).norm(dim=-1) / wide.flatten(2).norm(dim=-1)
     assert errors[0].max() < 0.035

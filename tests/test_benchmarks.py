@@ -1,4 +1,4 @@
-"""Benchmarks that whoever measures this system runs by hand: that they run at all, and say what they are to say."""
+"""Benchmarks, which are otherwise run by hand: they run at all, and print what they should."""
 
 import asyncio
 import re
@@ -90,7 +90,7 @@ def test_the_scheduler_is_measured_at_several_numbers_of_waiting_requests_and_in
 
 
 def test_hostile_frames_on_every_port_end_nothing_and_leave_nothing():
-    """How long a good client waits beside them is for whoever has the machine alone."""
+    """How long a good client waits beside them is not tested, because that needs a machine of its own."""
     command = [sys.executable, FOLDER / "wires.py", "--frames", "2000", "--half-open", "30", "--p99-ms", "60000"]
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,4 +1,4 @@
-"""deploy/: what Kubernetes' API would refuse, and whether names, ports, probes and commands are those of the code."""
+"""deploy/: Kubernetes' API accepts the manifests, and their names, ports, probes and commands are those of the code."""
 
 import configparser
 import json
@@ -23,7 +23,7 @@ DEPLOY = Path(__file__).resolve().parent.parent / "deploy"
 K8S_VERSION = "1.34"
 START_DEADLINE_S = 180
 HEALTH_PATHS = {"/health", "/ready", "/metrics"}
-"""Of hbserve_rpc.health_port."""
+"""Paths that hbserve_rpc.health_port answers."""
 COMPONENT = "app.kubernetes.io/component"
 OF_OTHERS = {
     "monitoring.coreos.com/v1": "PodMonitor",
@@ -48,7 +48,7 @@ def find(kind: str, name: str, folder: str = "k8s/plain") -> dict[str, Any]:
 
 
 def templates(value: Any) -> Iterator[dict[str, Any]]:
-    """Every pod template, however deep."""
+    """Yield every pod template of a manifest, however deep it is."""
     if isinstance(value, dict):
         if "containers" in value.get("spec", {}):
             yield value
@@ -130,7 +130,8 @@ def test_selectors_find_the_pods_that_they_are_for():
 
 
 def test_the_job_of_the_alerts_has_what_the_server_says_and_not_what_instances_say_of_themselves():
-    """By the same names: sums would have them twice, and one that the server cannot reach would seem to be up."""
+    """The names are the same: sums would count them twice, and an instance that the server cannot reach would seem to
+    be up."""
     scraped = {}
     for each in [one for one in manifests("k8s/plain") if one["kind"] == "PodMonitor"]:
         selector = each["spec"]["selector"]
@@ -185,7 +186,7 @@ RAY_FIELDS = {
     "head": {"rayStartParams", "template"},
     "workers": {"groupName", "replicas", "minReplicas", "maxReplicas", "rayStartParams", "template"},
 }
-"""Of KubeRay's API v1, as its types have them; those that we use."""
+"""Fields of KubeRay's API v1 that we use, as its types have them."""
 
 
 def test_ray_is_given_a_file_and_a_command_that_there_are():
@@ -252,20 +253,21 @@ assert libc.capset(header, none) == 0
 assert {line.split()[1] for line in open("/proc/self/status") if line.startswith("Cap")} == {"0" * 16}
 runpy.run_module("hbserve", None, "__main__", alter_sys=True)
 """
-"""As securityContext has it; the user stays, whose files the packages and the model may be. Done by the program itself:
-a command in between, such as `setpriv`, would start it cold, in four times the processor time."""
+"""Program that drops capabilities as securityContext does, and then runs `hbserve`. The user stays, because the
+packages and the model may be its files. The program does it itself, because a command in between, such as `setpriv`,
+would start it cold, in four times the processor time."""
 
 
 class Pods:
-    """Where commands of pods are run: each in a network namespace, at the ports and by the names that the manifests
-    have, and without any capability; where there are no namespaces, all on this host, at other ports."""
+    """Hosts on which the commands of pods run: each in a network namespace, with the ports and names of the manifests,
+    and without any capability. If there are no namespaces, all run on this host, at other ports."""
 
     def __init__(self) -> None:
         self.hosts = {"server": "10.77.1.1", "prefill": "10.77.1.2", "decode": "10.77.1.3"}
         self.before: dict[str, list[str]] = {host: [] for host in self.hosts}
-        """Words before a command."""
+        """Words before a command, by host."""
         self.changes: dict[str, str] = {}
-        """Of the file."""
+        """Replacements in the configuration file."""
         self.ports = {"prefill": 5600, "decode": 5600, "http": 8000}
 
     def use(self, network: Any) -> None:

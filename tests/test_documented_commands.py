@@ -1,5 +1,5 @@
-"""Commands that are written down are commands that HBServe takes, with options that there are; and so are pieces of
-its file."""
+"""Commands in documents are commands that HBServe accepts, with existing options, and pieces of configuration files are
+valid."""
 
 import re
 import subprocess

@@ -1,4 +1,4 @@
-"""A prompt that is computed before its decode instance has granted, with real processes that freeze and die."""
+"""Prompts that are computed before their decode instance has granted, with real processes that freeze and die."""
 
 import asyncio
 import os

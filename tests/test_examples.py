@@ -59,7 +59,7 @@ WITHOUT_TORCH = "raise ModuleNotFoundError(\"No module named 'torch'\", name='to
 @pytest.mark.cold
 @pytest.mark.parametrize("backend", ["auto", "ipc", "mooncake"])
 def test_layers_of_plain_memory_move_as_they_are_computed_without_torch(backend, tmp_path, monkeypatch):
-    """`.ci/wheels_alone.py` has it run where torch is not installed; and then over nccl, where it is."""
+    """`.ci/wheels_alone.py` runs the example where torch is not installed, and then over nccl where it is."""
     (engine,) = (
         node
         for node in ast.parse((EXAMPLES / "kv_own_memory.py").read_text()).body
@@ -84,7 +84,7 @@ def test_layers_of_plain_memory_that_ipc_moves_do_not_wait_for_torch_where_it_is
 
 
 async def test_the_server_answers_mounted_in_an_application_of_ones_own(small_model):
-    """What examples/ray_serve.py hands to Ray Serve; that itself was tried by hand: docs/ray.md."""
+    """Tests what examples/ray_serve.py gives to Ray Serve; Ray Serve itself was tried by hand (docs/ray.md)."""
     example: dict[str, Any] = runpy.run_path(str(EXAMPLES / "ray_serve.py"))
     application = example["application"](small_model("qwen3"))
     async with (
@@ -100,9 +100,9 @@ async def test_the_server_answers_mounted_in_an_application_of_ones_own(small_mo
 
 @pytest.fixture
 def two_hosts(request: pytest.FixtureRequest) -> dict[str, tuple[str, list[str]]]:
-    """For each address in the example its address here, and what runs a command there.
+    """The address here of each address in the example, and the words that run a command there.
 
-    Where there are no network namespaces, both are this host, at loopback addresses that no other test has.
+    If there are no network namespaces, both hosts are this one, at loopback addresses that no other test has.
     """
     hosts = {"host1": "10.0.0.1", "host2": "10.0.0.2"}
     try:

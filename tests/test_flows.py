@@ -1,7 +1,8 @@
-"""How many files a reader, or a request, goes through: a step of the engine, a KV transfer, a request in the scheduler.
+"""The number of files through which a reader, or a request, goes in a step of the engine, a KV transfer, and a request
+in the scheduler.
 
-What a flow is made of is listed here, and compared with what really runs, or is imported: a file that joins a flow must
-be listed, and may not be one more than the bar. Bars only go down. benchmarks/trace_request.py prints more of the same.
+The files of each flow are listed here, and compared with those that really run, or are imported. A file that joins a
+flow must be listed, and must not exceed the bar. Bars only go down. benchmarks/trace_request.py prints more details.
 """
 
 import ast
@@ -16,11 +17,11 @@ import pytest
 pytestmark = pytest.mark.warm
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = {path.as_posix().rpartition("/src/")[2]: path for path in ROOT.glob("packages/*/src/**/*.py")}
-"""By a path such as hbserve_kv/manager.py."""
+"""Source files, by paths such as hbserve_kv/manager.py."""
 
 
 def files(*folders: str) -> set[str]:
-    """Of lines such as `hbserve_kv/memory: heads memory`."""
+    """Expand lines such as `hbserve_kv/memory: heads memory` to paths."""
     found = set()
     for line in folders:
         folder, _, names = line.partition(": ")
@@ -59,20 +60,20 @@ FLOWS = {
         "hbserve_scheduler: admission attempt cpu_scheduler event_stream figures fleet instances policies request"
     ),
 }
-"""A step on CUDA, with its kernels; the same on a CPU, in plain torch; a transfer over nccl, the first of a pair of
-instances; a request that meets no error. All with one rank, and of requests that ask for tokens alone: a step then runs
-nothing of hbserve_core/logits."""
+"""Files of a step on CUDA, with its kernels; of the same on a CPU, in plain torch; of a transfer over nccl, the first
+of a pair of instances; and of a request that meets no error. All have one rank, and requests that ask for tokens alone,
+so that a step runs nothing of hbserve_core/logits."""
 HOPPER = files("hbserve_core/cuda_runner/kernels: hopper hopper_attention hopper_gated")
-"""Kernels of one generation of cards, in place of two that are listed: a step on CUDA has these too there."""
+"""Kernels of one generation of GPUs, which replace two that are listed: a step on CUDA imports these too."""
 FEW_ROWS = files("hbserve_core/cuda_runner/kernels: few_experts")
-"""Kernels of a mixture's steps of one or two rows, in place of those of experts.py."""
+"""Kernels of a mixture's steps of one or two rows, which replace those of experts.py."""
 BESIDE_IT = files("hbserve_rpc: loop_lag reminder", "hbserve_scheduler: health links")
-"""What runs beside a request and is not of it: a timer, and on a machine that stalls, what the scheduler does about an
-instance that is not heard in time."""
+"""Files that run beside a request, but do not belong to it: a timer, and, on a machine that stalls, the scheduler's
+handling of an instance that it does not hear in time."""
 LOADING = files("hbserve_core/cuda_runner: warm_up", "hbserve_core/model: loaded_model model_config weights")
-"""Called before a runner's first step."""
+"""Files that run before a runner's first step."""
 MOST_OF_A_REQUEST = {"files": 52, "classes": 82, "tasks": 11}
-"""Of one request between two instances that are connected, in all processes together; tasks of asyncio."""
+"""Bars of one request between two connected instances, for all processes together. Tasks are those of asyncio."""
 MOST_FILES = {"cuda step": 20, "step": 13, "transfer": 24, "scheduling": 9}
 
 
@@ -94,7 +95,7 @@ def trace(which: str) -> dict[str, list[str]]:
 
 
 def imported(file: str) -> set[str]:
-    """Files of this workspace that the file imports, anywhere in it."""
+    """Return the files of this workspace that a file imports, anywhere in it."""
     modules = set()
     for node in ast.walk(ast.parse(SOURCES[file].read_text())):
         if isinstance(node, ast.ImportFrom) and node.module:
@@ -136,7 +137,8 @@ def test_a_request_runs_through_no_more_files_and_classes_and_makes_no_more_task
 
 
 def test_a_cuda_step_is_made_of_the_listed_files_only():
-    """As a machine without a GPU sees it: the engine and the CUDA runner import these, and of the model these."""
+    """Looks at imports, for machines without a GPU: the engine and the CUDA runner import these files, and of the model
+    these."""
     reached, todo = set(), {"hbserve_core/engine/engine.py", "hbserve_core/cuda_runner/runner.py"}
     while todo:
         file = todo.pop()

@@ -1,4 +1,4 @@
-"""Answers that follow grammars over each backend, while one of two decode instances is killed: as of one engine."""
+"""Answers that follow grammars, over each backend, are those of one engine, also while a decode instance is killed."""
 
 import asyncio
 import json
@@ -69,7 +69,7 @@ async def test_a_killed_decode_instance_changes_no_answer(backend, small_model, 
 
 
 async def _answered_in_spite_of_a_kill(llm, expected):
-    """Whether an answer was tried again; what the answers must be is checked in any case."""
+    """Kill an instance while answers come, and check these. Returns whether any was tried again."""
     begun = [asyncio.Event() for _ in PROMPTS]
 
     async def follow(prompt, params, has_begun):

@@ -1,4 +1,4 @@
-"""Prefill, decode and scheduler each on a host of its own; and hosts that vanish and come back."""
+"""Deployments whose prefill, decode and scheduler have a host each, and hosts that vanish and come back."""
 
 import contextlib
 import json
@@ -18,7 +18,8 @@ pytestmark = pytest.mark.warm
 START_DEADLINE_S = 180
 LOAD = Path(__file__).parent / "hbserve_load.py"
 AT_ONCE, ANSWERS = 4, 4
-"""Requests that run at a time; and how many answers of each, after a cut, say that it has met none of them."""
+"""Number of requests that run at a time, and of answers that each lane must get, after a cut, until it is known that
+the cut has hit none of them."""
 
 
 def addresses(*instances: str) -> dict[str, str]:
@@ -37,7 +38,7 @@ class Hosts:
         return ["ip", "netns", "exec", self.network.namespace(host), sys.executable, *arguments]
 
     def hbserve(self, *arguments: str) -> str:
-        """What a command of a client says, on the scheduler's host."""
+        """Run a client's command on the scheduler's host, and return its output."""
         command = self.command("scheduler", "-m", "hbserve", *arguments, "--connect", self.scheduler)
         done = subprocess.run(command, capture_output=True, text=True, timeout=START_DEADLINE_S)
         assert done.returncode == 0, f"{done.stderr}\n{self.log.read_text()}"
@@ -46,7 +47,7 @@ class Hosts:
 
 @contextlib.contextmanager
 def running(make_network: Any, instances: list[str], folder: Path, model: Path, **sections: Any) -> Iterator[Hosts]:
-    """Everything started; at the end it must end as asked."""
+    """Start a deployment with one process on each host. At the end, all must end when they are told to."""
     hosts = addresses(*instances)
     entries = [
         {
@@ -102,7 +103,7 @@ def test_prefill_decode_and_scheduler_on_three_hosts_answer_together_and_a_slow_
 
 
 def slow_down_and_look(hosts: Hosts) -> None:
-    """The link to the decode instance: who waited for it is named by the log, by a waterfall and by a metric."""
+    """Slow the link to the decode instance down, and check that log, waterfall and a metric name what waited for it."""
     hosts.network.slow_down("decode-0", 400)
     hosts.hbserve("generate", "slow " * 30, "--max-tokens", "4")  # about 90 KB of KV: two seconds
     view = json.loads(hosts.hbserve("top", "--once", "--json"))
@@ -116,7 +117,7 @@ def slow_down_and_look(hosts: Hosts) -> None:
 
 
 class Load:
-    """Requests all the time, of which none may fail, and each prompt must be answered alike every time."""
+    """A continuous load of requests. None may fail, and each prompt must get the same answer every time."""
 
     def __init__(self, hosts: Hosts) -> None:
         command = hosts.command("scheduler", str(LOAD), hosts.scheduler, str(AT_ONCE))
@@ -143,8 +144,8 @@ class Load:
         self.until(lambda answer: instance in answer["instances"])
 
     def is_tried_again_without(self, instance: str) -> bool:
-        """Whether a request has met the end of this instance. Else those that it had were just answered, and the
-        scheduler has heard nothing of it for long enough before it would have sent it another one."""
+        """Whether a request was hit by the end of this instance, and so tried again. If none was, its requests had just
+        been answered, and the scheduler noticed its silence before sending it another one."""
         num_answers: Counter[int] = Counter()
 
         def is_tried_again(answer: dict[str, Any]) -> bool:
@@ -158,7 +159,7 @@ class Load:
         return is_tried_again(self.until(is_decided))
 
     def end(self) -> dict[str, int]:
-        """What is left in the deployment then."""
+        """End the load, and return what is then left in the deployment."""
         assert self._client.stdin is not None
         assert self._client.stdout is not None
         self._client.stdin.close()

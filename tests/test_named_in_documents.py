@@ -1,4 +1,4 @@
-"""Files, classes and their members that a document names are there."""
+"""Files, classes and members of classes that a document names exist."""
 
 import ast
 import re
@@ -10,16 +10,16 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FOUND = (path for folder in ["", "docs/", "benchmarks/", "packages/*/"] for path in ROOT.glob(f"{folder}*.md"))
 DOCUMENTS = sorted(path for path in FOUND if path.name != "CHANGELOG.md")
-"""But for those that tell what once was."""
+"""Markdown files, except changelogs, which describe the past."""
 SOURCES = {path.as_posix().rpartition("/src/")[2]: path for path in ROOT.glob("packages/*/src/**/*.py")}
-"""By a path such as hbserve_kv/manager.py."""
+"""Source files, by paths such as hbserve_kv/manager.py."""
 PYTHON_FILE = re.compile(r"`((?:[\w-]+/)*\w+\.py)(?:`| )")
 MEMBER = re.compile(r"\b([A-Z]\w+)\.([a-z_]\w*)")
 
 
 @pytest.fixture(scope="module")
 def classes() -> dict[str, set[str]]:
-    """Names that each class of the packages has, those of its bases included."""
+    """Names of the members of each class of the packages, including those of its bases."""
     own: dict[str, set[str]] = {}
     bases: dict[str, set[str]] = {}
     for path in SOURCES.values():
@@ -46,7 +46,7 @@ def members(node: ast.ClassDef) -> Iterator[str]:
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_a_file_that_a_document_names_is_there(document):
-    """Named from its package, or from a folder of it that the document is about."""
+    """A file is named relative to its package, or to a folder of it that the document is about."""
     folders = ["", "tests/**/", "packages/*/tests/**/", "benchmarks/", "examples/", "scripts/", ".ci/"]
     others = [path for folder in folders for path in ROOT.glob(f"{folder}*.py")]
     there = [path.as_posix() for path in [*SOURCES.values(), *others]]

@@ -1,4 +1,4 @@
-"""docs/openai-server.md has every field that the OpenAI server knows, under what is done with it."""
+"""docs/openai-server.md lists every field that the OpenAI server knows, by what is done with it."""
 
 import json
 import re

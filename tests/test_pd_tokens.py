@@ -1,4 +1,5 @@
-"""Greedy tokens: prefill and decode apart, over each transfer backend = one hybrid engine = transformers."""
+"""Greedy tokens are the same with prefill and decode apart, over each transfer backend, in one hybrid engine, and in
+transformers."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
@@ -25,7 +26,7 @@ def prompt(length: int, salt: int = 0) -> list[int]:
 
 
 def many(lengths: list[int]) -> list[list[int]]:
-    """Four of each length, or two for the real model, all different."""
+    """Return four prompts of each length, or two for the real model, all different."""
     count = 2 if lengths is LENGTHS_OF_REAL else 4
     return [prompt(length, salt) for salt in range(2, 2 + count) for length in lengths]
 
@@ -48,7 +49,8 @@ def model_folder(small_model) -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def oracle(model_folder) -> Callable[[str, list[list[int]]], list[list[int]]]:
-    """What transformers generates in float32, greedily. Prompts of one length are a batch: one by one takes minutes."""
+    """Function that returns transformers' greedy tokens in float32. Prompts of one length are a batch, because one by
+    one they take minutes."""
     import torch
     import transformers
 

@@ -21,7 +21,7 @@ DEADLINE_S = 120
 
 
 class Deployment:
-    """A configuration file, the processes started from it, and what they logged."""
+    """A configuration file, the processes that were started from it, and their log."""
 
     def __init__(
         self, folder: Path, model: Path, instances: list[str], ports: list[int], at: str, **scheduler: Any
@@ -73,7 +73,7 @@ class Deployment:
         return subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S)
 
     def generate_until_it_works(self) -> None:
-        """Instances that are loading may take longer than requests wait for them."""
+        """Run `hbserve generate` again and again until it succeeds: instances may load longer than requests wait."""
         deadline = time.monotonic() + DEADLINE_S
         while (answer := self.generate("Hello", "--max-tokens", "4")).returncode != 0:
             assert time.monotonic() < deadline, answer.stderr + self.log.read_text()

@@ -14,7 +14,7 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 MEMBERS = sorted(path for path in (ROOT / "packages").iterdir() if (path / "pyproject.toml").exists())
 PACKAGES = [path for path in MEMBERS if path.name != "hbserve-testing"]
-"""Those that are published."""
+"""Packages that are published."""
 SOURCES = sorted(source for member in MEMBERS for source in (member / "src").rglob("*.py"))
 FOLDERS = ["", "docs/", "examples/", "benchmarks/", "packages/*/"]
 DOCUMENTS = sorted(path for folder in FOLDERS for path in ROOT.glob(f"{folder}*.md"))
@@ -30,7 +30,7 @@ def project(package: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def texts() -> dict[Path, str]:
-    """Of all source files. A test looks at all of them: two thousand tests took longer to begin than to run."""
+    """Texts of all source files. One test looks at all files: two thousand tests took longer to begin than to run."""
     return {source: source.read_text() for source in SOURCES}
 
 
@@ -58,7 +58,7 @@ def test_functions_are_short_enough_to_read(texts, trees):
 
 
 def test_nothing_is_packed_by_hand_to_seem_short(texts):
-    """A kernel's arguments are a table, with a group on each line."""
+    """Kernels may use `fmt: skip`: their arguments are a table, with a group on each line."""
     packed = [each for each, text in texts.items() if each.parent.name != "kernels" and "# fmt: skip" in text]
     assert packed == []
 
@@ -91,13 +91,13 @@ def test_a_package_is_whole(package):
 
 
 def columns(line: str) -> int:
-    """The width of a line in a terminal, as ruff counts it: Chinese characters take two columns."""
+    """Return the width of a line in a terminal, as ruff counts it: Chinese characters take two columns."""
     return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in line)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=str)
 def test_documents_are_no_wider_than_code(document):
-    """Tables and code in them too: a row that cannot be shorter is an entry of a list."""
+    """This includes tables and code in documents: a row that cannot be shorter must become an entry of a list."""
     for number, line in enumerate(document.read_text().splitlines(), 1):
         assert columns(line) <= MOST_COLUMNS, f"{document}:{number}: {columns(line)} columns"
 
@@ -141,7 +141,7 @@ def test_a_page_in_chinese_has_what_the_english_one_has(chinese):
 
 
 def in_any_language(page: Path) -> dict[str, object]:
-    """The parts of a page that are the same in each language, with links as the page in Chinese is to have them."""
+    """Return the parts of a page that must be the same in each language, with links as the Chinese page has them."""
     text = page.read_text()
     prose = re.sub(r"^```.*?^```", "", text, flags=re.S | re.M)
     links = re.findall(r"\[([^]]*)\]\(([^)\s]+)\)", prose)
@@ -166,7 +166,7 @@ def in_any_language(page: Path) -> dict[str, object]:
 
 
 def in_chinese(page: Path, target: str) -> str:
-    """Where the same link leads on the page in Chinese: to another such page, where there is one."""
+    """Return the target of the same link on the Chinese page: another Chinese page, if there is one."""
     path, hash_, section = target.partition("#")
     translated = f"{path.removesuffix('.md')}.zh-CN.md"
     return (translated if (page.parent / translated).is_file() else path) + hash_ + section
@@ -207,7 +207,7 @@ def test_tests_of_ctrl_c_work_also_where_pytest_was_started_with_sigint_ignored(
 
 
 def test_every_process_that_a_test_waits_for_has_a_time_of_its_own():
-    """What hangs then fails at once, with its command and what it had said."""
+    """So a process that hangs fails by itself, with its command and its output."""
     files = [*ROOT.glob("tests/**/*.py"), *ROOT.glob("packages/*/tests/**/*.py"), ROOT / "conftest.py"]
     unbounded = [
         f"{path.relative_to(ROOT)}:{node.lineno}"
@@ -240,7 +240,8 @@ def test_every_failure_that_is_known_elsewhere_has_a_test_that_cites_it():
 
 
 def known_failures() -> list[tuple[str, str]]:
-    """The issues of each entry of docs/known-failures.md, and its tests; the last section has what needs none."""
+    """Return the issues and the tests of each entry of docs/known-failures.md, without the last section, whose entries
+    need no tests."""
     answered, _ = (ROOT / "docs/known-failures.md").read_text().split("\n## What does not apply")
     entries = []
     for entry in re.findall(r"^- (.*?)(?=^\S|\Z)", answered, re.M | re.S):

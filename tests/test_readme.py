@@ -1,4 +1,4 @@
-"""Every Python block of the README, run as it stands with the model path replaced."""
+"""Every Python block of the README runs as it stands, with the model path replaced."""
 
 import ast
 import re
@@ -10,7 +10,7 @@ pytestmark = pytest.mark.warm
 
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
 BLOCKS = [block for block in re.findall(r"```python\n(.*?)```", README, re.S) if "openai" not in block]
-"""That of OpenAI's client runs in tests/clients, which have it."""
+"""The block with OpenAI's client, which runs in tests/clients, where that is installed."""
 DOCUMENTED_PATH = "~/huggingface/Qwen3-0.6B/"
 
 

@@ -1,4 +1,4 @@
-"""What is published: .ci/release.py changes links and URLs, and refuses what is not named in the changelog."""
+"""Releases: .ci/release.py changes links and URLs, and refuses a version that the changelog does not name."""
 
 import importlib.util
 import tomllib

@@ -1,4 +1,4 @@
-"""A setting is written once, in hbserve_rpc.settings; from there it is in the file, PdDisaggConfig and the instance."""
+"""Settings are defined once, in hbserve_rpc.settings: the file, PdDisaggConfig and instances take them from there."""
 
 import re
 import subprocess
@@ -25,13 +25,13 @@ PAIR = [
 ]
 ENGINE_FIELDS = {field.name: field for field in msgspec.structs.fields(EngineSettings)}
 OF_NO_KEYWORD = ("gpu_instances", "scheduler", "server", "ray")
-"""Sections of what is no setting of an instance."""
+"""Sections of the file without settings of instances."""
 SIZES = ("buffer_size", "max_body_size")
 KV_FIELDS = {field.name: field for field in msgspec.structs.fields(KVTransferSettings)}
 
 
 def sections() -> dict[str, dict[str, Any]]:
-    """Keys of each section of the file."""
+    """Return the keys of each section of the file."""
     found = {}
     for field in msgspec.structs.fields(DeploymentConfig):
         struct = get_args(field.type)[0] if get_origin(field.type) is list else field.type
@@ -44,7 +44,7 @@ def plain_type(field: Any) -> Any:
 
 
 def another_value(field: Any) -> Any:
-    """One that the type allows, within its bounds, and that is not the default."""
+    """Return a value that a field's type and bounds allow, and that is not its default."""
     kind = plain_type(field)
     if kind is bool:
         return not field.default
@@ -60,7 +60,7 @@ def another_value(field: Any) -> Any:
 
 
 def of_an_instance(config: DeploymentConfig, number: int = 0) -> InstanceConfig:
-    """What a launcher tells an instance, as the instance reads it."""
+    """Return an instance's settings, as it reads them from its launcher."""
     settings = instance_settings(config, config.gpu_instances[number], Path("/model"), log_level="INFO")
     return msgspec.json.decode(msgspec.json.encode(settings), type=InstanceConfig)
 
@@ -186,7 +186,7 @@ def test_a_new_key_written_in_one_place_is_in_the_file_in_pd_disagg_config_and_i
 
 
 def documented() -> dict[str, dict[str, dict[str, str]]]:
-    """What each key says of itself, by section and key."""
+    """Return what docs/configuration.md says about each key, by section and key."""
     text = (ROOT / "docs/configuration.md").read_text()
     found: dict[str, dict[str, dict[str, str]]] = {}
     for section, content in re.findall(r"^## `(\w+)`$(.*?)(?=^## |\Z)", text, re.M | re.S):

@@ -1,4 +1,4 @@
-"""A deployment with keys: who has none is served at no port of it; and whose KV is found by whom."""
+"""Strangers to a deployment: with keys, none is served at any port; and whose KV is used for whose requests."""
 
 import asyncio
 import contextlib

@@ -1,4 +1,4 @@
-"""What crosses a wire is read by the next version: each message as it was when the protocol got its version."""
+"""Messages of an earlier program are still read: each as it was when the protocol got its present version."""
 
 from typing import Any
 
@@ -40,7 +40,7 @@ def test_fields_that_only_the_sender_knows_are_passed_over(name):
 
 @pytest.mark.parametrize("name", sorted(SAMPLES))
 def test_a_message_need_not_have_what_is_not_required(name):
-    """So a field that a version adds must have a default: others do not send it."""
+    """So a new field must have a default, because other programs do not send it."""
     stored, fields = UNTYPED(SAMPLES[name]), msgspec.structs.fields(TYPES[name])
     known = {each.encode_name for each in fields}
     added = known - set(stored) if isinstance(stored, dict) else set()

@@ -1,4 +1,4 @@
-"""The page to chat at, in a headless browser, in front of a model that writes what it is told."""
+"""The chat page, in a headless browser, in front of a model that writes what it is told."""
 
 import asyncio
 import shutil
@@ -41,7 +41,7 @@ async def server(small_model) -> AsyncIterator[FakeServer]:
 
 
 async def ask(page: Any, text: str, line: str) -> Any:
-    """Send a message; the line that is to follow."""
+    """Send a message, and return the line that must follow."""
     await page.fill("#prompt", text)
     await page.press("#prompt", "Enter")
     found = page.locator(line).last

@@ -1,7 +1,7 @@
-"""Programs that people point at `hbserve serve`, as they come from PyPI: the dependency group `clients`.
+"""Programs from PyPI that people point at `hbserve serve`: those of the dependency group `clients`.
 
-`uv sync` does not install them, and without them these tests are skipped; .ci/run has a leg of its own for them:
-`make clients`. Each runs over both transfer backends.
+`uv sync` does not install them, and without them these tests are skipped. .ci/run runs them in a leg of its own, by
+`make clients`. Each test runs over both transfer backends.
 """
 
 import json

@@ -29,7 +29,7 @@ async def server(small_model) -> AsyncIterator[FakeServer]:
 
 
 def end_one(server: FakeServer, name: str) -> None:
-    """A request whose KV was slow."""
+    """Record the end of a request whose KV was slow."""
     attempt = AttemptRecord(0.1, "p0", "d0", 0.2, 0.5, 2.0, computed=[(0.5, 16)], pushed=[(0.4, 1)], decoding_s=2.0)
     figures = server.scheduler.figures
     figures.add(RequestRecord(name, 100.0, 16, 9, 0, 4096, 1.5, [attempt], 2.5, "length", 0.5, 2.0))
@@ -78,7 +78,7 @@ async def test_the_dashboard_shows_instances_links_latencies_and_requests(server
 
 
 async def contrast(page: Any) -> float:
-    """Of text on cards, as WCAG counts it; both colours are opaque."""
+    """Return the contrast of text on cards, as WCAG defines it. Both colours are opaque."""
     colours = await page.evaluate(
         '["color", "backgroundColor"].map((name) => getComputedStyle(document.querySelector("section"))[name])'
     )

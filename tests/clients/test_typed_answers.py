@@ -1,4 +1,4 @@
-"""Answers with reasoning and calls, of a model that writes what it is told, as the official clients read them."""
+"""Answers with reasoning and tool calls, as the official clients read them. The model writes what it is told."""
 
 from typing import Any
 

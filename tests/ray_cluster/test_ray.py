@@ -29,14 +29,14 @@ os.environ.update(RAY_worker_niceness="0")
 
 @pytest.fixture(scope="module")
 def model(small_model: Any) -> Iterator["Future[Path]"]:
-    """Written while the cluster starts, which is mostly a wait."""
+    """Folder of a model, which is written while the cluster starts, because that is mostly a wait."""
     with ThreadPoolExecutor(1) as pool:
         yield pool.submit(small_model, "qwen3")
 
 
 @pytest.fixture(scope="module")
 def cluster(model: "Future[Path]") -> Iterator[Any]:
-    """Two nodes with one core each: two instances are on different ones."""
+    """Cluster of two nodes with one core each, so that two instances are on different nodes."""
     from ray.cluster_utils import Cluster
 
     found = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, **NODE})
@@ -47,13 +47,13 @@ def cluster(model: "Future[Path]") -> Iterator[Any]:
 
 
 def require_third_node(cluster: Any) -> None:
-    """With two cores: room for two more instances."""
+    """Add a third node, unless there is one. It has two cores, which is room for two more instances."""
     if cluster.third is None:
         cluster.third = cluster.add_node(num_cpus=2, **NODE)
 
 
 class Served:
-    """`hbserve serve --ray`, and what it has said."""
+    """A process of `hbserve serve --ray`, and its log."""
 
     def __init__(self, process: "subprocess.Popen[str]") -> None:
         self.process = process
@@ -67,7 +67,7 @@ class Served:
         self.lines.extend(self.process.stderr)
 
     def wait_for(self, text: str, number: int = 1) -> list[str]:
-        """Until so many lines have it."""
+        """Wait until so many lines of the log have this text, and return them."""
         deadline = time.monotonic() + DEADLINE_S
         while len(found := [line for line in list(self.lines) if text in line]) < number:
             assert time.monotonic() < deadline, "".join(self.lines)
@@ -81,7 +81,7 @@ class Served:
         return line.split()[3].rstrip(",")
 
     def answer(self) -> dict[str, Any]:
-        """Greedy, so each is the same. Waits while instances are placed anew."""
+        """Return a greedy answer, so that all are the same. Waits while instances are placed anew."""
         body = {"prompt": "Where?", "max_tokens": 24, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
         done = self.client.post(f"{self.url}/completions", json=body)
         assert done.status_code == 200, done.text
@@ -90,7 +90,7 @@ class Served:
 
 @contextlib.contextmanager
 def serving(cluster: Any, model: Path, folder: Path, *roles: str) -> Iterator[Served]:
-    """With one instance of each role."""
+    """Run `hbserve serve --ray` with one instance of each role."""
     content = {
         "model": {"path": str(model)},
         "engine": {"num_blocks": 64, "device": "cpu"},
@@ -115,7 +115,7 @@ def serving(cluster: Any, model: Path, folder: Path, *roles: str) -> Iterator[Se
 
 @pytest.fixture(scope="module")
 def served(cluster: Any, model: "Future[Path]", tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """One for all tests but the last."""
+    """The deployment of all tests except the last."""
     with serving(cluster, model.result(), tmp_path_factory.mktemp("served"), "prefill", "decode") as found:
         yield found
 
@@ -127,7 +127,7 @@ def scale(served: Served, number: str) -> "subprocess.Popen[str]":
 
 
 def instance_processes() -> list[int]:
-    """Of this user's processes, those that an actor of this test has started."""
+    """Return the pids of the processes that an actor of this test has started."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
