@@ -6,14 +6,16 @@
     python benchmarks/api_server.py --cores 0 1         the server on core 0, engine and clients on core 1
     python benchmarks/api_server.py --api-servers 1 4   so many front ends, with as many engines and client processes
 
+
 The engine is a process that speaks the instances' RPC, and gives each request a token as soon as the last one is taken.
-Where tokens come faster than the server sends them they wait together, and become fewer and larger events: both are
-said. Without --rate they do; offered at a rate that it keeps up with, each is an event of its own. With --by-step none
-wait, on however busy a machine: the engine's next step is asked for when the clients have all events of the last one.
-Of --api-servers, streams and rate are of each.
-"TTFT added": from writing a request to its first token, where the engine takes no time; one client at a time, alone and
-then beside all the streams at 25 tokens/s each. The engine and the clients may be slower than the server: its processor
-time says what it alone could do.
+Tokens that come faster than the server sends them wait together, and become fewer and larger events; both numbers are
+printed. This happens without --rate; at a rate that the server keeps up with, each token is an event of its own. With
+--by-step no token waits, however busy the machine is: the engine's next step is asked for when the clients have all
+events of the last one. With --api-servers, streams and rate are those of each front end.
+
+"TTFT added" is the time from writing a request to its first token, while the engine takes no time: one client at a
+time, alone and then beside all the streams at 25 tokens/s each. The engine and the clients may be slower than the
+server, whose processor time says what it alone could do.
 """
 
 import argparse
@@ -35,11 +37,11 @@ from hbserve_rpc.messages import GENERATE, GenerateRequest, Role, TokenEvent
 from hbserve_testing.narrowing import present
 
 WORDS = [260, 314, 281, 253, 354, 327, 523, 411]
-"""Tokens of the demo model that are whole words."""
+"""Ids of the demo model's tokens that are whole words."""
 
 
 async def serve_engine(number: int, *, by_step: bool) -> None:
-    """A hybrid instance whose tokens cost nothing; `top_k` is how many ms each takes, unless they come `by_step`."""
+    """Serve a hybrid instance whose tokens cost nothing. Unless they come `by_step`, each takes `top_k` ms."""
     server = mock_instance(f"mock-{number}", "hybrid", device="none", kv_backend="none", **LIMITS)
     if by_step:
         serve_steps(server, WORDS)
@@ -59,8 +61,8 @@ async def serve_engine(number: int, *, by_step: bool) -> None:
 async def serve_api(
     instances: dict[str, tuple[Role, str]], *, model: str | None = None, api_servers: int = 1, **settings: Any
 ) -> None:
-    """The front end of `hbserve serve`, on instances that it has not started: role and address by their ids. `settings`
-    are the scheduler's."""
+    """Serve the front end of `hbserve serve` on instances that it has not started, which are given by id with role and
+    address. `settings` are the scheduler's."""
     from hbserve.models.demo_model import find_model_folder
     from hbserve.server.front_end import FrontEnd
     from hbserve.server.front_ends import FrontEnds
@@ -82,7 +84,7 @@ async def serve_api(
 
 
 async def stream(port: int, max_tokens: int, ms_a_token: int) -> tuple[float, float, int]:
-    """One streamed completion: seconds to its first token, to its end, and its events with text."""
+    """Stream one completion. Returns the seconds to its first token and to its end, and how many events have text."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     fields = f'"max_tokens": {max_tokens}, "top_k": {ms_a_token}, "ignore_eos": true, "stream": true'
     body = f'{{"prompt": "What is the capital of France?", {fields}}}'.encode()
@@ -104,7 +106,7 @@ async def stream(port: int, max_tokens: int, ms_a_token: int) -> tuple[float, fl
 
 
 class Events(asyncio.Protocol):
-    """The events of one streamed answer, as they come: `took` is told their number."""
+    """Counts the events of one streamed answer as they come. `took` is called with the number of new ones."""
 
     def __init__(self, path: str, body: str, took: Callable[[int], None]) -> None:
         head = f"POST {path} HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
@@ -122,7 +124,8 @@ class Events(asyncio.Protocol):
 
 
 async def measure_by_step(pid: int, port: int, engine: str, num_streams: int, num_tokens: int, *, chat: bool) -> None:
-    """Nothing waits: the next step is asked for when all events of the last one are there."""
+    """Measure step by step, so that nothing waits: the next step is asked for when all events of the last one have
+    come."""
     path = "/v1/chat/completions" if chat else "/v1/completions"
     asked = '"messages": [{"role": "user", "content": "Who?"}]' if chat else '"prompt": "Who?"'
     body = f'{{{asked}, "max_tokens": {num_tokens}, "ignore_eos": true, "stream": true}}'
@@ -152,7 +155,7 @@ async def measure_by_step(pid: int, port: int, engine: str, num_streams: int, nu
 
 
 def cpu_s(pid: int) -> float:
-    """Processor time that a process has used."""
+    """Return the processor time that a process has used."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
@@ -189,12 +192,13 @@ def tell(what: str, num_tokens: int, num_events: int, took_s: float, used_s: flo
 
 
 def children_of(pid: int) -> list[int]:
-    """Front ends are processes that it has started, if they are several."""
+    """Return the processes that a process has started; several front ends are such processes."""
     return [int(each) for each in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 async def load(port: int, num_streams: int, num_tokens: int, rate: float | None) -> None:
-    """One of several client processes: says when it is warm, waits for a line, and says what it took, and when."""
+    """Run as one of several client processes: print when it is warm, wait for a line, and print when it began and
+    ended, and how many events it received."""
     await asyncio.gather(*(stream(port, 8, 0) for _ in range(num_streams)))
     print("warm", flush=True)
     await asyncio.to_thread(sys.stdin.readline)
@@ -205,7 +209,7 @@ async def load(port: int, num_streams: int, num_tokens: int, rate: float | None)
 
 
 def measure_several(arguments: argparse.Namespace, api_servers: int, model: list[str]) -> None:
-    """All clients at once, on so many front ends."""
+    """Measure all clients at once, on so many front ends."""
     with contextlib.ExitStack() as stack:
         ask = [started(__file__, "--role", "engine", "--address", str(number)) for number in range(api_servers)]
         engines = [stack.enter_context(each)[1][0] for each in ask]

@@ -3,10 +3,11 @@
     uv run python benchmarks/chunk_sizes.py                      # on a simulated H100, by its own clock
     uv run python benchmarks/chunk_sizes.py --model FOLDER       # on this machine's device
 
-Lengths are log-uniform from --shortest to --longest, arrivals are Poisson at --load of what the engine computes in
-chunks of 2048. Each size serves the same requests. "left": tokens of a prompt's last chunk, whose KV can only move
-after the first token. With --decodes N an instance that generates too: N sequences decode all the time, and the time
-between their tokens is printed; --itl-target-ms then bounds it for `auto`.
+
+Lengths are log-uniform from --shortest to --longest. Arrivals are Poisson, at the share --load of what the engine
+computes in chunks of 2048. Each size serves the same requests. "left" is the number of tokens in a prompt's last chunk,
+whose KV can only move after the first token. With --decodes N, the instance also generates: N sequences decode all the
+time, and the time between their tokens is printed; --itl-target-ms then bounds it for `auto`.
 """
 
 import argparse
@@ -29,7 +30,7 @@ GREEDY: dict[str, Any] = {"temperature": 0, "ignore_eos": True}
 
 @dataclass
 class Served:
-    """What one size gave."""
+    """Results of one chunk size."""
 
     ttft_s: list[float] = field(default_factory=list)
     itl_s: list[float] = field(default_factory=list)
@@ -60,7 +61,7 @@ def main() -> None:
 
 
 def requests(args: argparse.Namespace) -> list[tuple[float, int]]:
-    """Time and length of each."""
+    """Return the time and the length of each request."""
     dice = random.Random(args.seed)
     ratio = args.longest / args.shortest
     lengths = [round(args.shortest * ratio ** dice.random()) for _ in range(args.requests)]
@@ -108,7 +109,7 @@ def serve(args: argparse.Namespace, size: int | Literal["auto"], work: list[tupl
 
 
 class Serving:
-    """Requests as they come, through one engine."""
+    """Serves requests as they come, through one engine."""
 
     def __init__(
         self, engine: Engine, clock: Callable[[], float], sleep: Callable[[float], None], args: argparse.Namespace
@@ -166,7 +167,7 @@ def percentile(values: Sequence[float], share: float) -> float:
 
 
 def line(size: int | str, served: Served) -> str:
-    """Times between tokens are "-" where nothing decodes."""
+    """Format a line of the table. Times between tokens are "-" if nothing decodes."""
     times = [
         f"{1e3 * percentile(values, share):.1f}" if values else "-"
         for values in (served.ttft_s, served.itl_s)

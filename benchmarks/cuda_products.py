@@ -60,7 +60,7 @@ MUCH = 1.05
 
 
 def shape(name: str, hidden: int, inner: int, heads: int, kv_heads: int, head_dim: int, vocabulary: int) -> ModelConfig:
-    """One layer of a model like Llama, read as any model's is."""
+    """Return the shape of a model like Llama with one layer, read as any model's is."""
     content = {
         "architectures": ["LlamaForCausalLM"],
         "hidden_size": hidden,
@@ -133,11 +133,11 @@ def arguments() -> argparse.Namespace:
 class Product:
     name: str
     outputs: int
-    """Rows of the weights; where they are gates and ups, of both together."""
+    """Number of rows of the weights; for gates and ups, of both together."""
     inputs: int
     reads_norm: bool = False
     follows_sum: bool = False
-    """Over ranks: then nothing has begun the norm."""
+    """Whether a sum over ranks comes before it, so that the product before could not begin the norm."""
     gated: bool = False
     adds: bool = False
 
@@ -147,7 +147,7 @@ class Product:
 
 
 def products(whole: ModelConfig, shard: Shard) -> list[Product]:
-    """A rank's part of those of one layer, and of the head."""
+    """Return a rank's part of the products of one layer, and of the head."""
     model = shard.config(whole)
     heads, kv_heads = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
     hidden, inner = model.hidden_size, model.intermediate_size
@@ -163,7 +163,7 @@ def products(whole: ModelConfig, shard: Shard) -> list[Product]:
 
 
 class Operands:
-    """Of one product: rows, several weights, and every way to multiply them."""
+    """The operands of one product (rows, and several weights), and every way to multiply them."""
 
     def __init__(self, product: Product, most_rows: int, num_weights: int, device: torch.device) -> None:
         def random(*shape: int) -> torch.Tensor:
@@ -184,7 +184,7 @@ class Operands:
         return choose(rows, size, DTYPE.itemsize, product.kind, self._num_processors)
 
     def ways(self, rows: int) -> dict[str, Callable[[Linear], torch.Tensor]]:
-        """By kernel, those that can take so many rows. Each adds to numbers of its own."""
+        """Return, by kernel, the ways that can take so many rows. Each adds to numbers of its own."""
         found: dict[str, Callable[[Linear], torch.Tensor]] = {}
         if rows in SMALL_ROWS:
             found["small"] = partial(self._small, *self._given(rows))
@@ -193,11 +193,11 @@ class Operands:
         return found | {"cublas": partial(self._cublas, *self._given(rows))}
 
     def _given(self, rows: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """What is multiplied, and what the result is added to."""
+        """Return the rows that are multiplied, and those to which the result is added."""
         return self._x[:rows], None if self._before is None else self._before[:rows].clone()
 
     def expected(self, rows: int) -> torch.Tensor:
-        """In float32, with the first weights."""
+        """Return the result in float32, with the first weights."""
         product, exact = self._product, self._x[:rows].float()
         if product.reads_norm:
             exact = F.rms_norm(exact, (product.inputs,), self._norm.float(), EPS)
@@ -238,7 +238,7 @@ class Operands:
 
 
 def half_normed(x: torch.Tensor, norm: torch.Tensor, padded_rows: int) -> ScaledRows:
-    """As a skinny product leaves rows for a norm."""
+    """Return rows as a skinny product leaves them for a norm."""
     rows, size = x.shape
     tiles = num_tiles(size, False)
     padded = F.pad(x.float() ** 2, (0, tiles * TILE_OUTPUTS - size, 0, padded_rows - rows))
@@ -255,15 +255,15 @@ class Measured:
     product: str
     rows: int
     times_us: dict[str, float]
-    """By kernel."""
+    """Times by kernel."""
     read_us: float
     chosen: str
     errors: dict[str, float]
-    """By kernel, relative to the product in float32."""
+    """Errors by kernel, relative to the product in float32."""
 
     @property
     def better(self) -> str | None:
-        """What is much faster than what was chosen, if anything is."""
+        """The fastest kernel, if it is much faster than the chosen one; else None."""
         fastest = min(self.times_us, key=self.times_us.__getitem__)
         return fastest if self.times_us[self.chosen] > MUCH * self.times_us[fastest] else None
 
@@ -293,7 +293,7 @@ class Measured:
 def measure(
     model: str, product: Product, row_counts: list[int], read_bytes_per_s: float, device: torch.device
 ) -> Iterator[Measured]:
-    """One of each number of rows."""
+    """Measure a product for each number of rows."""
     weight_bytes = product.outputs * product.inputs * DTYPE.itemsize
     cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size
     num_weights = max(2, -(-CACHES * cache_bytes // weight_bytes))
@@ -316,7 +316,7 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def microseconds(work: Callable[[T], object], given: Sequence[T]) -> float:
-    """Of one call, when a graph calls it with one of these after the other. It has been compiled."""
+    """Compile `work`, and return the microseconds of one call in a graph that calls it with each of `given` in turn."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

@@ -38,7 +38,7 @@ from hbserve_testing.processes import run_in_order
 
 AT_ONCE = 20
 STEP_S, TOKEN_S = 0.01, 0.0001
-"""Of each step, and of each token in it beyond the first 32."""
+"""Time of each step, and of each token in it beyond the first 32."""
 NUM_PROMPTS, MAX_TOKENS = 40, 24
 DEADLINE_S = 120.0
 ROLES = {"p0": "prefill", "p1": "prefill", "d0": "decode", "d1": "decode"}
@@ -52,7 +52,7 @@ NUM_SLICES = 2 * len(INSTANCE_EVENTS) + len(SCHEDULER_EVENTS)
 
 
 def serve_instance() -> int:
-    """`python -m hbserve_core`, whose steps take as long as they are told, and whose engine SIGUSR1 breaks."""
+    """Run `python -m hbserve_core` with steps that take as long as they are told, and an engine that SIGUSR1 breaks."""
     from hbserve_core.instance import gpu_instance, process
     from hbserve_core.ranks.make_runner import make_runner
 
@@ -86,7 +86,7 @@ def serve_instance() -> int:
 
 
 class Child:
-    """A process that is started again, as whoever runs a deployment would have it."""
+    """A process that is started again when it ends, as an operator would let it be."""
 
     def __init__(self, name: str, log: Path, command: list[str], settings: bytes = b"") -> None:
         self.name = name
@@ -189,13 +189,13 @@ async def deployment(
 
 @dataclass
 class Slice:
-    """What has become of the requests during one event."""
+    """Results of the requests during one event."""
 
     ends: Counter[str] = field(default_factory=Counter)
     errors: Counter[str] = field(default_factory=Counter)
     attempts: Counter[int] = field(default_factory=Counter)
     times: list[tuple[float, set[str]]] = field(default_factory=list)
-    """Of each request that was tried once: how long it took, and where it was."""
+    """Duration and instances of each request that was tried only once."""
 
     def p99_ms(self, without: str = "") -> float:
         ordered = sorted(took_s for took_s, places in self.times if without not in places)
@@ -209,7 +209,7 @@ def request_of(number: int, kind: int) -> GenerateRequest:
 
 
 class Clients:
-    """20 lanes of requests. `expected` is what each kind of request has undisturbed."""
+    """Clients that send 20 lanes of requests. `expected` has the undisturbed answer to each kind of request."""
 
     def __init__(self, scheduler: RemoteScheduler) -> None:
         self._scheduler = scheduler
@@ -268,7 +268,7 @@ async def stats_of(remote: RemoteScheduler) -> SchedulerStats | None:
 
 
 async def wait_for(remote: RemoteScheduler, is_so: Callable[[SchedulerStats], Any]) -> float:
-    """How long it took until the figures were so."""
+    """Wait until the deployment's figures fulfil a condition. Returns how long that took."""
     began_s = time.monotonic()
     async with asyncio.timeout(DEADLINE_S):
         while (stats := await stats_of(remote)) is None or not is_so(stats):  # noqa: ASYNC110  it is elsewhere
@@ -290,7 +290,7 @@ def left_behind(stats: SchedulerStats) -> dict[str, int]:
 
 
 async def happen(event: str, child: Child, remote: RemoteScheduler) -> str:
-    """Have it happen, and have the process there again; returns how soon it was noticed."""
+    """Let an event happen, and wait until the process is back. Returns how soon the event was noticed."""
 
     def state(stats: SchedulerStats) -> str:
         return next(each.status for each in stats.instances if each.instance_id == child.name)

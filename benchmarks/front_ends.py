@@ -38,7 +38,7 @@ TICKS_A_SECOND = os.sysconf("SC_CLK_TCK")
 
 
 def processes_below(root: int) -> dict[int, str]:
-    """This process's descendants, each with what it is."""
+    """Return the descendants of a process, each with its command."""
     children: dict[int, list[int]] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -69,7 +69,7 @@ def processor_s(pid: int) -> float:
 
 
 Samples = dict[int, tuple[str, list[tuple[float, float]]]]
-"""Of each process what it is, and its processor time at several moments."""
+"""Kind of each process, and its processor time at several moments."""
 
 
 async def watch(samples: Samples) -> None:
@@ -80,7 +80,8 @@ async def watch(samples: Samples) -> None:
 
 
 def busiest(samples: Samples) -> list[str]:
-    """Each kind of process, by its busiest one in the two seconds in which that was busiest; the busiest kind first."""
+    """Say how busy each kind of process was, the busiest kind first: its busiest process, in that one's busiest two
+    seconds."""
     most: dict[str, float] = {}
     for name, times in samples.values():
         for (began_s, used_s), (ended_s, end_used_s) in zip(times, times[SAMPLES:], strict=False):
@@ -89,7 +90,7 @@ def busiest(samples: Samples) -> list[str]:
 
 
 async def burst(url: str, arguments: argparse.Namespace, num_requests: int) -> tuple[float, list[str]]:
-    """Tokens a second, and how busy each kind of process was."""
+    """Send a burst of requests. Returns tokens a second, and how busy each kind of process was."""
     await ready(url)
     samples: Samples = {}
     watching = asyncio.create_task(watch(samples))

@@ -3,13 +3,16 @@
     python benchmarks/host_of_step.py
     python benchmarks/host_of_step.py --batch-sizes 64 256 --prompts 128 2048 --tree ../before
 
-For a decode step it has as long as the one before takes. A prompt that comes alone waits for all of it but "count",
-which is done while the device computes.
-Milliseconds of processor time of the engine's thread, by part: choosing what is computed, telling the other rank,
-packing, and taking tokens in; and what the other rank has to do before it can launch: reading and packing. Each is the
-median of a hundred steps. What a step costs to launch is not in it.
-Prompts that come alone also go through the engine's thread, as in an instance: microseconds from the call in the event
-loop to the first token there, without those of the device.
+
+For a decode step, the host has as much time as the step before takes. A prompt that comes alone waits for all parts
+except "count", which is done while the device computes.
+
+Printed are milliseconds of processor time of the engine's thread, by part: choosing what is computed, telling the other
+rank, packing, and taking tokens in; and what the other rank does before it can launch: reading and packing. Each is the
+median of a hundred steps. The launch of a step is not included.
+
+Prompts that come alone also go through the engine's thread, as in an instance: printed are the microseconds from the
+call in the event loop to the first token there, without those of the device.
 With --tree, another checkout of this repository is measured too, in turns, for a before and an after.
 """
 
@@ -43,7 +46,7 @@ from hbserve_rpc import SamplingParams
 
 CONTEXT, LONGEST, STEPS, TURNS = 1024, 4096, 100, 3
 DEVICE_S, PAUSE_S = 0.0013, 0.0005
-"""What a step takes where an engine's thread waits for it, and how long after an answer the next prompt comes."""
+"""Time of a step for which an engine's thread waits, and time from an answer to the next prompt."""
 HEADS, PROCESSORS, TILE_TOKENS, NUM_BLOCKS = 8, 132, 16, 40000
 MODEL = {
     "architectures": ["LlamaForCausalLM"],
@@ -87,7 +90,7 @@ def by_turns(before: Path, option: str, size: int) -> None:
 
 
 class Timed:
-    """Processor time of this thread, by what it was for."""
+    """Measures the processor time of this thread, by purpose."""
 
     def __init__(self) -> None:
         self.times: dict[str, list[float]] = defaultdict(list)
@@ -131,7 +134,7 @@ class HostOnly:
         return lambda: StepResult(packed.tokens([7] * len(packed.places)))
 
     def launch_alone(self, batch: Sequence[ScheduledChunk]) -> PendingStep:
-        """Of one rank, and a device that takes its time."""
+        """Launch a step as one rank alone does, on a device that takes DEVICE_S."""
         packed = self._pack(batch, self._memory)
         until_s = time.perf_counter() + DEVICE_S
 
@@ -153,7 +156,7 @@ class HostOnly:
 
 
 def make_engine(timed: Timed, most: int) -> Engine:
-    """most: sequences."""
+    """Make an engine of two ranks that has room for `most` sequences."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(MODEL))
         config = InstanceConfig(
@@ -164,7 +167,7 @@ def make_engine(timed: Timed, most: int) -> Engine:
 
 
 def time_parts(engine: Engine, timed: Timed) -> None:
-    """From now on."""
+    """Measure the parts of the engine's steps from now on."""
     gc.freeze()
     timed.times.clear()
     engine._scheduler.schedule = timed("schedule", engine._scheduler.schedule)  # type: ignore[method-assign]
@@ -195,7 +198,7 @@ def measure_prompts(num_tokens: int) -> str:
 
 
 def time_prompts(num_tokens: int) -> str:
-    """One after the other."""
+    """Measure prompts that come one after the other, by part."""
     timed, params = Timed(), SamplingParams(0.6, 1, ignore_eos=True)
     engine = make_engine(timed, 64)
     time_parts(engine, timed)
@@ -211,7 +214,7 @@ def time_prompts(num_tokens: int) -> str:
 
 
 def measure_calls(num_tokens: int) -> str:
-    """One prompt after the other, through an engine's thread."""
+    """Measure prompts that come one after the other through an engine's thread."""
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     return asyncio.run(_measure_calls(num_tokens))
 

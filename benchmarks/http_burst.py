@@ -2,10 +2,11 @@
 
     python benchmarks/http_burst.py "two vLLM servers=8100,8200" "two hybrids=8000"
 
-Each is a name and the ports of its servers on this host, which take requests in turn; the first is what the others
-are compared with. A burst is `--requests` prompts of 100 to 1024 random tokens, each for 100 to 1024 tokens, as in
-nano-vllm's own benchmark. The clients are four processes. Servers keep the memory that they have while others are
-asked: give each a part of the cards.
+
+Each argument is a name, and the ports of its servers on this host, which take requests in turn. The others are compared
+with the first. A burst is `--requests` prompts of 100 to 1024 random tokens, each for 100 to 1024 tokens, as in
+nano-vllm's own benchmark. The clients are four processes. All servers keep their memory while others get requests, so
+give each a part of the GPUs.
 """
 
 import argparse

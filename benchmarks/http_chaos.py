@@ -63,7 +63,7 @@ def post(path: str, body: bytes) -> bytes:
 
 
 class Chaos:
-    """Clients of one server."""
+    """The clients of one server."""
 
     def __init__(self, uds: str) -> None:
         self._uds = uds
@@ -71,7 +71,7 @@ class Chaos:
     async def _read(
         self, sent: bytes, num_bytes: int = -1, timeout_s: float = DEADLINE_S, abort: bool = False
     ) -> bytes:
-        """Send something, and go after so many bytes, or so long; by default, after all of the answer."""
+        """Send something, and disconnect after so many bytes, or so long; by default, after the whole answer."""
         reader, writer = await asyncio.open_unix_connection(self._uds)
         found = bytearray()
         try:
@@ -124,12 +124,12 @@ def status_of(answer: bytes) -> str:
 
 
 def held() -> tuple[int, int]:
-    """Tasks of this process, and its file descriptors."""
+    """Return how many tasks and file descriptors this process has."""
     return len(asyncio.all_tasks()), len(os.listdir("/proc/self/fd"))
 
 
 async def settle(chaos: Chaos, before: tuple[int, int]) -> str:
-    """What is not back after a while."""
+    """Wait until everything is back. Returns what is not, after a while; "" if all is."""
     began_s = perf_counter()
     while perf_counter() - began_s < DEADLINE_S:
         figures = await chaos.metrics()

@@ -73,7 +73,7 @@ def transformers_generate(folder: Path, dtype: str) -> Generate:
 
 
 def engine_generate(folder: Path, args: argparse.Namespace) -> tuple[Generate, int]:
-    """The engine, and the bytes of weights that one of its steps reads."""
+    """Make a function that generates with the engine. Returns it, and the bytes of weights that one step reads."""
     config = InstanceConfig(
         model_path=str(folder), dtype=args.dtype, device="cpu", prefix_caching=False, num_threads=args.threads,
         max_num_batched_tokens=4096, max_chunk_prefill_tokens=4096,
@@ -103,7 +103,7 @@ def step_weight_bytes(runner: ModelRunner) -> int:
 
 
 def read_bandwidth() -> float:
-    """Bytes per second at which all threads read memory that no cache holds."""
+    """Measure the bytes per second at which all threads read memory that is in no cache."""
     block = torch.ones(64 << 20)
     times = []
     for _ in range(8):

@@ -21,7 +21,7 @@ from hbserve_kv.bench import MIB, Measurement, Settings, chosen_blocks, sender
 
 
 def limit(settings: Settings, num_bytes: int, num_rounds: int) -> float:
-    """Bytes a second."""
+    """Measure the bytes a second of a plain copy in one process."""
     source = torch.ones(num_bytes, dtype=torch.uint8, device=settings.device)
     target = torch.ones(num_bytes, dtype=torch.uint8, device=settings.of_peer().device)
     took_s = []
@@ -36,7 +36,7 @@ def limit(settings: Settings, num_bytes: int, num_rounds: int) -> float:
 
 
 async def compare(settings: Settings, num_rounds: int) -> tuple[list[Measurement], list[Measurement], str]:
-    """Of block-major and of layer-major pairs; and what carried them."""
+    """Measure block-major and layer-major pairs in turns. Returns both, and the name of what carried the bytes."""
     block_major = msgspec.structs.replace(settings, num_layers=0)
     source, target = (chosen_blocks(settings, settings.num_blocks, True, seed) for seed in (1, 2))
     async with sender(block_major) as one, sender(settings) as other:

@@ -31,12 +31,13 @@ from hbserve_testing.narrowing import present
 BAR = 1.5
 DEADLINE_S = 60.0
 PAUSE_S, OTHER_PAUSE_S = 0.005, 0.05
-"""Between two transfers with the healthy peer, and with the other: with the same load it alone would be noticed."""
+"""Pauses between two transfers with the healthy peer, and with the other, whose mere load must not be noticed."""
 KINDS = ("alone", "beside a peer that is well", "beside deaths")
 NUM_PLACES = 64
-"""Transfers that one pool has room for: those of a frozen peer keep their blocks for a while."""
+"""Number of transfers for which a pool has room. Those with a frozen peer keep their blocks for a while."""
 FREEZES = (0.5, 4.0, 1.5)
-"""In timeouts: shorter than what counts as dead, longer than a write of Mooncake waits (5 s), and in between."""
+"""Durations of freezes, in timeouts: shorter than what counts as dead, longer than a write of Mooncake waits (5 s), and
+in between."""
 MODULES = [
     "torch",
     "hbserve_kv.testing",
@@ -60,7 +61,7 @@ def peer_main(control: Connection, rank: int, args: argparse.Namespace, backend:
 
 
 async def serve(control: Connection, rank: int, args: argparse.Namespace, backend: str) -> None:
-    """Sends and receives as it is told to; ends with its control pipe."""
+    """Run a peer, which sends and receives as its control pipe tells it, and ends with that pipe."""
     manager = make_manager(rank, args, backend, 2)
     await manager.start()
     tasks = set()
@@ -85,7 +86,7 @@ async def send(manager: KVTransferManager, name: str, grant: bytes, args: argpar
 
 
 class Peer:
-    """One of them, seen from here. `restart` is another process."""
+    """A peer, as this process sees it. `restart` starts another process in its place."""
 
     def __init__(self, rank: int, args: argparse.Namespace, backend: str) -> None:
         self._arguments = (rank, args, backend)
@@ -137,7 +138,7 @@ class Peer:
 
 
 class Traffic:
-    """Transfers with one peer, one at a time each way, from when it is entered until it is left."""
+    """Transfers with one peer, one at a time in each direction, during the block."""
 
     def __init__(self, manager: KVTransferManager, peer: Peer, places: "Places", name: str, is_healthy: bool) -> None:
         self._manager, self._peer, self._places = manager, peer, places
@@ -202,7 +203,7 @@ class Traffic:
 
 
 class Places:
-    """Blocks of this process's pool, one transfer's at a time."""
+    """Hands out the blocks of this process's pool, in portions for one transfer."""
 
     def __init__(self, num_blocks: int) -> None:
         self._free: asyncio.Queue[list[int]] = asyncio.Queue()
@@ -227,7 +228,7 @@ class Places:
 
 
 async def harm(peer: Peer, seconds: float, timeout_s: float, dice: random.Random, lengths: Iterator[float]) -> int:
-    """Kill, freeze and thaw, or freeze and kill the peer, again and again; leaves it alive. Returns how often."""
+    """Kill, freeze and thaw, or freeze and kill the peer, again and again. Leaves it alive, and returns how often."""
     ends_s, count = perf_counter() + seconds, 0
     for what in itertools.cycle(("kill", "freeze and thaw", "freeze and kill")):
         await asyncio.sleep(0.5 + 0.5 * dice.random())

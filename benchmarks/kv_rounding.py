@@ -1,11 +1,12 @@
-"""What rounding keys and values to 8 bits does to a model's answers, by format, and by what has a scale of its own.
+"""The effect of rounding keys and values to 8 bits on a model's answers, by format, and by what has a scale of its own.
 
     uv run benchmarks/kv_rounding.py [--model FOLDER] [--texts FILE ...] [--tokens 512]
 
-transformers reads texts in float32; only what its cache holds is rounded. A place is one token of a text: "same" is the
-share of places at which the likeliest next token is the same as without rounding. "gap" is the largest difference, in
-the logarithm, between the two likeliest tokens at those where it is not. Then, for the pool's own way and the best one,
-relative errors of keys and values by layer.
+
+transformers reads texts in float32; only the content of its cache is rounded. A place is one token of a text. "same" is
+the share of places at which the likeliest next token is the same as without rounding. "gap" is, at the other places,
+the largest difference between the log-probabilities of the two likeliest tokens. Then follow, for the pool's own way
+and for the best one, relative errors of keys and values by layer.
 """
 
 import argparse
@@ -38,7 +39,8 @@ def to_format(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def scaled(dtype: torch.dtype, axes: tuple[int, ...]) -> Rounding:
-    """axes: of (1, H, T, D), those that share a scale, by which the largest number is the format's largest."""
+    """Make a rounding with scales. Numbers along `axes` of (1, H, T, D) share a scale, which maps the largest of them
+    to the format's largest number."""
 
     def rounded(x: torch.Tensor) -> torch.Tensor:
         scale = x.abs().amax(axes, keepdim=True) / torch.finfo(dtype).max
@@ -48,7 +50,7 @@ def scaled(dtype: torch.dtype, axes: tuple[int, ...]) -> Rounding:
 
 
 def integers(axes: tuple[int, ...]) -> Rounding:
-    """Of 8 bits, evenly spaced."""
+    """Make a rounding to evenly spaced numbers of 8 bits."""
 
     def rounded(x: torch.Tensor) -> torch.Tensor:
         scale = x.abs().amax(axes, keepdim=True) / 127
@@ -61,7 +63,7 @@ TENSOR, TOKEN_HEAD, CHANNEL = (1, 2, 3), (3,), (2,)
 
 
 def one(x: torch.Tensor) -> torch.Tensor:
-    """What the pool does without scales in a checkpoint."""
+    """Round as the pool does if a checkpoint has no scales."""
     return to_format(x, E4M3)
 
 
@@ -85,7 +87,7 @@ BY_LAYER = ("e4m3, scale 1 (the pool's)", "e4m3, per token and head", "int8, per
 
 
 class RoundedCache(DynamicCache):
-    """What a pool holds: attention reads a token's own keys and values from it too."""
+    """A cache that rounds like a pool: attention reads a token's own keys and values from it, too."""
 
     def __init__(self, keys: Rounding, values: Rounding) -> None:
         super().__init__()
@@ -103,13 +105,13 @@ class RoundedCache(DynamicCache):
 def read(
     model: torch.nn.Module, ids: torch.Tensor, way: tuple[Rounding, Rounding]
 ) -> tuple[torch.Tensor, RoundedCache]:
-    """Logarithms of probabilities, (T, V), and what was kept."""
+    """Read a text. Returns log-probabilities, (T, V), and the cache."""
     cache = RoundedCache(*way)
     return model(ids[None], past_key_values=cache, use_cache=True).logits[0].log_softmax(-1), cache
 
 
 def of_layers(found: RoundedCache, exact: RoundedCache) -> torch.Tensor:
-    """(2, layers): relative errors of keys, and of values."""
+    """Return the relative errors of keys and of values by layer: (2, layers)."""
     errors = [
         [(mine - theirs).norm() / theirs.norm() for mine, theirs in zip(ours, true, strict=True)]
         for ours, true in zip(found.held, exact.held, strict=True)

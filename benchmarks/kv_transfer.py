@@ -59,7 +59,7 @@ def timed(settings: Settings, action: Callable[[], object]) -> float:
 
 @contextlib.contextmanager
 def bare_copy(settings: Settings, source: Sequence[int], target: Sequence[int], num_calls: int) -> Iterator[Bare]:
-    """memcpy of each block on the CPU; one copy of all bytes on a GPU."""
+    """Make a bare peer that copies: by memcpy of each block on the CPU, or by one copy of all bytes on a GPU."""
     here, there = make_pool(settings), make_pool(settings.of_peer())
     if settings.device != "cpu":
         count = len(source)
@@ -77,7 +77,7 @@ def bare_copy(settings: Settings, source: Sequence[int], target: Sequence[int], 
 
 @contextlib.contextmanager
 def peer(role: str, settings: Settings, count: int) -> Iterator[subprocess.Popen[str]]:
-    """A process that runs `role` of this file."""
+    """Start a process that runs `role` of this file."""
     device = settings.of_peer().device
     command = [sys.executable, __file__, "--role", role, "--device", device, "--count", str(count)]
     process = subprocess.Popen(
@@ -120,7 +120,7 @@ def make_engine(settings: Settings):
 
 @contextlib.contextmanager
 def bare_send(settings: Settings, source: Sequence[int], target: Sequence[int], num_calls: int) -> Iterator[Bare]:
-    """send/recv of one contiguous tensor."""
+    """Make a bare peer that uses send/recv of one contiguous tensor."""
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with peer(f"send:{store.port}:{num_calls}", settings, len(source)) as process:
         group = make_group(settings, store, 0)
@@ -158,7 +158,7 @@ def make_group(settings: Settings, store, rank: int):
 
 
 def play(role: str, settings: Settings, count: int) -> None:
-    """The other process of a bare peer; ends after its calls, with its stdin, or is killed."""
+    """Run the other process of a bare peer. It ends after its calls or with its stdin, or is killed."""
     name, _, numbers = role.partition(":")
     if name == "mooncake":
         engine, pool = make_engine(settings)
@@ -208,7 +208,7 @@ async def compare(backend: str, settings: Settings, size_mib: int, scattered: bo
 
 @dataclass(frozen=True)
 class Way:
-    """A way to copy, by constants of a transport: what --beside compares."""
+    """A way to copy that --beside compares, given by constants of a transport."""
 
     name: str
     backend: str
@@ -232,11 +232,11 @@ WAYS = (
     Way("nccl, high priority, 8 CTAs", "nccl", {"MOST_CTAS": 8}),
 )
 PREFILL_S = {True: 0.25, False: 0.05}
-"""Of products, in one go, on a GPU and on a CPU."""
+"""Duration of one run of a prefill's products, on a GPU and on a CPU."""
 
 
 class Prefill:
-    """The products of a prefill: 2048 tokens of an 8B model a layer on a GPU, which the host only queues."""
+    """The products of a prefill. On a GPU, each layer has 2048 tokens of an 8B model, and the host only queues it."""
 
     def __init__(self, device: str) -> None:
         is_gpu = device != "cpu"
@@ -251,8 +251,8 @@ class Prefill:
         self._num_layers = max(1, int(self._num_layers * PREFILL_S[is_gpu] / took_s))
 
     def begin(self) -> Callable[[], float]:
-        """Queue the products. The result waits until they are done, and returns the seconds that they took; on a CPU it
-        computes them."""
+        """Queue the products. The returned function waits until they are done, and returns the seconds that they took;
+        on a CPU it computes them."""
         if self._stream is None:
             return self._compute
         began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -276,7 +276,8 @@ class Prefill:
 
 
 def decode_steps(device: str, file: str) -> None:
-    """Steps that read 1 GB on a GPU, without an end; each writes when it has ended, and how long it took."""
+    """Run decode steps, each of which reads 1 GB on a GPU, without an end. Records when each ended, and how long it
+    took."""
     is_gpu = device != "cpu"
     dtype = torch.bfloat16 if is_gpu else torch.float32
     weights = torch.randn((4, 16384, 8192) if is_gpu else (4, 256, 1024), device=device, dtype=dtype)
@@ -293,7 +294,7 @@ def decode_steps(device: str, file: str) -> None:
 
 
 def receive_beside_decode(role: str, settings: Settings) -> None:
-    """The receiving process of --beside."""
+    """Run the receiving process of --beside."""
     what = json.loads(role)
     if settings.device != "cpu":
         torch.cuda.set_device(settings.device)
@@ -304,7 +305,7 @@ def receive_beside_decode(role: str, settings: Settings) -> None:
 
 
 async def compare_ways(settings: Settings, name: str) -> None:
-    """Print a line for each way that has this in its name."""
+    """Print a line for each way whose name has this text."""
     if settings.device != "cpu":
         torch.cuda.set_device(settings.device)
     prefill = Prefill(settings.device)

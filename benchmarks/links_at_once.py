@@ -31,14 +31,14 @@ START_S = 120.0
 
 @dataclass(frozen=True)
 class Load:
-    """What all processes know."""
+    """Parameters of the load, which all processes know."""
 
     settings: Settings
     devices: tuple[str, ...]
-    """Of the senders, then of the receivers."""
+    """Devices of the senders, followed by those of the receivers."""
     senders: int
     blocks: int
-    """Of one transfer."""
+    """Number of blocks of one transfer."""
     phase_s: float
 
     @property
@@ -46,7 +46,7 @@ class Load:
         return len(self.devices) - self.senders
 
     def of(self, rank: int, num_peers: int) -> Settings:
-        """Of one process, whose pool has blocks for each of its peers."""
+        """Return the settings of one process, whose pool has blocks for each of its peers."""
         return Settings(self.settings.backend, self.devices[rank], num_peers * self.blocks, self.settings.block_bytes)
 
     def block_ids(self, peer: int) -> list[int]:
@@ -54,7 +54,7 @@ class Load:
 
 
 async def receive(load: Load, number: int, pipes: Sequence[Connection]) -> None:
-    """Grants the same blocks to each sender again and again, until that goes."""
+    """Run a receiver. It grants the same blocks to each sender again and again, until the sender leaves."""
     settings = load.of(load.senders + number, load.senders)
     manager = make_manager(settings, load.senders + number, make_pool(settings))
     await manager.start()
@@ -71,8 +71,8 @@ async def receive(load: Load, number: int, pipes: Sequence[Connection]) -> None:
 
 
 async def send(load: Load, number: int, pipes: Sequence[Connection], parent: Connection) -> None:
-    """Says when it is ready, and in each phase sends to all receivers at once; answers with each transfer's receiver
-    and seconds."""
+    """Run a sender. It says when it is ready, and in each phase sends to all receivers at once. It answers with the
+    receiver and the seconds of each transfer."""
     settings = load.of(number, load.receivers)
     pool = make_pool(settings)
     manager = make_manager(settings, number, pool)
@@ -113,7 +113,7 @@ async def send(load: Load, number: int, pipes: Sequence[Connection], parent: Con
 
 
 def bare_copies(load: Load, pool: torch.Tensor, until_s: float) -> int:
-    """How many copies of a transfer's bytes this process makes in the time."""
+    """Count the copies of a transfer's bytes that this process makes in the time."""
     targets = [
         torch.empty((load.blocks, pool.shape[1]), dtype=torch.uint8, device=device)
         for device in load.devices[load.senders :]
@@ -134,7 +134,7 @@ def run_process(role: Any, *arguments: Any) -> None:
 
 
 def measure(load: Load) -> str:
-    """A line of the table."""
+    """Measure a load, and return its line of the table."""
     num_receivers = load.receivers
     pairs = [[spawn.Pipe() for _ in range(num_receivers)] for _ in range(load.senders)]
     parents = [spawn.Pipe() for _ in range(load.senders)]

@@ -24,7 +24,7 @@ FIGURES = ("median_ttft_ms", "median_tpot_ms", "median_itl_ms", "p99_itl_ms", "r
 
 
 async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """One connection of the server: /v1/models, and completions in events."""
+    """Serve one connection: /v1/models, and completions as events."""
     try:
         while True:
             head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()

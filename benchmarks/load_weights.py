@@ -118,7 +118,7 @@ def itemsize(name: str, is_mixture: bool) -> int:
 
 
 def written(name: str, shape: tuple[int, ...], is_mixture: bool, dice: np.random.Generator) -> dict[str, torch.Tensor]:
-    """The tensor of this name, and its scales if it has some."""
+    """Make the tensor of this name, and its scales if it has some."""
     if itemsize(name, is_mixture) == 1:
         # Without the highest bit of the exponent, as below.
         values = torch.from_numpy(dice.integers(0, 1 << 8, shape, dtype=np.uint8) & 0xBF).view(torch.float8_e4m3fn)
@@ -130,7 +130,7 @@ def written(name: str, shape: tuple[int, ...], is_mixture: bool, dice: np.random
 
 
 def write_weights(folder: Path) -> int:
-    """Files of a few GB and their index; returns their bytes."""
+    """Write files of a few GB, and their index. Returns their bytes."""
     generator = np.random.Generator(np.random.SFC64(0))
     places: dict[str, str] = {}
     shard: dict[str, torch.Tensor] = {}
@@ -178,7 +178,7 @@ def measure_load(
 
 
 class KeptNarrow(Linear):
-    """In place of what multiplies by a narrow weight: only keeps it."""
+    """Replacement of what multiplies by a narrow weight, which only keeps the weight."""
 
     def __init__(self, narrow: NarrowWeight, bias: torch.Tensor | None) -> None:
         super().__init__(narrow, bias)  # type: ignore[arg-type]
@@ -231,7 +231,7 @@ def measure_safetensors(folder: Path, device: torch.device, ranks: list[int]) ->
 
 
 def num_loaded(weights: DecoderWeights) -> int:
-    """Bytes of the large ones, in the checkpoint's dtype."""
+    """Return the bytes of the large weights, in the checkpoint's dtype."""
     linears = [linear for layer in weights.layers for linear in linears_of(layer)]
     narrow = sum(linear.weight.nbytes for linear in linears if isinstance(linear, KeptNarrow))
     wide = sum(linear.weight.numel() for linear in linears if not isinstance(linear, KeptNarrow))
@@ -244,7 +244,7 @@ def linears_of(layer: LayerWeights) -> Iterator[Linear]:
 
 
 def check(folder: Path, weights: DecoderWeights) -> None:
-    """Raises AssertionError if any number is not the one that was written."""
+    """Raise AssertionError if any number is not the one that was written."""
     index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
     files = {name: load_file(folder / name) for name in set(index.values())}
 

@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 
 NUM_EXPERTS, HIDDEN, INNER, HEADS, KV_HEADS, HEAD_DIM, VOCABULARY = 128, 2048, 768, 32, 4, 128, 151936
 STD, SCALE, LARGEST = 0.02, 2.0**-12, 448.0
-"""Of weights; of all their scales; of 8-bit floats."""
+"""Standard deviation of weights, value of all their scales, and largest 8-bit float."""
 
 
 # ---- the checkpoint --------------------------------------------------------------------------------------------------
@@ -66,7 +66,7 @@ def configuration(num_layers: int) -> dict[str, Any]:
 
 
 def write_layer(folder: Path, layer: int) -> dict[str, str]:
-    """Returns the file of each tensor."""
+    """Write one layer to a file. Returns the name of the file for each tensor."""
     prefix, file = f"model.layers.{layer}", f"model-{layer:05d}.safetensors"
     of_heads, of_kv_heads = HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM
     shapes = {
@@ -105,7 +105,7 @@ def ones(size: int) -> torch.Tensor:
 
 
 def measure_vllm(folder: Path, ranks: int) -> None:
-    """The workloads of hbserve_core/bench/workloads.py."""
+    """Run the workloads of hbserve_core/bench/workloads.py on vLLM."""
     from vllm import LLM, SamplingParams
 
     llm = LLM(str(folder), max_model_len=4096, max_num_seqs=512, tensor_parallel_size=ranks, skip_tokenizer_init=True)

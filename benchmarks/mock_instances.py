@@ -1,6 +1,7 @@
-"""Instances without an engine, and the processes that they are in: for benchmarks of RPC, scheduler and server.
+"""Instances without an engine, and their processes, for benchmarks of RPC, scheduler and server.
 
-Not a benchmark itself. A file that needs one runs itself once more, in another process, so that each has a core.
+This is not a benchmark itself. A file that needs such an instance runs itself in another process, so that each has a
+core.
 """
 
 import asyncio
@@ -26,13 +27,13 @@ from hbserve_rpc.reports import REPORTS, InstanceReport, ReportsRequest
 
 MAX_MODEL_LEN = 1 << 16
 LIMITS: dict[str, Any] = {"max_model_len": MAX_MODEL_LEN, "max_prompt_len": MAX_MODEL_LEN - 1, "vocab_size": 49152}
-"""Of a model that the demo model's tokenizer fits."""
+"""Limits of a model that the demo model's tokenizer fits."""
 
 
 def mock_instance(instance_id: str, role: Role, *, drops_closed: bool = False, **sizes: Any) -> RpcServer:
-    """A server that says of itself what a ready instance says, for whoever makes it serve tokens.
+    """Make a server that describes itself as a ready instance. The caller lets it serve tokens.
 
-    sizes: further fields of its InstanceInfo. With `num_blocks` it also reports that all of them are free.
+    `sizes` are further fields of its InstanceInfo. With `num_blocks` it also reports that all of these are free.
     """
     server = RpcServer(drops_closed=drops_closed)
     info = InstanceInfo(instance_id, role, server.epoch, "ready", **sizes)
@@ -58,12 +59,12 @@ def mock_instance(instance_id: str, role: Role, *, drops_closed: bool = False, *
 
 
 STEP: Method[TokenEvent, Empty] = Method("bench.step", TokenEvent, Empty)
-"""Of an instance by `serve_steps`: as soon as so many streams (`index`) wait, each of them gets its next token."""
+"""Call to an instance of `serve_steps`: as soon as so many streams (`index`) wait, each of them gets its next token."""
 
 
 def serve_steps(server: RpcServer, tokens: list[int]) -> None:
-    """Give every stream a token at each step, as an engine does, when a client has asked for the step. So no tokens
-    wait for each other if the client has had those of the last step when it asks."""
+    """Give every stream a token at each step, as an engine does, when a client has asked for the step. If the client
+    has received those of the last step when it asks, no tokens wait for each other."""
     has_stepped, num_waiting = asyncio.Event(), 0
 
     async def generate(request: GenerateRequest) -> AsyncIterator[TokenEvent]:
@@ -91,7 +92,7 @@ def serve_steps(server: RpcServer, tokens: list[int]) -> None:
 
 
 async def serve_until_killed(*servers: RpcServer) -> None:
-    """Their addresses are the line that `started` reads."""
+    """Serve, and print the addresses in a line, which `started` reads."""
     for server in servers:
         await server.start()
     print(*[server.address for server in servers], flush=True)
@@ -100,9 +101,9 @@ async def serve_until_killed(*servers: RpcServer) -> None:
 
 @contextlib.contextmanager
 def started(file: str, *arguments: str, core: int | None = None) -> Iterator[tuple[int, list[str]]]:
-    """A process that runs a file: its id, and the words of the first line that it prints. It is killed at the end.
+    """Run a file in a process, and kill it at the end. Yields its pid, and the words of the first line that it prints.
 
-    core: the only one that it may use.
+    `core` is the only one that it may use.
     """
     pin = [] if core is None else ["taskset", "-c", str(core)]
     process = subprocess.Popen([*pin, sys.executable, file, *arguments], stdout=subprocess.PIPE, text=True)

@@ -1,8 +1,9 @@
 """What one Mooncake engine costs, and which of its calls stop Python: uv run python benchmarks/mooncake_engines.py
 
-Why links share engines, and why an engine's socket is told to wait shorter: docs/rationale.md. Over TCP on this host.
-"The longest pause" is that of a thread that wants to run every half millisecond, while the call is under way; the last
-calls are made while the peer is frozen in the midst of a write.
+
+docs/rationale.md says why links share engines, and why an engine's socket is told to wait for less long. Runs over TCP
+on this host. "The longest pause" is that of a thread that wants to run every half millisecond, while the call is under
+way. The last calls are made while the peer is frozen in the middle of a write.
 """
 
 import argparse
@@ -35,7 +36,7 @@ def make(memory: torch.Tensor) -> Any:
 
 
 def adopted(native: Any) -> Engine:
-    """It as links have it, without memory to try a peer with: nothing is begun with it any more."""
+    """Wrap an engine as links have it, without memory to try a peer with, because no transfer begins with it."""
     return Engine(native, memoryview(b""), 0)
 
 
@@ -71,7 +72,7 @@ class Watch(threading.Thread):
 
 
 def held() -> tuple[int, int, int]:
-    """(resident KiB, threads, files) of this process."""
+    """Return (resident KiB, threads, files) of this process."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(status["VmRSS"].split()[0]), int(status["Threads"]), len(os.listdir("/proc/self/fd"))
 

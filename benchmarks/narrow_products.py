@@ -74,7 +74,7 @@ def invented(outputs: int, inputs: int, bits: int, device: torch.device) -> Narr
 
 
 class Computed:
-    """One product of some rows, by CudaProducts, with any linear of its shape."""
+    """Computes one product of some rows, by CudaProducts, with any linear of its shape."""
 
     def __init__(self, product: Product, rows: int, device: torch.device) -> None:
         self._product, self._by = product, CudaProducts(device)
@@ -83,7 +83,7 @@ class Computed:
         self._before = torch.randn(rows, product.outputs, dtype=DTYPE, device=device)
 
     def __call__(self, linear: Linear) -> torch.Tensor:
-        """As a layer has it, but for halves of norms that the product before would have computed."""
+        """Compute as a layer does, except for halves of norms, which the product before would have computed."""
         if self._product.gated:
             return self._by.gated(ResidualStream(self._x), self._norm, linear)
         if self._product.reads_norm:
@@ -93,7 +93,7 @@ class Computed:
         return stream.rows
 
     def error(self, weight: NarrowWeight) -> float:
-        """Of the product with this weight, relative to the one in float32."""
+        """Return the error of the product with this weight, relative to the one in float32."""
         exact, before = self._x.float(), self._before.float()
         if self._product.reads_norm:
             exact = F.rms_norm(exact, (self._product.inputs,), self._norm.weight.float(), EPS)
@@ -107,7 +107,7 @@ class Computed:
 
 
 def measure(product: Product, bits: int, rows: int, read_bytes_per_s: float, device: torch.device) -> tuple[str, bool]:
-    """A line, and whether the result is right."""
+    """Measure a product. Returns a line of the table, and whether the result is right."""
     computed = Computed(product, rows, device)
     cache_bytes = CACHES * torch.cuda.get_device_properties(device).L2_cache_size
     sample = invented(product.outputs, product.inputs, bits, device)

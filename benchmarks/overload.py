@@ -47,13 +47,13 @@ from hbserve_scheduler import SchedulerConfig
 PROMPT_TOKENS, OUTPUT_TOKENS = 1000, 16
 PREFILL_TOKENS_PER_S = 20_000.0
 STEP_S = 0.02
-"""Of the decode instance, whatever is in it."""
+"""Time of each step of the decode instance, whatever is in it."""
 SUSTAINED_PER_S = PREFILL_TOKENS_PER_S / PROMPT_TOKENS
 PROMPT = "[" + ", ".join(str(1000 + i) for i in range(PROMPT_TOKENS)) + "]"
 RUN = 10
-"""Requests one after the other, at about half of the load that is sustained."""
+"""Number of requests in a run of `normal_again`, one after the other, at about half of the sustained load."""
 REFUSED_MS, NORMAL_S = 50.0, 2.0
-"""What is allowed."""
+"""Most time for a refusal, and until all is normal again in addition to max_queue_time_s."""
 
 
 class Instances:
@@ -61,10 +61,10 @@ class Instances:
 
     def __init__(self) -> None:
         self._free_at_s = 0.0
-        """When all prompts that are here will have been computed."""
+        """Time at which all prompts that have arrived will be computed."""
 
     def servers(self) -> list[RpcServer]:
-        """Of both."""
+        """Return the servers of both instances."""
         sizes: dict[str, Any] = {"block_size": 16, "num_blocks": 1 << 20, "max_num_seqs": 1 << 10}
         prefill = mock_instance("prefill-0", "prefill", **LIMITS, **sizes)
         prefill.serve_stream(PREFILL, self._prefill)
@@ -98,7 +98,7 @@ class Answer:
     began_s: float
     status: int
     first_s: float
-    """To the first token, or to the refusal."""
+    """Time from the request to the first token, or to the refusal."""
 
 
 async def ask(port: int) -> Answer:
@@ -120,7 +120,7 @@ async def ask(port: int) -> Answer:
 
 
 class OwnLag:
-    """How late this process itself came to what was due, at most: what is measured here may be so much too long."""
+    """Measures how late this process itself is at most. All times that it measures may be too long by that."""
 
     def __init__(self) -> None:
         self.most_s = 0.0
@@ -138,7 +138,7 @@ class OwnLag:
 
 
 async def load(port: int, per_s: float, seconds: float, idle_s: float) -> list[Answer]:
-    """Answers to requests that come so often, in the order in which they came."""
+    """Send requests at a rate, for so many seconds. Returns the answers, in the order in which the requests came."""
     lag, asking, end_s = OwnLag(), [], time.perf_counter() + seconds
     due_s = time.perf_counter()
     while (due_s := due_s + random.expovariate(per_s)) < end_s:
@@ -153,7 +153,8 @@ async def load(port: int, per_s: float, seconds: float, idle_s: float) -> list[A
 
 
 async def normal_again(port: int, end_s: float, idle_s: float) -> float:
-    """Seconds until a run of requests begins of which half have twice the TTFT of an idle deployment, or less."""
+    """Return the seconds until a run of requests begins, half of which have at most twice the TTFT of an idle
+    deployment."""
     asked: list[Answer] = []
     while len(asked) < RUN or not _is_normal([each.first_s for each in asked[-RUN:]], idle_s):
         answer = await ask(port)

@@ -50,13 +50,13 @@ from hbserve_testing.narrowing import of_type, present
 
 BLOCK_SIZE = 16
 UNTOUCHED = 12345.0
-"""What no key or value is."""
+"""A number that is never a key or a value."""
 LOOK_EVERY = 256
-"""Of a block's numbers, one of so many is looked at."""
+"""Distance of the numbers in a block that are looked at."""
 
 
 STEPS_AFTER = 8
-"""As many gaps after the hand-off say how long a step of the batch is that the request has joined."""
+"""Number of gaps after the hand-off whose mean is taken for the time of a step of the batch that the request joined."""
 WARM_UP_REQUESTS = 8
 
 
@@ -65,7 +65,7 @@ class Run:
     """One request, as the client saw it. Times are of `time.perf_counter`."""
 
     due_s: float
-    """When it was to be submitted."""
+    """Time at which the request was due."""
     submitted_s: float
     token_times_s: list[float]
     timings: Timings
@@ -76,12 +76,13 @@ class Run:
 
     @property
     def gaps_s(self) -> list[float]:
-        """Between tokens; the first one is the hand-off."""
+        """Times between tokens, of which the first is the hand-off."""
         return [after - before for before, after in itertools.pairwise(self.token_times_s)]
 
     @property
     def step_s(self) -> float:
-        """Of the batch that it has joined. A mean: tokens of two steps may come at once, after a longer gap."""
+        """Time of a step of the batch that the request joined. It is a mean, because tokens of two steps may come at
+        once, after a longer gap."""
         return statistics.mean(self.gaps_s[1 : 1 + STEPS_AFTER])
 
 
@@ -151,7 +152,8 @@ async def measure_firsts(args: argparse.Namespace) -> None:
 
 
 async def until_connected(llm: DisaggregatedLLM) -> None:
-    """Instances are ready without their links, which the first request would then wait for."""
+    """Wait until all pairs are connected. Instances are ready before that, and the first request would wait for its
+    link."""
     handles = llm.scheduler.fleet.handles.values()
     decodes = {each.epoch for each in handles if each.role == "decode"}
     async with asyncio.timeout(60):
@@ -248,7 +250,7 @@ async def instance(role: Role, args: argparse.Namespace):
 
 
 def serve_decode(args: argparse.Namespace, pipe: Connection) -> None:
-    """A process with the decode instance. Says where it and its pool are, and fills that when it is asked to."""
+    """Run the decode instance in a process. Sends where it and its pool are, and fills the pool when it is asked to."""
 
     async def serve() -> None:
         async with instance("decode", args) as (d, _):
@@ -268,7 +270,8 @@ def serve_decode(args: argparse.Namespace, pipe: Connection) -> None:
 
 @contextlib.contextmanager
 def blocks_of(pid: int, region: SharedRegion | tuple[bytes, int, int, int], runner, num_blocks: int):
-    """The other process's pool, a row for each block: not all numbers of it, so that to look disturbs little."""
+    """Map the other process's pool. Yields a row for each block, which has only some of its numbers, so that looking at
+    them disturbs little."""
     with contextlib.ExitStack() as mapped:
         if isinstance(region, SharedRegion):
             mapping = shared_memory.Mapping(pid, region)
@@ -318,7 +321,8 @@ def num_landed(blocks: torch.Tensor) -> torch.Tensor:
 
 
 def count_at_last_chunk(runner, blocks: torch.Tensor, num_chunks: int) -> list[torch.Tensor]:
-    """Has blocks counted whenever the last of as many steps really starts: on a GPU when the one before it is done."""
+    """Let the blocks that have arrived be counted whenever the last of so many steps really starts, which on a GPU is
+    when the step before it is done."""
     launch, landed, started = runner.launch, [], itertools.count(1)
     look = torch.cuda.Stream(runner.device, priority=-1) if runner.device.type == "cuda" else None
 
@@ -345,7 +349,7 @@ async def prefill_and_decode(p_client: RpcClient, d_client: RpcClient, prompt: t
 
 
 def percentile(values, part: float) -> float:
-    """The smallest value that as large a part of all does not exceed."""
+    """Return the smallest value that this share of all values does not exceed."""
     return sorted(values)[math.ceil(part * len(values)) - 1]
 
 

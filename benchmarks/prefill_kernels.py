@@ -53,7 +53,7 @@ class Model:
 MODELS = {"Qwen3-0.6B": Model(1024, 3072, 16, 8), "Qwen3-8B": Model(4096, 12288, 32, 8)}
 SHORT, LONG = [(1, 128, 0), (1, 256, 0), (1, 128, 2000)], [(1, 2048, 0), (8, 2048, 0), (1, 16384, 0)]
 BATCHES = [*SHORT, *LONG, (4, 512, 3000), (64, 16, 500)]
-"""Prompts, new tokens of each, and tokens before these."""
+"""Batches: number of prompts, new tokens of each, and tokens before these."""
 ROWS = [128, 256, 512, 1024, 2048, 4096, 16384]
 
 
@@ -80,12 +80,12 @@ def random(*shape: int) -> torch.Tensor:
 
 
 def microseconds(work: Callable[[], object]) -> float:
-    """Of one call of some, one after the other."""
+    """Return the microseconds of one call, among several that follow each other."""
     return cuda_products.microseconds(lambda _: work(), range(CALLS))
 
 
 def line(times: dict[str, float], amounts: dict[str, float], unit: str) -> str:
-    """Microseconds, and the rate: operations or bytes divided by 1e12 s or 1e9 s."""
+    """Format the microseconds and the rate (operations or bytes a second) of each kernel."""
     scale = 1e12 if unit == "TFLOP/s" else 1e9
     return "; ".join(
         f"{name} {us:.1f} us" + (f" {1e6 * amounts[name] / us / scale:.0f} {unit}" if name in amounts else "")
@@ -112,7 +112,7 @@ def attention(model: Model, prompts: int, new: int, before: int) -> str:
 
 
 class Step:
-    """One layer's attention over the new tokens of several prompts."""
+    """The attention of one layer over the new tokens of several prompts."""
 
     def __init__(self, model: Model, prompts: int, new: int, before: int) -> None:
         num_heads, num_kv_heads, context = model.num_heads, model.num_kv_heads, before + new

@@ -1,5 +1,5 @@
-"""What it costs that the scheduler knows which prefixes an instance has cached, each second: the engine's thread makes
-the report, between two steps, and the scheduler's event loop takes it in, between two tokens.
+"""The cost, each second, of the scheduler's knowledge of the prefixes that an instance has cached: the engine's thread
+makes a report, between two steps, and the scheduler's event loop takes it in, between two tokens.
 
     python benchmarks/prefix_reports.py
     python benchmarks/prefix_reports.py --blocks 65536 --changed 0 1000 5120
@@ -26,7 +26,7 @@ ROUNDS = 9
 
 
 class Client:
-    """In place of that of an instance, which answers with the blocks of one."""
+    """Replacement of an instance's client, which answers with the blocks of a BlockManager here."""
 
     def __init__(self, blocks: BlockManager) -> None:
         self.blocks = blocks
@@ -40,7 +40,7 @@ class Client:
 
 
 async def longest_pauses_s(job: Any) -> float:
-    """The longest time in which nothing else ran in this event loop while `job` did."""
+    """Return the longest time in which nothing else ran in this event loop while `job` did."""
     longest_s, last_s = 0.0, time.thread_time()
 
     async def look() -> None:
@@ -59,7 +59,7 @@ async def longest_pauses_s(job: Any) -> float:
 
 
 def change(blocks: BlockManager, count: int) -> None:
-    """As many blocks of new prompts take the place of the oldest ones."""
+    """Replace the oldest blocks by as many blocks of new prompts."""
     ids = blocks.allocate_idle(count)
     blocks.cache(ids, [os.urandom(32) for _ in ids])
     blocks.release(ids)

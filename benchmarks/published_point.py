@@ -25,29 +25,29 @@ from hbserve.simulator.simulation import Deployment, roles_of, simulate
 from hbserve.simulator.workload import SimulatedRequest
 
 Law = tuple[float, float, float]
-"""Milliseconds of a step: at least, for each token (of a decode step: of all contexts), and for each squared token of a
-prompt (of a decode step: for each sequence)."""
+"""Milliseconds of a step: the constant part, the part for each token (in a decode step, of all contexts), and the part
+for each squared token of a prompt (in a decode step, for each sequence)."""
 
 MOST_TOKENS = 1 << 16
-"""Of a step: no bound."""
+"""Most tokens of a step, which is no bound in practice."""
 MANY = 95
-"""Sequences from which on a decode step has another law."""
+"""Number of sequences from which on a decode step has another law."""
 GOALS_S = {"ttft": 0.2, "tpot": 0.1}
 RATES = (1, 2, 3, 4, 5)
-"""Requests a second, and"""
+"""Requests a second for each GPU."""
 REQUESTS = 100
-"""how many of them, for each GPU."""
+"""Number of requests for each GPU."""
 PROMPTS = (10, 145, 352, 500, 634, 814, 960, 1182, 1407, 1606, 2003)
 ANSWERS = (2, 6, 12, 20, 34, 55, 170, 243, 293, 477, 894)
-"""Tokens: the least, deciles, and the most."""
+"""Tokens of answers, as those of prompts above: the least, deciles, and the most."""
 USUAL_OTHERS = sum(count**2 for count in PROMPTS) / sum(PROMPTS)
-"""Tokens of the prompt that a token of several in one step belongs to."""
+"""Mean number of tokens of the prompt to which a token belongs, if a step has several prompts."""
 PUBLISHED = {
     "vLLM": (62.0, 49.0, 39.0, 32.0, 19.0),
     "vLLM, 2 GPUs": (95.5, 89.5, 81.0, 62.5, 38.0),
     "apart": (98.33, 89.67, 81.33, 65.33, 49.0),
 }
-"""Percent of requests that keep both goals, by rate."""
+"""Percentage of requests that keep both goals, for each of RATES."""
 BAR = 0.2
 
 
@@ -81,7 +81,7 @@ DEPLOYMENTS = {
     "vLLM, 2 GPUs": (2, Deployment(VLLM_2, roles_of(0, 0, 1), limits=LIMITS)),
     "apart": (3, Deployment(DECODE_1, roles_of(1, 1), limits=LIMITS, prefill_profile=PREFILL_2)),
 }
-"""By name, GPUs and what they are: two of the third compute prompts together, and one decodes."""
+"""Number of GPUs, and deployment, by name. In the third, two GPUs compute prompts together, and one decodes."""
 
 
 def requests(rate: float, count: int, seed: int) -> Iterator[SimulatedRequest]:
@@ -104,7 +104,7 @@ def attained_percent(name: str, rate: float, seeds: int) -> float:
 
 
 def goodput(percents: tuple[float, ...]) -> float:
-    """Requests a second and GPU within their goals, at the best of the rates."""
+    """Return the requests within their goals, for each second and GPU, at the best of the rates."""
     return max(rate * percent / 100 for rate, percent in zip(RATES, percents, strict=True))
 
 

@@ -2,12 +2,13 @@
 
     uv run python benchmarks/random_models.py --seconds 300 --processes 14
 
-Each case has a small model of some family, of sizes that are usual and of others, in 32 or 16 bits, or its weights in 8
-or 4; an engine with random settings; and random requests, which come in waves, and then once more: now their prefixes
-are cached, and other requests are beside them. The log-probability of each token is compared with what the plain runner
-finds in float32, and the differences with those of the plain runner in the case's dtype, which are rounding alone.
 
-Many processes are to share the device: they hold each other up, so that programs and warps of a kernel differ in speed,
+Each case has a small model of some family, of usual and of other sizes, in 32 or 16 bits, or with weights in 8 or 4; an
+engine with random settings; and random requests. These come in waves, and then once more, now with cached prefixes, and
+with other requests beside them. The log-probability of each token is compared with that of the plain runner in float32,
+and the differences with those of the plain runner in the case's dtype, which are due to rounding alone.
+
+Many processes should share the device. They hold each other up, so that programs and warps of a kernel differ in speed,
 and one that does not wait for another is found. Prints each case that differs by more than rounding explains, or fails;
 `--first N --cases 1` repeats case N. With --ranks 2, the model is split among two GPUs.
 """
@@ -55,16 +56,16 @@ MAX_MODEL_LEN = 2048
 NARROW = (None, None, "fp8 block", "fp8 row", "fp8 tensor", "awq", "gptq")
 QUANTILES = (0.5, 0.9, 0.99)
 ROUNDING, EIGHT_BIT_ROUNDING = 2.0, 9.0
-"""How many times the plain runner's differences are allowed; and where activations become 8-bit floats too, how many
-times those of bfloat16."""
+"""Allowed multiple of the plain runner's differences, and, if activations become 8-bit floats too, of those of
+bfloat16."""
 SLACK, NARROW_SLACK = 0.005, 0.04
-"""Allowed in any case; the second where keys, values or activations are 8-bit floats, whose rounding may fall to either
-side."""
+"""Difference that is always allowed. The second is for 8-bit keys, values or activations, which may be rounded to
+either side."""
 
 
 @dataclass
 class Case:
-    """One model, one engine, and what is asked of it."""
+    """One model, and the settings of its engine."""
 
     family: str
     sizes: dict[str, Any]
@@ -78,11 +79,11 @@ class Case:
 
     @property
     def compared_dtype(self) -> str:
-        """Of the plain runner whose rounding is the measure."""
+        """The dtype of the plain runner whose rounding is the measure."""
         return "bfloat16" if self.has_8_bit_rows else str(self.settings["dtype"])
 
     def allowed(self, noise: list[float]) -> list[float]:
-        """By quantile, for differences between the plain runner's two dtypes."""
+        """Return the allowed difference for each of QUANTILES, given those between the plain runner's two dtypes."""
         factor = EIGHT_BIT_ROUNDING if self.has_8_bit_rows else ROUNDING
         is_narrow = self.has_8_bit_rows or self.settings["kv_cache_dtype"] == "fp8"
         slack = NARROW_SLACK if is_narrow else SLACK
@@ -118,7 +119,7 @@ def random_case(chance: random.Random, ranks: int) -> Case:
 
 
 def random_sizes(chance: random.Random, family: str, ranks: int) -> dict[str, Any]:
-    """Arguments of the family's configuration."""
+    """Draw the arguments of the family's configuration."""
     key_heads = chance.choice((1, 2, 2, 3, 4, 4, 8) if ranks == 1 else (2, 4, 8))
     heads = key_heads * chance.choice((1, 2, 2, 3, 4, 5, 6, 7, 8))
     head_dim = chance.choice((16, 32, 64, 64, 80, 96, 112, 128, 128, 192, 256))
@@ -143,7 +144,7 @@ def random_sizes(chance: random.Random, family: str, ranks: int) -> dict[str, An
 
 
 def of_family(chance: random.Random, family: str, sizes: dict[str, Any]) -> dict[str, Any]:
-    """What only this family has."""
+    """Draw the arguments that only this family has."""
     head_dim = sizes["hidden_size"] // sizes["num_attention_heads"]
     if family in MIXTURES:
         count = chance.choice((3, 4, 8, 16, 60))
@@ -166,7 +167,7 @@ def of_family(chance: random.Random, family: str, sizes: dict[str, Any]) -> dict
 
 
 def random_requests(chance: random.Random, case: Case) -> list[Request]:
-    """Some begin alike; some ask for log-probabilities, some for their prompts' too."""
+    """Draw requests. Some begin alike; some ask for log-probabilities, and some for those of their prompts too."""
     longest, vocab_size, block = chance.choice((40, 300, 1400)), case.sizes["vocab_size"], case.settings["block_size"]
     common = [chance.randrange(3, vocab_size) for _ in range(longest)]
     requests = []
@@ -185,7 +186,7 @@ def random_requests(chance: random.Random, case: Case) -> list[Request]:
 
 
 def write_model(chance: random.Random, case: Case, folder: Path) -> None:
-    """Weights such that attention is sharp, and all of the context counts."""
+    """Write a model with weights by which attention is sharp, and all of the context matters."""
     config = getattr(transformers, FAMILIES[case.family])(**case.sizes)
     torch.manual_seed(chance.randrange(1 << 30))
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
@@ -204,7 +205,7 @@ def write_model(chance: random.Random, case: Case, folder: Path) -> None:
 
 
 def make_narrow(chance: random.Random, folder: Path, kind: str) -> None:
-    """Write the folder's projections in 8 or 4 bits; those whose inputs are no whole groups of 4-bit numbers stay."""
+    """Rewrite the folder's projections in 8 or 4 bits; those whose inputs are not whole groups of 4-bit numbers stay."""
     stored: dict[str, torch.Tensor] = {}
     generator, group = torch.Generator().manual_seed(chance.randrange(1 << 30)), chance.choice((32, 64, 128))
     for name, weight in load_file(folder / "model.safetensors").items():
@@ -260,13 +261,13 @@ def of_8_bits(kind: str, name: str, weight: torch.Tensor) -> dict[str, torch.Ten
 class Answer:
     tokens: list[int]
     logprobs: list[float]
-    """Of the tokens, if they were asked for."""
+    """Log-probabilities of the tokens, if they were asked for."""
     of_prompt: list[float]
-    """Of the prompt's tokens but the first, if they were asked for."""
+    """Log-probabilities of the prompt's tokens except the first, if they were asked for."""
 
 
 def answers(engine: Engine, requests: list[Request], chance: random.Random | None = None) -> list[Answer]:
-    """chance: for requests that come in waves, and not all at once."""
+    """Answer requests. With `chance`, they come in waves; without, all at once."""
     found = [Answer([], [], []) for _ in requests]
     waiting = list(requests)
     while waiting or engine.has_work():
@@ -284,7 +285,7 @@ def answers(engine: Engine, requests: list[Request], chance: random.Random | Non
 
 
 def scores(case: Case, folder: Path, dtype: str, texts: list[list[int]]) -> list[list[float]]:
-    """The plain runner's log-probabilities of each text's tokens but the first."""
+    """Return the plain runner's log-probabilities of each text's tokens except the first."""
     settings: dict[str, Any] = {
         name: case.settings[name] for name in ("block_size", "kv_cache_dtype", "max_model_len")
     } | {
@@ -319,7 +320,7 @@ def quantiles(numbers: list[float]) -> list[float]:
 
 
 def run_case(number: int, ranks: int, folder: Path) -> tuple[str, str]:
-    """A word for it, and more about it."""
+    """Run a case. Returns a word for its result, and details."""
     chance = random.Random(f"case {number}")
     case = random_case(chance, ranks)
     write_model(chance, case, folder)

@@ -40,14 +40,14 @@ SUMS, REPLAYS, RANKS = 40, 7, 2
 PREFILL_ROWS, INPUTS, LAYERS = [2048, 8192, 16384], (2048, 6144), 6
 COPY_BYTES = 256 << 20
 MOST_FEW_BYTES = 4 << 20
-"""Here; ranks take the kernel for few rows up to FEW_BYTES."""
+"""Largest sum that the kernel for few rows computes here. Ranks take it only up to FEW_BYTES."""
 START_S = 120.0
 spawn = multiprocessing.get_context("spawn")
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What both ranks know."""
+    """Parameters that both ranks know."""
 
     port: int
     rows: tuple[int, ...]
@@ -98,7 +98,7 @@ def rank_main(rank: int, setup: Setup, pipe: Connection) -> None:
 
 
 Way = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""From rows of the residual stream, to which it adds, and partial sums: the rows normed."""
+"""Adds the sum of partial sums to rows of the residual stream, and returns the normed rows."""
 
 
 class Rank:
@@ -130,7 +130,8 @@ class Rank:
         return present(self._few.sum(partial, rows, (self._norm, EPS))[1])
 
     def _many_rows(self, rows: torch.Tensor, partial: torch.Tensor) -> torch.Tensor:
-        """In a graph they are where a product would have written them; else they are brought there first."""
+        """Sum by the kernel for many rows. In a graph, the partial sums are where a product would have written them;
+        else they are copied there first."""
         place = present(self._many.partial((len(partial), self._setup.hidden), DTYPE))
         if not torch.cuda.is_current_stream_capturing():
             place.copy_(partial)
@@ -166,7 +167,7 @@ class Rank:
             say(self._prefill(count), True)
 
     def _prefill(self, count: int) -> str:
-        """A line of the products of a layer whose results are summed."""
+        """Measure the products of a layer whose results are summed. Returns a line of the table."""
         products, norm = CudaProducts(self._device), RmsNorm(self._norm, EPS)
         options: Any = {"dtype": DTYPE, "device": self._device}
         linears = [Linear(torch.randn((self._setup.hidden, size), **options)) for size in INPUTS]
@@ -189,7 +190,8 @@ class Rank:
         return f"{text}  many {self._launched(lambda: summed(self._group)):7.1f}"
 
     def _launched(self, layer: Callable[[], None]) -> float:
-        """Microseconds of one of some layers that are launched one after the other: no graph has so many rows."""
+        """Return the microseconds of one of several layers that are launched in turn, without a graph, because no graph
+        has so many rows."""
         times, meeting = [], torch.zeros(1, device=self._device)
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
@@ -211,7 +213,7 @@ class Rank:
         return torch.randn(count, self._setup.hidden, generator=generator).to(self._device, DTYPE)
 
     def _copy_rate(self) -> float:
-        """Of a copy to the other GPU, in bytes a second."""
+        """Measure the rate of a copy to the other GPU, in bytes a second."""
         source = torch.empty(COPY_BYTES, dtype=torch.uint8, device=self._device)
         target = torch.empty(COPY_BYTES, dtype=torch.uint8, device=f"cuda:{1 - self._device.index}")
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -223,7 +225,7 @@ class Rank:
         return COPY_BYTES / (begin.elapsed_time(end) / 1e3)
 
     def _microseconds(self, way: Way, rows: torch.Tensor, partial: torch.Tensor) -> float:
-        """Of one sum, in a graph of some."""
+        """Return the microseconds of one sum, in a graph of several."""
         stream = self._stream
         stream.wait_stream(torch.cuda.current_stream(self._device))
         times = []

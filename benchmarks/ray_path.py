@@ -53,7 +53,7 @@ class Served:
 
 @dataclass
 class Spent:
-    """What processes have computed, and what went through their TCP sockets."""
+    """Processor time of some processes, and bytes that went through their TCP sockets."""
 
     seconds: float
     computed_s: float
@@ -66,23 +66,23 @@ class Spent:
 
 @dataclass
 class Load:
-    """One load, and what it took."""
+    """Figures of one load."""
 
     tokens_per_s: float
     ttft_ms: float
     itl_ms: float
     us_per_token: float
-    """Processor time of all processes of the path, without what they spend in that time when nobody asks."""
+    """Processor time of all processes of the path, less what they spend in the same time without requests."""
     instances_us_per_token: float
-    """Of the instances alone, all of it."""
+    """Processor time of the instances alone, including what they spend without requests."""
     of_ray: Spent
     texts: list[str] = field(default_factory=list)
 
 
 @contextlib.contextmanager
 def cluster() -> Iterator[tuple[str, int]]:
-    """One node of Ray, with two cores of its own: its address, and the process that has started all of it. Its agents
-    have ports that are given: Ray waits for those that they choose for 15 s only, which a busy machine exceeds."""
+    """Run one node of Ray with two cores. Yields its address, and the pid of the process that has started all of it.
+    Its agents get fixed ports: Ray waits only 15 s for ports that they choose, which is too short on a busy machine."""
     with contextlib.ExitStack() as stack:
         taken = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(5)]
         port, *agents = [each.getsockname()[1] for each in taken]
@@ -104,8 +104,8 @@ def cluster() -> Iterator[tuple[str, int]]:
 
 @contextlib.contextmanager
 def serving(name: str, model: Path, *options: str, below_pid: int | None = None) -> Iterator[Served]:
-    """`hbserve serve` with one prefill and one decode instance, of one thread each, as Ray gives them one core. They
-    are `below_pid`, or else its own children."""
+    """Run `hbserve serve` with one prefill and one decode instance, of one thread each, because Ray gives each one
+    core. They are descendants of `below_pid`, or else of the command itself."""
     content = {
         "model": {"path": str(model)},
         "engine": {"device": "cpu", "num_threads": 1, "num_blocks": 1024},
@@ -130,8 +130,8 @@ def serving(name: str, model: Path, *options: str, below_pid: int | None = None)
 
 
 def _until(process: "subprocess.Popen[str]", lines: IO[str] | None, pattern: str) -> re.Match[str] | None:
-    """Until a line has it; what comes before goes to stderr, and what comes after is read, and forgotten. None: it has
-    ended first, or taken too long."""
+    """Wait until a line matches, and return the match. Earlier lines go to stderr; later ones are read and dropped.
+    None: the process ended first, or took too long."""
     stop = threading.Timer(START_TIMEOUT_S, process.kill)
     stop.start()
     try:
@@ -146,12 +146,12 @@ def _until(process: "subprocess.Popen[str]", lines: IO[str] | None, pattern: str
 
 
 def below(pid: int) -> list[int]:
-    """A process, and all that it and its children have started."""
+    """Return a process, and all its descendants."""
     return [pid, *(each for child in children_of(pid) for each in below(child))]
 
 
 def computed_s(pids: Sequence[int]) -> float:
-    """Of all their threads that live."""
+    """Return the processor time of all living threads of these processes."""
     found = 0.0
     for pid in pids:
         for thread in Path(f"/proc/{pid}/task").glob("*/schedstat"):
@@ -161,7 +161,7 @@ def computed_s(pids: Sequence[int]) -> float:
 
 
 def sockets() -> list[tuple[set[int], tuple[str, str], int]]:
-    """Of each established TCP connection its processes, its two ends, and the bytes that went through it."""
+    """Return the processes, the two ends, and the bytes so far of each established TCP connection."""
     done = subprocess.run(["ss", "-tinpHO", "state", "established"], capture_output=True, text=True, check=True)
     found = []
     for line in done.stdout.splitlines():
@@ -177,7 +177,7 @@ def bytes_of(pids: Sequence[int]) -> int:
 
 @contextlib.contextmanager
 def spending(pids: Sequence[int]) -> Iterator[Spent]:
-    """What they spend until the end of the block."""
+    """Measure what these processes spend during the block."""
     spent = Spent(time.perf_counter(), computed_s(pids), bytes_of(pids))
     yield spent
     spent.seconds = time.perf_counter() - spent.seconds
@@ -196,7 +196,7 @@ async def answers(client: HttpClient, num_streams: int, num_tokens: int) -> list
 
 
 async def load(served: Served, of_ray: Sequence[int], num_streams: int, num_tokens: int, idle_share: float = 0) -> Load:
-    """idle_share: of a core, that its path takes when nobody asks."""
+    """Send a load. `idle_share` is the share of a core that the deployment's path takes without requests."""
     client = HttpClient(served.url, {})
     with spending(served.path) as path, spending(served.path[1:]) as instances, spending(of_ray) as spent:
         outcomes = await answers(client, num_streams, num_tokens)
@@ -251,7 +251,7 @@ async def compare(plain: Served, ray: Served, of_ray: Sequence[int], arguments: 
 
 
 def tell_sockets(ray: Served, of_ray: Sequence[int]) -> None:
-    """Of the instances, by who has the other end."""
+    """Print the sockets of the instances, by the owner of the other end."""
     found = sockets()
     owners = {ends: pids for pids, ends, _ in found}
     instances, ours, others = set(ray.path[1:]), 0, 0

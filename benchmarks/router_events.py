@@ -33,7 +33,7 @@ PARAMS = {"kv_transfer_params": {"do_remote_prefill": True, "transfer_id": "t"}}
 
 
 class Counted:
-    """Waits until so many bytes have come."""
+    """A counter of bytes, with which to wait for so many."""
 
     def __init__(self) -> None:
         self._num, self._wanted, self._there = 0, 0, asyncio.Event()
@@ -51,7 +51,7 @@ class Counted:
 
 
 class Server(asyncio.Protocol):
-    """Prefills and decodes: a body with "stream":true is streamed to, by `step`."""
+    """A server for both prefill and decode. Requests with "stream":true get their events by `step`."""
 
     streams: ClassVar[list[asyncio.Transport]] = []
     begun = Counted()
@@ -85,7 +85,7 @@ class Server(asyncio.Protocol):
 
 
 class Stream(asyncio.Protocol):
-    """A client of one stream. `on_bytes` hears how much has come, without the head of the answer."""
+    """A client of one stream. `on_bytes` is called with the number of new bytes, without the head of the answer."""
 
     def __init__(self, body: bytes, on_bytes: Callable[[int], None]) -> None:
         self._body, self._on_bytes, self._is_begun = body, on_bytes, False
@@ -103,7 +103,7 @@ class Stream(asyncio.Protocol):
 
 
 class Relay(asyncio.Protocol):
-    """The limit: reads, and writes to another socket."""
+    """The limit: a protocol that only reads, and writes to another socket."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.other: asyncio.Transport | None = None
@@ -115,7 +115,7 @@ class Relay(asyncio.Protocol):
 
 
 async def relay(port: int, to_port: int) -> None:
-    """Of a process of its own: each connection here is one there."""
+    """Run the relay in a process of its own. Each connection to `port` becomes one to `to_port`."""
     loop = asyncio.get_running_loop()
 
     class Accepted(Relay):
@@ -151,7 +151,8 @@ async def connected(port: int, body: bytes, on_bytes: Callable[[int], None]) -> 
 
 
 async def measured(process: subprocess.Popen[bytes], port: int) -> tuple[float, float]:
-    """Milliseconds of processor time for a request that is not streamed, and microseconds for an event."""
+    """Measure the processor time of a router: milliseconds for a request that is not streamed, and microseconds for an
+    event."""
     body = json.dumps({"model": "m", "prompt": list(range(3, 2051)), "max_tokens": 9}).encode()
     stream = json.dumps({"model": "m", "prompt": [3, 4, 5], "max_tokens": STEPS, "stream": True}).encode()
     answers, events = Counted(), Counted()
@@ -179,7 +180,7 @@ async def measured(process: subprocess.Popen[bytes], port: int) -> tuple[float, 
 
 
 def started(name: str, port: int, servers_port: int, before: str) -> subprocess.Popen[bytes]:
-    """A router, "now" or "before", or the relay."""
+    """Start the router, of "now" or "before", or the relay."""
     url, environment = f"http://127.0.0.1:{servers_port}", dict(os.environ)
     if name == "before":
         found = [*map(str, Path(before).glob("packages/*/src")), os.environ.get("PYTHONPATH", "")]

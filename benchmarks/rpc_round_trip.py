@@ -61,12 +61,12 @@ async def call_rpc(address: str, keys: Keys | None = None) -> AsyncIterator[Call
 
 
 def own_keys() -> Keys:
-    """The same in both processes."""
+    """Load the keys, which are the same in both processes."""
     return load_keys(os.environ["BENCH_KEYS"], "instance")
 
 
 class Bare:
-    """One socket in the event loop."""
+    """A bare socket in the event loop."""
 
     def __init__(self, kind: int, on_message: Callable[[list[bytes]], None]) -> None:
         self.socket = SharedContext().enter(self).socket(kind)
@@ -160,7 +160,7 @@ KINDS: dict[str, tuple[Callable[[], Coroutine[Any, Any, None]], Callable[[str], 
 
 
 async def one_at_a_time(call: Call, count: int, pause_s: float = 0.0) -> list[float]:
-    """Milliseconds of each."""
+    """Make calls one after the other. Returns the milliseconds of each."""
     times = []
     for _ in range(count):
         until_s = perf_counter() + pause_s
@@ -173,7 +173,7 @@ async def one_at_a_time(call: Call, count: int, pause_s: float = 0.0) -> list[fl
 
 
 async def many_at_a_time(call: Call, count: int) -> float:
-    """Calls per second."""
+    """Make calls of which many are in flight. Returns calls per second."""
 
     async def work() -> None:
         for _ in range(count // IN_FLIGHT):
@@ -222,7 +222,7 @@ def main() -> None:
 
 
 def show(found: dict[str, list[tuple[list[float], list[float], float]]]) -> None:
-    """Ratios are to "bare"."""
+    """Print the table, with ratios to "bare"."""
     print("               one p50         one p99        idle p50        calls/s")
     base: list[float] = []
     for kind, rounds in found.items():

@@ -21,7 +21,7 @@ from hbserve_rpc.wire import encode
 
 TOKENS: StreamMethod[Empty, TokenEvent] = StreamMethod("bench.tokens", Empty, TokenEvent)
 STEP: Method[TokenEvent, TokenEvent] = Method("bench.step", TokenEvent, TokenEvent)
-"""Asks for a number of steps; answers with the processor time of the server in nanoseconds."""
+"""Call that asks for a number of steps. The reply has the processor time of the server, in nanoseconds."""
 STEPS_A_CALL = 16
 
 
@@ -55,7 +55,7 @@ async def serve() -> None:
 
 
 async def measure(address: str, num_streams: int, num_steps: int) -> tuple[float, float]:
-    """Tokens for each second of processor time: of the server, of the client."""
+    """Return tokens for each second of processor time of the server, and of the client."""
     async with RpcClient(address) as client:
 
         async def take() -> None:
@@ -75,7 +75,7 @@ async def measure(address: str, num_streams: int, num_steps: int) -> tuple[float
 
 
 def limit(num_streams: int, num_steps: int) -> float:
-    """Tokens a second of processor time, sent and received in one thread."""
+    """Return the limit: tokens for each second of processor time, sent and received in one thread."""
     with zmq.Context() as context, context.socket(zmq.PAIR) as left, context.socket(zmq.PAIR) as right:
         right.connect(f"tcp://127.0.0.1:{left.bind_to_random_port('tcp://127.0.0.1')}")
         message = encode(TokenEvent(100, [100])) * num_streams

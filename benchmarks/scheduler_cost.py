@@ -36,13 +36,13 @@ from hbserve_scheduler import CpuScheduler, EventStream, SchedulerConfig
 from hbserve_scheduler.instance_client import InstanceStream
 
 ROUNDS = 5
-"""Each figure is the best of so many, in processor time: what else runs makes it larger, nothing makes it smaller."""
+"""Number of rounds, of which each figure is the best. Other work makes processor time larger, and never smaller."""
 BLOCK_SIZE = 16
 PARAMS = SamplingParams(0, 2, ignore_eos=True)
 
 
 class StubClient:
-    """In place of an RpcClient: an instance that answers at once."""
+    """Replacement of an RpcClient: an instance that answers at once."""
 
     problem = ""
 
@@ -105,7 +105,8 @@ class StubStream(InstanceStream[Any]):
 async def scheduling(
     num_instances: int, client: Callable[..., Any] = StubClient, **settings: Any
 ) -> AsyncIterator[CpuScheduler]:
-    """A scheduler of so many instances, half of them of each role, all connected; of none, nothing is started."""
+    """Run a scheduler with so many instances, half of them of each role, all connected. With 0, no instance is
+    started."""
     scheduler = CpuScheduler(SchedulerConfig(heartbeat_interval_s=600, **settings), client_factory=client)
     for i in range(num_instances):
         role: Role = "decode" if i % 2 else "prefill"
@@ -122,7 +123,7 @@ async def scheduling(
 
 
 def new_requests(prefix: str, count: int, num_tokens: int = 16, block_size: int = 0) -> list[GenerateRequest]:
-    """As entries submit them: with the shape of the prompt, which they have looked at."""
+    """Make requests as entries submit them, with the shape of the prompt, which they have already computed."""
     prompt = tuple(range(1, 1 + num_tokens))
     shape = shape_of(prompt, block_size)
     return [GenerateRequest(f"{prefix}{i}", prompt, PARAMS, shape=shape) for i in range(count)]
@@ -135,7 +136,8 @@ def microseconds(job: Callable[[], object], count: int) -> float:
 
 
 async def queue_cost(num_waiting: int, count: int) -> dict[str, float]:
-    """Microseconds to submit, to abort and to refuse one request while so many wait, for no instance is there."""
+    """Return the microseconds to submit, to abort and to refuse one request while so many wait because there is no
+    instance."""
     best = {"submit": 1e9, "abort": 1e9, "refuse": 1e9}
     async with scheduling(0, max_queue_size=num_waiting + count) as scheduler:
         streams = [scheduler.submit(request) for request in new_requests("before", num_waiting)]
@@ -164,7 +166,7 @@ def refuse_all(scheduler: CpuScheduler, requests: list[GenerateRequest]) -> None
 
 
 async def request_cost(num_instances: int, num_tokens: int, count: int, policy: str) -> float:
-    """Microseconds of one request from `submit` to its end."""
+    """Return the microseconds of one request from `submit` to its end."""
     best = 1e9
     async with scheduling(num_instances, prefill_policy=policy, decode_policy=policy) as scheduler:
         for handle in scheduler.fleet.handles.values():  # all have the half of every prompt: the most that can be found

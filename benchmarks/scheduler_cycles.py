@@ -74,7 +74,7 @@ async def serve() -> None:
 
 
 async def cycle(scheduler: RemoteScheduler, number: int, dice: random.Random) -> None:
-    """One request, and one way to leave it."""
+    """Send one request, and leave it in one of several ways."""
     way = dice.randrange(5)
     params = SamplingParams(max_tokens=1 + dice.randrange(3), ignore_eos=True, timeout_s=0.001 if way == 3 else None)
     request = GenerateRequest(f"r{number}", PROMPT, params)
@@ -95,7 +95,7 @@ async def cycle(scheduler: RemoteScheduler, number: int, dice: random.Random) ->
 
 
 async def vanish(address: str, number: int) -> None:
-    """A client that is there, has asked, and is gone without a word."""
+    """Be a client that sends a request, and vanishes without a message."""
     scheduler = RemoteScheduler(address, heartbeat_timeout_s=1.0)
     await scheduler.start()
     events = scheduler.submit(GenerateRequest(f"v{number}", PROMPT, SamplingParams(max_tokens=50, ignore_eos=True)))
@@ -106,8 +106,8 @@ async def vanish(address: str, number: int) -> None:
 
 
 async def settled(watching: RpcClient, most_tasks: float) -> State:
-    """When nobody asks any more, the last of those that vanished has been noticed, and what ended has been cleared
-    away; or it is not in time."""
+    """Wait until there are no requests, the last vanished client has been noticed, and what ended has been cleared
+    away; or until that takes too long. Returns the state then."""
     for _ in range(100):
         state = await watching.call(STATE, Empty(), timeout_s=60)
         if not state.requests and state.clients <= 1 and state.tasks <= most_tasks:

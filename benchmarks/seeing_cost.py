@@ -56,7 +56,7 @@ def request(name: str) -> GenerateRequest:
 
 @contextlib.contextmanager
 def unseen() -> Iterator[None]:
-    """Nothing is counted, recorded or logged; what clients hear of their own times stays."""
+    """Switch all counting, recording and logging off, except the timings that clients get."""
     with (
         patch.object(Figures, "add", lambda self, record: None),
         patch.object(ScheduledRequest, "count", lambda self: None),
@@ -66,7 +66,7 @@ def unseen() -> Iterator[None]:
 
 
 async def answer_all(scheduler: Any, number: int) -> float:
-    """Processor time of NUM_STREAMS streams at once."""
+    """Return the processor time of NUM_STREAMS streams at once."""
 
     async def read(events: Any) -> None:
         async for _ in events:
@@ -78,7 +78,7 @@ async def answer_all(scheduler: Any, number: int) -> float:
 
 
 async def of_streams() -> float:
-    """Median of the ratios of neighbours: with all of it, by without."""
+    """Return the median ratio of neighbouring runs: processor time with all of it, divided by that without."""
     ratios = []
     async with scheduling(4, Streaming, max_inflight_prefills=1024, max_pending_reservations=1024) as scheduler:
         await answer_all(scheduler, -1)
@@ -91,7 +91,7 @@ async def of_streams() -> float:
 
 
 async def by_token_and_request() -> tuple[float, float]:
-    """Microseconds: what each token adds to the figures, and what the end of a request adds beside its tokens."""
+    """Return the microseconds that each token costs in the figures, and that the end of a request costs besides."""
     by_token = by_request = 1e9
     http = HttpFigures()
     for _ in range(ROUNDS):
@@ -114,8 +114,8 @@ async def by_token_and_request() -> tuple[float, float]:
 
 
 async def through_servers(core: int) -> float:
-    """Median of the ratios of neighbours, of processor time at SERVED_RATE tokens/s: the server that sees, by the other
-    one. Both are on one core, and whatever else this needs is on the others."""
+    """Return the median ratio of neighbouring runs at SERVED_RATE tokens/s: processor time of the server that sees,
+    divided by that of the other one. Both are on one core, and everything else is on the others."""
     engine = [str(Path(__file__).parent / "api_server.py"), "--role", "engine"]
     others = os.sched_getaffinity(0) - {core} or {core}
     with started(*engine, core=min(others)) as (_, (address,)), contextlib.ExitStack() as servers:
@@ -142,7 +142,7 @@ async def through_servers(core: int) -> float:
 
 
 async def serve(role: str, address: str) -> None:
-    """An API server, which writes its log lines to nowhere."""
+    """Run an API server whose log lines are written nowhere."""
     logging.basicConfig(level=logging.INFO, handlers=[logging.FileHandler(os.devnull)])
     with contextlib.nullcontext() if role == "seen" else unseen():
         await serve_api({"mock-0": ("hybrid", address)})

@@ -43,7 +43,7 @@ MAX_TOKENS = 12
 READY_S, SETTLE_S, ENDED_S, ANSWER_S = 180.0, 60.0, 60.0, 180.0
 LONGEST_FREEZE_S = 15.0
 MOST_NEW_FILES = 24
-"""That a process may have open beyond what it had after its first round: links to peers that came anew."""
+"""Most files that a process may have open in addition to those after its first round: links to restarted peers."""
 SIGNALS = ["SIGKILL", "SIGKILL", "SIGSTOP", "SIGTERM"]
 FRONT_END, INSTANCE, SERVER = "front end", "instance", "server"
 DOCUMENTED = {500, 503}
@@ -55,7 +55,7 @@ ESTABLISHED, CLOSE_WAIT, LISTENING = "01", "08", "0A"
 
 @dataclass
 class Deployment:
-    """`hbserve serve` as a process; started again when it was ended."""
+    """`hbserve serve` as a process, which is started again when it was ended."""
 
     folder: Path
     port: int
@@ -88,7 +88,7 @@ class Deployment:
         return self.process.pid
 
     def processes(self) -> dict[int, str]:
-        """Kinds of the processes that run, by pid."""
+        """Return the kinds of the running processes, by pid."""
         found = {self.pid: SERVER}
         for pid in children_of(self.pid):
             words = command_of(pid)
@@ -119,7 +119,7 @@ def until(condition: Callable[[], Any], deadline_s: float) -> bool:
 
 @dataclass
 class Clients:
-    """AT_ONCE threads that ask while `asking` is set."""
+    """AT_ONCE threads that send requests while `asking` is set."""
 
     port: int
     chats: bool
@@ -129,7 +129,7 @@ class Clients:
     wrong: list[str] = field(default_factory=list)
     asking: threading.Event = field(default_factory=threading.Event)
     connections_may_break: bool = False
-    """A front end was hit in this round."""
+    """Whether a front end was hit in this round, so that connections may be lost."""
     num_under_way: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
     over: bool = False
@@ -160,7 +160,7 @@ class Clients:
                 time.sleep(0.3)
 
     def one(self, prompt: str, chat: bool, streamed: bool) -> str:
-        """How a request ended."""
+        """Send a request, and return how it ended."""
         asked: dict[str, Any] = {"messages": [{"role": "user", "content": prompt}]} if chat else {"prompt": prompt}
         asked |= {"temperature": 0, "max_tokens": MAX_TOKENS, "ignore_eos": True, "stream": streamed}
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=ANSWER_S)
@@ -232,7 +232,7 @@ def get(port: int, path: str) -> tuple[int, str]:
 
 
 def left_over(port: int) -> str:
-    """What /metrics says is held; "" if nothing is."""
+    """Return what is still held according to /metrics; "" if nothing is."""
     status, text = get(port, "/metrics")
     held = re.compile(
         r"hbserve:(num_requests_(?:waiting|running)|instance_(?:active|waiting|running)_requests|kv_transfers_active|"
@@ -255,7 +255,7 @@ def num_files(pid: int) -> int:
 
 
 def sockets(port: int, *states: str) -> int:
-    """That this server's side has, in these states as /proc writes them."""
+    """Count the sockets of the server's side in these states, which are written as in /proc."""
     rows = [row.split() for row in Path("/proc/net/tcp").read_text().splitlines()[1:]]
     return sum(row[1].endswith(f":{port:04X}") and row[3] in states for row in rows)
 
@@ -277,7 +277,7 @@ class Chaos:
             print(f"  FAULT: {what}", flush=True)
 
     def round(self) -> str:
-        """One event or two, and what was left of it."""
+        """Run a round of one or two events, and check what is left after them. Returns a line about it."""
         self.clients.connections_may_break = False
         self.clients.asking.set()
         time.sleep(self.dice.uniform(0.2, 3.0))
@@ -313,7 +313,7 @@ class Chaos:
         return f"SIGSTOP {kind} {freeze_s:g} s"
 
     def ended(self, told: str) -> None:
-        """The server itself: neither a process of it may be left nor its port; then it is started again."""
+        """Check that neither processes nor the port of an ended server are left, and start it again."""
         process = self.deployment.process
         assert process is not None
         with contextlib.suppress(subprocess.TimeoutExpired):

@@ -1,12 +1,13 @@
-"""The simulator's hybrid beside the real engine: the same requests and step times, and no noise but what is asked for.
+"""The simulator's hybrid instance beside the real engine: the same requests and step times, and noise only on demand.
 
     python benchmarks/simulator_beside_engine.py
     python benchmarks/simulator_beside_engine.py --noise 0.01 --prompt-launch-ms 8
 
-Both launch a step some time before the end of the one before it, and who comes later than that is in the step after it.
-That time is printed as "slack": the engine learns it, and the model is told what the engine had at the end. Steps take
-what the profile says, times a number around 1 that varies by --noise; a launch takes the host --launch-ms, and one with
-prompts --prompt-launch-ms.
+
+Both launch a step some time before the end of the one before it; a request that comes later is in the step after it.
+That time is printed as "slack": the engine learns it, and the model gets the engine's last value. Steps take the
+profile's times, multiplied by a number around 1 that varies by --noise. A launch takes the host --launch-ms, and one
+with prompts --prompt-launch-ms.
 """
 
 import argparse
@@ -33,7 +34,7 @@ LIMITS = EngineLimits(chunk_size=2048, max_num_batched_tokens=4096)
 
 @dataclass
 class Served:
-    """Of each request, in the order in which they came."""
+    """Times of each request, by its number in the order in which they came."""
 
     ttft_s: dict[int, float] = field(default_factory=dict)
     tpot_s: dict[int, float] = field(default_factory=dict)
@@ -41,7 +42,7 @@ class Served:
 
 
 class Device(SimulatedDevice):
-    """Takes as long as a profile says."""
+    """A device whose steps take as long as a profile says."""
 
     def __init__(self, law: StepLaw, arguments: argparse.Namespace) -> None:
         model: Any = SimpleNamespace(vocab_size=1000, max_model_len=1 << 30, reach=0, eos_token_ids=())
@@ -61,7 +62,7 @@ class Device(SimulatedDevice):
 
 
 def engine_serves(law: StepLaw, arguments: argparse.Namespace, arrivals: Sequence[float]) -> Served:
-    """The real engine, driven as its thread drives it."""
+    """Serve the requests by the real engine, driven as its thread drives it."""
     device = Device(law, arguments)
     config = InstanceConfig(
         model_path="", chunk_size=LIMITS.chunk_size, max_num_seqs=LIMITS.max_num_seqs, prefix_caching=False,
@@ -91,7 +92,7 @@ def engine_serves(law: StepLaw, arguments: argparse.Namespace, arrivals: Sequenc
 
 
 async def model_serves(law: StepLaw, arguments: argparse.Namespace, arrivals: Sequence[float]) -> Served:
-    """The simulator's engine, in its loop."""
+    """Serve the requests by the simulator's engine, in its loop."""
     loop, engine, served, all_ended = asyncio.get_running_loop(), ModelledEngine(law, LIMITS), Served(), asyncio.Event()
 
     def add(number: int) -> None:
@@ -140,7 +141,7 @@ def main() -> None:
 
 
 def beside(real: Served, model: Served, known: range) -> list[str]:
-    """The engine's figures, the model's, and the second by the first."""
+    """Format the engine's figures, the model's, and the ratio of the second to the first."""
     figures = {"TTFT p50": ("ttft_s", 50), "p90": ("ttft_s", 90), "TPOT p50": ("tpot_s", 50)}
     found = []
     for title, (name, share) in figures.items():

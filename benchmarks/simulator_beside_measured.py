@@ -49,14 +49,14 @@ SMALL = {
     "head_dim": 64, "max_position_embeddings": 4096, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "torch_dtype": "float32",
     "tie_word_embeddings": True, "bos_token_id": 0, "eos_token_id": 1,
 }  # fmt: skip
-"""40 million weights."""
+"""Shape of a model of 40 million weights."""
 PARTS_OF_ONE = (0.5, 1.0, 1.5)
 PROMPTS_TO_FIRST, STEPS_TO_NEXT = 3.0, 2.0
 NEVER_TWO_AT_A_TIME = 0.01
-"""Requests a second."""
+"""Rate, in requests a second, at which there are never two requests at a time."""
 READY_TIMEOUT_S = 300.0
 WARM_UP = 8
-"""Requests for each instance before what is measured."""
+"""Number of requests for each instance before the measured ones."""
 FIGURES = {
     "req/s": "request_throughput",
     "TTFT p50": "p50_ttft_ms",
@@ -65,10 +65,10 @@ FIGURES = {
     "TPOT p50": "p50_tpot_ms",
     "hand-off p50": "p50_handoff_ms",
 }
-"""What is compared. A client's time to the first token has the front end in it, which is not modelled; the scheduler's
-has not."""
+"""Figures that are compared. A client's time to the first token includes the front end, which is not modelled; the
+scheduler's does not."""
 ALONE = 6
-"""Requests, one after the other: where these differ already, it is the profile."""
+"""Number of requests that come one after the other. If these differ already, the profile is the cause."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def deployment_of(arguments: argparse.Namespace, folder: Path) -> DeploymentConf
 
 
 def model_of_shape(shape: Path | None, folder: Path) -> Path:
-    """A folder with a config.json and a tokenizer of as many words."""
+    """Make a folder with a config.json, and a tokenizer with as many words."""
     folder.mkdir()
     if shape is None:
         (folder / "config.json").write_text(json.dumps(SMALL))
@@ -143,7 +143,7 @@ def model_of_shape(shape: Path | None, folder: Path) -> Path:
 
 
 def measured_profile(arguments: argparse.Namespace, config: DeploymentConfig, folder: Path) -> Profile:
-    """Of one instance, with the threads that it has beside others."""
+    """Measure the profile of one instance, with the threads that it has beside others."""
     settings, file = config.engine_settings(), arguments.save_profile or folder / "profile.json"
     half = max(1, arguments.input // 2)
     lengths = ",".join(str(each) for each in (half, arguments.input, 2 * arguments.input))
@@ -179,7 +179,7 @@ def usual_goals(arguments: argparse.Namespace, profile: Profile) -> list[str]:
 async def measure_all(
     arguments: argparse.Namespace, config: DeploymentConfig, profiles: Sequence[Profile]
 ) -> dict[tuple[str, float], list[float]]:
-    """Goodput by layout and rate: as it was measured, and as it is simulated by each profile."""
+    """Measure all layouts at all rates. Returns goodput by layout and rate: measured, and simulated by each profile."""
     found = {}
     for name, roles in layouts_of(arguments.layouts).items():
         async for load, measured in measure_layout(arguments, config, roles):
@@ -222,7 +222,7 @@ def sent(arguments: argparse.Namespace, url: str, load: Load) -> BenchServeArgs:
 def simulated_figures(
     arguments: argparse.Namespace, config: DeploymentConfig, profile: Profile, roles: Sequence[Any], load: Load
 ) -> dict[str, Any]:
-    """With the very arrivals of the load."""
+    """Simulate a load with exactly its arrival times."""
     times = arrival_times(load.count, load.rate or NEVER_TWO_AT_A_TIME, seed=load.seed)
     requests = [SimulatedRequest(at_s, arguments.input, arguments.output) for at_s in times]
     limits = EngineLimits.of(config.engine_settings())
@@ -232,7 +232,7 @@ def simulated_figures(
 
 
 def beside(measured: dict[str, Any], simulated: dict[str, Any], load: Load) -> Iterator[str]:
-    """Of each figure what was measured, what is simulated, and the second by the first."""
+    """Format each figure as measured, as simulated, and as the ratio of the second to the first."""
     for title, name in FIGURES.items():
         real, model = measured[name], simulated[name]
         if real and (load.rate or name != "request_throughput"):
@@ -240,7 +240,7 @@ def beside(measured: dict[str, Any], simulated: dict[str, Any], load: Load) -> I
 
 
 def say_choices(arguments: argparse.Namespace, found: dict[tuple[str, float], list[float]]) -> None:
-    """What each profile would have taken at each rate, and how much of the best goodput that reaches."""
+    """Print which layout each profile would have taken at each rate, and how much of the best goodput that reaches."""
     layouts = list(layouts_of(arguments.layouts))
     print("goodput, req/s: measured, then simulated")
     for rate in arguments.rates:

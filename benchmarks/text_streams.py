@@ -37,7 +37,7 @@ and numbers like 3.14159 or 2,718 are in it too: def main() -> None: print("stre
     * 40
 )
 ROUNDS = 3
-"""The best of so many."""
+"""Number of rounds, of which the best counts."""
 
 
 async def serve(model: str | None) -> None:
@@ -47,7 +47,7 @@ async def serve(model: str | None) -> None:
 
 
 async def measure(address: str, tokenizer: Any, num_streams: int, num_tokens: int, *, by_each: bool) -> list[float]:
-    """Of each step, the processor time that it took."""
+    """Return the processor time of each step."""
     scheduler = CpuScheduler(SchedulerConfig(heartbeat_interval_s=60, heartbeat_timeout_s=600))
     await scheduler.add_instance("mock-0", "hybrid", address)
     await scheduler.start()

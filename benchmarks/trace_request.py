@@ -60,28 +60,29 @@ FLOWS = {
     ),
     "scheduling": ("hbserve_scheduler/",),
 }
-"""A step of the engine on a CPU; a KV transfer, with what carries its messages; and a request in the scheduler."""
+"""Beginnings of the paths of three flows: a step of the engine on a CPU; a KV transfer, with what carries its messages;
+and a request in the scheduler."""
 
 
 @dataclass
 class Trace:
-    """Calls of HBServe's own functions, in every thread that begins after `install`, while `is_on`."""
+    """Records the calls of HBServe's own functions, in every thread that begins after `install`, while `is_on`."""
 
     is_on: bool = False
     calls: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """By file, such as hbserve_kv/manager.py, and qualified name; in the order of their first call."""
+    """Number of calls by file, such as hbserve_kv/manager.py, and qualified name, in the order of the first calls."""
     tasks: Counter[str] = field(default_factory=Counter)
     connecting: set[asyncio.Task[Any]] = field(default_factory=set)
     """Receiving ends of links that are not connected yet."""
     _paths: dict[str, str] = field(default_factory=dict)
-    """By a code object's file; "" for files of others."""
+    """Path such as hbserve_kv/manager.py by a code object's file; "" for files of other packages."""
 
     def install(self) -> None:
         threading.setprofile(self._profile)
         sys.setprofile(self._profile)
 
     def make_task(self, loop: asyncio.AbstractEventLoop, job: Any, **keywords: Any) -> asyncio.Task[Any]:
-        """A task factory for the event loop."""
+        """Make a task, and count it. This is a task factory for the event loop."""
         if self.is_on and self._path(job.cr_code.co_filename):
             self.tasks[job.__qualname__] += 1
         task = asyncio.Task(job, loop=loop, **keywords)
@@ -107,7 +108,7 @@ class Trace:
         return sorted({path for path, _ in self.calls if path.startswith(beginnings)})
 
     def classes(self, *beginnings: str) -> list[tuple[str, str]]:
-        """Each with its file."""
+        """Return the classes whose functions were called, each with its file."""
         return sorted(
             {(path, owner) for path, name in self.calls if path.startswith(beginnings) and (owner := class_of(name))}
         )
@@ -123,7 +124,7 @@ class Trace:
 
 
 def class_of(qualified_name: str) -> str:
-    """ "" for a function, and for one inside a function."""
+    """Return the class of a function; "" if it has none, or is inside another function."""
     owner, _, rest = qualified_name.partition(".")
     return owner if rest and not rest.startswith("<locals>") else ""
 
@@ -134,7 +135,7 @@ def request(request_id: str, salt: int) -> GenerateRequest:
 
 
 async def answer(scheduler: CpuScheduler, instances: Iterable[GpuInstance], asked: GenerateRequest) -> None:
-    """Returns when the instances hold nothing of it any more."""
+    """Send a request, and wait for its end, and until the instances hold nothing of it any more."""
     events = [event async for event in scheduler.submit(asked)]
     assert events[-1].finish_reason == "length", events[-1]
     while any(instance.num_active for instance in instances):  # noqa: ASYNC110  an instance tells nobody

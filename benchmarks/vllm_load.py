@@ -14,12 +14,12 @@ from multiprocessing import get_context
 from aiohttp import ClientError, ClientSession, ClientTimeout, TCPConnector
 
 NUM_CLIENTS = 4
-"""Processes: one reads some 10,000 events a second, and would be what is measured."""
+"""Number of client processes. A single one reads only some 10,000 events a second, and would be what is measured."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """Requests a second, how many, tokens of a prompt, and tokens that are asked for."""
+    """A load: requests a second, their number, tokens of each prompt, and tokens of each answer."""
 
     rate: float
     num: int
@@ -37,12 +37,12 @@ class Work:
 
 @dataclass
 class Seen:
-    """By the clients of a load."""
+    """Times and failures that the clients of a load see."""
 
     first_s: list[float] = field(default_factory=list)
     gaps_s: list[float] = field(default_factory=list)
     failures: list[tuple[float, str]] = field(default_factory=list)
-    """When each had been asked, in seconds of the load, and what its client was told."""
+    """Failed requests: when each was sent, in seconds of the load, and what its client was told."""
 
     def add(self, other: "Seen") -> None:
         self.first_s += other.first_s
@@ -65,7 +65,7 @@ class Seen:
 
 
 async def load(ports: Sequence[int], work: Work) -> Seen:
-    """Of all clients together, each with its share of the requests; each asks the ports in turn."""
+    """Run a load by all clients together. Each has its share of the requests, and sends them to the ports in turn."""
     seen, loop = Seen(), asyncio.get_running_loop()
     share = Work(work.rate / NUM_CLIENTS, work.num // NUM_CLIENTS, work.num_input, work.num_output)
     with ProcessPoolExecutor(NUM_CLIENTS, get_context("spawn")) as clients:
@@ -76,8 +76,8 @@ async def load(ports: Sequence[int], work: Work) -> Seen:
 
 
 async def burst(ports: Sequence[int], lengths: Sequence[tuple[int, int]]) -> tuple[float, list[tuple[float, str]]]:
-    """Requests of so many tokens of input and output, all at once and to the ports in turn; tokens a second from the
-    first request to the last token, and who was not served.
+    """Send requests of these lengths of input and output, all at once and to the ports in turn. Returns tokens a
+    second, from the first request to the last token, and the failures.
     """
     loop, shares = asyncio.get_running_loop(), [lengths[number::NUM_CLIENTS] for number in range(NUM_CLIENTS)]
     with ProcessPoolExecutor(NUM_CLIENTS, get_context("spawn")) as clients:
@@ -93,7 +93,8 @@ async def burst(ports: Sequence[int], lengths: Sequence[tuple[int, int]]) -> tup
 def _burst_client(
     ports: Sequence[int], lengths: Sequence[tuple[int, int]], seed: int
 ) -> tuple[float, float, int, list[tuple[float, str]]]:
-    """When it began and ended, by the clock that all processes of a host share, and how many tokens were served."""
+    """Run one client of a burst. Returns when it began and ended, by the clock that all processes of a host share, how
+    many tokens were served, and the failures."""
 
     async def ask_all() -> tuple[float, float, int, list[tuple[float, str]]]:
         drawn, seen, turns = random.Random(seed), Seen(), itertools.cycle([*ports[seed % len(ports) :], *ports])

@@ -45,12 +45,12 @@ MODEL = {
 }
 PREFILL = {"do_remote_decode": True, "do_remote_prefill": False}
 LENGTHS = [1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 200]
-"""Of prompts: around blocks, and around the chunks of 64 tokens that a step computes."""
+"""Lengths of prompts: around the borders of blocks, and of the chunks of 64 tokens that a step computes."""
 DEADLINE_S = 60.0
 
 
 def numbers(tokens: list[int]) -> list[int]:
-    """The KV of each place."""
+    """Return the KV of each place, which is a number of the tokens up to it."""
     found, number = [], 0
     for token in tokens:
         number = (number * 31 + token) % 4096
@@ -96,10 +96,10 @@ class Server:
         self.worker.register_kv_caches(self.caches)
         self.scheduler.connector.set_xfer_handshake_metadata_pp_aware({(0, 0): self.worker.get_handshake_metadata()})
         self.results: dict[str, tuple[str, list[int], Any]] = {}
-        """How each request ended, what it was answered, and its kv_transfer_params."""
+        """How each request ended, its answer, and its kv_transfer_params."""
         self.num_preempted, self.num_steps = 0, 0
         self.computing_s = 0.0
-        """For how long a step goes on after its worker has told what has become of requests, as a device's does."""
+        """How long a step goes on, like that of a device, after its worker has reported on transfers."""
         self._tokens: dict[str, list[int]] = {}
         self._num_prompt: dict[str, int] = {}
         self._blocks: dict[str, list[int]] = {}
@@ -126,7 +126,7 @@ class Server:
         return not self.scheduler.requests and free == NUM_BLOCKS - 1  # without the null block
 
     def step(self) -> None:
-        """As vLLM's core and model runner do."""
+        """Run a step as vLLM's core and model runner do."""
         scheduled, worker = self.scheduler.schedule(), self.worker
         self.num_steps += 1
         self.num_preempted += len(scheduled.preempted_req_ids or ())
@@ -155,7 +155,7 @@ class Server:
                     self.results[name] = str(each.finish_reason), answered, each.kv_transfer_params
 
     def _starts(self, scheduled: Any) -> Iterator[tuple[str, int]]:
-        """Of each request, how many tokens were computed before; keeps its blocks."""
+        """Yield how many tokens of each request were computed before, and note its blocks."""
         for new in scheduled.scheduled_new_reqs:
             self._blocks[new.req_id] = list(new.block_ids[0])
             yield new.req_id, new.num_computed_tokens
@@ -167,7 +167,8 @@ class Server:
             yield name, start
 
     def _compute(self, name: str, start: int, count: int) -> list[int]:
-        """What is sampled: nothing, if that was not all of the prompt, and another token if the KV is not right."""
+        """Compute tokens of a request. Returns what is sampled: nothing before the end of the prompt, and another token
+        than expected if the KV is wrong."""
         values, blocks = numbers(self._tokens[name]), self._blocks[name]
         for place in range(start, start + count):
             for layer, cache in enumerate(self.caches.values()):
@@ -198,7 +199,7 @@ def prompts(lengths: list[int], seed: int) -> list[list[int]]:
 
 
 def check(prefill: Server, decode: Server, expected: dict[str, tuple[list[int], int]]) -> None:
-    """Until these prompts have been answered with so many tokens each."""
+    """Run steps until these prompts have been answered with so many tokens each, and check the answers."""
     until(lambda: expected.keys() <= decode.results.keys(), prefill, decode)
     for name, (prompt, num_outputs) in expected.items():
         assert decode.results[name][:2] == ("length", answer(prompt, num_outputs)), (name, decode.results[name])

@@ -42,10 +42,10 @@ class Server:
     port: int
     card: int
     role: str = ""
-    """"": a plain one."""
+    """Role of the server; "" is a plain one."""
     kv_port: int = 0
     packages: str = ""
-    """Folder of the packages that it uses; "" for those of this process."""
+    """Folder of the packages that the server uses; "" means those of this process."""
 
 
 PLAIN = (Server(18100, 0), Server(18200, 1))
@@ -55,7 +55,7 @@ ROUTER, ROUTER_BEFORE, ROUTER_OF_ALL = 18500, 18600, 18700
 
 
 class Servers:
-    """The processes, each with its log in a folder."""
+    """The processes of servers and routers, each with its log in a folder."""
 
     def __init__(self, options: argparse.Namespace, folder: Path) -> None:
         self._options, self._folder = options, folder
@@ -109,7 +109,7 @@ class Servers:
                 await asyncio.sleep(0.5)
 
     def signal(self, server: Server, number: signal.Signals) -> None:
-        """To all of its processes."""
+        """Send a signal to all processes of a server."""
         os.killpg(self.processes[server.port].pid, number)
         if number is signal.SIGKILL:
             self.processes.pop(server.port).wait()
@@ -130,7 +130,7 @@ async def is_up(session: ClientSession, port: int) -> bool:
 
 
 async def metrics(session: ClientSession, server: Server) -> dict[str, float]:
-    """vLLM's own, without labels and prefix; of several with one name the sum."""
+    """Return vLLM's own metrics of a server, without labels and prefix. Those of the same name are added."""
     async with session.get(f"http://127.0.0.1:{server.port}/metrics", timeout=ClientTimeout(5)) as answer:
         text = await answer.text()
     found: dict[str, float] = {}
@@ -140,7 +140,7 @@ async def metrics(session: ClientSession, server: Server) -> dict[str, float]:
 
 
 async def counters(session: ClientSession, server: Server) -> str:
-    """Those that say what is under way, which blocks are in use, and what has moved."""
+    """Return, as text, a server's metrics of what is under way, which blocks are in use, and what has moved."""
     names = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "request_success_total",
              "hbserve_xfer_time_seconds_count", "hbserve_num_failed_transfers_total",
              "hbserve_num_not_delivered_total")  # fmt: skip
@@ -154,7 +154,7 @@ async def counters(session: ClientSession, server: Server) -> str:
 # ---- tokens ----------------------------------------------------------------------------------------------------------
 
 Greedy = tuple[list[str], list[float]]
-"""The tokens, and by how much each led the next best one."""
+"""Tokens, and by how much each led the next best one."""
 
 
 async def greedy(session: ClientSession, port: int, prompt: list[int], gate: asyncio.Semaphore) -> Greedy:
@@ -202,7 +202,7 @@ async def tokens(session: ClientSession) -> None:
 
 
 async def means(session: ClientSession, server: Server, before: dict[str, float]) -> str:
-    """What vLLM and the connector measured themselves, of the requests since."""
+    """Return, as text, the means that vLLM and the connector themselves measured since `before`."""
     now, found = await metrics(session, server), []
     for name in ("time_to_first_token", "request_queue_time", "request_prefill_time", "hbserve_xfer_time"):
         count, total = (now.get(f"{name}_seconds_{of}", 0) - before.get(f"{name}_seconds_{of}", 0)
@@ -280,7 +280,7 @@ async def deaths(session: ClientSession, servers: Servers) -> None:
 async def start_pairs(
     session: ClientSession, servers: Servers, before: str
 ) -> dict[str, tuple[int, tuple[Server, Server]]]:
-    """Plain servers and those that are apart; returns the port of each pair's router, and the pair."""
+    """Start plain servers, and pairs of prefill and decode. Returns the port of each pair's router, and the pair."""
     apart = {"apart": (ROUTER, (PREFILL, DECODE))}
     if before:
         prefill, decode = (

@@ -45,7 +45,7 @@ MOST_P99_MS, MOST_GROWTH_MIB, MOST_FILES = 100.0, 48.0, 40
 NUM_BLOCKS, BLOCK_BYTES = 64, 4096
 OVERSIZED = 300 << 20
 CONNECT_TIMEOUT_S = 0.02
-"""Where nobody is let in, nobody says so."""
+"""How long to wait for a connection. It is short, because a port that refuses strangers does not say so."""
 Frames = list[bytes]
 
 
@@ -53,7 +53,7 @@ Frames = list[bytes]
 
 
 async def serve(backend: str, keys: dict[str, Keys]) -> None:
-    """Says on stdout where it is, and then, a line at a time, how many transfers have gone well."""
+    """Run the process that is attacked. It prints its addresses, and then, in lines, how many transfers succeeded."""
     import torch
 
     from hbserve_kv import KVTransferConfig, KVTransferManager, Outcome
@@ -91,7 +91,7 @@ async def serve(backend: str, keys: dict[str, Keys]) -> None:
 
 
 async def ask(port: int, keys: dict[str, Keys]) -> None:
-    """The good client: milliseconds of each call, until stdin ends."""
+    """Run the good client, which measures the milliseconds of each call until stdin ends."""
     times: list[float] = []
     ended = asyncio.create_task(asyncio.to_thread(sys.stdin.read))
     async with RpcClient(f"127.0.0.1:{port}", keys=keys.get("client"), server="scheduler") as client:
@@ -109,7 +109,7 @@ async def ask(port: int, keys: dict[str, Keys]) -> None:
 
 
 def corpus() -> list[Frames]:
-    """Messages as they should be, of every kind and method, for each port."""
+    """Return valid messages of every kind and method, for each port."""
     from hbserve_kv.memory.layout import HeadRange, Layout, Plane
     from hbserve_kv.protocol import messages as kv
 
@@ -144,7 +144,7 @@ def corpus() -> list[Frames]:
 
 
 def hostile(dice: random.Random, sound: list[Frames]) -> Frames:
-    """One message: whole and out of place, or spoilt in one way or another."""
+    """Make one hostile message: whole but out of place, or spoilt in some way."""
     frames = [bytes(frame) for frame in dice.choice(sound)]
     way = dice.randrange(8)
     place = dice.randrange(len(frames))
@@ -171,8 +171,8 @@ def hostile(dice: random.Random, sound: list[Frames]) -> Frames:
 
 
 def flood(ports: list[int], count: int, seed: int, *, patience_ms: int = 2000) -> None:
-    """Messages by turns to each port, over connections that are made anew now and then. patience_ms: 0 where nobody is
-    let in, and so nothing leaves."""
+    """Send messages to each port in turn, over connections that are made anew now and then. `patience_ms` is 0 for
+    ports that let nobody in, so that nothing leaves."""
     dice, sound = random.Random(seed), corpus()
     context = zmq.Context()
     sockets: dict[int, zmq.Socket[bytes]] = {}
@@ -195,7 +195,7 @@ def flood(ports: list[int], count: int, seed: int, *, patience_ms: int = 2000) -
 
 
 def raw_frames(dice: random.Random) -> bytes:
-    """What no library sends: half a greeting, a frame that says to be huge, noise, other protocols."""
+    """Return bytes that no library sends: half a greeting, a frame that claims to be huge, noise, other protocols."""
     greeting = b"\xff" + bytes(8) + b"\x7f\x03\x00" + b"NULL".ljust(20, b"\0") + bytes(32)
     ready = b"\x04\x19\x05READY\x0bSocket-Type\x00\x00\x00\x06DEALER"
     return dice.choice(
@@ -212,7 +212,7 @@ def raw_frames(dice: random.Random) -> bytes:
 
 
 def knock(ports: list[int], count: int, seed: int) -> None:
-    """Connections that say something of `raw_frames`, and go."""
+    """Make connections that send one of `raw_frames`, and close."""
     dice = random.Random(seed)
     for number in range(count):
         address = "127.0.0.1", ports[number % len(ports)]
@@ -225,7 +225,7 @@ def knock(ports: list[int], count: int, seed: int) -> None:
 
 @contextlib.contextmanager
 def half_open(ports: list[int], count: int) -> Iterator[list[socket.socket]]:
-    """Connections that say a byte at a time, or nothing."""
+    """Make connections that send a byte at a time, or nothing."""
     made: list[socket.socket] = []
     try:
         for number in range(count):
@@ -248,14 +248,14 @@ def drip(sockets: list[socket.socket], place: int) -> None:
 
 
 def state(pid: int) -> tuple[float, int, int]:
-    """MiB, files and threads of a process."""
+    """Return MiB, files and threads of a process."""
     status = Path(f"/proc/{pid}/status").read_text()
     rss_kib = next(line.split()[1] for line in status.splitlines() if line.startswith("VmRSS:"))
     return int(rss_kib) / 1024, len(os.listdir(f"/proc/{pid}/fd")), len(os.listdir(f"/proc/{pid}/task"))
 
 
 def listening(pid: int) -> list[int]:
-    """Ports at which a process listens, those of libraries too."""
+    """Return the ports at which a process listens, including those of libraries."""
     inodes = set()
     for name in os.listdir(f"/proc/{pid}/fd"):
         with contextlib.suppress(OSError):
@@ -302,7 +302,7 @@ class Victim:
         return self._errors.read().decode(errors="replace")[-3000:]
 
     def transfers(self) -> int:
-        """Those that have gone well until a moment ago, and one that did since: nothing hangs."""
+        """Return how many transfers have succeeded, and wait for one more, which shows that nothing hangs."""
         began_s = time.monotonic()
         while True:
             last = self.read()["transfers"]
