@@ -1,14 +1,16 @@
-"""The simulator beside a published comparison: DistServe's (OSDI '24) of OPT-13B on A100s, with ShareGPT's lengths:
-vLLM of that time beside prefill and decode apart, at the same rates for each GPU.
+"""The simulator beside a published comparison: DistServe's (OSDI '24), of OPT-13B on A100s, with ShareGPT's lengths. It
+compares vLLM of that time with prefill and decode apart, at the same rates for each GPU.
 
     python benchmarks/published_point.py          # half a minute of a core, no GPU
 
-What is published, in their artifact (github.com/LLMServe/DistServe): how long prompts and decode steps take, fitted to
-measurements of each engine; and the part of requests that keep 200 ms to the first token and 100 ms for each further
-one, of 100 requests for each GPU, at 1 to 5 requests a second for each GPU, as their simulator says it.
-What is assumed: lengths, whose deciles are those of one of their traces, drawn independently; 25 GB/s for KV; and that
-decodes are computed in the step of a prompt, where that vLLM had steps for prompts and others for decodes.
-Their simulator computes all prompts that wait in one step, and has room for all KV, and so this one is set to.
+
+Published, in their artifact (github.com/LLMServe/DistServe), are the times of prompts and decode steps, fitted to
+measurements of each engine; and the share of requests that keep 200 ms to the first token and 100 ms for each further
+one, by their simulator, for 100 requests for each GPU, at 1 to 5 requests a second for each GPU.
+
+Assumed are lengths, drawn independently, whose deciles are those of one of their traces; 25 GB/s for KV; and that
+decodes are computed in the step of a prompt, while that vLLM had separate steps for prompts and for decodes. Their
+simulator computes all waiting prompts in one step, and has room for all KV, and this one is set to do the same.
 """
 
 import argparse

@@ -205,7 +205,7 @@ def write_model(chance: random.Random, case: Case, folder: Path) -> None:
 
 
 def make_narrow(chance: random.Random, folder: Path, kind: str) -> None:
-    """Rewrite the folder's projections in 8 or 4 bits; those whose inputs are not whole groups of 4-bit numbers stay."""
+    """Rewrite the folder's projections in 8 or 4 bits; those whose inputs are no whole groups of 4-bit numbers stay."""
     stored: dict[str, torch.Tensor] = {}
     generator, group = torch.Generator().manual_seed(chance.randrange(1 << 30)), chance.choice((32, 64, 128))
     for name, weight in load_file(folder / "model.safetensors").items():

@@ -2,14 +2,16 @@
 
     UV_PROJECT_ENVIRONMENT=.venv-ray uv run --locked --group ray python benchmarks/ray_path.py
 
-Both deployments run all the time, with a cluster of one node beside them, and one at a time has a load; who is first
-changes from pair to pair. Each ratio is Ray's figure by the plain launcher's, of one pair: the median, and between
-which of them that of many more pairs is (95 %). Where others use the machine too, processor time is what to look at: a
-token takes the same of it wherever it goes the same way. What a path takes when nobody asks is not a token's: the
-server's process has a client of Ray.
-That no process of Ray is on that way is shown beside it: what they compute and what goes through their TCP sockets in
-a second, while nobody asks, while the plain deployment answers, and while Ray's does; and which sockets the instances
-have with them.
+
+Both deployments run all the time, with a cluster of one node beside them, and one at a time has a load. Which is first
+changes from pair to pair. Each ratio is Ray's figure divided by the plain launcher's, of one pair; printed are the
+median, and the interval in which the median of many more pairs is (95 %). If others use the machine too, look at the
+processor time: a token takes the same if it goes the same way. What a path takes without requests is subtracted,
+because it does not belong to tokens: the server's process has a client of Ray.
+
+The script also shows that no process of Ray is on that way: what these compute, and what goes through their TCP
+sockets, in a second, without requests, while the plain deployment answers, and while Ray's does; and which sockets the
+instances have with them.
 """
 
 import argparse

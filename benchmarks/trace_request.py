@@ -1,12 +1,13 @@
-"""What one request runs through: files, classes and functions of HBServe, and the tasks that it creates.
+"""The way of one request: the files, classes and functions of HBServe that it goes through, and the tasks it makes.
 
     uv run python benchmarks/trace_request.py
     uv run python benchmarks/trace_request.py --first --calls
 
+
 A scheduler, a prefill and a decode instance run in this process, on the CPU, one rank each, with a small model whose
-weights are invented. One request is traced, from `submit` to its last event and until its blocks are back: by default
-the second of the pair, which finds a link; with --first the one that opens it, which the scheduler then does not have
-done ahead of it; with --connected the first one of a pair whose link the scheduler has had opened.
+weights are invented. One request is traced, from `submit` to its last event and until its blocks are back. By default
+it is the second one of the pair, which finds a link; with --first, the one that opens the link, which the scheduler
+then does not let the instances open earlier; with --connected, the first one of a pair whose link is open already.
 
 Lambdas, comprehensions, imports and other packages are not counted, and the scheduler's heartbeats are too rare to be.
 Three parts of it are counted as flows too, by where the files are: see FLOWS. `--json` prints their files, all

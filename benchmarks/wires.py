@@ -2,11 +2,13 @@
 
     python benchmarks/wires.py [--frames 200000] [--half-open 1000] [--backend nccl] [--keyed]
 
-Malformed, truncated, oversized, mutated and replayed messages, forged LINKs, BEGINs, COMMITs and grants, connections
-that stay half open or send a byte now and then. Without keys whoever reaches a port is heard, so that is the hard case;
-with --keyed strangers get no further than the handshake.
-What must come of it: nothing crashes or hangs, every transfer brings what was sent, memory and files are as before, and
-the good client waits less than 100 ms at the 99th percentile. The exit status says whether it did.
+
+Sends malformed, truncated, oversized, mutated and replayed messages, and forged LINKs, BEGINs, COMMITs and grants, and
+makes connections that stay half open or send a byte now and then. Without keys, every peer that reaches a port is
+heard, so that is the hard case; with --keyed, strangers get no further than the handshake.
+
+The exit status says whether it went well: nothing crashes or hangs, every transfer brings what was sent, memory and
+files are as before, and the good client waits less than 100 ms at the 99th percentile.
 """
 
 import argparse

@@ -93,17 +93,17 @@ NAMES = [
     "timeout_s", "use_beam_search", "max_tokens", "min_tokens", "cache_salt", "background", "x\0y", "",
 ]  # fmt: skip
 MOST_ERROR = 1000
-"""Characters of the longest error: as many as a line may have that repeats some of what was sent."""
+"""Most characters of an error, which is one line that repeats some of what was sent."""
 
 
 def places(value: Any) -> list[tuple[Any, Any]]:
-    """Each container in a body, with a key of it."""
+    """Yield each container in a body, with a key of it."""
     keys = list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else []
     return [(value, key) for key in keys] + [place for key in keys for place in places(value[key])]
 
 
 def spoilt(rng: random.Random, body: dict[str, Any]) -> dict[str, Any]:
-    """The body with one to three changes."""
+    """Return the body with one to three changes."""
     body = copy.deepcopy(body)
     for _ in range(rng.choice([1, 1, 2, 3])):
         odd = copy.deepcopy(rng.choice(ODD))

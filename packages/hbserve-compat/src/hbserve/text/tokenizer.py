@@ -28,7 +28,7 @@ def load_tokenizer(folder: str | Path) -> Any:
         return None
     try:
         tokenizer = _read(path)
-        tokenizer.decode(tokenizer.encode("a"))  # transformers looks at some settings only when it encodes
+        tokenizer.decode(tokenizer.encode("a"))  # some of its settings are looked at only now
     except Exception as error:  # any kind: each format is read by another library, which has its own errors
         reason = " ".join(str(error).split())
         raise BrokenTokenizer(f"{path}: its tokenizer cannot be read: {type(error).__name__}: {reason}") from error
