@@ -1,1 +1,1 @@
-"""Requests, batches and blocks: what the next step computes, and for whom. No model and no RPC."""
+"""Requests, batches and blocks, which decide what the next step computes and for whom. Contains no model and no RPC."""

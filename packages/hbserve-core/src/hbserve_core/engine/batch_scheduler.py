@@ -1,14 +1,14 @@
-"""Chooses which tokens of which sequences the next step computes.
+"""Choice of the tokens and sequences that the next step computes.
 
-One token budget for everything: decodes first, then chunks of prompts that have begun, then new sequences; with
-`chunk_size: auto`, short prompts go before long ones, begun or new. Of those that wait, to be computed or for blocks,
-the lowest `SamplingParams.priority` goes first; what runs keeps its place. A sequence gets the blocks of all its known
-tokens when it is admitted; from then on it grows one block at a time, and if none is left, the newest sequence gives up
-all its blocks and is computed again later.
+One token budget covers everything: decodes first, then chunks of prompts that have begun, then new sequences. With
+`chunk_size: auto`, short prompts go before long ones, begun or new. Among sequences that wait, to be computed or for
+blocks, the lowest `SamplingParams.priority` goes first; running sequences keep their places. A sequence gets the blocks
+of all its known tokens when it is admitted. From then on it grows one block at a time; if none is left, the newest
+sequence gives up all its blocks and is computed again later.
 
-Blocks that no layer sees any more are given back when a token has been sampled; before that, the prompt may be cached
-as a whole, and while blocks are sent they are kept until the end. A sequence never has more tokens than the pool has
-room for, seen or not: it could not be computed again.
+Blocks that no layer sees any more are given back when a token has been sampled, not earlier, because the prompt may be
+cached as a whole; blocks that are being sent are kept until the end. A sequence never has more tokens than the pool has
+room for, whether layers still see them or not: it could not be computed again.
 """
 
 from array import array
@@ -25,12 +25,12 @@ from hbserve_core.engine.step_times import MOST_OVERTAKERS, ChunkSizes, StepWork
 from hbserve_rpc.counts import Histogram
 
 STEP_TOKENS = [1.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0, 16384.0]
-"""Bounds of the histogram of tokens per step: vLLM's."""
+"""Bounds of the histogram of tokens per step, the same as vLLM's."""
 
 
 def _place(queue: "deque[Sequence]", priority: int, is_first: bool) -> int:
-    """The place in a queue for a sequence of this priority: before its equals or behind them. Usually an end of the
-    queue."""
+    """Return the place in a queue for a sequence of this priority, before its equals or behind them. It is usually an
+    end of the queue."""
     place = 0 if is_first else len(queue)
     while is_first and place < len(queue) and queue[place].params.priority < priority:
         place += 1
@@ -40,7 +40,7 @@ def _place(queue: "deque[Sequence]", priority: int, is_first: bool) -> int:
 
 
 class BatchScheduler:
-    """The queues of one engine, one for each phase that has one. Only `move` changes a phase or a queue."""
+    """Queues of one engine: one for each phase that has a queue. Only `move` changes a phase or a queue."""
 
     def __init__(self, config: InstanceConfig, blocks: BlockManager, chunk_sizes: ChunkSizes) -> None:
         self._config = config
@@ -48,7 +48,7 @@ class BatchScheduler:
         self._blocks = blocks
         self.waiting: deque[Sequence] = deque()
         self.running: deque[Sequence] = deque()
-        """In the order of admission, oldest first."""
+        """Running sequences in the order of admission, oldest first."""
         self.reserving: deque[Sequence] = deque()
         self.out_of_blocks: deque[Sequence] = deque()
         self._held: deque[Sequence] = deque()
@@ -62,26 +62,26 @@ class BatchScheduler:
             Phase.ENDING: self._ending,
         }
         self.iteration_tokens = Histogram.over(STEP_TOKENS)
-        """Tokens of each step."""
+        """Histogram of the number of tokens in each step."""
         self.num_preemptions = 0
         self.num_cached_tokens = 0
         self._watermark = max(1, blocks.num_blocks // 100)
         self._budget = self._prefill_budget = 0
-        """Tokens that the step which is being scheduled has room for: of any kind, and of prompts."""
+        """Tokens for which the step that is being scheduled still has room: tokens of any kind, and prompt tokens."""
 
     @property
     def num_reserved(self) -> int:
-        """Sequences that are not computed, and whose blocks come back when something else has ended: a transfer, or the
-        step in flight. Held ones may also join `running`."""
+        """Number of sequences that are not computed and whose blocks come back when something else has ended: a
+        transfer, or the step in flight. Held ones may also join `running`."""
         return len(self._held) + len(self._ending)
 
     @property
     def _is_full(self) -> bool:
-        """Whether as many sequences have blocks as ever may."""
+        """Whether the largest allowed number of sequences (`max_num_seqs`) have blocks."""
         return len(self.running) + self.num_reserved >= self._config.max_num_seqs
 
     def stats(self) -> dict[str, Any]:
-        """The fields of EngineStats that concern queues and blocks."""
+        """Return the fields of EngineStats that concern queues and blocks."""
         return {
             "num_waiting": len(self.waiting) + len(self.reserving),
             "num_running": len(self.running),
@@ -97,8 +97,8 @@ class BatchScheduler:
         }
 
     def move(self, sequence: Sequence, phase: Phase, *, is_promised: bool = False) -> None:
-        """Move a sequence from its phase and queue to another phase, and to the end of that queue. A queue that waits
-        is ordered by priority: it joins behind its equals, or before them if it `is_promised` room. It keeps its
+        """Move a sequence to another phase and to the end of that phase's queue. Queues of sequences that wait are
+        ordered by priority: the sequence joins behind its equals, or before them if it `is_promised` room. It keeps its
         blocks."""
         before = sequence.phase
         sequence.enter(phase)
@@ -110,7 +110,8 @@ class BatchScheduler:
             queue.insert(place, sequence)
 
     def schedule(self) -> list[ScheduledChunk]:
-        """The next step, with blocks allocated for it; empty if nothing can be computed now."""
+        """Choose the next step's chunks and allocate blocks for them. Returns an empty list if nothing can be computed
+        now."""
         config, preemptions = self._config, self.num_preemptions
         self._budget, self._prefill_budget = config.max_num_batched_tokens, config.max_chunk_prefill_tokens
         batch = self._decodes()
@@ -141,7 +142,8 @@ class BatchScheduler:
         return batch
 
     def _grow(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Make room for the sequence's next token. False: it was itself preempted, or cannot continue at all."""
+        """Make room for the sequence's next token. Returns False if the sequence was itself preempted, or cannot
+        continue at all."""
         if len(sequence.block_table) * self._blocks.block_size >= num_tokens:
             return True
         is_longest = len(sequence.block_table) == self._blocks.num_blocks
@@ -177,7 +179,7 @@ class BatchScheduler:
         return batch
 
     def _chunk_size(self, sequence: Sequence, wanted: int) -> int:
-        """How many of `wanted` tokens this step may compute."""
+        """Return how many of `wanted` tokens this step may compute."""
         return self._chunk_sizes.of(sequence, wanted, self._prefill_budget, self._budget)
 
     def _admissions(self) -> list[ScheduledChunk]:
@@ -190,8 +192,8 @@ class BatchScheduler:
         return self._chunk_sizes.is_short(sequence.num_uncomputed_tokens)
 
     def _short_chunks(self, begun: list[Sequence], may_admit: bool) -> list[ScheduledChunk]:
-        """Chunks of short prompts, the shortest first, then of new ones. A long prompt that has begun keeps a share of
-        the step."""
+        """Schedule chunks of short prompts that have begun, the shortest first, then of new ones. A long prompt that
+        has begun keeps a share of the step."""
         short = [sequence for sequence in begun if self._is_short(sequence)]
         kept = self._chunk_sizes.left_for_long(self._prefill_budget) if len(short) < len(begun) else 0
         self._prefill_budget -= kept
@@ -202,7 +204,8 @@ class BatchScheduler:
         return batch
 
     def _short_admissions(self) -> list[ScheduledChunk]:
-        """New prompts that overtake longer ones, if there is room for the first of those too."""
+        """Admit short new prompts that overtake longer ones, as long as there is also room for the first prompt in the
+        queue."""
         batch: list[ScheduledChunk] = []
         for sequence in list(islice(self.waiting, MOST_OVERTAKERS)):
             if self._prefill_budget == 0 or sequence.params.priority > self.waiting[0].params.priority:
@@ -216,11 +219,12 @@ class BatchScheduler:
         return batch
 
     def _admit(self, sequence: Sequence) -> list[ScheduledChunk]:
-        """Admit a sequence: its first chunk; none if there is no room."""
+        """Admit a sequence and return its first chunk, or an empty list if there is no room."""
         if self._is_full:
             return []
-        # At least the last known token is computed, because the next one is sampled from it; and so is every one that
-        # scores the next prompt token, which cached keys and values do not tell.
+        # At least the last known token is computed, because the next one is sampled from it. If log-probabilities of
+        # the prompt are wanted, all tokens are computed: cached keys and values do not tell how a token scores the next
+        # one.
         may_skip = sequence.num_tokens - 1 if sequence.is_scored else 0
         prefix = self._blocks.find_prefix(self._digests(sequence, may_skip))
         count = self._chunk_size(sequence, sequence.num_tokens - len(prefix) * self._blocks.block_size)
@@ -231,15 +235,16 @@ class BatchScheduler:
         return self._chunks([sequence])
 
     def _digests(self, sequence: Sequence, num_tokens: int) -> Iterator[bytes]:
-        """Digests of the blocks that `num_tokens` fill, each made only when it is asked for: a prompt waits for them,
-        and usually nobody has even its first block."""
+        """Yield the digests of the blocks that `num_tokens` tokens fill. Each is computed only when it is asked for,
+        because the prompt waits for them and usually not even its first block is cached."""
         digests, block_size = sequence.block_digests, self._blocks.block_size
         for place in range(num_tokens // block_size):
             self._blocks.extend_digests(digests, sequence.token_ids, (place + 1) * block_size)
             yield digests[place]
 
     def _allocate(self, sequence: Sequence, prefix: list[int], allocate: Callable[[int], list[int]]) -> bool:
-        """Give the sequence `prefix` and blocks for the rest of its known tokens, if that leaves some for growth."""
+        """Give the sequence `prefix` and blocks for the rest of its known tokens. Returns False, and does nothing, if
+        that would not leave some blocks for growth."""
         wanted = self._blocks.num_blocks_for(sequence.num_tokens) - len(prefix)
         watermark = self._watermark if self.running or self.num_reserved else 0
         if self._blocks.num_free_besides(prefix) < wanted + watermark:
@@ -253,9 +258,10 @@ class BatchScheduler:
         return True
 
     def grant(self) -> Sequence | None:
-        """Give blocks to the first sequence that reserves some, which others will fill. None: there is no room now.
+        """Give blocks, which others will fill, to the first sequence that reserves some. Returns None if there is no
+        room now.
 
-        A step in flight may still touch them for their earlier owner: see `BlockManager.last_step`.
+        A step in flight may still touch the blocks for their earlier owner: see `BlockManager.last_step`.
         """
         # Preempted sequences come first: they were promised room earlier.
         if not self.reserving or self.waiting or self._is_full:
@@ -270,23 +276,24 @@ class BatchScheduler:
         return sequence
 
     def cache(self, sequence: Sequence, end: int) -> None:
-        """A token was sampled from the keys and values of tokens [0, end): others may find the full blocks from now on.
+        """Let other sequences find the full blocks of tokens [0, end), from whose keys and values a token has been
+        sampled.
 
-        Not earlier: nothing can be sampled if a block holds a NaN, or anything else that spoils what is computed from
-        it.
+        Called no earlier than that, because nothing can be sampled if a block holds a NaN, or anything else that spoils
+        what is computed from it.
         """
         first, last = sequence.num_findable_tokens // self._blocks.block_size, end // self._blocks.block_size
         sequence.num_findable_tokens = end
         if last > first and sequence.is_trusted:
             self.make_digests(sequence, end)
             self._blocks.cache(sequence.block_table[first:last], sequence.block_digests[first:last])
-        if self._blocks.window and not (sequence.prefill_only or sequence.choices):  # whose blocks others will read
+        if self._blocks.window and not (sequence.prefill_only or sequence.choices):  # others will read their blocks
             self._free_unseen(sequence)
 
     def _free_unseen(self, sequence: Sequence) -> None:
-        """Give back the blocks that no step launched from now on sees."""
+        """Give back the blocks that no step launched from now on will see."""
         table = sequence.block_table
-        # Not those of a step in flight: others are to find them when its token has been read.
+        # The blocks of a step in flight are kept: others are to find them when its token has been read.
         last = self._blocks.first_seen(min(sequence.num_computed_tokens, sequence.num_findable_tokens))
         first = last
         while first and table[first - 1] != NO_BLOCK:
@@ -296,13 +303,13 @@ class BatchScheduler:
             table[first:last] = array("i", [NO_BLOCK]) * (last - first)
 
     def make_digests(self, sequence: Sequence, end: int) -> None:
-        """Make the digests of the blocks that tokens [0, end) fill, as far as they are known. `cache` needs them; it is
-        better to make them while a step is computed than after it."""
+        """Compute the digests of the blocks that tokens [0, end) fill, as far as these tokens are known. `cache` needs
+        them, and it is better to compute them during a step than after it."""
         known = min(end, sequence.num_read_tokens)
         self._blocks.extend_digests(sequence.block_digests, sequence.token_ids, known)
 
     def fork(self, parent: Sequence, choices: Ids[Sequence]) -> None:
-        """Let choices continue, each with one token more than the parent has computed.
+        """Let the choices continue, each with one token more than the parent has computed.
 
         They share its full blocks. The last block, if it is not full, goes to the first of them; the others compute its
         few tokens again, in blocks of their own. A choice that finds no room waits for it, as preempted sequences do.

@@ -1,4 +1,4 @@
-"""Ownership of KV blocks: who holds which, and which of them hold a prefix that may be wanted again.
+"""Ownership of KV blocks: who holds which block, and which blocks hold a prefix that may be wanted again.
 
 A block is in exactly one of these states:
     held         reference count > 0: by one sequence, or by several that share a prefix
@@ -6,11 +6,11 @@ A block is in exactly one of these states:
 A held block may be quarantined: its request has ended, but a failed transfer may still read it or write to it.
 
 A free block may still be read and written by steps that were launched before it was released, until these have ended.
-That does no harm to later steps, which are computed after them, but it does to transfers, which are not ordered with
+That does not harm later steps, which are computed after them, but it would harm transfers, which are not ordered with
 steps: see `allocate_idle`.
 
-If all layers of the model have a window, tokens see only the last positions. Blocks behind these belong to nobody: a
-block table has NO_BLOCK in their place, and so has a cached prefix, of which the end is enough.
+If all layers of the model have a sliding window, tokens see only the last positions. Blocks before these belong to
+nobody. A block table has NO_BLOCK in their place, and so has a cached prefix, whose end is enough.
 """
 
 from collections import Counter, OrderedDict
@@ -20,25 +20,27 @@ from itertools import chain, islice, takewhile
 from hbserve_rpc.prompt_shape import DIGEST_BYTES, MOST_REPORTED, extend_digests
 
 NO_BLOCK = -1
-"""In a list of a sequence's blocks: one that no layer can see any more. Everything that shares or releases blocks
-accepts it."""
+"""Entry in a list of a sequence's blocks for a block that no layer can see any more. Everything that shares or releases
+blocks accepts it."""
 
 
 class BlockManager:
-    """Hands out blocks by number; knows nothing of tensors. Not thread-safe."""
+    """Allocator that hands out blocks by number and knows nothing of tensors. Not thread-safe."""
 
     def __init__(self, num_blocks: int, block_size: int, *, prefix_caching: bool = True, window: int = 0) -> None:
-        """window: how many positions, a token's own included, any layer sees; 0: all."""
+        """window: the most positions that any layer sees, including the token's own; 0 means all."""
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.window = window
         self._prefix_caching = prefix_caching
         self._references = [0] * num_blocks
-        # Both in the order in which blocks became free: of the cached ones, the least recently used is evicted first.
+        # Both are in the order in which blocks became free. Of the cached ones, the least recently used is evicted
+        # first.
         self._empty: OrderedDict[int, None] = OrderedDict.fromkeys(reversed(range(num_blocks)))
         self._cached: OrderedDict[int, None] = OrderedDict()
         self._held_cached: dict[int, None] = {}
-        """Held blocks that are cached too: a report does not look through all blocks, while a step waits."""
+        """Held blocks that are also cached. They are kept apart so that a report need not look through all blocks while
+        a step waits."""
         self.last_launched = self.last_ended = 0
         """Numbers of the last step launched and of the last that has ended. Counted by the engine."""
         self._last_steps = [0] * num_blocks
@@ -46,7 +48,7 @@ class BlockManager:
         self._block_of: dict[bytes, int] = {}
         self._digest_of: dict[int, bytes] = {}
         self._num_changes = 0
-        """How often the set of cached blocks has changed."""
+        """Number of changes to the set of cached blocks."""
 
     @property
     def num_free(self) -> int:
@@ -54,7 +56,7 @@ class BlockManager:
 
     @property
     def num_cached(self) -> int:
-        """How many of the free blocks are kept as prefix cache."""
+        """Number of free blocks that are kept as prefix cache."""
         return len(self._cached)
 
     @property
@@ -65,26 +67,26 @@ class BlockManager:
         return -(-num_tokens // self.block_size)
 
     def first_seen(self, num_tokens: int) -> int:
-        """The first block that is seen by tokens after the first `num_tokens`."""
+        """Return the place of the first block that tokens after the first `num_tokens` see."""
         return max(0, num_tokens + 1 - self.window) // self.block_size if self.window else 0
 
     # ---- giving out and taking back ------------------------------------------------------------------------------
 
     def allocate(self, count: int) -> list[int]:
-        """Blocks with one reference each, for steps; what they cached is forgotten. The caller has checked that so many
-        are free."""
+        """Allocate blocks for steps, with one reference each, and forget what they cached. The caller has checked that
+        enough blocks are free."""
         return self._take(count, chain(reversed(self._empty), self._cached))
 
     def allocate_idle(self, count: int) -> list[int]:
-        """The same for transfers: first the blocks that no step in flight may touch, the oldest of these first. See
-        `last_step`."""
+        """Allocate blocks for transfers: first the blocks that no step in flight may touch, the oldest of these first.
+        See `last_step`."""
         idle = (takewhile(self._is_idle, free) for free in (self._empty, self._cached))
         busy = (block_id for block_id in chain(self._empty, self._cached) if not self._is_idle(block_id))
         return self._take(count, chain(*idle, busy))
 
     def _take(self, count: int, free: Iterator[int]) -> list[int]:
         assert count <= self.num_free, f"{count} blocks wanted, {self.num_free} free"
-        # In ascending order, for transfers: a run of neighbours moves as one piece.
+        # Ascending order helps transfers: a run of adjacent blocks moves as one piece.
         block_ids = sorted(islice(free, count))
         for block_id in block_ids:
             digest = self._digest_of.pop(block_id, None)
@@ -100,11 +102,11 @@ class BlockManager:
         return self._last_steps[block_id] <= self.last_ended
 
     def last_step(self, block_ids: Sequence[int]) -> int:
-        """Number of the last launched step that may touch one of these blocks for its earlier owner."""
+        """Return the number of the last launched step that may touch one of these blocks for its earlier owner."""
         return max((self._last_steps[block_id] for block_id in block_ids), default=0)
 
     def share(self, block_ids: Sequence[int]) -> None:
-        """Add a reference to each block; `find_prefix` has found them."""
+        """Add a reference to each of these blocks, which `find_prefix` or `find_part` has found."""
         for block_id in block_ids:
             if block_id == NO_BLOCK:
                 continue
@@ -114,8 +116,8 @@ class BlockManager:
             self._references[block_id] += 1
 
     def release(self, block_ids: Sequence[int]) -> None:
-        """Remove a reference from each block. Blocks without any are free; of those cached, the last in the list is
-        evicted first."""
+        """Remove a reference from each block. Blocks without references become free. Of those that are cached, the last
+        in the list is evicted first."""
         for block_id in reversed(block_ids):
             if block_id == NO_BLOCK:
                 continue
@@ -132,8 +134,8 @@ class BlockManager:
     def quarantine(self, block_ids: Sequence[int]) -> None:
         """Take over the caller's references: the blocks stay out of use until `end_quarantine`.
 
-        A block that may still be written was never cached; one that may only be read is still good for those who share
-        it.
+        A block that may still be written was never cached; a block that may only be read is still valid for those who
+        share it.
         """
         assert all(self._references[block_id] > 0 for block_id in block_ids), "a quarantined block is free"
         self._quarantined.update(block_ids)
@@ -146,12 +148,12 @@ class BlockManager:
 
     def extend_digests(self, digests: list[bytes], token_ids: Sequence[int], num_tokens: int) -> None:
         """Extend the digests to the full blocks of the first `num_tokens` tokens. Digest i depends on blocks 0 to i, so
-        no two prefixes have the same one."""
+        no two prefixes have the same digest."""
         extend_digests(digests, token_ids, num_tokens, self.block_size)
 
     def find_prefix(self, digests: Iterable[bytes]) -> list[int]:
-        """The blocks of the longest cached prefix from which a sequence can continue; with a window, only its end, and
-        NO_BLOCK before. They may be given to somebody else until they are shared."""
+        """Return the blocks of the longest cached prefix from which a sequence can continue; with a window, only its
+        end, with NO_BLOCK before it. Until the blocks are shared, they may be given to somebody else."""
         found: list[int] = []
         num_found = num_in_a_row = 0
         for count, digest in enumerate(digests, 1):
@@ -166,7 +168,8 @@ class BlockManager:
         return [NO_BLOCK] * unseen + found[unseen:num_found]
 
     def find_part(self, digests: Iterable[bytes], first: int) -> list[int]:
-        """NO_BLOCK up to block `first`, and from there as many blocks as are cached without a gap."""
+        """Return NO_BLOCK for each block before `first`, followed by as many blocks as are cached from there without a
+        gap."""
         found = [NO_BLOCK] * first
         for digest in islice(digests, first, None):
             if (block_id := self._block_of.get(digest)) is None:
@@ -175,11 +178,11 @@ class BlockManager:
         return found
 
     def num_free_besides(self, block_ids: Sequence[int]) -> int:
-        """How many blocks would be free if these were shared first."""
+        """Return how many blocks would be free if these were shared first."""
         return self.num_free - sum(id_ != NO_BLOCK and self._references[id_] == 0 for id_ in block_ids)
 
     def cache(self, block_ids: Sequence[int], digests: Sequence[bytes]) -> None:
-        """Let others find these blocks: all their keys and values are there."""
+        """Let others find these blocks, whose keys and values are complete."""
         if not self._prefix_caching:
             return
         block_of, digest_of = self._block_of, self._digest_of
@@ -191,10 +194,11 @@ class BlockManager:
                 self._num_changes += 1
 
     def cached_digests(self, known: int = -1) -> tuple[int, bytes | None]:
-        """The first DIGEST_BYTES of each cached block's digest, and a number for this state; None if that is `known`.
+        """Return a number for the state of the cache and the first DIGEST_BYTES of each cached block's digest, or None
+        in place of the digests if that number is `known`.
 
-        At most MOST_REPORTED: blocks that are held first, then those used last. Of a prefix that is reported in part,
-        it is the beginning.
+        At most MOST_REPORTED blocks are reported: held blocks first, then the most recently used. If a prefix is
+        reported in part, that part is its beginning.
         """
         if known == self._num_changes:
             return known, None
@@ -204,7 +208,7 @@ class BlockManager:
     def check_integrity(self, holders: Mapping[int, int] | None = None) -> None:
         """Raise AssertionError unless every block is in exactly one state and the cache is consistent.
 
-        `holders`: how many references each block should have, without quarantines; 0 where absent.
+        `holders`: the number of references that each block should have, quarantines not counted; 0 where absent.
         """
         for block_id, count in enumerate(self._references):
             is_free = (block_id in self._empty) + (block_id in self._cached)

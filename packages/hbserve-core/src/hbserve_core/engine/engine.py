@@ -1,4 +1,4 @@
-"""The engine: requests in, tokens out, one step at a time."""
+"""Engine: takes requests in and gives tokens out, one step at a time."""
 
 from array import array
 from collections.abc import Callable
@@ -20,15 +20,16 @@ from hbserve_rpc.messages import TokenLogprobs
 from hbserve_rpc.plain_values import plain_bool
 
 _HAS_NO_OUTPUT = (Phase.HELD, Phase.QUARANTINED, Phase.FORKED, Phase.ENDED)
-"""Sequences that were ended by others since their step was launched, or whose choices have their tokens already."""
+"""Phases in which a step's result is dropped: the sequence was ended by others since the step was launched, or its
+choices already have their tokens."""
 
 
 class Engine:
-    """One model, one pool. Not thread-safe: everything is called by one thread.
+    """Engine of one model and one pool. Not thread-safe: one thread makes all calls.
 
-    With a runner that overlaps, a step is scheduled and launched while the one before it is computed; then the tokens
-    of that one are read. So at most one step, and at most one token of each sequence, is unread. `wait_s` says how long
-    a caller may wait for requests that the next step could include.
+    With a runner that overlaps, a step is scheduled and launched while the previous one is computed; then the tokens of
+    the previous one are read. So at most one step, and at most one token of each sequence, is unread. `wait_s` says how
+    long a caller may wait for requests that the next step could include.
 
     A request is added by one of
       `add`                    compute and generate all of it here;
@@ -46,7 +47,7 @@ class Engine:
         num_blocks, caching = runner.pool.shape[0], config.prefix_caching
         self.blocks = BlockManager(num_blocks, config.block_size, prefix_caching=caching, window=self._model.reach)
         self.grammars = GrammarCompiler(config.model_path, self._model.vocab_size, self._model.eos_token_ids)
-        """Any thread may use it: its results are passed to `add` or `reserve`."""
+        """Compiler of grammars, whose results are passed to `add` or `reserve`. Any thread may use it."""
         self.limits = RequestLimits(config, self._model.vocab_size, self._model.max_model_len, self.blocks.num_blocks)
         # A late launch would also have to wait for the other ranks' hosts, and it is not known how long these need.
         self.launch_times = LaunchTimes(clock, runner.is_idle, always_at_once=config.tensor_parallel_size > 1)
@@ -54,19 +55,21 @@ class Engine:
         chunk_sizes = ChunkSizes(config, config.role, predict_s, has_graphs=has_graphs)
         self._scheduler = BatchScheduler(config, self.blocks, chunk_sizes)
         self._sequences: dict[str, Sequence] = {}
-        """By request id, all sequences whose id is in use."""
+        """All sequences whose id is in use, by request id."""
         self._num_matchers = 0
-        """How many of them have a grammar."""
+        """Number of `_sequences` that have a grammar."""
         self._in_flight: StepInFlight | None = None
         self._granted: list[tuple[Reservation, int]] = []
-        """Not reported yet, each with the number of the last step that may touch its blocks."""
+        """Grants that are not reported yet, each with the number of the last step that may touch its blocks."""
         self._num_generated = self._num_prefilled = 0
         self._host_time_s = 0.0
         self.stalled = False
-        """The last step did nothing: everything waits for blocks that transfers hold, or for a quarantine to end."""
+        """Whether the last step did nothing, because everything waits for blocks that transfers hold or for a
+        quarantine to end."""
         self.on_early_output: Callable[[StepOutput], None] | None = None
-        """Called within `step` for prefill-only requests, whose blocks may be sent early: before the step, if a request
-        begins with a cached prefix, and at its launch, if the runner has an event that marks its end."""
+        """Callback that `step` calls for prefill-only requests, whose blocks may be sent early: before the step is
+        launched, if a request begins with a cached prefix, and after its launch, if the runner has an event that marks
+        its end."""
 
     # ---- requests ------------------------------------------------------------------------------------------------
 
@@ -80,10 +83,10 @@ class Engine:
         prefill_only: bool = False,
         matcher: Matcher | None = None,
     ) -> None:
-        """Queue a request. `output`: tokens that it already has from an earlier attempt. matcher: what `self.grammars`
-        makes of params and output, if there are `params.structured_outputs`.
+        """Queue a request. output: tokens that it already has from an earlier attempt. matcher: the matcher that
+        `self.grammars` makes of params and output, if there are `params.structured_outputs`.
 
-        Raises InvalidRequest: it could never run; says why.
+        Raises InvalidRequest, which says why, if the request could never run.
         """
         prefill_only = plain_bool("prefill_only", prefill_only)
         sequence = self._make_sequence(request_id, prompt, params, output, matcher)
@@ -105,10 +108,11 @@ class Engine:
         self._scheduler.move(sequence, Phase.RESERVING)
 
     def poll_reservations(self) -> list[Reservation]:
-        """Reservations for which there is room now, in the order in which they were made.
+        """Return the reservations for which there is room now, in the order in which they were made.
 
-        Others will write to these blocks, in no order with the steps here. So a grant waits for the last step that may
-        use one of them for its earlier owner; most are granted at once, because they get blocks that no step may use.
+        Others will write to these blocks, and their writes are not ordered with the steps here. So a grant waits for
+        the last step that may use one of the blocks for its earlier owner. Most are granted at once, because they get
+        blocks that no step may use.
         """
         while (sequence := self._scheduler.grant()) is not None:
             first = sequence.num_findable_tokens // self.config.block_size
@@ -121,9 +125,10 @@ class Engine:
         return safe
 
     def activate(self, request_id: str, *first_tokens: int | None, is_trusted: bool = True) -> None:
-        """Continue a reserved request after its first token: its KV has arrived. Does nothing if it has ended.
+        """Continue a reserved request, whose KV has arrived, after its first token. Does nothing if the request has
+        ended.
 
-        first_tokens: one for each choice, None for those that ended with it. is_trusted: see `Sequence.is_trusted`.
+        first_tokens: one for each choice; None for a choice that ended with it. is_trusted: see `Sequence.is_trusted`.
         """
         sequence = self._sequences.get(request_id)
         if sequence is None or sequence.phase is not Phase.HELD:
@@ -149,19 +154,19 @@ class Engine:
             self._scheduler.move(sequence, Phase.HELD)
 
     def release(self, request_id: str) -> None:
-        """End a request in any phase; no transfer touches its blocks any more."""
+        """End a request in any phase. The caller ensures that no transfer touches its blocks any more."""
         if (sequence := self._sequences.get(request_id)) is not None:
             self._end(sequence)
 
     def release_choice(self, request_id: str, choice: int) -> None:
-        """End one of several choices, which need not have its first token yet; the others continue."""
+        """End one of several choices, which need not have its first token yet. The others continue."""
         parent = self._sequences.get(request_id)
         for each in parent.choices if parent is not None else ():
             if each.choice == choice and each.phase is not Phase.ENDED:
                 self._end(each)
 
     def quarantine(self, request_id: str, num_blocks: int) -> None:
-        """End a held request. A failed transfer may still touch its last `num_blocks` blocks, until `release`."""
+        """End a held request whose last `num_blocks` blocks a failed transfer may still touch, until `release`."""
         sequence = self._sequences[request_id]
         self._scheduler.move(sequence, Phase.QUARANTINED)
         self._withdraw_grant(sequence)
@@ -218,14 +223,14 @@ class Engine:
         return self._runner.overlaps and self._in_flight is None and self.has_work()
 
     def wait_s(self) -> float | None:
-        """How long to wait for more requests before calling `step`, or asking again: 0 if it is time, None if only
-        others can bring work."""
+        """Return how long to wait for more requests before calling `step`, or before asking again: 0 if it is time for
+        a step, None if only others can bring work."""
         if self._in_flight is None:
             return 0.0 if self.has_work() and not self.stalled else None
         return self.launch_times.wait_s(can_launch=bool(self._scheduler.running or self._scheduler.waiting))
 
     def step(self) -> list[StepOutput]:
-        """Launch a batch, and read the tokens of the one before; of the same one, if the runner does not overlap."""
+        """Launch a batch and read the tokens of the previous one, or of the same one if the runner does not overlap."""
         begin, preemptions = self._clock(), self._scheduler.num_preemptions
         batch = self._scheduler.schedule()
         launched = self._launch(batch) if batch else None
@@ -245,7 +250,7 @@ class Engine:
         return outputs
 
     def _launch(self, batch: list[ScheduledChunk]) -> StepInFlight:
-        """Launch a step, and tell of blocks that may be sent before it is read: see `on_early_output`."""
+        """Launch a step, and announce blocks that may be sent before it is read: see `on_early_output`."""
         chunks = [(chunk.sequence, chunk.first, chunk.num_new_tokens) for chunk in batch]
         sent = [each for each in chunks if each[0].prefill_only]
         for sequence, first, _ in sent:
@@ -272,8 +277,8 @@ class Engine:
         self.launch_times.began(StepWork.of(step.chunks), step.launched_at)
         for sequence, first, count in step.chunks:
             if sequence.phase is Phase.ENDED:
-                continue  # its last token ended it, as has just been read
-            if first <= sequence.num_prompt_tokens:  # or its first own token, if others have computed its prompt
+                continue  # it ended with its last token, which has just been read
+            if first <= sequence.num_prompt_tokens:  # equal: its first own token, if others have computed its prompt
                 self._num_prefilled += min(count, sequence.num_prompt_tokens - first)
                 self._scheduler.make_digests(sequence, first + count)
             sequence.num_computed_tokens = first + count
@@ -283,7 +288,7 @@ class Engine:
                     self._scheduler.move(sequence, Phase.ENDING)
 
     def _read(self, step: StepInFlight | None, next_host_time_s: float | None = None) -> list[StepOutput]:
-        """Wait for a step and take in what it has computed."""
+        """Wait for a step and take in its results."""
         self._in_flight = None
         if step is None:
             return []
@@ -310,13 +315,13 @@ class Engine:
         return outputs
 
     def _advance(self, sequence: Sequence, end: int, token: int | None, logprobs: TokenLogprobs | None) -> StepOutput:
-        """Take in what a step computed of a sequence: tokens up to `end`, and the next one if it was sampled."""
+        """Take in a step's results for a sequence: tokens up to `end`, and the next one if it was sampled."""
         finish_reason = error = None
         if token is not None:
             sequence.token_ids[end] = token
             error = error_of(sequence, token, end - sequence.num_prompt_tokens)
         if token is not None and error is None:
-            # A preempted one has given up its blocks.
+            # A preempted sequence has given up its blocks.
             if sequence.block_table:
                 self._scheduler.cache(sequence, end)
             self._num_generated += 1
@@ -345,7 +350,7 @@ class Engine:
             finish_reason = None if error else choice.finish_reason(token, self._model.eos_token_ids)
             output = StepOutput.of(parent, end, token, finish_reason, logprobs, error)
             output.choice = choice.choice
-            if outputs:  # one of them brings the prompt's
+            if outputs:  # the first output brings the prompt's log-probabilities
                 output.prompt_logprobs = []
             outputs.append(output)
             if output.is_last:
@@ -357,7 +362,7 @@ class Engine:
         return outputs
 
     def _fork(self, parent: Sequence) -> None:
-        """Let the choices that have not ended continue, each with a grammar of its own from its first token on."""
+        """Let the choices that have not ended continue. From its first token on, each has its own grammar state."""
         choices = [choice for choice in parent.choices if choice.phase is Phase.NEW]
         for choice in choices:
             if parent.matcher is not None:

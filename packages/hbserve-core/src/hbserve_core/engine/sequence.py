@@ -1,4 +1,5 @@
-"""One request inside an engine, as three integers, what one step computes of it, and what it may ask for at all.
+"""One request inside an engine, held as three integers; the part of it that one step computes; and the limits of
+requests.
 
     token_ids   [0 .......... num_prompt_tokens ............ num_tokens)
     KV in pool  [0 ....... num_computed_tokens)
@@ -8,7 +9,7 @@ Prefill, a chunk of it, and decode are one case: compute some of the tokens that
 When a step computes the last known token, it also samples the next one. A step may be scheduled before that token has
 been read: its place in token_ids is taken by UNREAD, at most one of a sequence, at the end.
 
-The life of a sequence; `Sequence.enter` knows no other ways:
+The life of a sequence; `Sequence.enter` allows no other transitions:
 
     add ─────▶ WAITING ───admitted──▶ RUNNING ──last token launched──▶ ENDING ────────read──▶ ENDED
                   ▲                   │ │ ▲ │
@@ -16,8 +17,8 @@ The life of a sequence; `Sequence.enter` knows no other ways:
                                    hold ▼ │ activate
     reserve ─▶ RESERVING ──granted──▶  HELD ────────quarantine──────▶ QUARANTINED ──release─▶ ENDED
 
-`hold` leads to HELD from WAITING and ENDING too, and a prefill-only sequence goes there by itself once its token has
-been read. `release` leads to ENDED from everywhere, as does a token that ends the request.
+`hold` also leads to HELD from WAITING and ENDING, and a prefill-only sequence goes there by itself once its token has
+been read. `release` leads to ENDED from every phase, as does a token that ends the request.
 
 A request of several choices (`SamplingParams.n`) has a sequence for what they have in common, and one for each of them:
 
@@ -40,36 +41,36 @@ from hbserve_rpc.messages import FinishReason, TokenLogprobs
 from hbserve_rpc.plain_values import plain_id, plain_token_ids, shown
 
 UNREAD = -1
-"""Stands for a token that the device has, or will have, and that the host has not read yet."""
+"""Placeholder for a token that the device has, or will have, and that the host has not read yet."""
 NOT_FINITE = -2
-"""Sampled in place of a token where the logits are not finite. No token has this id on any rank, so that a device may
-continue with it until the host has read it; then the engine ends the request."""
+"""Value that is sampled in place of a token where the logits are not finite. No token has this id on any rank, so a
+device may continue with it until the host has read it; then the engine ends the request."""
 COLDEST, HOTTEST = 1e-30, 1e29
-"""Temperatures beyond these are replaced by them: they are as good as greedy, and as good as uniform. Logits divided or
-multiplied by them are still float32 numbers, and far from those that a device may flush to 0."""
+"""Bounds by which lower and higher temperatures are replaced. They are as good as greedy and as good as uniform. Logits
+divided or multiplied by them are still float32 numbers, far from those that a device may flush to 0."""
 
 
 class Phase(Enum):
-    """Where a sequence is in its life, which decides what may happen to its blocks."""
+    """Phase of a sequence's life, which decides what may happen to its blocks."""
 
     NEW = "new"
-    """Not in an engine. Sequences on other ranks stay so, and choices until they are forked."""
+    """Not in an engine. Sequences on other ranks always stay new, and choices stay new until they are forked."""
     WAITING = "waiting"
-    """Waits for room, without blocks; possibly again, after it had to give up its blocks."""
+    """Waiting for room, without blocks; possibly again, after it had to give up its blocks."""
     RUNNING = "running"
-    """Computed by steps, in its own blocks."""
+    """Being computed by steps, in its own blocks."""
     ENDING = "ending"
-    """Not computed any further: its last token comes with the step in flight, which still uses its blocks."""
+    """No longer computed: its last token comes with the step in flight, which still uses its blocks."""
     OUT_OF_BLOCKS = "out of blocks"
-    """It holds the whole pool, or all of it that can become free. It ends with the step that found this."""
+    """Holding the whole pool, or all of it that can become free. The sequence ends with the step that found this."""
     RESERVING = "reserving"
-    """Waits, without blocks, for room to receive its keys and values."""
+    """Waiting, without blocks, for room to receive its keys and values."""
     HELD = "held"
-    """Not computed; a transfer reads its blocks, or writes to them."""
+    """Not computed: a transfer reads its blocks or writes to them."""
     QUARANTINED = "quarantined"
-    """The request has ended, but a failed transfer may still touch these blocks."""
+    """Ended, but a failed transfer may still touch its blocks."""
     FORKED = "forked"
-    """Without blocks: its choices continue by themselves. It ends with the last of them."""
+    """Without blocks: its choices continue by themselves, and the sequence ends with the last of them."""
     ENDED = "ended"
     """Forgotten. The step in flight may still compute it; the result is dropped."""
 
@@ -94,45 +95,46 @@ def _no_blocks() -> "array[int]":
 
 @dataclass(eq=False, slots=True)
 class Sequence:
-    """Tokens and progress of one request, or of one of its choices. Owned by the engine's thread."""
+    """Tokens and progress of one request or of one of its choices. Owned by the engine's thread."""
 
     request_id: str
     token_ids: list[int]
-    """Prompt, then output."""
+    """Token ids of the prompt, then of the output."""
     num_prompt_tokens: int
     params: SamplingParams
     num_computed_tokens: int = 0
     block_table: "array[int]" = field(default_factory=_no_blocks)
-    """Block i holds tokens [i * block_size, (i + 1) * block_size); NO_BLOCK where no layer sees them any more. An
-    array, because numpy copies it without a loop."""
+    """Numbers of its blocks. Block i holds tokens [i * block_size, (i + 1) * block_size); NO_BLOCK where no layer sees
+    them any more. It is an array because numpy copies that without a loop."""
     block_digests: list[bytes] = field(default_factory=list)
-    """Of its full blocks, as far as they were needed; see BlockManager."""
+    """Digests of its full blocks, as far as they were needed; see BlockManager."""
     num_cached_tokens: int = 0
-    """How many of the computed tokens the prefix cache supplied when the sequence last got its blocks, including those
-    before them that no layer sees."""
+    """Number of computed tokens that the prefix cache supplied when the sequence last got its blocks, including earlier
+    ones that no layer sees."""
     num_findable_tokens: int = 0
-    """How many of the computed tokens are in blocks that others may find, if these are full."""
+    """Number of computed tokens in blocks that others may find, if these blocks are full."""
     is_trusted: bool = True
-    """Whether others may find its blocks: not if nobody knows who has sent them; see `TransferResult.is_trusted`."""
+    """Whether others may find its blocks. False if it is not known who has sent them; see
+    `TransferResult.is_trusted`."""
     prefill_only: bool = False
-    """The sequence ends with its next token, and its blocks are sent away while it is computed."""
+    """Whether the sequence ends with its next token, and its blocks are sent away while it is computed."""
     max_num_tokens: int = maxsize
-    """Most tokens that it may have, including its prompt."""
+    """Largest number of tokens that it may have, including its prompt."""
     num_scored_tokens: int = maxsize
-    """How many tokens of its prompt have their log-probabilities, or, like the first one, need none. Larger than any
+    """Number of prompt tokens that have their log-probabilities or, like the first one, need none. Larger than any
     prompt if none are wanted."""
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
-    """Those that have been computed so far."""
+    """Log-probabilities of prompt tokens that have been computed so far."""
     num_preemptions: int = 0
     phase: Phase = Phase.NEW
     matcher: Matcher | None = None
-    """Of a request with a grammar: decides what its next token may be. Only rank 0 has matchers."""
+    """Matcher of a request with a grammar, which decides what its next token may be. Only rank 0 has matchers."""
     is_special: bool = field(init=False)
-    """Whether it asks for more than temperature, top-k and top-p for its next token: see hbserve_core/logits."""
+    """Whether its next token needs more than temperature, top-k and top-p: see hbserve_core/logits."""
     choices: "list[Sequence]" = field(init=False, default_factory=list)
-    """The choices, if `params.n` is more than one: they have its tokens until each is forked with one more."""
+    """Choices, if `params.n` is more than one. They share its tokens until each is forked with one more."""
     choice: int = 0
-    """Its place among the choices of `parent`."""
+    """Index of this sequence among the choices of `parent`."""
     parent: "Sequence | None" = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -147,12 +149,12 @@ class Sequence:
         return found
 
     def enter(self, phase: Phase) -> None:
-        """Go on to the next phase of its life."""
+        """Enter the next phase of its life."""
         assert phase in NEXT_PHASES[self.phase], f"{self.request_id}: {self.phase.name} cannot become {phase.name}"
         self.phase = phase
 
     def finish_reason(self, token: int, eos_token_ids: Container[int]) -> FinishReason | None:
-        """Why an output token is its last one; None if it is not."""
+        """Return why an output token is the last one, or None if it is not."""
         # With a grammar, an end-of-sequence token that is ignored cannot be drawn, unless the answer is complete.
         is_end = not self.params.ignore_eos or self.matcher is not None
         if token in self.params.stop_token_ids or (is_end and token in eos_token_ids):
@@ -193,10 +195,10 @@ class Sequence:
 
 @dataclass(frozen=True, slots=True)
 class ScheduledChunk:
-    """What one step computes of one sequence: tokens [num_computed_tokens, num_computed_tokens + num_new_tokens).
+    """Tokens of one sequence that one step computes: [num_computed_tokens, num_computed_tokens + num_new_tokens).
 
-    `sequence.block_table` covers them. The runner reads the sequence without changing it, and of its blocks only those
-    that the model's windows reach.
+    `sequence.block_table` covers them. The runner reads the sequence without changing it, and reads only those of its
+    blocks that the model's windows reach.
     """
 
     sequence: Sequence
@@ -204,7 +206,7 @@ class ScheduledChunk:
 
     @property
     def first(self) -> int:
-        """The first token that is computed. Only meaningful until the sequence's progress is counted, like
+        """Position of the first token that is computed. Only meaningful until the sequence's progress is counted, like
         `samples`."""
         return self.sequence.num_computed_tokens
 
@@ -215,14 +217,14 @@ class ScheduledChunk:
 
     @property
     def scored_positions(self) -> range:
-        """Those of its tokens whose rows score the prompt token that follows."""
+        """Positions of the tokens whose rows score the prompt token that follows."""
         sequence = self.sequence
         end = min(self.first + self.num_new_tokens, sequence.num_prompt_tokens - 1)
         return range(max(self.first, sequence.num_scored_tokens - 1), end)
 
 
 class RequestLimits:
-    """What an engine can run at all: limits of its model, its pool and its configuration. Requests beyond them are
+    """Limits of what an engine can run, set by its model, its pool and its configuration. Requests beyond them are
     refused at once, rather than when they get stuck."""
 
     def __init__(self, config: InstanceConfig, vocab_size: int, max_model_len: int, num_blocks: int) -> None:
@@ -233,12 +235,12 @@ class RequestLimits:
 
     @property
     def max_prompt_len(self) -> int:
-        """Most tokens that a prompt may have."""
+        """Largest number of tokens that a prompt may have."""
         longest = min(self._max_model_len - 1, self._num_blocks * self._config.block_size)
         return longest if self._config.chunked_prefill_enabled else min(longest, self._config.max_num_batched_tokens)
 
     def sequence(self, request_id: str, prompt: Ids[int], params: SamplingParams, output: Ids[int] = ()) -> Sequence:
-        """A request that can run, normalised and copied. `output`: tokens that it already has.
+        """Make the sequence of a request that can run, normalised and copied. output: tokens that it already has.
 
         Raises:
             InvalidRequest: names what is wrong, the value and the limit.

@@ -1,19 +1,19 @@
-"""Predicts how long steps take, learning from steps as they end, and decides by that how many prompt tokens the next
-step computes and when it is launched.
+"""Predictions of how long steps take, learned from steps as they end. They decide how many prompt tokens the next step
+computes and when it is launched.
 
     step k       ├───────────── computes ─────────────┤ predicted end
     step k + 1     who arrives is in it ──▶ ├─ slack ─┤ scheduled, packed and launched
                                             launch time
 
 The slack is the 99th percentile of the host's time and the prediction error together, and a margin. After a step that
-is short, or for which there is no prediction, the next one is launched at once instead: while it is computed, as early
-as possible.
+is short, or for which there is no prediction, the next one is launched at once instead, that is, as early as possible
+while that step is computed.
 
-Prompts are computed in chunks of `chunk_size`, or `auto`: each step gets as many prompt tokens as take STEP_S, and at
-least FEWEST_TOKENS, below which reading the weights takes longer than the matrix products. A longer step would compute
-hardly more per second, and delay requests that arrive meanwhile. The more work waits, the longer a step may
-nevertheless be. With `itl_target_ms`, a step that also has decodes takes no longer than that. Where steps are replayed
-from CUDA graphs, one that none of them has room for takes at least LAUNCH_S, or is not made.
+Prompts are computed in chunks of `chunk_size` tokens. With `auto`, each step gets as many prompt tokens as take STEP_S,
+and at least FEWEST_TOKENS, below which reading the weights takes longer than the matrix products. A longer step would
+compute hardly more per second, and would delay requests that arrive meanwhile. The more work waits, the longer a step
+may nevertheless be. With `itl_target_ms`, a step that also has decodes takes no longer than that. Where steps are
+replayed from CUDA graphs, a step that fits none of them must take at least LAUNCH_S, or is cut down to one that fits.
 
 Nothing here depends on a device, and torch is not imported: `hbserve simulate` chooses chunks by the same code, which
 then asks a profile how long a step would take.
@@ -31,52 +31,54 @@ from hbserve_rpc.settings import chunk_size_of
 STEP_S = 0.010
 FEWEST_TOKENS = 1024
 FEWEST_BESIDE_DECODES = 64
-"""With a target for the time between tokens: prompts must progress even where decodes alone take longer than that."""
+"""Fewest prompt tokens of a step where there is a target for the time between tokens. Prompts must progress even where
+decodes alone take longer than the target."""
 SHORT_TOKENS = 2048
-"""Prompts with no more tokens left than this go before others. Those lose little time to them, because short prompts
-are a small part of the work, and would themselves wait long."""
+"""Number of tokens left up to which a prompt is short and goes before others. The others lose little time by that,
+because short prompts are a small part of the work, whereas short prompts would wait long for them."""
 STEPS_OF_BACKLOG = 8
-"""The more work waits, the longer a step may be: the fixed cost of steps is what makes the last request wait
-longest."""
+"""Number of steps in which the waiting work is to be computed. The more work waits, the longer a step may be, because
+the fixed cost of steps is what makes the last request wait longest."""
 LAUNCH_S = 0.040
-"""What a host may need to launch a step that has no CUDA graph, one kernel after another, while transfers and the event
-loop take the interpreter from it: 36 ms were seen for steps of 3,072 tokens, which the device computes in 8."""
+"""Time that a host may need to launch a step without a CUDA graph, one kernel after another, while transfers and the
+event loop compete for the interpreter. 36 ms were seen for steps of 3,072 tokens, which the device computes in 8."""
 MOST_OVERTAKERS = 64
-"""How many of the waiting prompts are considered."""
+"""Number of waiting prompts that are considered."""
 SHARE_OF_LONG = 8
-"""One part in this many of each step is kept for a long prompt."""
+"""Divisor of a step's prompt tokens that gives the part kept for a long prompt."""
 LATE_FROM_S = 0.003
-"""After shorter steps the next one is launched at once: a late request waits little, and each wake-up of the host would
-be noticeable."""
+"""Shortest predicted time of a step after which the next one is launched late. After shorter steps the next one is
+launched at once: a late request waits little, and each wake-up of the host would be noticeable."""
 MARGIN_S = 0.0003
 POLL_S = 0.0005
-"""How long the host sleeps at a time while a step is computed: a step that ends early is noticed this much later."""
+"""Time that the host sleeps at once while a step is computed. A step that ends early is noticed this much later."""
 TAIL_POLL_S = 0.0001
-"""The same around the predicted end of a step, if nothing else is launched behind it."""
+"""Time that the host sleeps at once around the predicted end of a step, if nothing else is launched behind it."""
 _SHORTEST_WAIT_S = 10e-6
 _WAITED_S = 20e-6
-"""Reading a step that has already ended takes less than this."""
+"""Upper bound of the time that reading a step takes if the step has already ended."""
 _FEWEST = 16
-"""How many steps must have been seen before a prediction is used."""
+"""Number of steps that must have been seen before a prediction is used."""
 STEPS_REMEMBERED = 200
-"""How many launches the slack is computed from."""
+"""Number of launches from which the slack is computed."""
 _RECENT = 0.03
 """Weight of the last step in the recent average."""
 
 
 class StepWork(NamedTuple):
-    """What a step's time depends on, besides the bytes of the weights, which every step reads."""
+    """Work of a step, on which its time depends; the bytes of the weights, which every step reads, are not part of
+    it."""
 
     num_tokens: int
-    """New tokens: operations of matrix products."""
+    """Number of new tokens, for the operations of matrix products."""
     num_keys: int
-    """Over all sequences: bytes of KV that are read."""
+    """Number of keys of all sequences, for the bytes of KV that are read."""
     num_pairs: int
-    """Pairs of a query and a key, counted twice: operations of attention."""
+    """Number of pairs of a query and a key, counted twice, for the operations of attention."""
 
     @classmethod
     def of(cls, chunks: Collection[tuple[object, int, int]]) -> "StepWork":
-        """Chunks: anything, first new token, number of new tokens."""
+        """Add up the work of chunks, each given as (anything, first new token, number of new tokens)."""
         tokens = sum([count for _, _, count in chunks])
         keys = tokens + sum([first for _, first, _ in chunks])
         if tokens == len(chunks):  # decodes, of which every step has many
@@ -84,7 +86,7 @@ class StepWork(NamedTuple):
         return cls(tokens, keys, sum([count * (2 * first + count) for _, first, count in chunks]))
 
     def with_chunk(self, first: int, count: int) -> "StepWork":
-        """The same with `count` more tokens, of a prompt of which `first` are computed."""
+        """Return this work with `count` more tokens, of a prompt of which `first` tokens are computed."""
         return StepWork(
             self.num_tokens + count,
             self.num_keys + first + count,
@@ -93,15 +95,15 @@ class StepWork(NamedTuple):
 
 
 class _Fit:
-    """Least squares over the times of steps with similar numbers of tokens, updated step by step, and the recent errors
-    of its predictions.
+    """Least-squares fit to the times of steps with similar numbers of tokens, updated step by step, with the recent
+    error of its predictions.
 
     The time of matrix products is the longer of reading the weights and computing, which is not a sum of terms; within
     a power of two of tokens it nearly is.
     """
 
     def __init__(self, octave: int) -> None:
-        # The constant is trusted first: what has never varied is assumed to have little effect.
+        # The constant term is trusted first: a quantity that has never varied is assumed to have little effect.
         self._per_token = 0.1 / (1 << octave)
         self._weights = [0.0] * 4
         self._spread = [[100.0 * (row == column) for column in range(4)] for row in range(4)]
@@ -133,13 +135,13 @@ def _product(one: list[float], other: list[float]) -> float:
 
 
 class StepTimes:
-    """How long steps take, by their work."""
+    """Times that steps take, by their work."""
 
     def __init__(self) -> None:
         self._fits: dict[int, _Fit] = {}
 
     def predict_s(self, work: StepWork) -> float | None:
-        """None: too few steps of similar size have been seen."""
+        """Predict the time of a step. Returns None if too few steps of similar size have been seen."""
         fit = self._fits.get(work.num_tokens.bit_length())
         return fit.predict_s(work) if fit is not None and fit.count >= _FEWEST else None
 
@@ -151,7 +153,7 @@ class StepTimes:
 
 
 class ChunkSettings(Protocol):
-    """The fields of `hbserve_rpc.settings.EngineSettings` on which chunks depend."""
+    """Fields of `hbserve_rpc.settings.EngineSettings` on which chunks depend."""
 
     @property
     def chunked_prefill_enabled(self) -> bool: ...
@@ -168,7 +170,7 @@ class ChunkSettings(Protocol):
 
 
 class Prompt(Protocol):
-    """A sequence with tokens to be computed."""
+    """Sequence with tokens to be computed."""
 
     @property
     def num_computed_tokens(self) -> int: ...
@@ -179,7 +181,7 @@ class Prompt(Protocol):
 
 
 class ChunkSizes:
-    """How many prompt tokens the next step computes, in total and of each sequence."""
+    """Choice of the number of prompt tokens that the next step computes, in total and of each sequence."""
 
     def __init__(
         self,
@@ -189,21 +191,21 @@ class ChunkSizes:
         *,
         has_graphs: bool = False,
     ) -> None:
-        """predict_s: how long a step would take; None if that is not known. has_graphs: the device replays steps of up
-        to `most_graph_tokens` from CUDA graphs."""
+        """predict_s: returns how long a step would take, or None if that is not known. has_graphs: whether the device
+        replays steps of up to `most_graph_tokens` from CUDA graphs."""
         self._settings = settings
         self._graph_tokens = settings.most_graph_tokens if has_graphs else 0
         self._predict_s = predict_s
         chosen = chunk_size_of(settings.chunk_size, role, settings.itl_target_ms)
         self._fixed = None if chosen == "auto" else chosen
         self.is_adaptive = settings.chunked_prefill_enabled and self._fixed is None
-        """Whether sizes adapt, and short prompts go first."""
+        """Whether sizes adapt and short prompts go first."""
         self._of_step = 0
-        """Prompt tokens of the step whose chunks `of` chooses."""
+        """Number of prompt tokens of the step whose chunks `of` chooses."""
 
     def of_step(self, decodes: StepWork, begun: Ids[Prompt], waiting: Iterable[Prompt]) -> int:
-        """Prompt tokens of a step that also has these decodes, if sizes are adaptive. begun, waiting: prompts that are
-        to be computed."""
+        """Return the number of prompt tokens of a step that also has these decodes, if sizes are adaptive. begun,
+        waiting: prompts that are to be computed."""
         self._of_step = self._launched_in_time(decodes, self._wanted_of_step(decodes, begun, waiting))
         return self._of_step
 
@@ -220,10 +222,10 @@ class ChunkSizes:
         return max(wanted, min(most, backlog // STEPS_OF_BACKLOG))
 
     def of(self, sequence: Prompt, wanted: int, prefill_budget: int, budget: int) -> int:
-        """Tokens of one sequence that has `wanted` left to compute. prefill_budget, budget: what the step has left for
-        prompts, and for any tokens."""
+        """Return how many tokens to compute of one sequence that has `wanted` left. prefill_budget, budget: numbers of
+        tokens that the step has left for prompts, and for any tokens."""
         settings = self._settings
-        if not settings.chunked_prefill_enabled:  # all of a prompt or nothing
+        if not settings.chunked_prefill_enabled:  # a whole prompt or nothing
             if wanted <= settings.max_num_batched_tokens:
                 return wanted if wanted <= budget else 0
             return budget  # longer than a prompt may be: a preempted sequence computes its output again too
@@ -231,15 +233,15 @@ class ChunkSizes:
         if self._fixed is not None:
             return min(wanted, self._fixed, most)
         if sequence.prefill_only and self._of_step == most < wanted <= 2 * most:
-            # It has a step to itself, and one more to come: that one, whose KV can only move after the first token, has
-            # half a step at most.
+            # It has this step to itself, and one more to come. The KV of that one can only move after the first token,
+            # so it is at most half a step.
             longer = self._launched_in_time(StepWork(0, 0, 0), max(most, wanted - most // 2))
             return min(longer, budget, settings.max_chunk_prefill_tokens)
         return min(wanted, most)
 
     def _launched_in_time(self, decodes: StepWork, wanted: int) -> int:
-        """So many prompt tokens, or as many of them as a CUDA graph has room for, if the host would take longer to
-        launch the step than the device to compute it."""
+        """Return `wanted`, or the number of prompt tokens for which a CUDA graph has room, if the host would take
+        longer to launch the step than the device to compute it."""
         in_graph = self._graph_tokens - decodes.num_tokens
         if not 0 < in_graph < wanted:
             return wanted
@@ -247,15 +249,16 @@ class ChunkSizes:
         return wanted if LAUNCH_S <= in_graph_s * wanted / in_graph < float("inf") else in_graph
 
     def is_short(self, num_tokens: int) -> bool:
-        """Whether a prompt with this many tokens left goes before those that came earlier."""
+        """Return whether a prompt with this many tokens left goes before prompts that came earlier."""
         return self.is_adaptive and num_tokens <= SHORT_TOKENS
 
     def left_for_long(self, budget: int) -> int:
-        """How much of a step short prompts leave for a long one."""
+        """Return how many of a step's prompt tokens short prompts leave for a long one."""
         return budget // SHARE_OF_LONG
 
     def _within(self, target_s: float, decodes: StepWork, first: int, fewest: int, most: int) -> int:
-        """The most tokens that are predicted to take no longer than the target; but at least the fewest."""
+        """Return the largest number of tokens, between `fewest` and `most`, that is predicted to take no longer than
+        the target, or `fewest` if there is none."""
         low = size = min(fewest, most)
         while size < most:
             known, size = size, min(2 * size, most)
@@ -271,8 +274,8 @@ class ChunkSizes:
         return low
 
     def _time_s(self, decodes: StepWork, first: int, count: int, known: int) -> float:
-        """Predicted time of a step with `count` prompt tokens; if none of that size was seen, in proportion to one with
-        `known`."""
+        """Predict the time of a step with `count` prompt tokens; if no step of that size was seen, in proportion to one
+        with `known`."""
         if (time_s := self._predict_s(decodes.with_chunk(first, count))) is not None:
             return time_s
         if (time_s := self._predict_s(decodes.with_chunk(first, known))) is not None:
@@ -281,7 +284,7 @@ class ChunkSizes:
 
 
 class _Computing(NamedTuple):
-    """The step in flight."""
+    """Step in flight."""
 
     work: StepWork
     begin: float
@@ -289,29 +292,31 @@ class _Computing(NamedTuple):
 
 
 class LaunchTimes:
-    """When to launch the next step. Times are the engine's clock, in seconds."""
+    """Decision when to launch the next step. Times are those of the engine's clock, in seconds."""
 
     def __init__(self, clock: Callable[[], float], is_idle: Callable[[], bool], *, always_at_once: bool) -> None:
-        """is_idle: whether the device has computed everything that was launched."""
+        """is_idle: returns whether the device has computed everything that was launched."""
         self.step_times = StepTimes()
         self.num_late = 0
-        """Steps launched after the one before them had ended, although they were meant to be just in time."""
+        """Number of steps that were meant to be launched just in time, but were launched after the previous one had
+        ended."""
         self.idle_time_s = 0.0
-        """How long the device was idle then, at most."""
+        """Longest time for which the device may have been idle because of late steps."""
         self._clock, self._is_idle, self._always_at_once = clock, is_idle, always_at_once
         self._step: _Computing | None = None
         self._last_end = 0.0
         self._busy_at = 0.0
-        """The last time that the step was seen still to be computed, after waiting in vain for its end."""
+        """Last time at which the step was seen still running, when its end was waited for in vain."""
         self._needs: deque[float] = deque(maxlen=STEPS_REMEMBERED)
-        """Time from what would have been the right moment to launch to the predicted end of the step before."""
+        """For each recent launch, the time from what would have been the right moment to the predicted end of the
+        previous step."""
         self.slack_s = 0.0
-        """The next step is launched this long before the predicted end of the one before, if it is not launched at
-        once."""
+        """Time before the predicted end of a step at which the next one is launched, if it is not launched at once."""
         self._num_waited = 0
 
     def wait_s(self, *, can_launch: bool) -> float:
-        """How long to wait for more requests until the next step is launched, or until asking again; 0: it is time.
+        """Return how long to wait for more requests until the next step is launched, or until asking again; 0 if it is
+        time.
 
         can_launch: whether there may be something to launch already. If not, it is time when the step in flight has
         ended.
@@ -330,14 +335,14 @@ class LaunchTimes:
         return min(left, POLL_S)
 
     def ended(self, waited_from: float, now: float, host_time_s: float | None) -> None:
-        """The step in flight has ended, and was waited for. host_time_s: how long launching the next one took, if one
-        was launched before that."""
+        """Note that the step in flight has been waited for and has ended. host_time_s: how long it took to launch the
+        next one, if one was launched before that."""
         step, self._step, self._last_end = self._step, None, now
         if step is None:
             return
         if now - waited_from > _WAITED_S:
             self._num_waited += 1
-            # Of short steps a few are enough, and their hosts have no time for more.
+            # A few of the short steps are enough, and the host has no time for more.
             if step.predicted_s is None or step.predicted_s >= LATE_FROM_S or self._num_waited % 32 == 0:
                 self.step_times.learn(step.work, now - step.begin)
             end = now
@@ -353,5 +358,5 @@ class LaunchTimes:
             self.slack_s = sorted(self._needs)[int(0.99 * len(self._needs))] + MARGIN_S
 
     def began(self, work: StepWork, launched_at: float) -> None:
-        """A step is in flight, behind the one that has ended."""
+        """Note that a step is in flight, after the one that has ended."""
         self._step = _Computing(work, max(launched_at, self._last_end), self.step_times.predict_s(work))
