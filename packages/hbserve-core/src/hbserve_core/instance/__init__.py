@@ -1,1 +1,1 @@
-"""GpuInstance: one engine behind RPC, as an object and as a process."""
+"""GpuInstance: one engine served over RPC, as an object and as a process."""

@@ -1,4 +1,4 @@
-"""The thread that an instance's engine runs in. Heartbeats and transfers go on in the event loop meanwhile."""
+"""Thread in which an instance's engine runs, while heartbeats and transfers continue in the event loop."""
 
 import asyncio
 import logging
@@ -18,17 +18,19 @@ T = TypeVar("T")
 EngineEvent = StepOutput | Reservation
 
 JOIN_TIMEOUT_S = 10.0
-"""A step, or the loading of a model, cannot be interrupted; after this long the thread is left to itself."""
+"""Longest wait for the thread to end. A step, or the loading of a model, cannot be interrupted, so after that the
+thread is left to itself."""
 
 
 class EngineThread:
-    """Runs commands and steps in turn; sleeps while there is neither. Belongs to the event loop that ran `start`.
+    """Thread that runs commands and steps in turn and sleeps while there are none. Belongs to the event loop that ran
+    `start`.
 
     Commands also run while a step is computed, until the next one is to be launched: see `Engine.wait_s`. If the device
-    is idle, the work that commands have brought is launched before anybody is told of it, because whoever is told would
+    is idle, work that commands have added is launched before it is reported, because whoever receives the report would
     take the interpreter from this thread.
 
-    The listeners are called in the event loop. `on_events` gets everything that one step has yielded, at once.
+    The listeners are called in the event loop. `on_events` gets everything that one step has yielded in one call.
     `on_failure` is called once, when the engine cannot continue; by then every call has failed too.
     """
 
@@ -46,10 +48,10 @@ class EngineThread:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._pending: set[asyncio.Future[Any]] = set()
         self._answers: list[Callable[[], None]] = []
-        """Completions of commands that have run."""
+        """Calls that deliver the results of commands that have run."""
         self._ended: EngineStopped | None = None
         self.stats = EngineStats()
-        """As of the last step or command. May be read from any thread."""
+        """Figures as of the last step or command. May be read from any thread."""
 
     async def start(self) -> Engine:
         """Make the engine, in its thread.
@@ -73,7 +75,7 @@ class EngineThread:
                 logger.warning("the engine's thread is still busy after %s s; not waiting for it", JOIN_TIMEOUT_S)
 
     async def call(self, command: Callable[[Engine], T]) -> T:
-        """Run `command(engine)` between two steps, and return or raise what it does. Commands run in order.
+        """Run `command(engine)` between two steps, and return its result or raise its exception. Commands run in order.
 
         A command runs even if its caller is cancelled meanwhile.
 
@@ -94,7 +96,7 @@ class EngineThread:
         return await answer
 
     def fail(self, error: Exception) -> None:
-        """End the engine as if a step had raised `error`. From any thread."""
+        """End the engine as if a step had raised `error`. May be called from any thread."""
 
         def command(_: Engine) -> None:
             raise error
@@ -138,12 +140,13 @@ class EngineThread:
             self._tell_events(engine, outputs)
 
     def _run_commands(self, engine: Engine) -> bool:
-        """Run what is queued, and what arrives before the next step must be launched. False: stop."""
+        """Run commands that are queued or arrive before the next step must be launched. Returns False if the thread is
+        to stop."""
         has_run = False
         while True:
             wait_s = engine.wait_s()
             if wait_s is None and has_run:
-                return True  # what was run may have ended what others wait for
+                return True  # a command may have ended something that others wait for
             try:
                 command = self._commands.get(block=wait_s != 0, timeout=wait_s)
             except queue.Empty:
@@ -159,7 +162,7 @@ class EngineThread:
                 self._tell_events(engine, [])
 
     def _tell_events(self, engine: Engine, outputs: Sequence[StepOutput]) -> None:
-        """Report what a step has yielded, what commands have, and for what there is room now."""
+        """Report the outputs of a step, the results of commands, and the reservations for which there is room now."""
         events = [*engine.poll_reservations(), *outputs]
         self.stats = engine.stats()
         answers, self._answers = self._answers, []

@@ -1,4 +1,4 @@
-"""GpuInstance: one engine behind RPC, with its KV transfers, in two threads: the event loop and the engine.
+"""GpuInstance: one engine served over RPC, with its KV transfers, in two threads: the event loop and the engine.
 
     _generate   add ▶ TokenEvents ▶ _close
     _prefill    add ▶ follow, which pushes ▶ first token ▶ finish, which commits ▶ _end_prefill
@@ -62,14 +62,14 @@ from hbserve_rpc.trace_context import TRACEPARENT
 logger = logging.getLogger(__name__)
 
 END_TIMEOUT_S = 2.0
-"""How long `stop` waits for requests to give back their blocks; a dead or frozen peer could delay that further."""
+"""Longest time that `stop` waits for requests to give back their blocks; a dead or frozen peer could take longer."""
 
 
 class GpuInstance:
-    """One prefill, decode or hybrid instance. Belongs to the event loop that ran `start`."""
+    """Prefill, decode or hybrid instance. Belongs to the event loop that ran `start`."""
 
     def __init__(self, config: InstanceConfig, *, before_ready: Callable[[], object] = lambda: None) -> None:
-        """before_ready: called when the model is loaded, before anybody is told."""
+        """before_ready: called when the model is loaded, before the instance reports that it is ready."""
         self.config = config
         self._before_ready = before_ready
         self.epoch = uuid.uuid4().hex
@@ -77,7 +77,7 @@ class GpuInstance:
         self.status: InstanceStatus = "starting"
         self.error = ""
         self.engine: Engine | None = None
-        """Belongs to its thread: others may only read what never changes."""
+        """Engine, which belongs to its thread; other threads may only read what never changes."""
         self.runner: Runner | None = None
         self.transfers: InstanceTransfers | None = None
         self._server = RpcServer(
@@ -107,7 +107,7 @@ class GpuInstance:
 
     @property
     def num_active(self) -> int:
-        """Requests that hold something here: when it is 0, every block is free or quarantined."""
+        """Number of requests that hold something here. When it is 0, every block is free or quarantined."""
         return len(self._inboxes)
 
     @property
@@ -115,7 +115,7 @@ class GpuInstance:
         return self._thread.stats
 
     async def start(self) -> None:
-        """Serve at once, and load the model in the background; see `status` and `wait_ready`.
+        """Start to serve at once, and load the model in the background; see `status` and `wait_ready`.
 
         Raises:
             AddressInUse: the configured address is taken.
@@ -127,7 +127,7 @@ class GpuInstance:
         self._server.serve(CACHED_PREFIXES, self._cached_prefixes)
         self._server.serve_stream(GENERATE, self._generate)
         self._server.serve_notification(END_CHOICE, self._end_choice)
-        if self.config.role != "hybrid":  # its role is which of these it is asked for
+        if self.config.role != "hybrid":  # P and D serve the same methods; the role says which ones are called
             await asyncio.to_thread(self.config.kv_transfer.check_host)
             self._server.serve_stream(PREFILL, self._prefill)
             self._server.serve_notification(GRANT, self._grant)
@@ -144,7 +144,7 @@ class GpuInstance:
         """Wait until the model is loaded.
 
         Raises:
-            InstanceFailed: it cannot be loaded; says why.
+            InstanceFailed: the model cannot be loaded; the message says why.
         """
         assert self._loading is not None, "start() comes first"
         await asyncio.shield(self._loading)
@@ -152,12 +152,12 @@ class GpuInstance:
             raise InstanceFailed(self.error or f"{self.config.instance_id} is {self.status}")
 
     async def wait_failed(self) -> str:
-        """Wait until the instance cannot serve any more; returns why. It still answers DESCRIBE then, until `stop`."""
+        """Wait until the instance cannot serve any more, and return why. It still answers DESCRIBE, until `stop`."""
         await self._has_failed.wait()
         return self.error
 
     async def stop(self) -> None:
-        """End every request, give back every block, leave no thread, socket or task behind. May be called twice."""
+        """End every request, give back every block, and leave no thread, socket or task behind. May be called twice."""
         self.status = "draining"
         self.loop_lag.stop()
         await self._server.stop()
@@ -165,7 +165,7 @@ class GpuInstance:
             await self.health.stop()
         if ends := list(self._ends):
             await asyncio.wait(ends, timeout=END_TIMEOUT_S)
-        if self.engine is None:  # else its commands are needed until requests have ended
+        if self.engine is None:  # otherwise its commands are needed until requests have ended
             await self._thread.stop()
         if self._loading is not None:
             await self._loading
@@ -192,7 +192,7 @@ class GpuInstance:
                 transfers = InstanceTransfers(self.config, self.runner, self.epoch, self._thread.fail)
                 await transfers.start()
                 self.transfers = transfers
-        except Exception as error:  # whatever is wrong with the model or the machine, DESCRIBE reports it
+        except Exception as error:  # DESCRIBE reports it, whatever is wrong with the model or the machine
             self._fail(error)
             return
         self.engine = engine
@@ -228,10 +228,10 @@ class GpuInstance:
             raise Overloaded(f"{self.config.instance_id} is not ready, it is {self.status}")
 
     def _require_room_for(self, num_tokens: int) -> None:
-        """Raises Overloaded if the pool cannot hold the prompt too.
+        """Raise Overloaded if the pool cannot hold this prompt as well.
 
-        Several schedulers may choose this instance by a report that is a second old. The prompt would wait here, while
-        another instance may have nothing to do.
+        Several schedulers may choose this instance by a report that is a second old. The prompt would then wait here
+        while another instance may have nothing to do.
         """
         self._require_ready()
         assert self.engine is not None, "it is ready"
@@ -249,24 +249,24 @@ class GpuInstance:
         return self._inboxes.setdefault(request.request_id, Inbox(request.left_s))
 
     def _clean_up(self, job: Coroutine[Any, Any, None]) -> None:
-        """Run the end of a request in a task of its own: the handler's task may be cancelled, even again meanwhile."""
+        """Run the end of a request in a task of its own: the handler's task may be cancelled, even more than once."""
         task = asyncio.create_task(job)
         self._ends.add(task)
         task.add_done_callback(self._ends.discard)
 
     async def _last_call(self, command: Callable[[Engine], None]) -> None:
-        """Call the engine to end something: if the engine has ended, so has that."""
+        """Call the engine to end something. Do nothing if the engine has ended, because then that has ended too."""
         try:
             await self._thread.call(command)
         except EngineStopped as error:
             logger.debug("%s", error)
 
     async def _close(self, request_id: str) -> None:
-        """Give back a request's blocks, which no transfer touches any more, and then free its id."""
+        """Give back the blocks of a request, which no transfer touches any more, and then free its id."""
         try:
             await self._last_call(lambda engine: engine.release(request_id))
         finally:
-            # Not earlier: what a step in flight still reports of it must not reach a later request of this id.
+            # The id is freed last: what a step in flight still reports must not reach a later request with this id.
             if inbox := self._inboxes.pop(request_id, None):
                 inbox.close()
             self.reports.end(request_id)
@@ -281,7 +281,7 @@ class GpuInstance:
             self._clean_up(self._close(request.request_id))
 
     async def _begin(self, request: GenerateRequest | PrefillRequest | DecodeRequest) -> None:
-        """Pass a request to the engine, once its grammar, if it has one, has been compiled."""
+        """Pass a request to the engine after its grammar, if it has one, has been compiled."""
         given = request.request_id, request.prompt_token_ids, request.params, request.output_token_ids
         assert self.engine is not None, "a ready instance has it"
         matcher = await self.engine.grammars.matcher_in_loop(*given[2:]) if request.params.structured_outputs else None
@@ -295,7 +295,7 @@ class GpuInstance:
         await self._last_call(lambda engine: engine.release_choice(request.request_id, request.choice))
 
     async def _prefill(self, request: PrefillRequest) -> AsyncIterator[TokenEvent | TransferDone]:
-        if request.grant_follows:  # no decode instance keeps blocks for it yet that others wait for
+        if request.grant_follows:  # no decode instance yet keeps blocks for it that others wait for
             self._require_room_for(len(request.prompt_token_ids) + len(request.output_token_ids))
         inbox = self._open(request)
         sending = PrefillSend(self._require_transfers().open_send, request, self.config.block_size, inbox)
@@ -304,13 +304,13 @@ class GpuInstance:
             outputs = await sending.follow()
             grant_is_late = not sending.is_granted and any(each.finish_reason is None for each in outputs)
             if grant_is_late and not await sending.wait_for_grant(GRANT_PATIENCE_S):
-                # Nobody knows of the token yet. The prefix cache keeps all blocks but the last one, as far as it can.
+                # Nobody has the token yet. The prefix cache keeps all blocks but the last one, as far as it can.
                 await self._thread.call(lambda engine: engine.release(request.request_id))
                 await sending.wait_for_grant(None)
                 await self._begin(request)
                 outputs = await sending.follow()
             first = [event_of([output]) for output in outputs]
-            # If the grant is late, the client waits for its first token, and not between that and the second.
+            # If the grant is late, the client waits before its first token, not between the first and the second.
             if not grant_is_late:
                 for event in first:
                     yield event
@@ -381,7 +381,7 @@ class GpuInstance:
         return Empty()
 
     async def _flip(self, request: FlipRequest) -> InstanceInfo:
-        """Take on the other role. What others know of this life is useless in the next, so it gets a new epoch."""
+        """Take on the other role, in a new epoch: what others know of this life is useless in the next."""
         self._require_ready()
         name, role = self.config.instance_id, request.role
         if role != self.config.role:

@@ -1,5 +1,5 @@
-"""From prefill to decode: how the blocks of a request follow its computation, and what the two sides tell each
-other."""
+"""Handover of a request from prefill to decode: sending its blocks as they are computed, and the messages between both
+sides."""
 
 import asyncio
 import time
@@ -26,30 +26,32 @@ from hbserve_rpc.messages import (
 from hbserve_rpc.wire import UNREADABLE
 
 GRANT_PATIENCE_S = 1.0
-"""How long a computed prompt keeps its blocks while it has no grant. Others that do have a grant may be waiting for
-these blocks, and their decode instance has room again once they are done."""
+"""Longest time that a computed prompt keeps its blocks without a grant. Other prompts that have a grant may be waiting
+for these blocks, and their decode instance has room again once they are done."""
 
 OpenSend = Callable[[str, bytes], Awaitable[SendTransfer | JointSend]]
-"""Takes a transfer's id and its grant: see `InstanceTransfers.open_send`."""
+"""Function that opens a transfer, given its id and its grant: see `InstanceTransfers.open_send`."""
 
 
 class FirstToken(msgspec.Struct, frozen=True):
-    """The first token of one choice."""
+    """First token of one choice."""
 
     token_id: int
     finish_reason: FinishReason | None = None
-    """Set if it is also the last one."""
+    """Reason why the choice has ended, set if this is also its last token."""
     logprobs: list[TokenLogprobs] = []
-    """Of this token, if the request asks for them: the client may get them from either side."""
+    """Log-probabilities of this token, if the request asks for them: the client may get them from either side."""
 
 
 class Handover(msgspec.Struct, frozen=True):
-    """What the prefill side commits with its blocks."""
+    """Payload that the prefill side commits with its blocks."""
 
     num_tokens: int
-    """Of the request before its first token. Their keys and values were sent, or were there already."""
+    """Number of tokens of the request before its first output token here. Their keys and values were sent, or were
+    already there."""
     first_tokens: list[FirstToken]
-    """One for each choice. If all are last ones, nobody needs the blocks, and those not sent yet are not sent."""
+    """First token of each choice. If all of them are also last tokens, nobody needs the blocks, and those not sent yet
+    are not sent."""
 
     @property
     def has_more(self) -> bool:
@@ -58,11 +60,11 @@ class Handover(msgspec.Struct, frozen=True):
 
     @property
     def tokens_to_go_on(self) -> list[int | None]:
-        """One for each choice; None for those that have ended."""
+        """First token of each choice; None for choices that have ended."""
         return [None if each.finish_reason is not None else each.token_id for each in self.first_tokens]
 
     def events(self, index: int) -> list[TokenEvent]:
-        """The first tokens, as the prefill side reports them; each is output token `index` of its choice."""
+        """Return the first tokens as the prefill side reports them. Each is output token `index` of its choice."""
         return [
             TokenEvent(index, [each.token_id], each.finish_reason, each.logprobs, choice=choice)
             for choice, each in enumerate(self.first_tokens)
@@ -70,12 +72,11 @@ class Handover(msgspec.Struct, frozen=True):
 
 
 class Inbox(asyncio.Queue[StepOutput | Reservation | TransferResult | GrantRequest | Exception]):
-    """Queue of what the engine, a transfer or the scheduler reports about one request, and of its failure or
+    """Queue of reports about one request from the engine, a transfer or the scheduler, and of its failure or
     deadline."""
 
     def __init__(self, left_s: float | None = None) -> None:
-        """left_s: seconds after which the request ends by itself, because whoever asked for it may be frozen or cut
-        off."""
+        """left_s: seconds after which the request ends by itself, because the caller may be frozen or cut off."""
         super().__init__()
         self._deadline: asyncio.TimerHandle | None = None
         if left_s is not None:
@@ -93,10 +94,11 @@ class Inbox(asyncio.Queue[StepOutput | Reservation | TransferResult | GrantReque
         return item
 
     async def token_events(self, num_choices: int) -> AsyncIterator[TokenEvent]:
-        """Events until this many choices have ended; several steps' tokens in one event if the client is slow.
+        """Yield events until this many choices have ended. If the client is slow, one event has the tokens of several
+        steps.
 
-        Raises LogitsNotFinite or InvalidRequest, as `StepOutput.raise_error` does, for the first choice that ends by
-        it.
+        Raises LogitsNotFinite or InvalidRequest, as `StepOutput.raise_error` does, for the first choice that ends with
+        such an error.
         """
         while num_choices:
             output: StepOutput = await self.next()
@@ -113,7 +115,7 @@ class Inbox(asyncio.Queue[StepOutput | Reservation | TransferResult | GrantReque
 
 
 def event_of(outputs: Sequence[StepOutput]) -> TokenEvent:
-    """The event for one choice, from the outputs of one or several steps."""
+    """Make the event for one choice from the outputs of one or several steps."""
     first, last = outputs[0], outputs[-1]
     return TokenEvent(
         first.index,
@@ -127,7 +129,7 @@ def event_of(outputs: Sequence[StepOutput]) -> TokenEvent:
 
 
 class PrefillSend:
-    """Sends the blocks of one prompt while it is being computed.
+    """Sender of the blocks of one prompt while it is being computed.
 
     Blocks of the prompt, and who owns them:
 
@@ -148,7 +150,7 @@ class PrefillSend:
         self._first = self._pushed = 0
         self._output: StepOutput | None = None
         self._has_ended = False
-        """Each choice has ended with its first token."""
+        """Whether each choice has ended with its first token."""
         self._computed_at: list[tuple[float, int]] = []
         self._pushed_at: list[tuple[float, int]] = []
         self._inbox = inbox
@@ -157,13 +159,13 @@ class PrefillSend:
         self._error = RemoteError(f"KV transfer {request.transfer_id} failed: it was given up")
         self._opening: asyncio.Task[None] | None = None
         self.is_granted = False
-        """Whether it is known what is to be moved, which may be nothing."""
+        """Whether the grant has come, so that it is known what is to be moved, which may be nothing."""
         if not request.grant_follows:
             self._take(request.grant)
 
     @property
     def num_blocks(self) -> int:
-        """Blocks that the transfer may read: those after the decode side's cached prefix."""
+        """Number of blocks that the transfer may read: those after the decode side's cached prefix."""
         return self._num_blocks - self._first
 
     def _take(self, grant: bytes) -> None:
@@ -171,13 +173,13 @@ class PrefillSend:
             return
         self.is_granted = True
         if grant:
-            # Connecting takes longer than computing a small prompt, so it goes on meanwhile.
+            # Connecting takes longer than computing a small prompt, so both go on at the same time.
             self._opening = asyncio.create_task(self._open(grant))
 
     async def _open(self, grant: bytes) -> None:
         try:
             transfer = await self._open_send(self._transfer_id, grant)
-        except Exception as error:  # whatever it is, the request fails because of it
+        except Exception as error:  # any error makes the request fail
             self._fail(str(error))
             return
         if self._is_aborted:
@@ -195,9 +197,9 @@ class PrefillSend:
         self._inbox.put_nowait(self._error)
 
     async def follow(self) -> list[StepOutput]:
-        """Push the blocks that each step has filled or, if there is an event, will have filled; with the first token,
-        push all the rest, so that they move while it is sent. Returns the outputs with the first token, one for each
-        choice.
+        """Push the blocks that each step has filled or, if there is an event, will have filled. With the first token,
+        push all the rest, so that they move while the token is sent. Returns the outputs with the first token, one for
+        each choice.
 
         Raises:
             LogitsNotFinite: there is no first token.
@@ -209,7 +211,7 @@ class PrefillSend:
             if isinstance(output, GrantRequest):
                 self._take(output.grant)
                 continue
-            # The launch of a step is reported before the result of the one launched before it.
+            # The launch of a step is reported before the result of the previous step.
             if self._output is None or output.num_computed_tokens >= self._output.num_computed_tokens:
                 self._output = output
                 self._computed_at.append((time.monotonic(), output.num_computed_tokens))
@@ -222,8 +224,8 @@ class PrefillSend:
         return first
 
     async def wait_for_grant(self, timeout_s: float | None) -> bool:
-        """To be called after `follow`. False: it has not come in time; then the computed blocks are not pushed any
-        more.
+        """Wait for the grant, after `follow`. Returns False if it has not come in time; then the computed blocks are
+        not pushed any more.
 
         Raises:
             RemoteError: the transfer, or the engine, has failed, or the request's deadline has passed.
@@ -235,14 +237,14 @@ class PrefillSend:
                     assert isinstance(item, GrantRequest), f"the engine is done with it, and yet there is {item}"
                     self._take(item.grant)
         except TimeoutError:
-            if not patience.expired():  # the request's own deadline
+            if not patience.expired():  # it is the request's own deadline
                 raise
             self._output = None
         return self.is_granted
 
     def _push(self) -> None:
-        """Push blocks that are full, and the prompt's last one, which may never be, once all of it is computed. Nothing
-        is pushed if the request ends at its first token."""
+        """Push blocks that are full and, once the whole prompt is computed, its last block, which need not be full.
+        Nothing is pushed if the request ends at its first token."""
         if self._transfer is None or self._output is None or self._has_ended:
             return
         computed = self._output.num_computed_tokens
@@ -258,7 +260,7 @@ class PrefillSend:
 
     async def finish(self, outputs: Sequence[StepOutput]) -> TransferDone | None:
         """Commit, even if the request ends at its first token, so that the decode side does not take the end for a
-        failure. None: nothing was to be moved.
+        failure. Returns None if nothing was to be moved.
 
         Raises:
             RemoteError: the transfer has failed.
@@ -282,9 +284,10 @@ class PrefillSend:
         )
 
     async def abort(self, reason: str) -> Outcome:
-        """Stop, unless it has ended already or is about to. Unless the outcome is UNKNOWN, no block is read any more.
+        """Stop the transfer, unless it has ended or is committing. Unless the outcome is UNKNOWN, no block is read any
+        more.
 
-        Called once, at the end of every request.
+        This is called once, at the end of every request.
         """
         self._is_aborted = True
         if self._transfer is None:  # nothing was ever read, and `_open` ends what it opens from now on
@@ -294,12 +297,12 @@ class PrefillSend:
         return await self._transfer.cancel(reason)
 
     async def drained(self) -> None:
-        """After UNKNOWN: wait until no block is read any more."""
+        """Wait, after an outcome of UNKNOWN, until no block is read any more."""
         if self._transfer is not None:
             await self._transfer.drained()
 
     async def close(self) -> None:
-        """After `abort`: wait until a transfer that was just being opened has been ended too."""
+        """Wait, after `abort`, until a transfer that was just being opened has been ended too."""
         if self._opening is not None:
             await self._opening
 
@@ -312,12 +315,12 @@ def _ages(milestones: list[tuple[float, int]]) -> list[Milestone]:
 async def wait_for_kv(
     posted: PostedReceive | JointReceive, inbox: Inbox, request: DecodeRequest, vocab_size: int
 ) -> tuple[Handover, bool]:
-    """Wait until all blocks of a request have arrived, or none is needed: see `Handover.first_tokens`. Also returns
-    whether it is known who sent them: see `TransferResult.is_trusted`.
+    """Wait until all blocks of a request have arrived, or none is needed: see `Handover.first_tokens`. Returns the
+    handover, and whether it is known who sent the blocks: see `TransferResult.is_trusted`.
 
     Raises:
-        RemoteError: the transfer has failed, or brought something other than it should.
-        Exception: what was put into the inbox meanwhile, for example because the engine has failed.
+        RemoteError: the transfer has failed, or did not bring what it should. Exception: what was put into the inbox
+        meanwhile, for example because the engine has failed.
     """
     posted.when_ended(inbox.put_nowait)
     result: TransferResult = await inbox.next()
@@ -333,7 +336,8 @@ async def wait_for_kv(
 
 
 def _problem(handover: Handover, request: DecodeRequest, vocab_size: int, *, is_partial: bool) -> str:
-    """Why the request cannot continue with it; "" if it can. All of it comes from another process."""
+    """Return why the request cannot continue with the handover, or "" if it can. The handover comes from another
+    process, so nothing in it is trusted."""
     num_tokens = len(request.prompt_token_ids) + len(request.output_token_ids)
     if handover.num_tokens != num_tokens:
         return f"it holds {handover.num_tokens} tokens, the request has {num_tokens}"

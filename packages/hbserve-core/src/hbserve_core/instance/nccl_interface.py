@@ -1,4 +1,4 @@
-"""The network interface at which NCCL listens: that of the address at which an instance's peers reach it."""
+"""Network interface on which NCCL listens: that of the address at which an instance's peers reach it."""
 
 import array
 import fcntl
@@ -14,16 +14,18 @@ logger = logging.getLogger(__name__)
 
 SIOCGIFCONF = 0x8912
 IFREQ_BYTES, IFNAME_BYTES = 40, 16
-"""Of Linux, on machines of 64 bits: a name, and a socket's address, whose IPv4 address is 4 bytes behind its start."""
+"""Sizes of Linux's `struct ifreq` and of its name on 64-bit machines. After the name comes a socket address, whose IPv4
+address is 4 bytes after its start."""
 MOST_ADDRESSES = 1024
 VARIABLE, FAMILY = "NCCL_SOCKET_IFNAME", "NCCL_SOCKET_FAMILY"
 
 
 def keep_nccl_to(address: str) -> None:
-    """Have NCCL listen in this process, and in those that it starts, at the interface of an IP address, unless the
-    environment names one. It would take the first that is not the loopback, also where all peers are on this host.
+    """Make NCCL in this process, and in those that it starts, listen on the interface of an IP address, unless the
+    environment names one. By default NCCL takes the first interface that is not the loopback, even if all peers are on
+    this host.
 
-    NCCL reads it once, when a process makes its first group.
+    NCCL reads the variables once, when a process makes its first group.
     """
     if VARIABLE in os.environ:
         return
@@ -37,7 +39,8 @@ def keep_nccl_to(address: str) -> None:
 
 
 def interface_of(address: str) -> str | None:
-    """Name of this host's interface that has an IP address; None: none has it. All of 127.0.0.0/8 is the loopback's."""
+    """Return the name of this host's interface that has an IP address, or None. All of 127.0.0.0/8 belongs to the
+    loopback."""
     wanted = ipaddress.ip_address(address)
     if wanted.version == 4 and wanted.is_loopback:
         wanted = ipaddress.ip_address("127.0.0.1")

@@ -1,13 +1,14 @@
-"""One instance as a process: `python -m hbserve_core`, started by a launcher, or `run_instance` in one's own.
+"""One instance as a process: `python -m hbserve_core`, started by a launcher, or `run_instance` in the caller's
+process.
 
 Protocol with a launcher: the InstanceConfig comes as one line of JSON on stdin; the answer is one line of JSON on
 stdout once the address is bound, before the model is loaded. Then stdin stays open: its end means that the launcher is
-gone, and the instance ends too. SIGTERM, SIGINT and SIGHUP end it in an orderly way.
+gone, and the instance ends too. SIGTERM, SIGINT and SIGHUP end the instance in an orderly way.
 
-Exit status 0: ended as asked. 1: could not serve. 2: the configuration cannot be. Any but 0 comes with one line on
-stderr that says why. An instance that fails after it was bound, because its model does not load or its engine fails,
-answers DESCRIBE with the reason for a while more, so that whoever polls it can read that; then it ends. A launcher
-hears of that end itself, however it is with the network, and waits for it.
+Exit status 0: ended as asked. 1: could not serve. 2: the configuration is invalid. Any status but 0 comes with one line
+on stderr that says why. An instance that fails after its address was bound, because its model does not load or its
+engine fails, answers DESCRIBE with the reason for a while, so that whoever polls it can read that; then it ends. A
+launcher waits for that end, and notices it whatever the state of the network.
 """
 
 import asyncio
@@ -36,33 +37,35 @@ from hbserve_rpc.stderr_log import log_to_stderr
 logger = logging.getLogger(__name__)
 
 FAILED_LINGER_S = 15.0
-"""How long one that has failed still says why."""
+"""Time for which an instance that has failed still says why."""
 LAUNCHED_LINGER_S = 5.0
-"""The same with a launcher, which starts it again, or gives the whole deployment up."""
+"""Time for which an instance that has failed still says why, if a launcher will start it again or give up the whole
+deployment."""
 SWITCH_INTERVAL_S = 0.00005
-"""How long a thread may keep the interpreter while another wants it. Python's 5 ms are as long as a step: the engine's
-thread, woken to launch the next one in time, would find the event loop at work, and the device would wait. And what
-moves blocks gives the interpreter up at each call into torch: with 0.2 ms a hand-off takes 0.5 ms longer."""
+"""Time for which a thread may keep the interpreter while another wants it. Python's 5 ms are as long as a step: the
+engine's thread, woken to launch the next step in time, would find the event loop at work, and the device would wait.
+Besides, the code that moves blocks gives up the interpreter at each call into torch: with 0.2 ms a hand-off takes 0.5
+ms longer."""
 STOP_TIMEOUT_S = 20.0
-"""What an orderly end may take; a frozen peer must not keep a process from ending."""
+"""Longest time that an orderly end may take, because a frozen peer must not keep a process from ending."""
 EXPECTED = 'one line of JSON, such as {"instance_id": "prefill-0", "role": "prefill", "model_path": "FOLDER"}'
 
 
 async def run_instance(config: InstanceConfig, *, announce: bool = False, stop: asyncio.Event | None = None) -> None:
-    """Serve until SIGTERM, SIGINT or SIGHUP, or `stop`. Must run in the main thread.
+    """Serve until SIGTERM, SIGINT or SIGHUP arrives, or `stop` is set. Must run in the main thread.
 
-    SIGINT and SIGHUP change nothing if they are ignored already.
+    SIGINT and SIGHUP stay ignored if they are ignored already.
 
     Raises:
-        AddressInUse: the configured address is taken.
-        AddressNotAvailable: this machine does not have the one for KV transfers.
-        InstanceFailed: the model does not load, or the engine has failed; says why.
+        AddressInUse: the configured address is taken. AddressNotAvailable: this machine does not have the address for
+        KV transfers. InstanceFailed: the model does not load, or the engine has failed; the message says why.
     """
     stop = stop or asyncio.Event()
     sys.setswitchinterval(SWITCH_INTERVAL_S)
-    with contextlib.suppress(OSError):  # the instance says what is wrong with the name
+    with contextlib.suppress(OSError):  # the instance reports what is wrong with the name
         keep_nccl_to(await look_up(config.kv_transfer.host))
-    # Before anybody knows of it: the first requests would wait for that, a quarter of a second.
+    # The heap is frozen before anybody knows of the instance: otherwise the first requests would wait for it, a quarter
+    # of a second.
     instance = GpuInstance(config, before_ready=own_process.freeze_heap)
     with own_process.on_ending_signals(lambda _: stop.set()):
         try:
@@ -72,7 +75,7 @@ async def run_instance(config: InstanceConfig, *, announce: bool = False, stop: 
                 sys.stdout.flush()
             async with _registered(instance):
                 await _serve(instance, stop, LAUNCHED_LINGER_S if announce else FAILED_LINGER_S)
-        finally:  # a second Ctrl-C while it ends changes nothing
+        finally:  # a second Ctrl-C during the end changes nothing
             try:
                 async with asyncio.timeout(STOP_TIMEOUT_S):
                     await instance.stop()
@@ -112,8 +115,8 @@ async def _serve_launcher(config: InstanceConfig) -> None:
 
 
 def _read_config() -> InstanceConfig:
-    """Raises ValueError, which says what is wrong with the line on stdin."""
-    line = b"" if sys.stdin is None else sys.stdin.buffer.readline()  # None: it is closed
+    """Read the configuration from stdin. Raises ValueError, which says what is wrong with the line."""
+    line = b"" if sys.stdin is None else sys.stdin.buffer.readline()  # None: stdin is closed
     if not line.strip():
         raise ValueError(f"configuration on stdin: there is none; expected {EXPECTED}")
     try:
@@ -126,10 +129,11 @@ def _read_config() -> InstanceConfig:
 
 
 def main(arguments: Sequence[str] = ()) -> int:
-    """Entry of `python -m hbserve_core`. Ends the process with the status that the module describes."""
+    """Run `python -m hbserve_core`, and end the process with a status that the module describes."""
     own_process.set_up()
     own_process.end_at_once_by_ctrl_c()
-    # Its own lock has a semaphore. From Python 3.14 on that is left behind by an end without finalizers, and told of.
+    # tqdm's own lock has a semaphore. From Python 3.14 on, an end without finalizers leaves it behind, and Python
+    # reports it.
     tqdm.set_lock(threading.RLock())
     if arguments:
         sys.stderr.write(f"{arguments[0]}: python -m hbserve_core takes no arguments; expected on stdin: {EXPECTED}\n")
@@ -151,7 +155,7 @@ def main(arguments: Sequence[str] = ()) -> int:
     except (OSError, InstanceFailed) as error:
         sys.stderr.write(f"{config.instance_id}: {error}\n")
         status = 1
-    # The watching thread may still hold stdin's lock, on which an ordinary exit would wait.
+    # The watching thread may still hold stdin's lock, for which an ordinary exit would wait.
     logging.shutdown()
     sys.stderr.flush()
     os._exit(status)

@@ -1,4 +1,4 @@
-"""Registration of an instance with schedulers: it says where it is, now and then, for as long as it is there."""
+"""Registration of an instance with schedulers: it tells them its address again and again for as long as it runs."""
 
 import asyncio
 import logging
@@ -10,13 +10,13 @@ from hbserve_rpc.members import SCHEDULER_JOIN, JoinRequest
 logger = logging.getLogger(__name__)
 
 INTERVAL_S = 5.0
-"""Pause between two registrations: for so long a scheduler that was started again may know nothing of the instance."""
+"""Pause between two registrations. A scheduler that was started again may not know the instance for this long."""
 TIMEOUT_S = 10.0
 
 
 async def keep_registered(instance_id: str, address: str, schedulers: Sequence[str], keys: Keys | None = None) -> None:
-    """Have each scheduler at these `host:port` use the instance at `address`, until this is cancelled. One that cannot
-    be told is told again; what it says against it is in the log, once."""
+    """Register the instance at `address` with each scheduler at these `host:port`, until this is cancelled. If a
+    registration fails it is tried again; each reason is logged once."""
     async with asyncio.TaskGroup() as group:
         for scheduler in schedulers:
             group.create_task(_keep(instance_id, address, scheduler, keys))
@@ -31,7 +31,7 @@ async def _keep(instance_id: str, address: str, scheduler: str, keys: Keys | Non
                 await client.call(SCHEDULER_JOIN, JoinRequest(address), timeout_s=TIMEOUT_S)
                 now = f"{instance_id} is registered with the scheduler at {scheduler}"
             except HBServeRpcError as error:
-                level = logging.WARNING  # it may never serve, for another version or keys: nobody else says so here
+                level = logging.WARNING  # other versions or keys may keep it from ever serving; nothing else says so
                 now = f"{instance_id} cannot be registered; still trying: {error}"
             if now != last:
                 logger.log(level, "%s", now)

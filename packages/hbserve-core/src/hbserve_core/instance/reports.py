@@ -1,4 +1,4 @@
-"""Reports of an instance on itself: its description, its figures, and how much it was given by whom."""
+"""Reports of an instance on itself: its description, its figures, and how much work each client has given it."""
 
 import asyncio
 import contextlib
@@ -30,7 +30,7 @@ from hbserve_rpc.reports import InstanceReport, ReportsRequest
 
 
 class Reported(Protocol):
-    """A GpuInstance, as far as its reports need it."""
+    """Part of a GpuInstance that its reports need."""
 
     config: InstanceConfig
     epoch: str
@@ -50,21 +50,22 @@ class Reported(Protocol):
 
 
 class Reports:
-    """Answers DESCRIBE, STATS and REPORTS of one instance. Belongs to its event loop."""
+    """Handlers of one instance's DESCRIBE, STATS and REPORTS. Belong to its event loop."""
 
     def __init__(self, instance: Reported, server: RpcServer) -> None:
-        """server: through which others ask the instance."""
+        """server: the RPC server through which others ask the instance."""
         self._instance, self._server = instance, server
         self._given: dict[str, tuple[bytes, int, int]] = {}
-        """Requests by their ids: the connection of whoever gave it, its number of choices, and of tokens that came with
-        it."""
+        """For each request, by its id: the connection of the client that gave it, its number of choices, and the number
+        of tokens that came with it."""
         self._num_requests = 0
-        """Requests that have ever come."""
+        """Number of requests that have ever come."""
         self._news = asyncio.Event()
-        """Set, and replaced, when whoever follows the reports is not to wait for the next one."""
+        """Event that is set, and replaced, when followers of the reports are not to wait for the end of their
+        interval."""
 
     def begin(self, request: GenerateRequest | PrefillRequest | DecodeRequest) -> None:
-        """Count a request, which comes from the caller that is being served."""
+        """Count a request that comes from the caller being served."""
         self._num_requests += 1
         num_tokens = len(request.prompt_token_ids) + len(request.output_token_ids)
         self._given[request.request_id] = calling_peer().connection, request.params.n, num_tokens
@@ -75,7 +76,7 @@ class Reports:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that came with the requests which the instance has."""
+        """Number of tokens that came with the requests that the instance has."""
         return sum(tokens for _, _, tokens in self._given.values())
 
     def tell(self) -> None:
@@ -84,7 +85,7 @@ class Reports:
         self._news = asyncio.Event()
 
     async def follow(self, request: ReportsRequest) -> AsyncGenerator[InstanceInfo | InstanceReport]:
-        """Handler of REPORTS: what has changed, every `interval_s` or when `tell` is called."""
+        """Yield what has changed every `interval_s`, or when `tell` is called. This is the handler of REPORTS."""
         client = calling_peer().connection
         info: InstanceInfo | None = None
         told: tuple[InstanceStats, tuple[int, int]] | None = None
@@ -95,7 +96,7 @@ class Reports:
             others = [each for each in self._given.values() if each[0] != client]
             sums = sum(each[1] for each in others), sum(each[2] for each in others)
             stats = await self.stats(Empty())
-            # The loop is late by something in every second, which is no news by itself.
+            # The loop is late by a little in every second, which is no news by itself.
             if told != (told := (msgspec.structs.replace(stats, loop_lag=None), sums)):
                 yield InstanceReport(stats, *sums)
             with contextlib.suppress(TimeoutError):
@@ -119,7 +120,7 @@ class Reports:
             serves_generate=config.role != "prefill",
             started_as=instance.started_as if instance.started_as != config.role else None,
         )
-        if engine is None or runner is None:  # it is not known yet what it can do
+        if engine is None or runner is None:  # what it can do is not known yet
             return info
         return msgspec.structs.replace(
             info,

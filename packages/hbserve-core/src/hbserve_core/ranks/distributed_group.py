@@ -1,8 +1,8 @@
-"""RankGroup over torch.distributed: NCCL between GPUs, Gloo on the CPU. GPUs that reach each other's memory sum by
-kernels of our own (mapped_memory.py).
+"""RankGroup over torch.distributed: NCCL between GPUs, Gloo on the CPU. GPUs that can access each other's memory sum
+with our own kernels (mapped_memory.py).
 
-The group is made directly on a store, not by init_process_group: nothing is global, so several instances can be in one
-process.
+The group is made directly on a store and not by init_process_group, so nothing is global and several instances can live
+in one process.
 """
 
 import contextlib
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 RENDEZVOUS_TIMEOUT_S = 30.0
-"""How long all ranks may take to find each other; every one of them is known to be running by then."""
+"""Longest time that all ranks may take to find each other. By then every one of them is known to be running."""
 COLLECTIVE_TIMEOUT_S = 600.0
-"""The last resort: a rank that is lost is noticed in seconds by other means (see workers.py). It must be longer than
-one rank may load its weights after another."""
+"""Timeout of a collective operation, as the last resort: a rank that is lost is noticed within seconds by other means
+(see workers.py). It must be longer than the time by which one rank may finish loading its weights after another."""
 CLOSE_TIMEOUT_S = 5.0
 LOOK_EVERY = timedelta(seconds=0.2)
-"""Whether the group is closed, while Gloo waits: when a rank dies in the middle of a message, it forgets who waits
-for that message, and its abort does nothing."""
+"""Interval at which a wait for Gloo checks whether the group is closed. When a rank dies in the middle of a message,
+Gloo forgets who waits for that message, and its abort does nothing."""
 _HOST = "127.0.0.1"
 # Public, but not in the stubs' __all__.
 TCPStore: Any = dist.TCPStore  # type: ignore[attr-defined]
@@ -42,11 +42,11 @@ AllgatherOptions: Any = dist.distributed_c10d.AllgatherOptions  # type: ignore[a
 
 
 class DistributedRankGroup(RankGroup):
-    """Ranks in processes, or threads, of their own. On a GPU everything but `least` is queued on the current stream,
-    may be captured in a graph, and is not waited for."""
+    """Group of ranks in processes, or threads, of their own. On a GPU everything but `least` is queued on the current
+    stream, may be captured in a graph, and is not waited for."""
 
     def __init__(self, shard: Shard, device: torch.device, store: Store, seed: int) -> None:
-        """`connect` comes next."""
+        """Make a group that is not connected yet: call `connect` next."""
         self.shard = shard
         self.seed = seed
         self._device = device
@@ -66,7 +66,7 @@ class DistributedRankGroup(RankGroup):
         self._lock = threading.Lock()
 
     def connect(self) -> None:
-        """Returns when all ranks are here. Raises RankFailed."""
+        """Connect to the other ranks. Returns when all ranks are connected; raises RankFailed."""
         store = PrefixStore("ranks", self._store)
         with self._checked():
             if self._device.type == "cuda":
@@ -79,15 +79,15 @@ class DistributedRankGroup(RankGroup):
             self._memory = self._map_memory(PrefixStore("memory", self._store))
 
     def _map_memory(self, store: Store) -> "MappedMemory | None":
-        """On all ranks or on none."""
-        from hbserve_core.ranks.mapped_memory import MappedMemory  # Triton is not there on every system without CUDA
+        """Map the memory of all ranks, either on all ranks or on none."""
+        from hbserve_core.ranks.mapped_memory import MappedMemory  # Triton may be missing on systems without CUDA
 
         memory = None
         try:
             memory = MappedMemory(self.shard, self._device, store)
         except OSError as error:
             logger.warning("rank %d: sums are left to NCCL: %s", self.shard.rank, error)
-        # All have mapped it before one writes.
+        # All ranks have mapped the memory before any of them writes to it.
         if self.least(memory is not None) and self.least(memory is not None and memory.adds()):
             return memory
         if memory is not None:
@@ -114,7 +114,7 @@ class DistributedRankGroup(RankGroup):
             except BaseException as error:
                 made.set_exception(error)
 
-        # Nothing ends its wait for a rank that never comes.
+        # Nothing ends Gloo's wait for a rank that never comes, so it waits in a thread of its own.
         threading.Thread(target=make, name="rank-group-connect", daemon=True).start()
         while True:
             with contextlib.suppress(TimeoutError):
@@ -155,7 +155,7 @@ class DistributedRankGroup(RankGroup):
         parts = logits.new_empty((self.shard.size, rows, columns))
         flat = parts.view(self.shard.size * rows, columns)
         self._run(self._process_group._allgather_base, flat, logits.contiguous(), self._gather)
-        # In one go by a kernel that copies whole rows; a transposed copy takes twice as long.
+        # One kernel copies whole rows; a transposed copy takes twice as long.
         return torch.cat(parts.unbind(), dim=1)[:, :vocab_size].contiguous()
 
     def from_first(self, values: torch.Tensor) -> torch.Tensor:
@@ -170,7 +170,7 @@ class DistributedRankGroup(RankGroup):
     def _run(self, operation: Callable[..., Any], *arguments: Any) -> None:
         with self._checked():
             work = operation(*arguments)
-            # NCCL, which has queued it on the current stream, may have nothing to wait for.
+            # NCCL has queued the operation on the current stream, and may have nothing to wait for.
             if work is None:
                 return
             if self._device.type == "cuda":
@@ -181,14 +181,15 @@ class DistributedRankGroup(RankGroup):
     def _wait_for_gloo(self, work: Any) -> None:
         try:
             while not work.is_completed():
-                with contextlib.suppress(RuntimeError):  # of the time, or the operation's own, which is raised below
+                with contextlib.suppress(RuntimeError):  # the timeout, or the operation's own error, raised below
                     work.wait(LOOK_EVERY)
                     return
                 self._require_open()
             work.wait()
         finally:
             if not work.is_completed():
-                # Who lets go of the group last waits for what is under way, at the end of the process too.
+                # Whoever drops the last reference to the group waits for what is under way, even at the end of the
+                # process.
                 keep = threading.Thread(
                     target=_keep, args=(self._process_group, work), name="rank-group-keep", daemon=True
                 )
@@ -204,7 +205,8 @@ class DistributedRankGroup(RankGroup):
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[None]:
-        """While it lasts the group is not closed: no kernel is launched on memory that is not mapped any more."""
+        """Keep the group from being closed inside the block, so that no kernel is launched on memory that is no longer
+        mapped."""
         with self._lock:
             self._require_open()
             yield
@@ -221,11 +223,11 @@ class DistributedRankGroup(RankGroup):
     def close(self) -> None:
         memory = None
         if self._memory is not None:
-            self._memory.end_sums()  # before the lock: who launches behind kernels that wait may have it
+            self._memory.end_sums()  # before taking the lock: a thread that launches behind waiting kernels may hold it
         with self._lock:
             if self._closing is None:
                 memory = self._memory
-                # NCCL first makes waiting kernels end, and then waits for the graphs in which they were captured.
+                # NCCL first ends kernels that wait, and then waits for the graphs in which they were captured.
                 self._closing = threading.Thread(target=self._abort, name="rank-group-abort", daemon=True)
                 self._closing.start()
         if self.on_close is not None:
@@ -238,20 +240,20 @@ class DistributedRankGroup(RankGroup):
 
     def _abort(self) -> None:
         try:
-            if self._process_group is not None:  # else it is not connected yet
+            if self._process_group is not None:  # otherwise it is not connected yet
                 self._process_group.abort()
         except RuntimeError:
             logger.exception("rank %d: closing its group failed", self.shard.rank)
 
 
 def _keep(process_group: Any, work: Any) -> None:
-    """Keep the group until the operation has ended: Gloo's last resort is COLLECTIVE_TIMEOUT_S."""
+    """Keep the group until the operation has ended, after COLLECTIVE_TIMEOUT_S at the latest."""
     with contextlib.suppress(RuntimeError):
         work.wait()
 
 
 def host_store(listening_fd: int, port: int) -> Store:
-    """The store through which ranks find each other, on a socket that listens on the loopback address only."""
+    """Make the store through which ranks find each other, on a socket that listens on the loopback address only."""
     timeout = timedelta(seconds=RENDEZVOUS_TIMEOUT_S)
     store: Store = TCPStore(
         _HOST, port, is_master=True, wait_for_workers=False, timeout=timeout, master_listen_fd=listening_fd
@@ -260,7 +262,7 @@ def host_store(listening_fd: int, port: int) -> Store:
 
 
 def reach_store(port: int) -> Store:
-    """The same from another process."""
+    """Connect to that store from another process."""
     timeout = timedelta(seconds=RENDEZVOUS_TIMEOUT_S)
     store: Store = TCPStore(_HOST, port, is_master=False, wait_for_workers=False, timeout=timeout)
     return store

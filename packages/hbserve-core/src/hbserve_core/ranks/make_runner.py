@@ -1,4 +1,4 @@
-"""The runner that suits an instance's device and number of ranks."""
+"""Construction of the runner that suits an instance's device and number of ranks."""
 
 import logging
 from collections.abc import Callable
@@ -24,9 +24,10 @@ def _ignore_until_next_step(error: Exception) -> None:
 
 
 def make_runner(config: InstanceConfig, on_failure: Callable[[Exception], None] = _ignore_until_next_step) -> Runner:
-    """Load the model; with tensor_parallel_size > 1, here and in processes that `close` ends.
+    """Load the model and make its runner. With tensor_parallel_size > 1, the model is loaded here and in other
+    processes, which `close` ends.
 
-    on_failure: called from another thread if one of those is lost. The next step raises the same error.
+    on_failure: called from another thread if one of those processes is lost. The next step raises the same error.
 
     Raises what `LoadedModel` raises, NotEnoughMemory, and RankFailed.
     """
@@ -52,17 +53,17 @@ def make_runner(config: InstanceConfig, on_failure: Callable[[Exception], None] 
 
 
 def make_rank_runner(config: InstanceConfig, group: RankGroup) -> Runner:
-    """One rank's own runner."""
+    """Make the runner of one rank."""
     if choose_device(config, group.shard.rank).type != "cuda":
         return ModelRunner(config, group)
-    # Triton is not there on every system that has no CUDA.
+    # Imported here because Triton may be missing on systems without CUDA.
     from hbserve_core.cuda_runner.runner import CudaRunner
 
     return CudaRunner(config, group, _make_narrow)
 
 
 def _make_narrow(weight: NarrowWeight, bias: torch.Tensor | None) -> Linear:
-    # Its kernels are of models that have such weights, and no part of the others' steps.
+    # Imported here because only models with such weights use its kernels.
     from hbserve_core.cuda_runner.narrow_linear import NarrowLinear
 
     return NarrowLinear(weight, bias)

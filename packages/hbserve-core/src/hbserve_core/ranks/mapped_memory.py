@@ -1,8 +1,8 @@
-"""Memory of each rank that all ranks of the host have mapped, in which their kernels sum: see
+"""Memory of each rank that all ranks of the host have mapped and in which their kernels sum: see
 cuda_runner/kernels/rank_sum.py.
 
-It is mapped by hbserve_kv's own way, as KV pools are, and tried before it is used: there are hosts whose GPUs say that
-they reach each other, and do not.
+It is mapped by hbserve_kv in the same way as KV pools, and is tried before it is used: there are hosts whose GPUs
+report that they can access each other's memory although they cannot.
 """
 
 import contextlib
@@ -21,25 +21,26 @@ from hbserve_kv.memory import cuda_ipc
 logger = logging.getLogger(__name__)
 
 FEW_BYTES = 1 << 20
-"""Of two ranks: up to here a sum is one of few rows, as docs/performance-kernels.md has it."""
+"""Largest sum of two ranks that counts as one of few rows, as described in docs/performance-kernels.md."""
 MANY_BYTES = 64 << 20
-"""Of two ranks: of many rows, which are summed in parts where they are more."""
+"""Largest sum of many rows of two ranks. Larger ones are summed in parts."""
 MANY_BYTES_OF_MORE = 32 << 20
-"""Of more ranks, by the square of how many others there are: from there on NCCL sums."""
+"""Largest sum of many rows of more ranks, to be divided by the square of the number of other ranks. NCCL does larger
+sums."""
 TRIAL_TIMEOUT_S = 60.0
-"""Kernels may be compiled in it."""
+"""Longest time that the trial may take, in which kernels may be compiled."""
 END_TIMEOUT_S = 2.0
 _OFFSET_BYTES = 8
 
 
 class MappedMemory:
-    """One rank's own, and that of all others as it has mapped it."""
+    """Memory of one rank, together with that of all other ranks as this rank has mapped it."""
 
     def __init__(self, shard: Shard, device: torch.device, store: Store, few_bytes: int = FEW_BYTES) -> None:
-        """few_bytes: of the largest sum by the kernel for few rows.
+        """few_bytes: size of the largest sum that the kernel for few rows does.
 
         Raises:
-            OSError: this rank cannot map another's.
+            OSError: this rank cannot map the memory of another.
         """
         self._device = device
         self._mapped = contextlib.ExitStack()
@@ -53,7 +54,7 @@ class MappedMemory:
             shard.rank, shard.size, bases.to(device), numbers, device_word, host_word, *_limits(shard.size, few_bytes)
         )
         self._own = torch.zeros(self.shared.num_bytes, dtype=torch.uint8, device=device)
-        torch.cuda.current_stream(device).synchronize()  # zeros before others write
+        torch.cuda.current_stream(device).synchronize()  # the zeros must be there before others write
         try:
             for rank, name in enumerate(_exchange(shard, store, self._name())):
                 bases[rank] = self._own.data_ptr() if rank == shard.rank else self._map(name)
@@ -63,7 +64,7 @@ class MappedMemory:
         self.shared.bases.copy_(bases)
 
     def _name(self) -> bytes:
-        """b"" if it has none."""
+        """Return the name by which others can map this rank's memory, or b"" if it has none."""
         try:
             handle, offset = cuda_ipc.name_memory(self._own.data_ptr(), self._own.nbytes, self._device)
         except OSError as error:
@@ -78,7 +79,7 @@ class MappedMemory:
         return base + int.from_bytes(name[:_OFFSET_BYTES], "big")
 
     def adds(self) -> bool:
-        """Whether sums of both kinds are right. Called by all ranks at once."""
+        """Return whether sums of both kinds are right. All ranks call it at the same time."""
         rank, size = self.shared.rank, self.shared.num_ranks
         right = True
         for rows in (1, 2):
@@ -94,10 +95,11 @@ class MappedMemory:
         return right
 
     def partial(self, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor | None:
-        """Where to write many rows (T, E) for the next sum; None for few, which may lie anywhere, and for too many.
+        """Return where to write many rows (T, E) for the next sum. None for few rows, which may lie anywhere, and for
+        too many.
 
-        Two places take turns: others may read one until the sum that follows on that of its rows. A step begins with a
-        sum of rows that lie elsewhere, so it does not matter at which place the last one has ended.
+        Two places take turns, because others may read one place until the sum after that of its rows. A step begins
+        with a sum of rows that lie elsewhere, so it does not matter at which place the last step ended.
         """
         if not self.shared.few_bytes < shape[0] * shape[1] * dtype.itemsize <= self.shared.many_bytes:
             return None
@@ -117,18 +119,18 @@ class MappedMemory:
         normed_to: torch.Tensor | None = None,
         parts: ExpertParts | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """See `rank_sum`. Of rows that `can_sum`, or with parts `can_sum_parts`."""
+        """Sum rows over all ranks: see `rank_sum`. `can_sum`, or with parts `can_sum_parts`, must be true for them."""
         self._stream = torch.cuda.current_stream(self._device)
         start = self._start(partial)
         where = start if self._is_mapped(start) else None
         return rank_sum(partial, self.shared, start=where, add_to=add_to, norm=norm, normed_to=normed_to, parts=parts)
 
     def can_sum(self, partial: torch.Tensor) -> bool:
-        """Whether it is small, of whole words, or at a place for many rows."""
+        """Return whether `partial` is small and consists of whole words, or lies at a place for many rows."""
         return self.can_sum_parts(partial) or self._is_mapped(self._start(partial))
 
     def can_sum_parts(self, partial: torch.Tensor) -> bool:
-        """Whether it is small, of whole words."""
+        """Return whether `partial` is small and consists of whole words."""
         return partial.nbytes <= self.shared.few_bytes and partial.shape[1] * partial.dtype.itemsize % 4 == 0
 
     def _start(self, partial: torch.Tensor) -> int:
@@ -138,26 +140,27 @@ class MappedMemory:
         return 0 <= start < self._own.nbytes
 
     def check(self) -> None:
-        """Raises RankFailed: a sum has waited for too long."""
+        """Raise RankFailed if a sum has waited for too long."""
         if self.shared.host_word.item() == LATE:
             raise RankFailed(f"rank {self.shared.rank} has waited too long for the others' part of a sum")
 
     def end_sums(self) -> None:
-        """Let kernels that wait go on, with whatever is there; nobody launches others. From any thread."""
+        """Let kernels that wait continue with whatever is there. No more kernels are launched. May be called from any
+        thread."""
         self.shared.host_word.fill_(CLOSED)
 
     def close(self) -> None:
-        """After `end_sums`: give the others' memory back."""
+        """Unmap the memory of other ranks, after `end_sums`."""
         try:
             if self._ends_within(END_TIMEOUT_S):
                 self._mapped.close()
             else:
                 logger.error("rank %d: memory of others stays mapped: its kernels do not end", self.shared.rank)
-        except (RuntimeError, OSError):  # of a device that has failed
+        except (RuntimeError, OSError):  # the device has failed
             logger.exception("rank %d: memory of others stays mapped", self.shared.rank)
 
     def _ends_within(self, timeout_s: float) -> bool:
-        """Whether all sums that were launched have ended in that time."""
+        """Wait, and return whether all sums that were launched have ended in time."""
         deadline_s = time.monotonic() + timeout_s
         while self._stream is not None and not self._stream.query():
             if time.monotonic() > deadline_s:
@@ -167,14 +170,15 @@ class MappedMemory:
 
 
 def _limits(num_ranks: int, few_bytes: int) -> tuple[int, int]:
-    """Bytes of the largest sums of few rows and of many. Each rank reads what all others have, while NCCL sends a row
-    no more than twice: the more ranks, the more is left to it. That follows from the bytes; two have been measured."""
+    """Return the bytes of the largest sums of few rows and of many rows. Each rank reads the rows of all others,
+    whereas NCCL sends a row no more than twice, so more ranks leave more to NCCL. That follows from the number of
+    bytes; only two ranks have been measured."""
     others = num_ranks - 1
     few, many = few_bytes // others, MANY_BYTES if others == 1 else MANY_BYTES_OF_MORE // others**2
     return few - few % FLAG_BYTES, many - many % FLAG_BYTES
 
 
 def _exchange(shard: Shard, store: Store, own: bytes) -> list[bytes]:
-    """What every rank says, in their order."""
+    """Return the names that all ranks give, in the order of ranks."""
     store.set(f"memory of {shard.rank}", own.hex())
     return [bytes.fromhex(store.get(f"memory of {rank}").decode()) for rank in range(shard.size)]

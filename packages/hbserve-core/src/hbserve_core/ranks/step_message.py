@@ -1,10 +1,11 @@
-"""One step as rank 0 tells it to the other ranks, in msgpack: what a runner reads of each chunk, and no more.
+"""Message in msgpack by which rank 0 tells the other ranks of one step: what a runner reads of each chunk, and no more.
 
-Both ends remember the sequences of the step before: their parameters, and the blocks that they had then, are not said
-again: a step of 256 decodes with 80 blocks each is 16 KB and not 98, for which a pipe has no room. And a runner finds
-the place of a token that the device has computed, and nobody has read, by the sequence it belongs to.
+Both ends remember the sequences of the previous step, so their parameters, and the blocks that they had then, are not
+sent again. A step of 256 decodes with 80 blocks each takes 16 KB instead of 98 KB, for which a pipe has no room. The
+runner also needs the same sequence object: by it, it finds the place of a token that the device has computed and nobody
+has read.
 
-Most steps are those of the step before again, each one token further: of these the message has new blocks only.
+Most steps have the same sequences as the previous one, each one token further. Their messages contain new blocks only.
 """
 
 from array import array
@@ -18,7 +19,7 @@ from hbserve_rpc import SamplingParams
 
 _BLOCK_BYTES = array("i").itemsize
 _NOT_SENT = -3
-"""At the places of tokens that no runner reads: their keys and values are in the pool, or they come later."""
+"""Placeholder for tokens that no runner reads: their keys and values are in the pool, or they come later."""
 
 
 class _Chunk(msgspec.Struct, frozen=True, array_like=True):
@@ -28,35 +29,36 @@ class _Chunk(msgspec.Struct, frozen=True, array_like=True):
     num_tokens: int
     first: int
     new_token_ids: list[int]
-    """Tokens [first, first + num_new_tokens); UNREAD is one of them at most."""
+    """Tokens [first, first + num_new_tokens), at most one of which is UNREAD."""
     num_known_blocks: int
-    """So many of the step before it still has, at the beginning of its table."""
+    """Number of blocks from the previous step that are still at the beginning of its table."""
     new_blocks: bytes
-    """The rest of its table: int32."""
+    """Rest of its block table, as int32."""
     params: SamplingParams | None
-    """None: those of the step before."""
+    """Sampling parameters; None if they are those of the previous step."""
     num_scored_tokens: int
     known_token_ids: list[int]
-    """With params that penalize tokens, all that the request has."""
+    """All tokens of the request, if `params` is sent and penalizes tokens."""
 
 
 class _Again(msgspec.Struct, frozen=True):
-    """The step before once more: each of its sequences, which sampled a token that nobody has read, computes that."""
+    """Repetition of the previous step: each of its sequences has sampled a token that nobody has read, and now computes
+    it."""
 
     new_blocks: dict[int, bytes]
-    """The new blocks, int32, of those whose tables have grown, by their place."""
+    """New blocks, as int32, of sequences whose tables have grown, by their place in the batch."""
 
 
 class StepWriter:
-    """Rank 0's end."""
+    """Writer of step messages, on rank 0."""
 
     def __init__(self, draws: bool) -> None:
-        """draws: whether the others must sample as rank 0 does. They need not where rank 0 tells them every token."""
+        """draws: whether the other ranks must sample as rank 0 does. They need not if rank 0 sends them every token."""
         self._draws = draws
         self._last: dict[Sequence, bytes] = {}
-        """Their block tables, in the order of that batch."""
+        """Sequences of the last batch, in its order, with their block tables."""
         self._places: list[int] = []
-        """The position of the next token of each, if it is sampled."""
+        """Position of the next token of each of those sequences, if it is sampled."""
         self._encoder = msgspec.msgpack.Encoder()
 
     def write(self, batch: Ids[ScheduledChunk]) -> bytes:
@@ -70,10 +72,10 @@ class StepWriter:
         return message
 
     def _again(self, sequences: list[Sequence], tables: list[bytes]) -> _Again | None:
-        """None: it is another step."""
+        """Return the message if the step repeats the previous one; otherwise None."""
         if sequences != [*self._last] or self._places != [each.num_computed_tokens for each in sequences]:
             return None
-        # Who has more tokens than these computes a part of its prompt.
+        # A sequence with more tokens than that computes a part of its prompt.
         ends = [(len(each.token_ids) - 1, each.token_ids[-1]) for each in sequences]
         if ends != [(place, UNREAD) for place in self._places]:
             return None
@@ -90,7 +92,7 @@ class StepWriter:
         params = None if sequence in self._last else sequence.params if self._draws else _greedy(sequence.params)
         new_token_ids = sequence.token_ids[first : first + chunk.num_new_tokens]
         known = self._last.get(sequence, b"")
-        if not table.startswith(known):  # it was preempted and has others now, or some are not seen any more
+        if not table.startswith(known):  # it was preempted and has other blocks now, or some are not seen any more
             known = b""
         return _Chunk(
             sequence.request_id,
@@ -108,17 +110,18 @@ class StepWriter:
 
 
 def _greedy(params: SamplingParams) -> SamplingParams:
-    """What another rank has to know where it samples for nobody: of which rows all ranks make logits together."""
+    """Return what another rank needs to know if it does not sample: for which rows all ranks compute logits
+    together."""
     return SamplingParams(temperature=0, prompt_logprobs=params.prompt_logprobs)
 
 
 class StepReader:
-    """The other end: the batch again, of sequences that know only the tokens that steps have computed since they were
-    last told as a whole."""
+    """Reader of step messages, on the other ranks. It restores the batch with sequences that only know the tokens that
+    steps have computed since the sequence was last sent as a whole."""
 
     def __init__(self) -> None:
         self._last: dict[tuple[str, int], Sequence] = {}
-        """By request and choice, in the order of that batch."""
+        """Sequences of the last batch, in its order, by request and choice."""
         self._decoder = msgspec.msgpack.Decoder(list[_Chunk] | _Again)
 
     def read(self, message: bytes) -> list[ScheduledChunk]:

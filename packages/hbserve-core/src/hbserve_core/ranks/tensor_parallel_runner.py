@@ -1,4 +1,4 @@
-"""Rank 0's runner of a tensor-parallel instance: every step is told to the other ranks, then launched here."""
+"""Rank 0's runner of a tensor-parallel instance: every step is sent to the other ranks, then launched here."""
 
 from collections.abc import Sequence as Ids
 
@@ -11,10 +11,10 @@ from hbserve_core.transfers.launched_steps import LaunchedStep
 
 
 class TensorParallelRunner:
-    """A Runner. All methods raise RankFailed if a rank is lost."""
+    """Runner over all ranks of an instance. All methods raise RankFailed if a rank is lost."""
 
     def __init__(self, runner: Runner, workers: Workers) -> None:
-        """runner: this rank's own."""
+        """runner: this rank's own runner."""
         self.model_config = runner.model_config
         self.device = runner.device
         self.dtype = runner.dtype
@@ -25,7 +25,7 @@ class TensorParallelRunner:
         self._runner = runner
         self._num_steps = 0
         self.workers = workers
-        # Without overlap rank 0 reads each token, and tells it with the next step.
+        # Without overlap rank 0 reads each token, and sends it with the next step.
         self._writer = StepWriter(draws=runner.overlaps)
 
     def launch(self, batch: Ids[ScheduledChunk]) -> PendingStep:
@@ -37,7 +37,8 @@ class TensorParallelRunner:
             except RankFailed:
                 raise
             except BaseException as error:
-                # A Ctrl-C too: the others are in the midst of this step, and would add it to the next.
+                # This includes Ctrl-C: the other ranks are in the midst of this step, and would add its values to the
+                # next.
                 self.workers.fail_all(f"rank 0 has left a step unfinished: {type(error).__name__}: {error}")
                 raise
 
@@ -49,7 +50,7 @@ class TensorParallelRunner:
 
     @property
     def computed(self) -> LaunchedStep | None:
-        """Each rank has an event of its own: they are told by the step's number."""
+        """Marker of the last launched step. Each rank has an event of its own, which it finds by the step's number."""
         event = self._runner.computed
         return None if event is None else LaunchedStep(self._num_steps, event)
 

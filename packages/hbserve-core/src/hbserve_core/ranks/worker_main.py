@@ -1,5 +1,4 @@
-"""One of the ranks 1, 2, … as a process: `python -m hbserve_core.ranks.worker_main`, started by rank 0; see
-workers.py.
+"""Process of one of the ranks 1, 2, …: `python -m hbserve_core.ranks.worker_main`, started by rank 0; see workers.py.
 
 It loads its part of the model, launches every step that rank 0 launches, and ends when rank 0 does.
 """
@@ -34,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 class Reporter:
-    """Says the rank's state to rank 0, now and again."""
+    """Reporter of the rank's state to rank 0, at intervals."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
@@ -45,7 +44,7 @@ class Reporter:
         threading.Thread(target=self._repeat, name="reporter", daemon=True).start()
 
     def say(self, report: RankReport) -> None:
-        """Raises OSError: rank 0 is gone."""
+        """Report a new state. Raises OSError if rank 0 is gone."""
         with self._lock:
             self._report = report
             os.write(self._fd, msgspec.json.encode(report) + b"\n")
@@ -56,11 +55,12 @@ class Reporter:
                 time.sleep(REPORT_INTERVAL_S)
                 self.say(self._report)
         except OSError:
-            logger.debug("rank 0 is gone")  # the end of stdin says so too, and ends the process
+            logger.debug("rank 0 is gone")  # the end of stdin tells that too, and ends the process
 
 
 class Steps:
-    """Messages from stdin. A thread reads them, so that rank 0 never waits for room, and its end is always seen."""
+    """Messages about steps from stdin. A thread reads them, so that rank 0 never waits for room, and its end is always
+    noticed."""
 
     def __init__(self, source: BinaryIO) -> None:
         self._source = source
@@ -73,10 +73,11 @@ class Steps:
         self.end()
 
     def end(self) -> None:
-        """Note that no more come: rank 0 has closed them, or is gone. Whatever happens, the process has soon ended."""
+        """Note that no more messages come: rank 0 has closed stdin, or is gone. The process ends soon, whatever
+        happens."""
         self._messages.put(None)
         time.sleep(END_TIMEOUT_S)
-        # Whoever still waits, for a device or for another rank, cannot be woken.
+        # A thread that still waits for a device or for another rank cannot be woken.
         os._exit(0)
 
     def __iter__(self) -> Iterator[bytes]:
@@ -85,27 +86,27 @@ class Steps:
 
 
 def follow(runner: Runner, messages: Iterable[bytes], launched: Callable[[Any], object]) -> None:
-    """Launch every step that rank 0 launches, and hand its event over. As in its engine, a step is waited for after the
-    next one is launched, if the runner overlaps."""
+    """Launch every step that rank 0 launches, and pass its event to `launched`. As in rank 0's engine, a step is waited
+    for after the next one is launched, if the runner overlaps."""
     reader = StepReader()
     before: PendingStep | None = None
     for message in messages:
         pending = runner.launch(reader.read(message))
         launched(runner.computed)
-        runner.draw()  # rank 0's tokens are waited for on the device
+        runner.draw()  # the device waits for rank 0's tokens
         if before is not None:
             before()
         before = pending
 
 
 def main() -> int:
-    """Ends the process, with status 0 when rank 0 wanted it so."""
+    """Run the rank and end the process, with status 0 if rank 0 wanted it to end."""
     own_process.set_up()
     tqdm.set_lock(threading.RLock())  # see process.py
     reports = os.dup(1)
     os.dup2(2, 1)
     if not (line := sys.stdin.buffer.readline()):
-        return 0  # rank 0 has ended, or has nothing to begin
+        return 0  # rank 0 has ended, or does not let the ranks begin
     settings = msgspec.json.decode(line, type=RankSettings)
     config, rank = settings.config, settings.rank
     log_to_stderr(config.log_level, f"%(asctime)s %(levelname)s %(name)s [rank {rank}]: %(message)s")
@@ -121,11 +122,11 @@ def main() -> int:
         launched = LaunchedSteps()
         reporter.say(RankReport("ready", transfer_address=_serve_transfers(settings, runner, launched)))
         follow(runner, steps, launched.add)
-    except Exception as error:  # rank 0 tells it to whoever wants to know
+    except Exception as error:  # rank 0 passes it on
         status = 1
         if not isinstance(error, HBServeCoreError | BrokenPipeError):
             logger.exception("rank %d failed", rank)
-        with contextlib.suppress(OSError):  # rank 0 is gone, and that is why
+        with contextlib.suppress(OSError):  # rank 0 is gone, which is the reason
             reporter.say(RankReport("failed", f"{type(error).__name__}: {error}", isinstance(error, RankFailed)))
     logging.shutdown()
     sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""One rank that rank 0 has started, as rank 0 sees it. See worker_protocol.py."""
+"""Rank 0's view of the process of another rank, which it has started. See worker_protocol.py."""
 
 import contextlib
 import os
@@ -17,40 +17,40 @@ from hbserve_core.ranks.worker_protocol import END_TIMEOUT_S, RankReport, RankSe
 from hbserve_rpc.own_process import signal_name
 
 START_TIMEOUT_S = 120.0
-"""How long its first report may take: it imports torch before."""
+"""Longest time until its first report, before which it imports torch."""
 LOADING_SILENCE_S = 60.0
-"""While it loads, a library may keep the interpreter to itself for a while."""
+"""Longest silence while it loads: a library may keep the interpreter to itself for a while."""
 SILENCE_S = 2.0
-"""While it serves, it is never silent for so long."""
+"""Longest silence while it serves; it is never silent for that long."""
 GRACE_S = 1.0
-"""After that, until it is lost. Where all processes were stopped together, each wakes to the others' silence; what was
-not lost is heard in this time."""
+"""Additional time after that silence until the rank counts as lost. If all processes were stopped together, each of
+them wakes to the silence of the others; a rank that is not lost is heard within this time."""
 _EXIT_STATUS_TIMEOUT_S = 1.0
 _STATES: tuple[RankState, ...] = ("joining", "loading", "ready")
 
 
 @dataclass(frozen=True)
 class ExitCause:
-    """How a rank has ended."""
+    """Cause of a rank's end."""
 
     cause: str
     is_consequence: bool = False
-    """Whether it ended because another one had."""
+    """Whether it ended because another rank had."""
 
 
 class WorkerProcess:
-    """Starts the process, and listens to it in a thread of its own until it has ended or is lost."""
+    """Process of a rank, which a thread listens to until it has ended or is lost."""
 
     def __init__(self, settings: RankSettings, on_end: Callable[[ExitCause], None]) -> None:
-        """on_end: called once, in that thread, unless it was `close` that ended it."""
+        """Start the process. on_end: called once, in the listening thread, unless `close` has ended the process."""
         threads = str(settings.config.num_threads)
         self._popen = subprocess.Popen(
-            # -P: no file of the current folder is imported as a library.
+            # -P: files in the current folder must not be imported as libraries.
             [sys.executable, "-P", "-m", "hbserve_core.ranks.worker_main"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=None if sys.__stderr__ is not None else subprocess.DEVNULL,
-            # A Ctrl-C is for rank 0, which then ends the others.
+            # Ctrl-C is meant for rank 0, which then ends the others.
             start_new_session=True,
             env=os.environ | {"OMP_NUM_THREADS": threads},
             bufsize=0,
@@ -59,7 +59,7 @@ class WorkerProcess:
         self._on_end = on_end
         self._state: RankState | None = None
         self.transfer_address = ""
-        """Where it serves the transfers of its pool, once it is ready; "" if it has none."""
+        """Address at which it serves the transfers of its pool, once it is ready; "" if it has none."""
         self._changed = threading.Condition()
         self._closing = self._lost = False
         self._settings = settings
@@ -71,11 +71,11 @@ class WorkerProcess:
         return self._popen.pid
 
     def send_settings(self) -> None:
-        """Let it begin. Raises RankFailed: it has ended already."""
+        """Let the rank begin. Raises RankFailed if it has already ended."""
         self._write(msgspec.json.encode(self._settings) + b"\n")
 
     def send(self, message: bytes) -> None:
-        """Raises RankFailed: nobody reads it."""
+        """Send a message. Raises RankFailed if the rank no longer reads."""
         self._write(len(message).to_bytes(4, "big") + message)
 
     def _write(self, data: bytes) -> None:
@@ -88,10 +88,10 @@ class WorkerProcess:
             raise RankFailed(f"{self._name} no longer listens: {error}") from error
 
     def wait_for(self, state: RankState, timeout_s: float) -> None:
-        """Wait until it has come as far as `state`.
+        """Wait until the rank has reached `state`.
 
         Raises:
-            RankFailed: it has ended, or was too slow.
+            RankFailed: the rank has ended, or was too slow.
         """
         wanted = _STATES[_STATES.index(state) :]
         with self._changed:
@@ -102,18 +102,18 @@ class WorkerProcess:
                 raise RankFailed(f"{self._name} is not {state} after {timeout_s:.0f} s")
 
     def kill(self) -> None:
-        """End it at once, frozen or not. `on_end` is called."""
+        """End the process at once, even if it is frozen. `on_end` is called."""
         self._popen.kill()
 
     def begin_close(self) -> None:
-        """Ask it to end; `close` comes next."""
+        """Ask the rank to end; call `close` next."""
         self._closing = True
         with contextlib.suppress(OSError):
             assert self._popen.stdin is not None
             self._popen.stdin.close()
 
     def close(self) -> None:
-        """End it, by force if it takes long. Nothing is left of it then."""
+        """End the process, by force if it takes long, and leave nothing of it behind."""
         self.begin_close()
         try:
             self._popen.wait(END_TIMEOUT_S + 1)

@@ -1,7 +1,7 @@
-"""Ranks 1, 2, … of an instance, which rank 0 starts, feeds, watches and ends.
+"""Ranks 1, 2, … of an instance, which rank 0 starts, supplies with steps, watches and ends.
 
-What is lost with a rank, a collective operation that never returns or a step with wrong tokens, is seen in many places
-at once. There is one verdict: the first rank that ended for a reason of its own. All others are ended then, which frees
+The loss of a rank shows in many places at once, as a collective operation that never returns or as a step with wrong
+tokens. There is one verdict: the first rank that ended for a reason of its own. All others are then ended, which frees
 whoever waits for them, and every call here raises the verdict.
 """
 
@@ -28,28 +28,30 @@ from hbserve_core.ranks.worker_protocol import RankSettings, RankState
 logger = logging.getLogger(__name__)
 
 READY_TIMEOUT_S = 600.0
-"""How long others may load after rank 0 has."""
+"""Longest time that the other ranks may still load after rank 0 has loaded."""
 SETTLE_S = 0.3
-"""Pause between the first bad news and the verdict: whose end is the cause may be heard last."""
+"""Pause between the first report of a rank's end and the verdict, because the rank that is the cause may be heard
+last."""
 
 VERDICT_TIMEOUT_S = SILENCE_S + GRACE_S + 2.0
-"""How long a failed operation waits to hear which rank is the cause: longer than it takes to see that one is frozen."""
+"""Longest time that a failed operation waits to hear which rank is the cause. It is longer than the time it takes to
+notice that a rank is frozen."""
 
 
 class Workers:
-    """One instance's ranks but this one. Called by the engine's thread."""
+    """All ranks of an instance but this one. Called by the engine's thread."""
 
     def __init__(self, config: InstanceConfig, on_failure: Callable[[Exception], None]) -> None:
-        """on_failure: called once, from another thread, if a rank is lost: perhaps while nothing is computed.
+        """on_failure: called once, from another thread, if a rank is lost, perhaps while nothing is computed.
 
         Raises:
-            InvalidInstanceConfig: a rank's device is not there.
+            InvalidInstanceConfig: the device of a rank does not exist.
         """
         size = config.tensor_parallel_size
         self._device = choose_device(config)
         threads = max(1, (config.num_threads or torch.get_num_threads()) // size)
         self.config = msgspec.structs.replace(config, num_threads=threads)
-        """The configuration as each rank has it, this one too."""
+        """Configuration that each rank has, including this one."""
         self._on_failure = on_failure
         self._lock = threading.Lock()
         self._exit_causes: list[ExitCause] = []
@@ -80,13 +82,13 @@ class Workers:
         return [process.transfer_address for process in self._processes if process.transfer_address]
 
     def join(self) -> RankGroup:
-        """Let all ranks begin; returns the group in which this one is rank 0. Raises RankFailed."""
+        """Let all ranks begin, and return the group in which this one is rank 0. Raises RankFailed."""
         for process in self._processes:
             process.send_settings()
         self._wait_for("joining", START_TIMEOUT_S)
         shard = Shard(0, self.config.tensor_parallel_size)
         group = self._group = DistributedRankGroup(shard, self._device, self._store, self._seed)
-        self._check()  # who was lost before it was here has not closed it
+        self._check()  # the loss of a rank before this moment has not closed the group
         group.connect()
         return group
 
@@ -100,13 +102,14 @@ class Workers:
             process.wait_for(state, max(0.0, deadline_s - time.monotonic()))
 
     def send(self, message: bytes) -> None:
-        """Give every rank a step to launch. Waits for none of them. Raises RankFailed."""
+        """Send every rank a step to launch, without waiting for them. Raises RankFailed."""
         for process in self._processes:
             process.send(message)
 
     @contextlib.contextmanager
     def naming_the_lost_rank(self) -> Iterator[None]:
-        """For work that needs all ranks: if one is lost, raises the RankFailed that names it, whatever happened."""
+        """Guard work that needs all ranks: if a rank is lost, raise the RankFailed that names it, whatever the work
+        itself raises."""
         self._check()
         try:
             yield
@@ -123,7 +126,7 @@ class Workers:
             raise RankFailed(self._verdict)
 
     def _ended(self, exit_cause: ExitCause) -> None:
-        """Find out which rank is the cause. Called in the thread that listens to the one that has ended."""
+        """Find out which rank is the cause. Called in the thread that listens to the rank that has ended."""
         with self._lock:
             self._exit_causes.append(exit_cause)
         time.sleep(SETTLE_S)
@@ -133,7 +136,8 @@ class Workers:
             self._on_failure(RankFailed(cause))
 
     def fail_all(self, cause: str) -> bool:
-        """End all ranks: from now on everything raises RankFailed with this cause. False: they have another one."""
+        """End all ranks. From now on every call raises RankFailed with this cause. Returns False if there already is
+        another cause."""
         with self._lock:
             if self._verdict:
                 return False
@@ -143,7 +147,7 @@ class Workers:
             process.kill()
         self._concluded.set()
         if self._group is not None:
-            self._group.close()  # kernels that wait for the dead do so until then
+            self._group.close()  # until then, kernels wait for the rank that is gone
         return True
 
     def close(self) -> None:

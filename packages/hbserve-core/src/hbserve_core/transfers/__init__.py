@@ -1,1 +1,1 @@
-"""KV transfers of all ranks of an instance as one."""
+"""KV transfers of an instance, with all its ranks as one."""

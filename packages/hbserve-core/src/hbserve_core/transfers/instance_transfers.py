@@ -1,10 +1,10 @@
-"""The KV of a prefill or decode instance on its way.
+"""KV transfers of a prefill or decode instance.
 
 P, 2 ranks              D, 1 rank             Each rank sends by itself to those that want heads of it. Only what is
   rank 0 ──heads 0, 1──▶ rank 0               said of a transfer goes through rank 0, for which the transfers of all
   rank 1 ──heads 2, 3──▶                      ranks are one: its blocks are free, or there, when every rank says so.
 
-An instance of one rank has nothing to join: a transfer is what its KVTransferManager makes.
+An instance of one rank has nothing to join: its transfers are those of its KVTransferManager.
 """
 
 import asyncio
@@ -26,18 +26,18 @@ T = TypeVar("T", bound=_Receive | _Send)
 
 
 class InstanceTransfers:
-    """The transfers of an instance, whatever its number of ranks. Belongs to the event loop that ran `start`."""
+    """Transfers of an instance, whatever its number of ranks. Belongs to the event loop that ran `start`."""
 
     def __init__(
         self, config: InstanceConfig, runner: Runner, epoch: str, on_lost: Callable[[Exception], None]
     ) -> None:
-        """on_lost: called if a rank no longer answers; then the instance must end.
+        """on_lost: called if a rank no longer answers. The instance must end then.
 
         Raises:
             BackendUnavailable: see `KVTransferManager`.
         """
         self.endpoint = b""
-        """Where all ranks of the instance receive, for a sender's `open_link`; set by `start`."""
+        """Endpoint at which all ranks of the instance receive, for a sender's `open_link`; set by `start`."""
         addresses = runner.transfer_addresses
         num_kv_heads, size = runner.model_config.num_kv_heads, 1 + len(addresses)
         self._manager = make_manager(config, runner, Shard(0, size), epoch)
@@ -47,8 +47,8 @@ class InstanceTransfers:
         ]
 
     async def start(self) -> None:
-        """When this returns, a block has moved from each rank to itself: an instance that then reports ready can move
-        KV, as far as that can be known without a peer.
+        """Start the transfers of all ranks, and move a block from each rank to itself: an instance that then reports
+        ready can move KV, as far as that can be known without a peer.
 
         Raises AddressInUse, BackendUnavailable, or TransferFailed if a rank is lost.
         """
@@ -63,7 +63,7 @@ class InstanceTransfers:
             raise
 
     async def open_link(self, endpoint: bytes) -> None:
-        """Connect each rank to those ranks of a receiver that want heads of it, before any transfer.
+        """Connect each rank to the ranks of a receiver that want heads of it, before any transfer.
 
         Raises:
             FingerprintMismatch: the receiver's KV means something else.
@@ -75,8 +75,8 @@ class InstanceTransfers:
     async def post_receive(
         self, transfer_id: str, block_ids: Sequence[int], sender: str = ""
     ) -> "PostedReceive | JointReceive":
-        """Expect one transfer into these blocks of every rank's pool; with no blocks, only its commit. It may bring
-        fewer, for a request that ends with its first token: see `TransferResult.is_partial`.
+        """Expect one transfer into these blocks of every rank's pool or, if there are no blocks, only its commit. It
+        may bring fewer blocks if the request ends with its first token: see `TransferResult.is_partial`.
 
         Raises:
             ValueError: the id is in use, or a block is outside the pool or appears twice.
@@ -111,12 +111,12 @@ class InstanceTransfers:
         return JointSend(await _all_or_none(opening))
 
     async def stats(self) -> TransferStats:
-        """Summed over ranks, so that a transfer counts once for each."""
+        """Return the figures summed over ranks, so that a transfer counts once for each rank."""
         found = [self._manager.stats(), *await asyncio.gather(*(rank.stats() for rank in self._others))]
         return TransferStats(*map(sum, zip(*map(astuple, found), strict=True)))
 
     def lose_ranks(self) -> None:
-        """Stop waiting for other ranks: the instance has failed, perhaps because one is lost."""
+        """Stop waiting for other ranks, because the instance has failed, perhaps because a rank is lost."""
         for rank in self._others:
             rank.lose()
 
@@ -126,13 +126,14 @@ class InstanceTransfers:
 
 
 class JointTransfer(Generic[T]):
-    """A transfer of all ranks of an instance."""
+    """Transfer of all ranks of an instance."""
 
     def __init__(self, parts: Sequence[T]) -> None:
         self._parts = parts
 
     async def wait(self) -> TransferResult:
-        """As soon as one rank's transfer has failed, the others are cancelled: nobody wants them without it."""
+        """Wait for the transfers of all ranks. As soon as one has failed, the others are cancelled, because nobody
+        wants them without it."""
         waiting = [asyncio.ensure_future(part.wait()) for part in self._parts]
         try:
             cause = ""
@@ -154,27 +155,28 @@ class JointTransfer(Generic[T]):
 
 
 class JointReceive(JointTransfer[_Receive]):
-    """A PostedReceive of all ranks."""
+    """PostedReceive of all ranks."""
 
     def __init__(self, parts: Sequence[_Receive]) -> None:
         super().__init__(parts)
         self.grant = join_grants([part.grant for part in parts])
 
     def when_ended(self, call: Callable[[TransferResult], None]) -> None:
-        """Have `call` called with the result, once, from the event loop."""
+        """Call `call` with the result, once, from the event loop."""
         self._ending = asyncio.create_task(self.wait())
         self._ending.add_done_callback(lambda done: call(done.result()))
 
 
 class JointSend(JointTransfer[_Send]):
-    """A SendTransfer of all ranks that have heads to send, rank 0's first."""
+    """SendTransfer of all ranks that have heads to send, rank 0 first."""
 
     def __init__(self, parts: Sequence[_Send]) -> None:
         super().__init__(parts)
         self.num_blocks = parts[0].num_blocks
 
     def push(self, block_ids: Sequence[int], first: int, ready: LaunchedStep | None = None) -> None:
-        """On each rank the blocks are read after its own event of the step `ready`. None: they are computed."""
+        """Push blocks on each rank, which reads them after its own event of the step `ready`. None means that they are
+        computed."""
         for send in self._parts:
             if isinstance(send, SendTransfer):
                 send.push(block_ids, first, ready and ready.computed)
@@ -182,13 +184,13 @@ class JointSend(JointTransfer[_Send]):
                 send.push(block_ids, first, ready.number if ready else 0)
 
     async def commit(self, payload: bytes = b"") -> TransferResult:
-        # Kept, and not waited for: whoever waits may be cancelled, and every rank must still be told.
+        # The commits are kept but not awaited here: the caller may be cancelled, and every rank must still be told.
         self._committing = asyncio.gather(*(send.commit(payload) for send in self._parts))
         return await self.wait()
 
 
 async def _all_or_none(opening: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
-    """The transfers of all ranks; if one fails, the others are cancelled, and the first error is raised."""
+    """Open the transfers of all ranks. If one fails, the others are cancelled, and the first error is raised."""
     tasks = [asyncio.ensure_future(each) for each in opening]
     try:
         return await asyncio.gather(*tasks)

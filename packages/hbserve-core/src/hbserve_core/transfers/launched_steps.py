@@ -1,4 +1,4 @@
-"""Steps of all ranks of an instance by their number, so that what is told of one means each rank's own event of it."""
+"""Steps of all ranks of an instance by number, so that a message about a step refers to each rank's own event of it."""
 
 import threading
 from collections import deque
@@ -6,20 +6,20 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 KEPT_STEPS = 4
-"""Events that are kept: a rank has two steps under way at most, and those before them have been computed."""
+"""Number of events that are kept. A rank has at most two steps under way, and those before them have been computed."""
 
 
 class LaunchedStep(NamedTuple):
-    """A step of all ranks, before it has been computed."""
+    """Step of all ranks that has not been computed yet."""
 
     number: int
-    """From 1, since the instance began: the same on every rank."""
+    """Number of the step since the instance began, counted from 1. It is the same on every rank."""
     computed: Any
-    """Rank 0's CUDA event, see `Runner.computed`. Each rank has one of its own for the step of this number."""
+    """CUDA event of rank 0; see `Runner.computed`. Each rank has an event of its own for the step of this number."""
 
 
 class LaunchedSteps:
-    """Events of the steps that this rank has launched, by number. Of its engine's thread and of the event loop."""
+    """Events of the steps that this rank has launched, by number. Used by its engine's thread and by the event loop."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -28,7 +28,7 @@ class LaunchedSteps:
         self._waiting: list[tuple[int, Callable[[], object]]] = []
 
     def add(self, computed: Any) -> None:
-        """The next step is launched; `computed` as a Runner has it."""
+        """Note that the next step is launched. `computed`: see `Runner.computed`."""
         with self._lock:
             self._number += 1
             self._events.append(computed)
@@ -38,13 +38,14 @@ class LaunchedSteps:
             call()
 
     def event(self, number: int) -> Any:
-        """The event of a launched step; None: it has been computed."""
+        """Return the event of a launched step, or None if it has been computed."""
         with self._lock:
             age = self._number - number
             return self._events[-1 - age] if 0 <= age < len(self._events) else None
 
     def has(self, number: int, when_launched: Callable[[], object]) -> bool:
-        """Whether a step is launched. If not, this is called when it is, in whatever thread launches it."""
+        """Return whether a step is launched. If not, `when_launched` is called when it is, in the thread that launches
+        it."""
         with self._lock:
             if number > self._number:
                 self._waiting.append((number, when_launched))

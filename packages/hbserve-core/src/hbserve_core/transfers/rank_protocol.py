@@ -10,7 +10,7 @@ rank 0                                              rank 1, 2, …
 
   OPEN_LINK(endpoint)              ────call────▶    ahead of sends; ENDPOINT asks for the rank's own
 
-Closing a stream early cancels its transfer. What is said of a transfer that is not known (any more) is ignored.
+Closing a stream early cancels its transfer. Messages about a transfer that is not known (any more) are ignored.
 """
 
 from typing import Any
@@ -26,7 +26,7 @@ class Receive(msgspec.Struct, frozen=True, tag=True):
     transfer_id: str
     block_ids: list[int]
     sender: str = ""
-    """Of `KVTransferManager.post_receive`."""
+    """Sender that `KVTransferManager.post_receive` is to expect."""
 
 
 class Send(msgspec.Struct, frozen=True, tag=True):
@@ -36,9 +36,9 @@ class Send(msgspec.Struct, frozen=True, tag=True):
 
 class Begun(msgspec.Struct, frozen=True, tag=True):
     grant: bytes = b""
-    """Of a receive."""
+    """Grant of a receive."""
     num_blocks: int = 0
-    """Of a send."""
+    """Number of blocks of a send."""
 
 
 class Ended(msgspec.Struct, frozen=True, tag=True):
@@ -50,7 +50,8 @@ class Push(msgspec.Struct, frozen=True, tag=True):
     block_ids: list[int]
     first: int
     step: int = 0
-    """Number of the step that computes them; the rank may not have launched it yet. 0: they are computed."""
+    """Number of the step that computes the blocks; the rank may not have launched it yet. 0 means that they are
+    computed."""
 
 
 class Commit(msgspec.Struct, frozen=True, tag=True):
@@ -64,7 +65,7 @@ class Cancel(msgspec.Struct, frozen=True, tag=True):
 
 
 class Endpoint(msgspec.Struct, frozen=True, tag=True):
-    """See `KVTransferManager.endpoint`."""
+    """Endpoint of a rank: see `KVTransferManager.endpoint`."""
 
     endpoint: bytes
 
@@ -82,4 +83,4 @@ ENDPOINT: Method[Empty, Endpoint] = Method("rank.endpoint", Empty, Endpoint)
 OPEN_LINK: Method[Endpoint, Empty] = Method("rank.open_link", Endpoint, Empty)
 STATS: Method[Empty, Figures] = Method("rank.stats", Empty, Figures)
 CLOSE: Method[Empty, Empty] = Method("rank.close", Empty, Empty)
-"""End every transfer, and tell the peers."""
+"""Method that ends every transfer and tells the peers."""

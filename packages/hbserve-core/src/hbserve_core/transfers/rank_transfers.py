@@ -1,4 +1,4 @@
-"""The KV of one rank on its way: its manager and, if it is not rank 0, both ends of transfers/rank_protocol.py."""
+"""KV transfers of one rank: its manager and, if it is not rank 0, both ends of transfers/rank_protocol.py."""
 
 import asyncio
 import contextlib
@@ -46,24 +46,24 @@ Q = TypeVar("Q", bound=msgspec.Struct)
 R = TypeVar("R")
 
 POOL_AXES = "blocks layers kv tokens heads dim"
-"""Dimensions of a runner's pool, as `LoadedModel.allocate_pool` makes it."""
+"""Names of the dimensions of a runner's pool, as `LoadedModel.allocate_pool` makes it."""
 RANK_STRIDE = 1 << 16
-"""Distance of the numbers by which hbserve_kv knows the ranks of one instance: `kv_rank + rank * RANK_STRIDE`."""
+"""Distance between the numbers by which hbserve_kv knows the ranks of one instance: `kv_rank + rank * RANK_STRIDE`."""
 SILENCE_S = 5.0
-"""A rank that is silent for longer is lost. Its reports say so earlier, see ranks/worker_process.py."""
+"""Longest silence after which a rank counts as lost. Its reports usually tell earlier: see ranks/worker_process.py."""
 EXIT_STATUS_S = 1.0
-"""How long the end of a rank's process may take to be known here otherwise, with its exit status. Of several reasons
-the first one is told."""
+"""Time given to rank 0 to learn of the end of a rank's process in another way, with its exit status. Of several reasons
+for a failure, the first one is reported."""
 TIMEOUT_S = 10.0
-"""Deadline of what a rank does at once."""
+"""Deadline of calls that a rank answers at once."""
 LINK_TIMEOUT_S = 300.0
-"""Deadline of what has deadlines of its own there; a rank that is lost is noticed earlier."""
+"""Deadline of calls for which the rank has deadlines of its own. A rank that is lost is noticed earlier."""
 
 
 def make_manager(config: InstanceConfig, runner: Runner, shard: Shard, epoch: str | None = None) -> KVTransferManager:
-    """The manager of this process's rank, over its pool. Raises BackendUnavailable."""
+    """Make the manager of this process's rank, over its pool. Raises BackendUnavailable."""
     settings = msgspec.structs.replace(config.kv_transfer, keys=config.keys)
-    if shard.rank:  # the next ports are those of other instances
+    if shard.rank:  # the next ports belong to other instances
         settings = msgspec.structs.replace(settings, port=0)
     return KVTransferManager(
         rank=config.kv_rank + shard.rank * RANK_STRIDE,
@@ -77,7 +77,7 @@ def make_manager(config: InstanceConfig, runner: Runner, shard: Shard, epoch: st
 
 
 class RankServer:
-    """Transfers of this process's rank, as rank 0 wants them. Lives in the event loop that ran `start`."""
+    """Server of the transfers of this process's rank, for rank 0. Belongs to the event loop that ran `start`."""
 
     def __init__(self, manager: KVTransferManager, steps: LaunchedSteps) -> None:
         self._manager = manager
@@ -86,10 +86,11 @@ class RankServer:
         self._transfers: dict[str, PostedReceive | SendTransfer] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._told: deque[Push | Commit] = deque()
-        """What rank 0 has told, in order. The first is a push of a step that is not launched here yet."""
+        """Messages from rank 0 that wait, in order. The first is a push of a step that is not launched here yet."""
 
     async def start(self) -> str:
-        """The address. Raises what `KVTransferManager.start` and `transfer_to_itself` raise."""
+        """Start to serve, and return the address. Raises what `KVTransferManager.start` and `transfer_to_itself`
+        raise."""
         server = self._server
         server.serve_stream(protocol.RECEIVE, lambda request: self._follow(request.transfer_id, self._post(request)))
         server.serve_stream(protocol.SEND, lambda request: self._follow(request.transfer_id, self._open(request)))
@@ -118,7 +119,7 @@ class RankServer:
     async def _follow(
         self, transfer_id: str, opening: Awaitable[tuple[PostedReceive | SendTransfer, Begun]]
     ) -> AsyncGenerator[Begun | Ended]:
-        """Report one transfer from its beginning until it is drained, or nobody wants to hear of it."""
+        """Report one transfer from its beginning until it is drained, or until rank 0 no longer listens."""
         transfer = None
         try:
             transfer, begun = await opening
@@ -130,9 +131,10 @@ class RankServer:
             raise InvalidRequest(str(error)) from error
         finally:
             if transfer is not None:
-                if self._transfers.get(transfer_id) is transfer:  # and no later one of this id
+                if self._transfers.get(transfer_id) is transfer:  # not a later one with this id
                     del self._transfers[transfer_id]
-                # A task of its own, because this one may be cancelled. Nothing, if the transfer has ended.
+                # It is cancelled in a task of its own, because this one may be cancelled. If it has ended, nothing
+                # happens.
                 self._begin(transfer.cancel("rank 0 has given it up"))
 
     def _begin(self, job: Coroutine[Any, Any, object]) -> None:
@@ -146,7 +148,8 @@ class RankServer:
             self._forward()
 
     def _forward(self) -> None:
-        """Rank 0 tells of a step when it has launched it, which may be before this rank has."""
+        """Carry out the waiting messages up to the first one about a step that is not launched here yet. Rank 0 sends
+        it when it has launched the step itself, which may be earlier."""
         loop = asyncio.get_running_loop()
         while self._told:
             request = self._told[0]
@@ -184,7 +187,7 @@ class RankServer:
 
 
 def serve_transfers(config: InstanceConfig, runner: Runner, shard: Shard, steps: LaunchedSteps) -> str:
-    """Serve in a thread of its own, to the end of the process; returns the address.
+    """Serve transfers in a thread of their own until the end of the process, and return the address.
 
     Raises:
         AddressInUse, BackendUnavailable.
@@ -204,10 +207,10 @@ def serve_transfers(config: InstanceConfig, runner: Runner, shard: Shard, steps:
 
 
 class RemoteRank:
-    """Transfers of another rank, whose process serves them at `address`, as rank 0 has them."""
+    """Rank 0's access to the transfers of another rank, whose process serves them at `address`."""
 
     def __init__(self, rank: int, address: str, on_lost: Callable[[Exception], None], keys: Keys | None = None) -> None:
-        """on_lost: called when the rank does not answer; the instance must end then."""
+        """on_lost: called when the rank does not answer. The instance must end then."""
         self.name = f"rank {rank}"
         self.client = RpcClient(address, heartbeat_interval_s=1.0, heartbeat_timeout_s=SILENCE_S, keys=keys)
         self._on_lost = on_lost
@@ -215,19 +218,19 @@ class RemoteRank:
         self._stats = TransferStats()
 
     async def post_receive(self, transfer_id: str, block_ids: Sequence[int], sender: str = "") -> "RemoteTransfer":
-        """Raises TransferFailed: the rank refuses, or is lost."""
+        """Post a receive on the rank. Raises TransferFailed if the rank refuses or is lost."""
         return await self._begin(transfer_id, protocol.RECEIVE, Receive(transfer_id, list(block_ids), sender))
 
     async def open_send(self, transfer_id: str, grant: bytes) -> "RemoteTransfer":
-        """Raises TransferFailed: the rank cannot send, or is lost."""
+        """Open a send on the rank. Raises TransferFailed if the rank cannot send or is lost."""
         return await self._begin(transfer_id, protocol.SEND, Send(transfer_id, grant))
 
     async def endpoint(self) -> bytes:
-        """Where the rank receives. Raises TransferFailed: it is lost."""
+        """Return the endpoint at which the rank receives. Raises TransferFailed if it is lost."""
         return (await self._ask(protocol.ENDPOINT, Empty(), TIMEOUT_S)).endpoint
 
     async def open_link(self, endpoint: bytes) -> None:
-        """Raises TransferFailed: the rank cannot connect, or is lost."""
+        """Connect the rank to a receiver. Raises TransferFailed if the rank cannot connect or is lost."""
         await self._ask(protocol.OPEN_LINK, Endpoint(endpoint), LINK_TIMEOUT_S)
 
     async def _ask(self, method: Method[Q, R], request: Q, timeout_s: float) -> R:
@@ -253,15 +256,15 @@ class RemoteRank:
             raise
 
     def lost(self, error: Exception) -> None:
-        """Report that it does not answer."""
+        """Report that the rank does not answer."""
         failed = RankFailed(f"{self.name} does not answer: {error}")
-        if isinstance(error, PeerDied):  # whoever has started its process hears of its end too, and how it ended
+        if isinstance(error, PeerDied):  # whoever started its process also learns of its end, and how it ended
             asyncio.get_running_loop().call_later(EXIT_STATUS_S, self._on_lost, failed)
         else:
             self._on_lost(failed)
 
     async def stats(self) -> TransferStats:
-        """Its figures; those that were last heard if it is lost."""
+        """Return the rank's figures or, if it is lost, the last ones received."""
         try:
             self._stats = (await self.client.call(protocol.STATS, Empty(), timeout_s=TIMEOUT_S)).stats
         except HBServeRpcError as error:
@@ -269,7 +272,7 @@ class RemoteRank:
         return self._stats
 
     def lose(self) -> None:
-        """The instance has failed: what waits for the rank waits no longer, and what is asked from now on fails."""
+        """Give the rank up, because the instance has failed: calls that wait for it end, and later calls fail."""
         self._losing = asyncio.create_task(self.client.close("the instance has failed"))
 
     async def close(self) -> None:
@@ -285,10 +288,10 @@ class RemoteRank:
 
 
 class RemoteTransfer:
-    """A PostedReceive or a SendTransfer of another rank.
+    """PostedReceive or SendTransfer of another rank.
 
-    If the rank is lost the transfer has failed, and is drained: its process is ended, and so is the instance, before a
-    block is used again.
+    If the rank is lost, the transfer counts as failed and drained: the rank's process and the instance are ended before
+    a block is used again.
     """
 
     def __init__(self, rank: RemoteRank, transfer_id: str, stream: RpcStream[Any], begun: Begun) -> None:
@@ -311,12 +314,12 @@ class RemoteTransfer:
                 self._result.set_result(TransferResult(Outcome.FAILED_DRAINED, error=f"{self._rank.name} is lost"))
 
     def _tell(self, method: Any, message: msgspec.Struct) -> None:
-        with contextlib.suppress(HBServeRpcError):  # the client is closed, and so the stream has ended
+        with contextlib.suppress(HBServeRpcError):  # the client is closed, so the stream has ended too
             self._rank.client.notify(method, message)
 
     def push(self, block_ids: Sequence[int], first: int, step: int = 0) -> None:
-        """step: as of a Push. What rank 0 has computed is computed on that rank too: its step ends after the sums to
-        which that one contributed."""
+        """Push blocks on the rank. step: see `Push.step`. Blocks that rank 0 has computed are also computed on that
+        rank, because rank 0's step ends after the sums to which that rank contributed."""
         self._tell(protocol.PUSH, Push(self._transfer_id, list(block_ids), first, step))
 
     async def commit(self, payload: bytes = b"") -> TransferResult:
