@@ -1,1 +1,1 @@
-"""A step on a CUDA device: packed into one buffer, replayed from graphs, without waiting."""
+"""Steps on a CUDA device: packed into one buffer, replayed from graphs, without waiting."""

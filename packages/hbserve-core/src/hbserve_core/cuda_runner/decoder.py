@@ -1,8 +1,8 @@
-"""The decoder on CUDA: matrix products by whatever is fastest for their shape, and our kernels for everything in
+"""Decoder on CUDA: each matrix product by the kernel that is fastest for its shape, and our kernels for everything in
 between.
 
-A layer takes five launches for up to 64 decodes (norms and gates are inside the products), and nine for more.
-Of the last layer, a step with prompts needs keys and values of all rows, and everything else of those that are sampled.
+A layer takes five launches for up to 64 decodes (norms and gates are inside the products), and nine for more. In the
+last layer, a step with prompts computes keys and values for all rows, and all else only for rows that are sampled.
 Shapes: T rows of one step, R of them sampled, E hidden_size, N query heads, K key heads, D head_dim.
 """
 
@@ -35,7 +35,7 @@ from hbserve_core.model.rank_group import RankGroup
 
 
 class CudaDecoder:
-    """A causal language model over a paged pool. Reads steps that are on the device, and waits for nothing."""
+    """Causal language model over a paged pool. Reads steps that are on the device, and waits for nothing."""
 
     def __init__(self, model: LoadedModel, largest: StepShape, group: RankGroup | None = None) -> None:
         """largest: a shape that every step fits into."""
@@ -56,8 +56,8 @@ class CudaDecoder:
         )
 
     def decode(self, step: StepView, sampled: torch.Tensor, pool: torch.Tensor) -> torch.Tensor:
-        """Compute a step of decodes only: a token for every row goes to `sampled`, int32. Returns what `hidden`
-        does."""
+        """Compute a step that has only decodes. A token for every row goes to `sampled`, int32. Returns the last
+        layer's output, as `hidden` does."""
         stream = self._stream(step, sampled, pool, every_row=True)
         sample(self._logits(stream), step.samples[1:], sampled)
         return stream.rows
@@ -67,7 +67,7 @@ class CudaDecoder:
         sample(self.logits(hidden[: step.samples.shape[1]]), step.samples[1:], sampled)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(N, vocab_size): logits of rows (N, E) from the last layer."""
+        """Compute logits (N, vocab_size) of rows (N, E) from the last layer."""
         return self._logits(ResidualStream(hidden))
 
     def draw(
@@ -80,7 +80,7 @@ class CudaDecoder:
     ) -> torch.Tensor:
         """Draw some of the step's samples again, at positions `places` (N,) int64, from other logits (N, vocab_size).
 
-        If some have grammars, only rank 0 knows what may be drawn, and tells the other ranks what was drawn.
+        If some have grammars, only rank 0 knows what may be drawn, and it tells the other ranks what was drawn.
         """
         tokens = torch.empty(len(places), dtype=torch.int32, device=scores.device)
         drawn_by = step.samples[1:].index_select(1, places)
@@ -98,8 +98,8 @@ class CudaDecoder:
     def hidden(
         self, step: StepView, sampled: torch.Tensor, pool: torch.Tensor, every_row: bool = False
     ) -> torch.Tensor:
-        """(R, E): the last layer's output for the rows that are sampled, one row of no use if there are none; or (T,
-        E), for every row. Writes the step's keys and values into the pool."""
+        """Compute the last layer's output, (R, E) for the rows that are sampled, or one unused row if there are none;
+        or (T, E), for every row. Writes the step's keys and values into the pool."""
         return self._stream(step, sampled, pool, every_row).rows
 
     def _stream(self, step: StepView, sampled: torch.Tensor, pool: torch.Tensor, every_row: bool) -> ResidualStream:
@@ -113,7 +113,7 @@ class CudaDecoder:
             is_narrowed = index + 1 == len(weights.layers) and not every_row
             attended = self._attend(index, layer, qkv, step, pool, step.last_tiles if is_narrowed else step.tiles)
             if is_narrowed:
-                # At least one row: its sums end after all ranks have written their keys and values.
+                # At least one row is kept, because its sums end after all ranks have written their keys and values.
                 rows = step.samples[0] if step.samples.shape[1] else step.samples.new_zeros(1)
                 stream = ResidualStream(stream.rows.index_select(0, rows))
                 attended, slots = attended.index_select(0, rows), slots.index_select(0, rows)
@@ -131,14 +131,14 @@ class CudaDecoder:
         return stream
 
     def _inner(self, stream: ResidualStream, norm: RmsNorm | None, linear: Linear) -> torch.Tensor:
-        """(T, F): the input of an MLP's last product."""
+        """Compute the input of an MLP's last product, (T, F)."""
         switches = self._config.switches
         if switches.is_gated:
             return self._products.gated(stream, norm, linear)
         return activated(self._products.of_normed(stream, norm, linear), switches)
 
     def _are_few(self, rows: torch.Tensor, weights: ExpertWeights) -> bool:
-        """Whether these experts have faster kernels for so few rows."""
+        """Return whether these experts have faster kernels for such few rows."""
         experts = self._config.switches.experts
         assert experts is not None
         are_wide = [isinstance(each, torch.Tensor) for each in (weights.gate_up, weights.down)]
@@ -156,8 +156,8 @@ class CudaDecoder:
         next_norm: RmsNorm | None,
         are_few: bool,
     ) -> None:
-        """Add the output of layer `index`'s experts for the stream's rows, which are normed first. slots: theirs, see
-        `store_kv`. are_few: rows."""
+        """Add the output of layer `index`'s experts for the stream's rows, which are normed first. slots: slots of the
+        rows, see `store_kv`. are_few: whether there are few rows, see `_are_few`."""
         experts, norm = self._config.switches.experts, self._weights.layers[index].mlp_norm
         assert experts is not None
         routing = Routing(experts.count, experts.per_token, experts.renormalises, weights.first)
@@ -184,7 +184,8 @@ class CudaDecoder:
         next_norm: RmsNorm | None,
         routing: Routing,
     ) -> None:
-        """Add what the experts of few rows find: each pair is computed by itself, without sorting by expert."""
+        """Add the output of experts for few rows: each pair of row and expert is computed by itself, without sorting by
+        expert."""
         is_alone = self._group.shard.size == 1
         logits = self._products.of_normed(stream, norm, weights.router)
         rows, eps = stream.scaled or stream.normed_by(norm), norm.eps if norm else 0.0
@@ -201,12 +202,12 @@ class CudaDecoder:
             stream.add_sum(result, self._group, next_norm)
 
     def _next_form(self, index: int, rows: torch.Tensor) -> RowForm | None:
-        """The form in which the next layer reads normed rows (M, E): see `CudaProducts.form_of_rows`."""
+        """Return the form in which the next layer reads normed rows (M, E): see `CudaProducts.form_of_rows`."""
         layers = self._weights.layers
         return None if index + 1 == len(layers) else self._products.form_of_rows(rows, layers[index + 1].qkv)
 
     def _logits(self, stream: ResidualStream) -> torch.Tensor:
-        """(R, vocab_size) of rows (R, E)."""
+        """Compute logits (R, vocab_size) of rows (R, E)."""
         logits = self._products.of_normed(stream, self._weights.norm, self._weights.head)
         return capped_logits(self._group.gather_logits(logits, self._config.vocab_size), self._config)
 
@@ -218,8 +219,8 @@ class CudaDecoder:
         norm: RmsNorm | None,
         next_norm: RmsNorm | None,
     ) -> None:
-        """Add a product to the stream, normed if there is a norm for it; with several ranks, the sum of all ranks'
-        products."""
+        """Add a product to the stream or, with several ranks, the sum of all ranks' products. It is normed first if
+        there is a norm for it."""
         if norm is not None:
             stream.add(normed(self._group.all_reduce(self._products.of(inputs, linear)), norm))
         elif self._group.shard.size > 1:
@@ -236,14 +237,14 @@ class CudaDecoder:
         pool: torch.Tensor,
         tiles: torch.Tensor,
     ) -> torch.Tensor:
-        """(T, N * D) from projected rows (T, (N + 2 K) * D), whose keys may be normed and rotated in place. tiles:
-        the step's, or some of them; of prompts' rows in others nothing is read."""
+        """Compute attention (T, N * D) from projected rows (T, (N + 2 K) * D), whose keys may be normed and rotated in
+        place. tiles: the step's tiles, or some of them. The results for prompts' rows in other tiles are not read."""
         config = self._config
         norm = (layer.qk_norm.weight, layer.qk_norm.eps) if isinstance(layer.qk_norm, RmsNorm) else None
         if isinstance(layer.qk_norm, ProjectionNorm):
             layer.qk_norm.apply(qkv.view(len(qkv), -1, config.head_dim), self._group)
         rotation, scores = (self._angles[index], norm), self._scores[index]
-        # Among the samples of a graph, padding stands for row 0, which none of the last tiles may have.
+        # Padding among the samples of a graph stands for row 0, which may be in none of the last tiles.
         make = torch.empty if tiles is step.tiles else torch.zeros
         out = make((len(qkv), config.num_heads * config.head_dim), dtype=qkv.dtype, device=qkv.device)
         if step.shape.tiles:

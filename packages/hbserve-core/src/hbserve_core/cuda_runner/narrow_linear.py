@@ -1,4 +1,4 @@
-"""Products with narrow weights on CUDA. Nothing here is imported unless a model has such.
+"""Products with narrow weights on CUDA. This file is only imported if a model has such weights.
 
     rows        8-bit floats                              4 bits
     … 8         of small matrices as of 4 bits, else …    a product of few rows, on Hopper
@@ -6,8 +6,8 @@
     … 128       rows in 8-bit floats too                  a skinny product where there are tiles enough, else as below
     … 512       as above                                  tiles of rows
     513 …       as above                                  widened into a scratch, then cuBLAS
-Rows in 8-bit floats are multiplied by cuBLAS where it knows the weight's scales, else in tiles.
-benchmarks/narrow_products.py measures them; docs/performance-narrow.md has what it found.
+Rows in 8-bit floats are multiplied by cuBLAS if it supports the weight's scales, otherwise in tiles.
+benchmarks/narrow_products.py measures the products; docs/performance-narrow.md has its results.
 """
 
 import torch
@@ -20,14 +20,14 @@ from hbserve_core.model.layers import Linear
 from hbserve_core.model.narrow_weight import NarrowWeight
 
 _MOST_TILED_ROWS = 512
-"""More than these are widened first."""
+"""Largest number of rows that are multiplied in tiles. For more rows, the weight is widened first."""
 _BLOCK, _OUTPUTS_OF_CUBLAS, _GROUPS_OF_CUBLAS = 128, 16, 4
-"""Outputs that share a scale, and what they and groups of inputs must be multiples of: with other numbers of groups
-cuBLAS wants the scales padded."""
+"""Number of outputs that share a scale, and the divisors that cuBLAS needs of the numbers of outputs and of groups of
+inputs. With other numbers of groups it wants the scales padded."""
 
 
 class NarrowLinear(Linear):
-    """x W^T + b, with W as it is stored, and scales."""
+    """Linear layer x W^T + b, with W kept as it is stored, with scales."""
 
     weight: NarrowMatrix  # type: ignore[assignment]  # it stands for a tensor wherever products are chosen
 
@@ -44,7 +44,7 @@ class NarrowLinear(Linear):
         return EightBitForm(self.weight.group, self.weight.run) if self._takes_8_bits(inputs) else None
 
     def of_formed(self, rows: EightBitRows, inputs: torch.Tensor) -> torch.Tensor:
-        """(M, O) of rows that are inputs (M, I) in that form."""
+        """Multiply rows that are inputs (M, I) in the form of `form_of_rows`; returns (M, O)."""
         if self._is_for_cublas(inputs):
             result = self._scaled_product(rows, inputs)
             return result if self.bias is None else result.add_(self.bias)
@@ -66,7 +66,8 @@ class NarrowLinear(Linear):
         out.copy_(self(inputs))
 
     def add_to(self, target: torch.Tensor, inputs: torch.Tensor) -> None:
-        """As `Linear` has it, but for 8-bit floats of cuBLAS, whose result is rounded before it is added."""
+        """Add the result to `target` as `Linear` does, except that a product of 8-bit floats by cuBLAS is rounded
+        before it is added."""
         if self._is_for_cublas(inputs):
             target += self(inputs)
         elif self._takes_8_bits(inputs):
@@ -83,7 +84,7 @@ class NarrowLinear(Linear):
         return self._scales is not None and inputs.dtype == torch.bfloat16
 
     def _scaled_product(self, rows: EightBitRows, inputs: torch.Tensor) -> torch.Tensor:
-        """(M, O), by cuBLAS, of rows in 8-bit floats."""
+        """Multiply rows in 8-bit floats by cuBLAS; returns (M, O)."""
         assert self._scales is not None
         _, words, _ = self.weight.operands(rows)
         by_row = len(self.weight.scales) == 1
@@ -97,8 +98,8 @@ class NarrowLinear(Linear):
 
 
 def _scales_of_cublas(weight: NarrowMatrix) -> torch.Tensor | None:
-    """A weight's scales as cuBLAS takes them, (1, O) by row, or (I / 128, O / 128) of blocks of 128 x 128; None where
-    it knows no such scales, or no such card."""
+    """Return a weight's scales as cuBLAS takes them: (1, O) by row, or (I / 128, O / 128) for blocks of 128 x 128. None
+    if cuBLAS does not support such scales, or not on this card."""
     is_hopper = weight.words.is_cuda and torch.cuda.get_device_capability(weight.words.device) == (9, 0)
     groups, outputs = weight.scales.shape
     if not is_hopper or not weight.takes_8_bits() or outputs % _OUTPUTS_OF_CUBLAS:

@@ -8,10 +8,10 @@
     … 128     skinny_linear if there is a tile for every second multiprocessor         cuBLAS
     129 …     cuBLAS, as for all others above                                          cuBLAS
 
-On Hopper, gates and ups of many rows are one product of 16-bit numbers that includes its gates: hopper_gated.py.
-Kernels other than cuBLAS's include norms, gates and additions, or do part of them, and start before the kernel before
-them has ended. For narrower weights (narrow_linear.py) `skinny_linear` uses a kernel of theirs, and their `Linear`
-replaces cuBLAS. benchmarks/cuda_products.py compares all others; docs/performance-kernels.md has what it found.
+On Hopper, one product of 16-bit numbers computes gates and ups of many rows and applies the gates: hopper_gated.py.
+Kernels other than cuBLAS's include norms, gates and additions, or do part of them, and start before the previous kernel
+has ended. For narrower weights (narrow_linear.py) `skinny_linear` uses a kernel of theirs, and their `Linear` replaces
+cuBLAS. benchmarks/cuda_products.py compares all other products; docs/performance-kernels.md has its results.
 
 Shapes: M rows, I inputs, O outputs, E hidden_size.
 """
@@ -38,23 +38,24 @@ from hbserve_core.model.rank_group import RankGroup
 
 _MOST_SPLIT_ROWS = 64
 _MOST_SKINNY_ROWS = {0: 128, 4: 128, 8: 64}
-"""Most rows of a skinny product, by bits of a narrow weight (0: any other weight). For more rows than these, 8-bit
+"""Largest number of rows of a skinny product, by bits of a narrow weight (0: any other weight). For more rows, 8-bit
 floats are multiplied as they are."""
 _SMALL_MATRIX = {1: 1 << 23, 2: 1 << 22, 4: 1 << 22}
-"""Sizes in numbers, by rows, from which a matrix is not for `small_linear`. Alone it would be as fast for larger
-ones, but its many programs leave no room for the next kernel to start."""
+"""Size of a matrix, in numbers, from which `small_linear` is not used, by number of rows. Alone it would be as fast for
+larger matrices, but its many programs leave no room for the next kernel to start."""
 _SMALL_INPUTS = {4: 2048}
-"""Fewest inputs of a matrix for `small_linear`, by rows."""
+"""Fewest inputs of a matrix for `small_linear`, by number of rows."""
 _HEAD_OUTPUTS, _HEAD_INPUTS = 1 << 16, 2048
-"""From this many outputs on, the matrix is a vocabulary's, and no kernel waits to start after it. With more inputs than
-these, the stream's last addition was a skinny product, which leaves half of the norm to the next one."""
+"""Bounds for `small_linear` with an LM head: from this many outputs on, the matrix is an LM head, and no kernel waits
+to start after it. With more inputs than this, the stream's last addition was a skinny product, which leaves half of the
+norm to the next product."""
 _FEWEST_INPUTS = 512
-"""Inputs of one split: adding up the splits must not cost more than reading them in parallel gains. Twice as many if
-there is a tile for every third multiprocessor, because these read nearly as fast as all of them."""
+"""Fewest inputs of one split: adding up the splits must not cost more than reading them in parallel gains. It is twice
+as many if there is a tile for every third multiprocessor, because these read nearly as fast as all of them."""
 
 _NARROW_PROGRAMS = {8: {16: 4, 32: 3, 64: 3}, 4: {16: 6, 32: 4, 64: 3}}
-"""Programs per multiprocessor for a product with narrow weights, by bits and padded rows: a step of their loop reads
-fewer bytes, so more steps have to be in flight."""
+"""Programs per multiprocessor for a product with narrow weights, by bits and padded rows. A step of their loop reads
+fewer bytes, so more steps must be in flight."""
 _MOST_PROGRAMS = 6
 
 
@@ -63,7 +64,7 @@ Kind = Literal["plain", "normed", "gated"]
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """How one product is computed."""
+    """Choice of how one product is computed."""
 
     kernel: Literal["small", "skinny", "cublas"]
     padded_rows: int = 0
@@ -74,12 +75,12 @@ class Choice:
 def choose(
     rows: int, weight: tuple[int, int], itemsize: int, kind: Kind, num_processors: int, narrow_bits: int = 0
 ) -> Choice:
-    """The fastest way to multiply this many rows of numbers of `itemsize` bytes with a weight matrix (O, I) of the
-    same.
+    """Choose the fastest way to multiply this many rows of numbers of `itemsize` bytes with a weight matrix (O, I) of
+    the same.
 
-    kind: "normed" if a norm comes before the product, "gated" if in addition half of the outputs are gates, else
-    "plain". narrow_bits: of the weight, if it is narrower; then only `skinny`, or its replacement for cuBLAS, can read
-    it.
+    kind: "normed" if a norm comes before the product, "gated" if in addition half of the outputs are gates, otherwise
+    "plain". narrow_bits: bits of the weight if it is narrower; then only `skinny`, or its replacement for cuBLAS, can
+    read it.
     """
     outputs, inputs = weight
     if itemsize > 2:
@@ -106,37 +107,38 @@ def _is_small(rows: int, outputs: int, inputs: int, kind: Kind) -> bool:
 
 
 class RowForm(Protocol):
-    """The form in which products with narrow weights read many rows; equal if the forms are: see
-    kernels/eight_bit_rows.py."""
+    """Form in which products with narrow weights read many rows: see kernels/eight_bit_rows.py. Two objects are equal
+    if their forms are."""
 
     def of(self, x: torch.Tensor) -> Any:
-        """Rows (M, I) in this form."""
+        """Return rows (M, I) in this form."""
 
     def of_normed(
         self, x: torch.Tensor, norm: torch.Tensor, eps: float, parts: ExpertParts | None = None
     ) -> tuple[torch.Tensor, Any]:
-        """Rows (M, E) normed by weights (E,), and the same in this form. parts: first added to x in place."""
+        """Return rows (M, E) normed by weights (E,), and the same in this form. parts: experts' output, which is first
+        added to x in place."""
 
 
 @dataclass(slots=True)
 class ResidualStream:
-    """What every layer adds to, and the norms before it read."""
+    """Residual stream, to which every layer adds, with what is already known of the next norm."""
 
     rows: torch.Tensor
-    """(M, E)"""
+    """Rows of the stream, (M, E)."""
     scaled: ScaledRows | None = None
-    """What the last addition left, if it has already begun the next norm."""
+    """Rows as the last addition left them, if it has already begun the next norm."""
     normed: torch.Tensor | None = None
-    """(M, E): the result of the next norm, if the last addition has already done all of it."""
+    """Result of the next norm, (M, E), if the last addition has already done all of it."""
     formed: tuple[RowForm, Any] | None = None
-    """`normed` in some form, if a product has asked for it, or will."""
+    """Form, and `normed` in it, if a product has asked for it, or will."""
 
     def normed_by(self, norm: RmsNorm | None) -> torch.Tensor:
-        """The rows normed by this norm, which must be the next one."""
+        """Return the rows normed by this norm, which must be the next one."""
         return normed(self.rows, norm) if self.normed is None else self.normed
 
     def formed_by(self, norm: RmsNorm | None, form: RowForm) -> Any:
-        """The rows normed, in this form; they are then also there as they are."""
+        """Return the normed rows in this form. They are then also available as `normed`."""
         if self.normed is None and norm is not None:
             self.normed, found = form.of_normed(self.rows, norm.weight, norm.eps)
             self.formed = form, found
@@ -146,7 +148,7 @@ class ResidualStream:
         return self.formed[1]
 
     def begins(self, next_norm: RmsNorm | None) -> torch.Tensor | None:
-        """Weights (E,) of the next norm, if the addition before it may begin it."""
+        """Return the weights (E,) of the next norm if the addition before it may begin the norm, otherwise None."""
         # Rows that are not yet divided by their rms could exceed the range of float16.
         return None if next_norm is None or self.rows.dtype == torch.float16 else next_norm.weight
 
@@ -156,13 +158,13 @@ class ResidualStream:
         self.rows += rows
 
     def add_parts(self, parts: ExpertParts, norm: RmsNorm, form: RowForm) -> None:
-        """Add the experts' output in place, and do all of the next norm, whose result is read in this form."""
+        """Add the experts' output in place, and do all of the next norm, whose result will be read in this form."""
         self.changes()
         self.normed, found = form.of_normed(self.rows, norm.weight, norm.eps, parts)
         self.formed = form, found
 
     def changes(self) -> None:
-        """Forget what has been done of a norm of the rows."""
+        """Forget what has been computed of the next norm, because the rows change."""
         self.scaled = self.normed = self.formed = None
 
     def add_sum(self, partial: torch.Tensor, group: RankGroup, next_norm: RmsNorm | None) -> None:
@@ -181,16 +183,16 @@ class ResidualStream:
 
 
 class CudaProducts:
-    """Products with the weights of one model, or of one rank's part of it. Waits for nothing."""
+    """Products with the weights of one model, or of one rank's part of it, which wait for nothing."""
 
     def __init__(self, device: torch.device, gelu: bool = False) -> None:
-        """gelu: gates go through this instead of silu."""
+        """gelu: whether gates go through gelu instead of silu."""
         self._gelu = gelu
         self._num_processors = num_processors(device)
         self._workspace = SkinnyWorkspace(_MOST_PROGRAMS * self._num_processors, _MOST_SPLIT_ROWS, device)
 
     def of_normed(self, stream: ResidualStream, norm: RmsNorm | None, linear: Linear) -> torch.Tensor:
-        """(M, O) from the stream's rows, which are normed first."""
+        """Multiply the stream's rows, which are normed first; returns (M, O)."""
         choice = self._choose(stream.rows, linear, "normed")
         if choice.kernel == "small":
             return small_linear(stream.rows, linear.weight, linear.bias, norm=_of_kernels(norm))
@@ -199,7 +201,7 @@ class CudaProducts:
         return self._of_many(stream, norm, linear)
 
     def form_of_rows(self, rows: torch.Tensor, linear: Linear) -> RowForm | None:
-        """The form in which normed rows (M, I) are multiplied, if it is not their own."""
+        """Return the form in which normed rows (M, I) are multiplied, or None if they are multiplied as they are."""
         form: RowForm | None = linear.form_of_rows(rows)
         return form if self._choose(rows, linear, "normed").kernel == "cublas" else None
 
@@ -217,7 +219,8 @@ class CudaProducts:
         slots: torch.Tensor,
         routing: Routing,
     ) -> ExpertParts:
-        """The experts' output for the stream's rows, which are normed first. Others: see experts.py."""
+        """Compute the experts' output for the stream's rows, which are normed first. Other arguments: see
+        experts.py."""
         gate_up, formed = weights.gate_up, None
         if not isinstance(gate_up, torch.Tensor) and (form := gate_up.form_of_rows(stream.rows, routing.per_row)):
             formed = stream.formed_by(norm, form)
@@ -226,8 +229,8 @@ class CudaProducts:
         return expert_parts(rows, logits, slots, gate_up, weights.down, routing, formed=formed)
 
     def gated(self, stream: ResidualStream, norm: RmsNorm | None, linear: Linear) -> torch.Tensor:
-        """silu(gate) * up, or gelu(gate) * up, (M, O), from the stream's rows, which are normed first; the weight is (2
-        O, E), gates then ups."""
+        """Compute silu(gate) * up, or gelu(gate) * up, (M, O), from the stream's rows, which are normed first. The
+        weight is (2 O, E), gates then ups."""
         choice = self._choose(stream.rows, linear, "gated")
         if choice.kernel == "small":
             return small_linear(
@@ -262,8 +265,8 @@ class CudaProducts:
     def add_sum_to(
         self, stream: ResidualStream, inputs: torch.Tensor, linear: Linear, group: RankGroup, next_norm: RmsNorm | None
     ) -> None:
-        """Add the sum over ranks of their products of rows (M, I) to the stream in place; part by part, if there are
-        more rows than the group sums by kernels. next_norm: the norm that follows."""
+        """Add the sum of all ranks' products of rows (M, I) to the stream in place, part by part if there are more rows
+        than the group sums by kernels at once. next_norm: the norm that follows."""
         count = group.rows_at_once((len(inputs), len(linear.weight)), inputs.dtype)
         if count == len(inputs):
             stream.add_sum(self.of(inputs, linear, group), group, next_norm)
@@ -277,7 +280,7 @@ class CudaProducts:
         stream.normed = None if any(each is None for each in found) else normed
 
     def of(self, inputs: torch.Tensor, linear: Linear, group: RankGroup | None = None) -> torch.Tensor:
-        """(M, O) from rows (M, I). group: will sum the result over its ranks."""
+        """Multiply rows (M, I); returns (M, O). group: the group that will sum the result over its ranks."""
         choice = self._choose(inputs, linear, "plain")
         if choice.kernel == "small":
             return small_linear(inputs, linear.weight, linear.bias)

@@ -1,9 +1,9 @@
-"""Steps on CUDA, launched without waiting for the one before.
+"""Steps on CUDA, each launched without waiting for the previous one.
 
     batch ─pack▶ pinned memory ─copy▶ device ─graph, or kernels▶ tokens ─host_copy▶ pinned memory ─wait▶ tokens
 
 A step's sampled tokens also stay on the device, where the next step's first kernel finds them. Rows whose requests ask
-for more than temperature, top-k and top-p are sampled again after it, by hbserve_core/logits.
+for more than temperature, top-k and top-p are sampled again afterwards, by hbserve_core/logits.
 
 Shapes: T rows of one step, E hidden_size. The pool: see model/kv_pool.py. A step in memory: see step_packer.py.
 """
@@ -40,11 +40,12 @@ logger = logging.getLogger(__name__)
 
 
 class CudaRunner:
-    """A model on a CUDA device. Steps run in order on their own stream; one may be launched before the last is read.
+    """Runner of a model on a CUDA device. Steps run in order on their own stream; one may be launched before the last
+    is read.
 
     Raises:
         ModelFilesMissing, UnsupportedModel, WeightsMismatch: see `LoadedModel`.
-        InvalidInstanceConfig: a setting that is impossible here.
+        InvalidInstanceConfig: a setting is not possible here.
         NotEnoughMemory: the pool does not fit.
     """
 
@@ -53,7 +54,7 @@ class CudaRunner:
     computed: Any = None
     _turn = 0
     _left: Callable[[], None] | None = None
-    """What is left for `draw` to do for the last step: None unless it has rows with a grammar."""
+    """Work of the last step that is left for `draw`; None unless the step has rows with a grammar."""
 
     def __init__(self, config: InstanceConfig, group: RankGroup, make_narrow: MakeNarrow) -> None:
         """make_narrow: see `LoadedModel`."""
@@ -100,8 +101,8 @@ class CudaRunner:
         return StepPacker(self.config, new_tokens_per_tile(self.dtype, heads), pieces, seed)
 
     def _make_buffers(self) -> None:
-        """Memory for the largest possible step: on the device, and twice on the host, so that the next step can be
-        written while the device still reads the last one."""
+        """Allocate memory for the largest possible step: on the device, and twice on the host, so that the next step
+        can be written while the device still reads the last one."""
         config = self.config
         blocks_per_sequence = -(-self.model_config.max_model_len // config.block_size)
         size = self._largest.fixed_size + config.max_num_seqs * blocks_per_sequence
@@ -110,7 +111,8 @@ class CudaRunner:
         self._read_back = [torch.zeros(config.max_num_seqs, dtype=torch.int32, pin_memory=True) for _ in range(2)]
 
     def _measure_step(self) -> int:
-        """Bytes that the largest step takes besides weights and pool, found by computing it once with padding only."""
+        """Measure the bytes that the largest step takes besides weights and pool, by computing it once with padding
+        only."""
         config = self.config
         shape = self._largest
         self._stream.synchronize()
@@ -120,7 +122,7 @@ class CudaRunner:
         view, hidden = run_steps_without_graph(
             self._decoder, self._shapes, shape, self._on_device, self._sampled, self.pool
         )
-        # Compiled now too, so that the first request that needs them does not delay the others.
+        # These kernels are compiled now too, so that the first request that needs them does not delay the others.
         for target, source in ((self._on_device, self._on_host[0]), (self._read_back[0], self._sampled)):
             host_copy(target[:1], source)
         rows = self._special_rows.dummies(min(config.max_num_seqs, self._special_rows.most_rows))
@@ -130,14 +132,15 @@ class CudaRunner:
         self._stream.synchronize()
         step = torch.cuda.max_memory_allocated(self.device) - before
         torch.cuda.empty_cache()
-        # Graphs share memory, for no more rows than the largest of them has. Only the last layer's output is separate
-        # for each: for graphs with prompts it is in the factor; of decode graphs there may be a thousand.
+        # Graphs share memory for as many rows as the largest of them has. Only the last layer's output is separate for
+        # each graph: for graphs with prompts the factor covers it; decode graphs are counted, as there may be a
+        # thousand.
         shared = min(1.0, 2 * max([0, *(shape.rows for shape in self._shapes.prefills)]) / shape.rows)
         row_bytes = self.model_config.hidden_size * self.dtype.itemsize
         return int(step * (1.1 + shared)) + row_bytes * sum(shape.rows for shape in self._shapes.decodes)
 
     def close(self) -> None:
-        """Does nothing: there is nothing to end."""
+        """Do nothing: there is nothing to end."""
 
     # ---- steps ---------------------------------------------------------------------------------------------------
 
@@ -151,7 +154,7 @@ class CudaRunner:
         step = self._packer.pack(batch, host.numpy())
         with torch.inference_mode(), self._stream:
             if step.shape.tiles:
-                # With prompts the device usually waits for this, and our kernel takes the host longer to launch.
+                # With prompts the device usually waits for this copy, and the host needs longer to launch our kernel.
                 self._on_device[: step.used].copy_(host[: step.used], non_blocking=True)
             else:
                 host_copy(self._on_device[: step.used], host)
@@ -168,7 +171,7 @@ class CudaRunner:
             done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             done.record(self._stream)
         self.computed = done
-        # Keys and values are there when it is `done`. Tokens may come later.
+        # Keys and values are complete when the step is `done`. Tokens may come later.
         sampled = torch.cuda.Event() if is_drawn_later else done  # type: ignore[no-untyped-call]
 
         def draw() -> None:
@@ -198,13 +201,13 @@ class CudaRunner:
         return self._stream.query()
 
     def _compute(self, step: PackedStep) -> tuple[torch.Tensor, torch.Tensor]:
-        """The last layer's output for the samples (R, E), whose tokens go to `_sampled`, and, if prompts are scored,
-        for every row (T, E). Both are valid until the next step."""
+        """Compute a step, whose sampled tokens go to `_sampled`. Returns the last layer's output for the samples (R, E)
+        and, if prompts are scored, for every row (T, E). Both are valid until the next step."""
         shape = step.shape
         if not shape.tiles:
             every_row = self._graphs.replay(shape) if shape in self._graphs else self._decode(shape)
             return every_row, every_row
-        # Graphs leave the last layer's output for other rows out.
+        # Graphs do not compute the last layer's output for other rows.
         has_graph = shape in self._graphs and not step.scored
         found = self._graphs.replay(shape) if has_graph else None
         view = StepView(self._on_device, shape)
@@ -238,7 +241,8 @@ class CudaRunner:
 
 
 class CudaGraphs:
-    """Captured work by shape of step. All graphs share one memory pool, because only one runs at a time."""
+    """CUDA graphs of captured work, by shape of step. All graphs share one memory pool, because only one runs at a
+    time."""
 
     def __init__(self, stream: torch.cuda.Stream) -> None:
         self._stream = stream
@@ -250,9 +254,10 @@ class CudaGraphs:
     def capture(
         self, shapes: list[StepShape], prepare: Callable[[StepShape], None], work: Callable[[StepShape], Any], name: str
     ) -> None:
-        """Capture `work(shape)` for each shape, the largest first. It must only queue kernels on memory that stays.
+        """Capture `work(shape)` for each shape, the largest first. The work must only queue kernels, on memory that
+        stays allocated.
 
-        `prepare(shape)` writes input there on which the work can be run first.
+        `prepare(shape)` writes input to that memory on which the work can be run once before the capture.
         """
         begin, before = time.perf_counter(), torch.cuda.memory_reserved(self._stream.device)
         for shape in self._with_progress(shapes, name):
@@ -273,12 +278,13 @@ class CudaGraphs:
 
     @staticmethod
     def _with_progress(shapes: list[StepShape], name: str) -> Iterator[StepShape]:
-        # Without a terminal there is no bar, only the line at the end.
+        # Without a terminal there is no progress bar, only the log line at the end.
         largest_first = sorted(shapes, key=lambda shape: -shape.rows)
         return iter(tqdm(largest_first, desc=f"{name} graphs", disable=None, leave=False))
 
     def replay(self, shape: StepShape) -> Any:
-        """Queue a shape's work, and return what `work` returned: results that stay until the next replay."""
+        """Queue a shape's work, and return what `work` returned at the capture: results that stay until the next
+        replay."""
         with self._lock:
             self._check_open()
             graph, result = self._graphs[shape]
@@ -290,7 +296,8 @@ class CudaGraphs:
             raise RankFailed("the ranks are being closed")
 
     def close(self) -> None:
-        """Free all graphs, even one that runs. From any thread, and more than once; a replay then raises RankFailed."""
+        """Free all graphs, even one that runs. A later replay raises RankFailed. May be called from any thread, and
+        more than once."""
         with self._lock:
             self._is_closed = True
             for graph, _ in self._graphs.values():

@@ -1,7 +1,7 @@
-"""Packing: a batch becomes the numbers that a device reads, and the tokens that it samples become the batch's.
+"""Packing of a batch into the numbers that a device reads, and assignment of the tokens that it samples to the batch.
 
-All of a step is in one piece of memory, so that one copy brings it to the device. Its layout, all int32; `StepShape`
-says how large each part is, and only the last part's size differs from step to step:
+A step is in one piece of memory, so that one copy brings it to the device. Its layout is as follows, all int32.
+`StepShape` says how large each part is; only the last part's size differs between steps of one shape:
     header         1                 width of the tables
     tokens         (4, rows)         token id, source (see `embed`), position, slot (see `store_kv`)
     sequences      (3, sequences)    first row, new tokens, context with them
@@ -11,7 +11,7 @@ says how large each part is, and only the last part's size differs from step to 
     samples        (7, sequences)    row, and what kernels/sampling.py says of each
     tables         sequences * width block numbers of each sequence
 Each part, and each of its rows, begins at a multiple of 16 bytes: kernels are compiled for that once, for all shapes.
-Sequences stand in the order of their rows: decodes, which are chunks of one token, before longer chunks.
+Sequences are in the order of their rows: decodes, which are chunks of one token, before longer chunks.
 """
 
 import random
@@ -40,11 +40,11 @@ _Integers = TypeVar("_Integers", int, npt.NDArray[np.int32])
 _ALIGNMENT = 4
 _SMALLEST_PREFILL, _LARGEST_PREFILL_STEP = 32, 128
 _MOST_ALONE = 256
-"""Rows of a step with prompts up to which there is another graph without decodes: leaving them out is worthwhile."""
+"""Most rows of a step with prompts for which there is another graph without decodes: leaving them out is worthwhile."""
 _KERNELS_DIFFER = (32, 64, 128, 256, 512, 1024)
-"""Rows of a step with prompts: one number from each range in which the same kernels are chosen."""
+"""Numbers of rows of steps with prompts, one from each range in which the same kernels are chosen."""
 TILE = 64
-"""A piece of a decode's context is a multiple of this many tokens."""
+"""Number of tokens of which the length of a piece of a decode's context is a multiple."""
 _MOST_PARTS, _PIECES_PER_PROCESSOR = 64, 2
 
 
@@ -59,7 +59,7 @@ def _ceil_div(dividend: _Integers, divisor: Any) -> _Integers:
 
 @dataclass(frozen=True, slots=True)
 class StepShape:
-    """The sizes of a step's parts. Two steps of one shape differ only in the width of their tables."""
+    """Sizes of a step's parts. Two steps of one shape differ only in the width of their tables."""
 
     rows: int
     sequences: int
@@ -67,7 +67,7 @@ class StepShape:
     tiles: int
 
     def fits(self, other: "StepShape") -> bool:
-        """Whether a step of this shape can be padded to the other."""
+        """Return whether a step of this shape can be padded to the other."""
         return (
             self.rows <= other.rows
             and self.sequences <= other.sequences
@@ -77,13 +77,13 @@ class StepShape:
 
     @property
     def fixed_size(self) -> int:
-        """Numbers before the tables."""
+        """Count of numbers before the tables."""
         return _parts(self)[-1][1]
 
 
 @lru_cache(maxsize=1024)
 def _parts(shape: StepShape) -> list[tuple[int, int, int, int]]:
-    """For each part: where it begins and ends, its number of rows, and the numbers per row."""
+    """Return for each part where it begins and ends, its number of rows, and its numbers per row."""
     columns = (1, shape.rows, shape.sequences, shape.pieces, shape.tiles, shape.sequences, shape.sequences)
     found, first = [], 0
     for rows, count in zip((1, 4, 3, 6, 2, 2, 7), columns, strict=True):
@@ -94,7 +94,7 @@ def _parts(shape: StepShape) -> list[tuple[int, int, int, int]]:
 
 
 class StepView:
-    """The parts of a step's memory, a flat int32 numpy array or torch tensor, as views."""
+    """Views of the parts of a step's memory, which is a flat int32 numpy array or torch tensor."""
 
     def __init__(self, memory: Any, shape: StepShape) -> None:
         self.shape = shape
@@ -105,7 +105,7 @@ class StepView:
         self.tables = memory[shape.fixed_size :]
 
     def clear(self) -> None:
-        """Make it a step of padding only. What an earlier step has left here could mean anything."""
+        """Make this a step of padding only. What an earlier step has left here could mean anything."""
         self.tokens[::2], self.tokens[1::2] = 0, -1
         self.tiles[0] = self.last_tiles[0] = self.pieces[0] = -1
         # Padding is sampled greedily, which costs least.
@@ -113,26 +113,26 @@ class StepView:
 
 
 class SplitKV:
-    """Split-KV: divides the decodes of a step into pieces of similar length, for kernels/decode_attention.py.
+    """Split-KV: division of a step's decodes into pieces of similar length, for kernels/decode_attention.py.
 
     There are enough pieces for several programs on every multiprocessor, and none is longer than that requires, so that
     neither a few long sequences among short ones nor a single one leaves multiprocessors idle. The number of pieces is
-    bounded by the number of rows: a graph has room for all.
+    bounded by the number of rows, so a graph has room for all.
     """
 
     def __init__(self, num_kv_heads: int, num_processors: int) -> None:
-        """A program takes one piece and one key head."""
+        """Choose the number of wanted pieces, given that a program takes one piece and one key head."""
         self._wanted = max(1, _PIECES_PER_PROCESSOR * num_processors // num_kv_heads)
 
     def most(self, rows: int) -> int:
-        """The most pieces that this many rows may have."""
+        """Return the largest number of pieces that this many rows may have."""
         return rows + min(self._wanted, (_MOST_PARTS - 1) * rows)
 
     def cut(self, contexts: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
-        """(6, P): row, which part of it, number of its parts, first and last (exclusive) position that the piece takes
-        from the pool, the new token's position. A row's parts are neighbours, and the last one has the new token.
+        """Return pieces (6, P): row, which part of it, number of its parts, first and last (exclusive) position taken
+        from the pool, the new token's position. A row's parts are adjacent, and the last one has the new token.
 
-        contexts: of each row, at least 1.
+        contexts: length of each row's context, at least 1.
 
         With 8 pieces wanted, contexts of 1000, 40 and 130 tokens, 1170 together, ask for pieces of 1170 / 8 = 147
         tokens. The first row would be 7 of them; 7 equal parts in whole tiles are of 3 tiles, 192 tokens; of these it
@@ -156,18 +156,18 @@ class SplitKV:
 
 
 def decode_buckets(max_num_seqs: int) -> list[int]:
-    """Numbers of rows of the decode graphs, ascending. The last is `max_num_seqs`: every decode step has a graph."""
+    """Return decode graphs' numbers of rows, ascending. The last is `max_num_seqs`: every decode step has a graph."""
     small = [1, 2, 4, 8]
     return sorted({size for size in [*small, *range(16, max_num_seqs, 16)] if size < max_num_seqs} | {max_num_seqs})
 
 
 def prefill_buckets(max_len: int, most: int = 0) -> list[int]:
-    """Numbers of rows of the graphs for steps with prompt chunks, ascending, up to `max_len`, and with decodes beside
-    such a chunk up to `most`.
+    """Return the numbers of rows of the graphs for steps with prompt chunks, ascending: up to `max_len`, and with
+    decodes beside such a chunk up to `most`.
 
-    They are four in an octave, and between 512 and 2048 one each 128 rows, which a large product computes at a time:
-    a step is padded to the next one, and what is computed for nothing takes as long as a prompt's own tokens. So are
-    those beyond `max_len`: a step of a whole chunk and some decodes is what a hybrid instance computes most often.
+    There are four in an octave, and one every 128 rows between 512 and 2048, because a large product computes 128 rows
+    at a time. A step is padded to the next graph, and padding takes as long as a prompt's own tokens. Beyond `max_len`
+    there is one every 128 rows too: a hybrid instance most often computes a whole chunk and some decodes.
     """
     sizes, size = [], _SMALLEST_PREFILL
     while size < max_len:
@@ -179,10 +179,10 @@ def prefill_buckets(max_len: int, most: int = 0) -> list[int]:
 
 
 class GraphShapes:
-    """The shapes of step that have a CUDA graph, and which of them a batch is padded to.
+    """Shapes of steps that have a CUDA graph, and the choice to which of them a batch is padded.
 
-    Decode steps have a graph in any case. Steps with prompt chunks have one if they are not larger than
-    `most_graph_tokens` and not made of too many sequences; others get the shape that fits them exactly.
+    Decode steps always have a graph. Steps with prompt chunks have one if they are not larger than `most_graph_tokens`
+    and do not have too many sequences; others get the shape that fits them exactly.
     """
 
     def __init__(self, config: InstanceConfig, tile_tokens: int, pieces: SplitKV) -> None:
@@ -199,7 +199,8 @@ class GraphShapes:
         between = range(max(buckets, default=0) + 1, config.max_num_batched_tokens)
         larger = [self._prefill_shape(size, num_seqs) for size in _KERNELS_DIFFER if size in between]
         self.without_graph = larger if has_graphs else decodes + larger
-        """Together with those that have one, and the largest step, they run every kernel that a step may run."""
+        """Shapes that, together with those that have a graph and the largest step, run every kernel that a step may
+        run."""
 
     def _prefill_shape(self, rows: int, max_num_seqs: int) -> StepShape:
         sequences = min(max_num_seqs, max(8, rows // ROWS_PER_SEQUENCE))
@@ -209,11 +210,11 @@ class GraphShapes:
         return StepShape(rows, sequences, self._pieces.most(num_decodes), tiles)
 
     def largest(self, rows: int, max_num_seqs: int) -> StepShape:
-        """A shape into which any step of this many rows and sequences fits."""
+        """Return a shape into which any step of this many rows and sequences fits."""
         return self._shape(rows, max_num_seqs, max_num_seqs, rows // self._tile_tokens + max_num_seqs)
 
     def choose(self, counts: list[int]) -> StepShape:
-        """The shape for a batch of chunks with these numbers of new tokens."""
+        """Choose the shape for a batch of chunks with these numbers of new tokens."""
         num_tiles = sum(_ceil_div(count, self._tile_tokens) for count in counts if count > 1)
         exact = self._shape(sum(counts), len(counts), counts.count(1), num_tiles)
         shapes = self.prefills if num_tiles else self.decodes
@@ -223,21 +224,21 @@ class GraphShapes:
 
 @dataclass(frozen=True, slots=True)
 class PackedStep:
-    """What the host knows of a step that a device computes."""
+    """Knowledge of the host about a step that a device computes."""
 
     shape: StepShape
     used: int
-    """How many numbers of its memory are used."""
+    """Count of numbers of its memory that are used."""
     places: list[int | None]
-    """For each token that is sampled, its chunk's position in the batch, or None if nobody wants it."""
+    """Position in the batch of each sampled token's chunk, or None if nobody wants the token."""
     batch_size: int
     special: list[LogitsRow]
-    """Those of `places` whose tokens are drawn again, by hbserve_core/logits."""
+    """Samples among `places` whose tokens are drawn again, by hbserve_core/logits."""
     scored: list[ScoredRows]
     """Rows that score prompt tokens."""
 
     def tokens(self, sampled: Ids[int]) -> StepTokens:
-        """Each chunk's next token, or None; `sampled` are the step's tokens, one for each of `places`."""
+        """Return each chunk's next token, or None; `sampled` are the step's tokens, one for each of `places`."""
         result: StepTokens = [None] * self.batch_size
         for place, token in zip(self.places, sampled, strict=True):
             if place is not None:
@@ -246,19 +247,19 @@ class PackedStep:
 
 
 def _scored(chunks: Ids[ScheduledChunk], places: Ids[int]) -> list[ScoredRows]:
-    """The scored rows of chunks in the order of their rows, at these positions in the batch."""
+    """Return the scored rows of chunks that are in the order of their rows and have these positions in the batch."""
     firsts = accumulate((chunk.num_new_tokens for chunk in chunks), initial=0)
     found = [scored_rows(*each) for each in zip(chunks, places, firsts, strict=False)]
     return [each for each in found if each is not None]
 
 
 class StepPacker:
-    """Packs one step after another. Remembers where the last one puts tokens that have not been read yet."""
+    """Packer of one step after another. It remembers where the last step puts tokens that have not been read yet."""
 
     def __init__(self, config: InstanceConfig, tile_tokens: int, pieces: SplitKV, seed: int | None = None) -> None:
-        """tile_tokens: new tokens that one program of prefill attention takes. pieces: how decodes are cut.
+        """tile_tokens: new tokens that one program of prefill attention takes. pieces: divides decodes into pieces.
 
-        seed: for requests that bring none of their own; None: another one in each process.
+        seed: seed for requests that bring none of their own; None for a different one in each process.
         """
         self.shapes = GraphShapes(config, tile_tokens, pieces)
         self._block_size = config.block_size
@@ -267,17 +268,18 @@ class StepPacker:
         self._pieces = pieces
         self._random = random.Random(seed)
         self._sources: dict[Sequence, int] = {}
-        """Place of each sequence's token among those that the step before samples."""
+        """Place of each sequence's token among those that the previous step samples."""
         self._sampled: list[Sequence] = []
-        """Those of the last step that had samples; usually the next one has the same. What follows is kept of them."""
+        """Sequences of the last step that sampled. Usually the next has the same. `_asked` and `_unseeded` are
+        theirs."""
         self._asked = asked_of_samples([])
-        """(7, N): what they ask for."""
+        """Parameters of those sequences, (7, N), see `asked_of_samples`."""
         self._unseeded: list[int] = []
-        """Places of those that bring no seed."""
+        """Places of those sequences that bring no seed."""
 
     def pack(self, batch: Ids[ScheduledChunk], memory: Any) -> PackedStep:
         """Write a step to `memory`, a flat int32 numpy array with room for `shapes.largest` and the tables."""
-        # Decodes first, and among them long contexts first, so that those that end last are short.
+        # Decodes come first, and long contexts first among them, so that the last ones to end are short.
         keys = [(chunk.num_new_tokens > 1, -chunk.sequence.num_computed_tokens) for chunk in batch]
         order = sorted(range(len(batch)), key=keys.__getitem__)
         chunks = [batch[place] for place in order]
@@ -302,7 +304,7 @@ class StepPacker:
             for found in special_rows(row, sequence, self._sources.get(sequence, -1))
         ]
         self._sources = {sequence: row for row, sequence in enumerate(sequences)}
-        # Nothing is searched in a step of decodes that all yield tokens, which is the most common kind.
+        # A step of decodes that all yield tokens, the most common kind, is not searched.
         scored = _scored(chunks, order) if shape.tiles or None in places else []
         return PackedStep(shape, shape.fixed_size + tables_size, places, len(batch), special, scored)
 
@@ -337,7 +339,7 @@ class StepPacker:
             view.tokens[3, rows] = slots[first - before * block_size :][:count]
             view.sequences[:, index] = row, count, first + count
             tiles = view.tiles[:, num_tiles : num_tiles + _ceil_div(count, self._tile_tokens)]
-            # The longest contexts begin first, so that no long one is left at the end.
+            # The longest contexts begin first, so that no long one remains at the end.
             tiles[0] = index
             tiles[1] = np.arange((tiles.shape[1] - 1) * self._tile_tokens, -1, -self._tile_tokens, dtype=np.int32)
             if chunk.samples:
@@ -351,17 +353,17 @@ class StepPacker:
             tiles[:] = tiles[:, np.argsort(-contexts, kind="stable")]
 
     def _write_tables(self, view: StepView, chunks: Ids[ScheduledChunk]) -> int:
-        """Returns how many numbers the tables have."""
+        """Write the sequences' block tables, and return how many numbers they have."""
         last = max([chunk.sequence.num_computed_tokens + chunk.num_new_tokens for chunk in chunks])
         width = _ceil_div(last, self._block_size)
         view.width[:] = width
         tables = [chunk.sequence.block_table for chunk in chunks]
         lengths = [len(table) for table in tables]
-        if max(lengths) > width:  # of a chunk that is not its prompt's last
+        if max(lengths) > width:  # there is a chunk that is not the last one of its prompt
             tables = [table[:width] for table in tables]
             lengths = [len(table) for table in tables]
         target = view.tables[: len(chunks) * width]
-        numbers = np.frombuffer(b"".join(tables), dtype=np.int32)  # one loop, and not one of Python
+        numbers = np.frombuffer(b"".join(tables), dtype=np.int32)  # a single loop, and not in Python
         if len(numbers) == len(target):
             target[:] = numbers
         else:
@@ -370,7 +372,7 @@ class StepPacker:
         return len(target)
 
     def _write_samples(self, view: StepView, sequences: list[Sequence], rows: list[int]) -> None:
-        """sequences: to sample for; rows: the last row of each."""
+        """Write what is needed to sample for these sequences; rows: the last row of each."""
         if not sequences:
             return
         if sequences != self._sampled:
@@ -385,7 +387,7 @@ class StepPacker:
 
 
 def asked_of_samples(params: Ids[SamplingParams]) -> npt.NDArray[np.int32]:
-    """(7, N), laid out as in a step's memory: what does not change from one token of a request to the next."""
+    """Return sampling parameters (7, N), laid out as in a step's memory: those that all tokens of a request share."""
     most_k, seed_bits, pack = 2**31 - 1, 2**64 - 1, struct.Struct("<ifQiif").pack  # a seed's halves are two numbers
     # A float64 may be beyond the range of float32.
     asked = [
@@ -396,5 +398,5 @@ def asked_of_samples(params: Ids[SamplingParams]) -> npt.NDArray[np.int32]:
 
 
 def _int32(numbers: list[int]) -> npt.NDArray[np.int32]:
-    """An int32 array of numbers. It is made by struct, which reads a list in half of numpy's time."""
+    """Make an int32 array of numbers, by struct, which reads a list in half of numpy's time."""
     return np.frombuffer(struct.pack(f"{len(numbers)}i", *numbers), dtype=np.int32)

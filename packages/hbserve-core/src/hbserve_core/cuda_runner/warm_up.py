@@ -1,7 +1,7 @@
-"""Steps before any request: who comes first would wait until kernels are compiled, or loaded by the device.
+"""Steps that run before any request, because the first one would otherwise wait for kernels to be compiled or loaded.
 
-Which kernels run depends on a step's rows, and on how many of them are sampled. Steps that have a graph are run when
-that is captured; here are the others.
+Which kernels run depends on a step's rows, and on how many of them are sampled. Steps that have a graph are run when it
+is captured; this file runs the others.
 """
 
 import torch
@@ -18,10 +18,10 @@ def run_steps_without_graph(
     sampled: torch.Tensor,
     pool: torch.Tensor,
 ) -> tuple[StepView, torch.Tensor]:
-    """Queue steps of padding only. Returns the last of them, which is the largest that there can be, and what its last
-    layer gives for every row, (T, E).
+    """Queue steps of padding only. Returns the last of them, which is the largest possible step, and its last layer's
+    output for every row, (T, E).
 
-    memory: a step's, on the device. sampled: (R,) int32, for as many rows as are ever sampled.
+    memory: memory of a step, on the device. sampled: (R,) int32, for the largest number of rows that are ever sampled.
     """
     for shape in shapes.without_graph:
         view = StepView(memory, shape)
@@ -30,7 +30,7 @@ def run_steps_without_graph(
     view = StepView(memory, largest)
     view.clear()
     hidden, samples = decoder.hidden(view, sampled, pool, every_row=True), view.samples
-    # A prompt's last rows are sampled behind a graph, so many as end in the step.
+    # The last rows of prompts are sampled after a graph: as many rows as prompts end in the step.
     for num_samples in decode_buckets(len(sampled)):
         view.samples = samples[:, :num_samples]
         decoder.finish(view, hidden, sampled)

@@ -57,8 +57,9 @@ async def run_instance(config: InstanceConfig, *, announce: bool = False, stop: 
     SIGINT and SIGHUP stay ignored if they are ignored already.
 
     Raises:
-        AddressInUse: the configured address is taken. AddressNotAvailable: this machine does not have the address for
-        KV transfers. InstanceFailed: the model does not load, or the engine has failed; the message says why.
+        AddressInUse: the configured address is taken.
+        AddressNotAvailable: this machine does not have the address for KV transfers.
+        InstanceFailed: the model does not load, or the engine has failed; the message says why.
     """
     stop = stop or asyncio.Event()
     sys.setswitchinterval(SWITCH_INTERVAL_S)

@@ -1,1 +1,1 @@
-"""The model that a Hugging Face folder describes: a rank's weights, pool and layers."""
+"""Model that a Hugging Face folder describes: a rank's weights, pool and layers."""

@@ -1,6 +1,6 @@
-"""The supported architectures, and the switches of the one decoder by which they differ, sizes apart.
+"""Supported architectures, and the switches of the one decoder by which they differ apart from their sizes.
 
-What a config.json leaves out has its architecture's default, as transformers has it.
+A value that a config.json leaves out has its architecture's default, the same as in transformers.
 """
 
 from collections.abc import Callable, Mapping, Set
@@ -10,11 +10,11 @@ from typing import Any, Literal
 
 @dataclass(frozen=True, slots=True)
 class LayerNorms:
-    """Names of a layer's norms in a checkpoint, by their places; None: there is none."""
+    """Names of a layer's norms in a checkpoint, by their places; None where there is none."""
 
     before_attention: str | None = "input_layernorm"
     after_attention: str | None = None
-    """The norm of attention's result, before it is added to attention's input."""
+    """Norm of attention's result, before it is added to attention's input."""
     before_mlp: str | None = "post_attention_layernorm"
     after_mlp: str | None = None
 
@@ -25,58 +25,60 @@ class LayerNorms:
 
 @dataclass(frozen=True, slots=True)
 class Experts:
-    """A mixture of experts in place of some layers' MLP."""
+    """Mixture of experts in place of the MLP of some layers."""
 
     count: int
     per_token: int
     intermediate_size: int
-    """Inner width of one expert; of one rank's part of it, if ranks have parts of all experts."""
+    """Inner width of one expert, or of one rank's part of it if ranks have parts of all experts."""
     renormalises: bool
-    """Whether weights of a token's experts are made to add up to 1."""
+    """Whether the weights of a token's experts are scaled to add up to 1."""
     layers: tuple[int, ...]
     block: str = "mlp"
     """Name of the router and its experts in a checkpoint."""
     projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     whole_on_ranks: bool = False
-    """Whether each rank has some of the experts whole (expert parallelism), and not a part of each."""
+    """Whether each rank has some of the experts as a whole (expert parallelism), and not a part of each."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Switches:
-    """Everything that a model is not Llama in. The defaults are Llama's."""
+    """Everything in which a model differs from Llama. The defaults are Llama's."""
 
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
     qk_norm: Literal["", "head", "projection"] = ""
-    """Whether queries and keys are normed: each head by itself, or all query heads, and all key heads, together."""
+    """Which norm queries and keys have: "head" norms each head by itself, "projection" all query heads together and all
+    key heads together; "" if none."""
     is_fused: bool = False
-    """Whether q, k and v are one tensor in the checkpoint, and so are gate and up."""
+    """Whether q, k and v are one tensor in the checkpoint, and gate and up are another."""
     norms: LayerNorms = field(default_factory=LayerNorms)
     embedding_multiplier: float = 1.0
     residual_multiplier: float = 1.0
-    """Multiplies what attention and MLP add to the residual stream."""
+    """Factor of what attention and MLP add to the residual stream."""
     logits_divisor: float = 1.0
     attention_multiplier: float | None = None
-    """Multiplies attention's scores; None: 1 / sqrt(head_dim)."""
+    """Factor of attention's scores; None for 1 / sqrt(head_dim)."""
     plain_layers: tuple[int, ...] = ()
-    """Layers that rotate nothing (NoPE)."""
+    """Layers that do not rotate queries and keys (NoPE)."""
     windowed_layers: tuple[int, ...] = ()
-    """Layers that see the last `sliding_window` positions only, if there is such a window."""
+    """Layers that only see the last `sliding_window` positions, if there is such a window."""
     activation: Literal["silu", "gelu", "relu"] = "silu"
-    """The MLP's activation, of its gates if `is_gated`; "gelu" is its approximation with a tanh."""
+    """Activation of the MLP, applied to its gates if `is_gated`; "gelu" is the approximation with tanh."""
     is_gated: bool = True
-    """Whether the MLP is act(gate) * up (SwiGLU, GeGLU); else it is act(up), and has no gate_proj."""
+    """Whether the MLP is act(gate) * up (SwiGLU, GeGLU); otherwise it is act(up) and has no gate_proj."""
     layer_norms: bool = False
-    """Whether norms take the mean away and have biases. See `weights.py` for how they become RMS norms."""
+    """Whether norms subtract the mean and have biases. `weights.py` says how they become RMS norms."""
     learned_positions: int = 0
-    """Rows of a table that has something to add to the embedding of each position, from its third row on; 0: none."""
+    """Number of rows of the table of learned positions, which from its third row on are added to the embeddings by
+    position; 0 if there is none."""
     renamed: tuple[tuple[str, str], ...] = ()
-    """Parts of names in a checkpoint, and what stands there in ours, in the order of replacing."""
+    """Parts of names in a checkpoint, and what replaces them in our names, in the order of replacement."""
     norms_from_one: bool = False
     """Whether norms multiply by 1 + weight, as Gemma's do."""
     attention_cap: float = 0.0
-    """Soft cap: scores s become cap * tanh(s / cap); 0: they stay."""
+    """Soft cap of attention's scores: a score s becomes cap * tanh(s / cap). 0 means no cap."""
     logits_cap: float = 0.0
     experts: Experts | None = None
 
@@ -91,7 +93,7 @@ def _qwen2(raw: Mapping[str, Any]) -> Switches:
 
 
 def _last_layers(raw: Mapping[str, Any]) -> tuple[int, ...]:
-    """Qwen's layers with a window are those from max_window_layers on, if they are in use."""
+    """Return Qwen's layers with a window: those from max_window_layers on, if windows are in use."""
     count = raw["num_hidden_layers"]
     return tuple(range(raw["max_window_layers"], count)) if raw["use_sliding_window"] else ()
 
@@ -150,7 +152,7 @@ def _gemma3(raw: Mapping[str, Any]) -> Switches:
 
 
 def _gemma(raw: Mapping[str, Any], every: int) -> Switches:
-    """every: how far layers that see all are from each other."""
+    """every: distance between layers that see all positions."""
     return Switches(
         norms=LayerNorms(
             "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"
@@ -251,28 +253,30 @@ def _biases(raw: Mapping[str, Any], of_mlp: bool = True) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """What is known of one architecture: how its config.json is read, and which switches it has."""
+    """Description of one architecture: how its config.json is read, and which switches it has."""
 
     model_type: str
-    """Names it in a config.json without `architectures`."""
+    """Name of the architecture in a config.json without `architectures`."""
     switches: Callable[[Mapping[str, Any]], Switches]
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    """Values of what a config.json leaves out. Keys in `_OF_SOME` are read only if they have a default here."""
+    """Values of keys that a config.json leaves out. Keys in `_OF_SOME` are only read if they have a default here."""
     renamed: Mapping[str, str] = field(default_factory=dict)
-    """Its own names in a config.json, and those of the others for the same, which mean nothing in its own."""
+    """This architecture's own names in a config.json, and the names that others have for the same values. The latter
+    mean nothing in its config.json."""
     only: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
-    """Keys that may have one value, and what another one would need."""
+    """Keys that may have only one value: that value, and what another one would need."""
     by_layer: bool = False
-    """Whether its layer_types count; in others all layers have a window, or none."""
+    """Whether layer_types decide which layers have a window. In other architectures all layers have one, or none."""
     part_of_head: bool = False
-    """Whether its partial_rotary_factor counts."""
+    """Whether partial_rotary_factor is supported."""
     unread: Set[str] = frozenset()
-    """Keys that almost all others read."""
+    """Keys that this architecture ignores although almost all others read them."""
 
     def completed(self, raw: Mapping[str, Any]) -> dict[str, Any]:
-        """A config.json with the names that all have, with what it leaves out, and without what is of others."""
+        """Return a config.json with the common names and with defaults for what it leaves out, without keys of other
+        architectures."""
         others = {*self.renamed.values(), *self.unread, *(_OF_SOME - self.defaults.keys())}
-        names = {"num_local_experts": "num_experts", **self.renamed}  # one for the other, as in transformers
+        names = {"num_local_experts": "num_experts", **self.renamed}  # either name will do, as in transformers
         own = {names.get(name, name): value for name, value in raw.items() if name not in others}
         return {**self.defaults, **own}
 
@@ -306,7 +310,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         by_layer=True,
     ),
     "Olmo2ForCausalLM": Architecture("olmo2", _olmo2, {"rms_norm_eps": 1e-5}),
-    # Where RoPE is scaled, it is so in layers that see all.
+    # Where RoPE is scaled, it is scaled only in layers that see all positions.
     "Olmo3ForCausalLM": Architecture(
         "olmo3",
         _olmo3,

@@ -1,15 +1,15 @@
-"""Names and shapes of the tensors that a model needs of a checkpoint."""
+"""Names and shapes of the tensors that a model needs from a checkpoint."""
 
 from hbserve_core.model.architectures import Experts
 from hbserve_core.model.model_config import ModelConfig
 
 POSITIONS = "model.embed_positions.weight"
 NO_POSITIONS = 2
-"""Rows in front of the table of learned positions that belong to no position."""
+"""Number of rows at the beginning of the table of learned positions that belong to no position."""
 
 
 def checkpoint_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor that the model needs."""
+    """Return the name and shape of every tensor that the model needs."""
     hidden = config.hidden_size
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
     for index in range(config.num_layers):
@@ -66,7 +66,7 @@ def _expert_shapes(experts: Experts, hidden: int) -> dict[str, tuple[int, ...]]:
 
 
 Rows = tuple[int, ...]
-"""Numbers of rows of the projections that one tensor of the checkpoint has below each other."""
+"""Numbers of rows of the projections that are stacked in one tensor of the checkpoint."""
 
 
 def qkv_tensors(config: ModelConfig) -> dict[str, Rows]:

@@ -1,7 +1,7 @@
-"""Types and bounds of the values of a config.json, as far as it is read here. Other files say what they mean.
+"""Types and bounds of the values of a config.json that are read here. Other files say what the values mean.
 
-A file that was written by hand, or cut, is refused by the key before anything is computed of it. Bounds are far above
-any model: they keep what is made for each layer or each position within memory.
+A file that was edited by hand, or cut off, is refused with the name of the key before anything is computed from it. The
+bounds are far above any model: they keep what is made for each layer or each position within memory.
 """
 
 import re
@@ -17,7 +17,7 @@ Size = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
 Index = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
 Layers = Annotated[int, msgspec.Meta(ge=1, le=10_000)]
 Number = Annotated[float, msgspec.Meta(ge=-1e30, le=1e30)]
-"""Neither infinite nor NaN, which Python's JSON may have."""
+"""Number that is neither infinite nor NaN, both of which Python's JSON may contain."""
 Above0 = Annotated[float, msgspec.Meta(gt=0, le=1e30)]
 Epsilon = Annotated[float, msgspec.Meta(ge=0, le=1)]
 
@@ -61,7 +61,8 @@ class _Quantization(msgspec.Struct):
 
 
 class _Values(msgspec.Struct):
-    """By the names of every architecture. Defaults mean nothing: only what is there is looked at."""
+    """Types of values, by the names of every architecture. The defaults mean nothing: only keys that are present are
+    checked."""
 
     architectures: list[str] | None = None
     model_type: str | None = None
@@ -117,10 +118,11 @@ _MAY_BE_NULL = {field.name for field in msgspec.structs.fields(_Values) if type(
 
 
 def checked_values(file: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
-    """The same, without keys that are null and mean nothing then: exports have such, of other architectures too.
+    """Check a config.json and return it without keys that are null and then mean nothing. Exports have such keys, even
+    of other architectures.
 
     Raises:
-        UnsupportedModel: a value that cannot be; has its key, and what may be there.
+        UnsupportedModel: a value is not possible; the message has its key, and what is allowed.
     """
     known = _Values.__struct_fields__
     raw = {name: value for name, value in raw.items() if value is not None or name not in known or name in _MAY_BE_NULL}

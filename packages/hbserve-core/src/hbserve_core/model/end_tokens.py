@@ -1,7 +1,7 @@
-"""Tokens that end a sequence, as the files of a model folder have it.
+"""Tokens that end a sequence according to the files of a model folder.
 
-config.json, generation_config.json and the tokenizer may each name one or several, and often not the same: a chat
-fine-tune may have its end-of-turn token in any of the three. Each of them counts.
+config.json, generation_config.json and the tokenizer may each name one or several tokens, and often different ones: a
+chat fine-tune may have its end-of-turn token in any of the three. All of them count.
 """
 
 import json
@@ -19,15 +19,15 @@ T = TypeVar("T", bound=msgspec.Struct)
 def end_token_ids(
     folder: Path, raw: Mapping[str, Any], generation: Mapping[str, Any], vocab_size: int
 ) -> tuple[int, ...]:
-    """Ids of all tokens that end a sequence.
+    """Return the ids of all tokens that end a sequence.
 
-    `raw` is the content of config.json, `generation` of generation_config.json, {} if there is none.
+    `raw` is the content of config.json, `generation` that of generation_config.json, or {} if there is none.
 
-    Ids that the model has no logit for are left out: older files have -1, and tokenizers may have more tokens.
+    Ids for which the model has no logit are left out: older files have -1, and tokenizers may have more tokens.
 
     Raises:
-        UnsupportedModel: an eos_token_id that is no integer.
-        BrokenTokenizer: a tokenizer file that cannot be read, or is not JSON.
+        UnsupportedModel: an eos_token_id is not an integer.
+        BrokenTokenizer: a tokenizer file cannot be read, or is not JSON.
     """
     found: list[int] = []
     for source in (generation, raw):
@@ -42,7 +42,7 @@ def end_token_ids(
     return tuple(token_id for token_id in dict.fromkeys(found) if 0 <= token_id < vocab_size)
 
 
-# What is needed of the tokenizer's files. They are large: what has no field here is skipped, not read into memory.
+# Parts of the tokenizer's files that are needed. The files are large: what has no field here is skipped, not kept.
 
 
 class _Token(msgspec.Struct):
@@ -51,7 +51,7 @@ class _Token(msgspec.Struct):
 
 
 class _TokenizerConfig(msgspec.Struct):
-    """What is read of tokenizer_config.json, and of special_tokens_map.json."""
+    """Part of tokenizer_config.json, and of special_tokens_map.json, that is read."""
 
     eos_token: str | _Token | msgspec.UnsetType | None = msgspec.UNSET
     added_tokens_decoder: dict[int, _Token] | None = None
@@ -59,22 +59,24 @@ class _TokenizerConfig(msgspec.Struct):
 
 class _Model(msgspec.Struct):
     vocab: msgspec.Raw = msgspec.Raw(b"{}")
-    """Ids by token, or of a Unigram model, pairs of token and score in the order of their ids."""
+    """Ids by token; in a Unigram model, pairs of token and score in the order of their ids."""
 
 
 class _Tokenizer(msgspec.Struct):
-    """What is read of tokenizer.json."""
+    """Part of tokenizer.json that is read."""
 
     added_tokens: list[_Token] = []
     model: _Model = msgspec.field(default_factory=_Model)
 
 
 def _tokenizer_end(folder: Path) -> int | None:
-    """Id of the tokenizer's own end-of-sequence token, if it has one and its files say which id that is."""
+    """Return the id of the tokenizer's own end-of-sequence token, or None if it has none or its files do not say the
+    id."""
     config = _read(folder / "tokenizer_config.json", _TokenizerConfig)
     end = config.eos_token
     if config.added_tokens_decoder is None:
-        # As in transformers, files of its older versions: the other one counts, where it says something.
+        # These are files of older versions of transformers, in which special_tokens_map.json counts where it has the
+        # key.
         older = _read(folder / "special_tokens_map.json", _TokenizerConfig).eos_token
         end = end if older is msgspec.UNSET else older
     if end is None or isinstance(end, msgspec.UnsetType):
@@ -103,7 +105,7 @@ def _id_in(folder: Path, vocab: msgspec.Raw, text: str) -> int | None:
 def _read(path: Path, kind: type[T]) -> T:
     try:
         content = path.read_bytes()
-        if kind is _TokenizerConfig:  # Python writes it, and what Python calls JSON may have Infinity in it
+        if kind is _TokenizerConfig:  # Python writes it, and Python's JSON may contain Infinity
             return msgspec.convert(json.loads(content), kind, str_keys=True)
         return msgspec.json.decode(content, type=kind)
     except FileNotFoundError:

@@ -1,4 +1,5 @@
-"""Memory of this host: what there is, what a process can still get of it, and what weights take. Without torch."""
+"""Memory of this host: how much there is, how much a process can still get, and how much weights take. Does not import
+torch."""
 
 import resource
 from math import prod
@@ -14,10 +15,10 @@ _UNLIMITED = 1 << 60
 
 
 def require_room(model: ModelConfig, dtype: str, num_copies: int) -> None:
-    """Check that the host has memory for so many copies of the weights, one for each instance that computes on its CPU.
+    """Check that the host has memory for `num_copies` of the weights, one for each instance that computes on its CPU.
 
     Raises:
-        NotEnoughMemory: says what they need, and what there is.
+        NotEnoughMemory: the message says how much they need, and how much is available.
     """
     needed, available = num_copies * weight_bytes(model, dtype), available_memory()
     if needed <= available:
@@ -30,18 +31,21 @@ def require_room(model: ModelConfig, dtype: str, num_copies: int) -> None:
 
 
 def weight_bytes(model: ModelConfig, dtype: str) -> int:
-    """Bytes of the weights on the CPU, where quantised ones are widened. dtype: as the settings have it."""
+    """Return the bytes of the weights on the CPU, where quantised weights are widened. dtype: as in the settings,
+    "auto" included."""
     name = model.dtype_name if dtype == "auto" else dtype
     return (4 if name == "float32" else 2) * sum(map(prod, checkpoint_shapes(model).values()))
 
 
 def total_memory() -> int:
-    """Bytes that the host has, swap included, or that its control group may have."""
+    """Return the bytes of memory that the host has, including swap, or that its control group allows, if that is
+    less."""
     return min(_meminfo("MemTotal") + _meminfo("SwapTotal"), _limit_of_group())
 
 
 def available_memory() -> int:
-    """Bytes that can still be had: of the host, of the control group, and of this process's own address space."""
+    """Return the bytes that can still be allocated, by the limits of the host, the control group and this process's
+    address space."""
     found = [_meminfo("MemAvailable") + _meminfo("SwapFree"), max(0, _limit_of_group() - _used_by_group())]
     most, _ = resource.getrlimit(resource.RLIMIT_AS)
     if most != resource.RLIM_INFINITY:
@@ -58,7 +62,7 @@ def _meminfo(name: str) -> int:
 
 
 def _of_group(of_version_2: str, of_version_1: str) -> str:
-    """A file's content, where a container sees its control group."""
+    """Return the content of a control group's file, at the place where a container sees it."""
     return (_read(CGROUP / of_version_2) or _read(CGROUP / "memory" / of_version_1)).strip()
 
 
@@ -69,14 +73,14 @@ def _limit_of_group() -> int:
 
 def _used_by_group() -> int:
     used = _of_group("memory.current", "memory.usage_in_bytes")
-    # Pages of files count as used, but give way.
+    # Pages of files count as used, but are freed when memory is needed.
     lines = [line.split() for line in _of_group("memory.stat", "memory.stat").splitlines()]
     reclaimable = [int(words[1]) for words in lines if words[0] in ("inactive_file", "active_file")]
     return (int(used) if used.isdecimal() else 0) - sum(reclaimable)
 
 
 def _read(path: Path) -> str:
-    """Content of a file that only some systems have; empty elsewhere."""
+    """Return the content of a file that only some systems have, or "" elsewhere."""
     try:
         return path.read_text(encoding="ascii")
     except OSError:

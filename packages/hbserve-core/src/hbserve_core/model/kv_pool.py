@@ -1,4 +1,4 @@
-"""The paged KV pool: one tensor, block-major, so that one block is one contiguous piece of memory with all layers."""
+"""Paged KV pool: one block-major tensor, in which one block is one contiguous piece of memory with all layers."""
 
 import errno
 import logging
@@ -15,13 +15,13 @@ from hbserve_kv import shared_empty
 
 logger = logging.getLogger(__name__)
 
-# Several instances share a host and none knows of the others, so each takes a modest part by default.
+# Several instances may share a host without knowing of each other, so each takes a modest part by default.
 _CPU_SHARE = 8
 _CPU_MOST_BYTES = 4 << 30
-# What a process takes of a GPU before its first tensor, with some room for libraries' workspaces.
+# Memory that a process takes on a GPU before its first tensor, with some room for libraries' workspaces.
 _CUDA_CONTEXT_BYTES = 1 << 30
 _CUDA_WITH_FP8 = (8, 9)
-"""The least compute capability with 8-bit floats."""
+"""Lowest compute capability that has 8-bit floats."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,15 +44,15 @@ class BlockShape:
 
 
 def has_8_bit_floats(device: torch.device) -> bool:
-    """Whether a CUDA device has them in hardware."""
+    """Return whether a CUDA device has 8-bit floats in hardware."""
     return torch.cuda.get_device_capability(device) >= _CUDA_WITH_FP8
 
 
 def kv_dtype(config: InstanceConfig, dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype of keys and values in the pool; `dtype` is the model's.
+    """Return the dtype of keys and values in the pool; `dtype` is the model's.
 
     Raises:
-        InvalidInstanceConfig: the device does not have it.
+        InvalidInstanceConfig: the device does not have that dtype.
     """
     if config.kv_cache_dtype == "auto":
         return dtype
@@ -70,13 +70,14 @@ def block_shape(config: InstanceConfig, model: ModelConfig, dtype: torch.dtype) 
 
 
 def allocate_pool(num_blocks: int, block: BlockShape, device: torch.device) -> torch.Tensor:
-    """(num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim), contiguous, not initialised.
+    """Allocate a pool (num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim), contiguous, not initialised.
 
-    On the CPU it is memory that other processes can map, for transfers within the host; the operating system gives
-    memory to a block when it is first written. More than there is could never be filled.
+    On the CPU it is memory that other processes can map, for transfers within the host. The operating system gives
+    memory to a block when it is first written. A pool larger than the host's memory is refused, because it could never
+    be filled.
 
     Raises:
-        NotEnoughMemory: it does not fit.
+        NotEnoughMemory: the pool does not fit.
     """
     try:
         if device.type == "cpu" and num_blocks * block.block_bytes > total_memory():
@@ -96,9 +97,10 @@ def allocate_pool(num_blocks: int, block: BlockShape, device: torch.device) -> t
 def choose_num_blocks(
     config: InstanceConfig, block: BlockShape, max_model_len: int, device: torch.device, reserved_bytes: int = 0
 ) -> int:
-    """The explicit number if there is one; else what free memory holds, but no more than the engine can ever use.
+    """Return the configured number of blocks if there is one; otherwise as many as free memory holds, but no more than
+    the engine can ever use.
 
-    `reserved_bytes` of the device's memory are left for the forward pass.
+    `reserved_bytes` of the device's memory are left free for the forward pass.
 
     Raises:
         NotEnoughMemory: not even one block fits.
@@ -129,7 +131,7 @@ def _cuda_budget(config: InstanceConfig, device: torch.device) -> int:
     num_on_gpu = config.num_on_gpu or -(-num_local_ranks // torch.cuda.device_count())
     if num_on_gpu == 1:
         return int(total * share) - (total - free) - buffer_bytes
-    # The others start at the same time, so what is free now says nothing: each takes its part of the whole.
+    # The others start at the same time, so the memory that is free now says nothing: each takes its share of the total.
     own_bytes = torch.cuda.memory_reserved(device) + _CUDA_CONTEXT_BYTES
     return int(total * share / num_on_gpu) - own_bytes - buffer_bytes
 

@@ -1,4 +1,4 @@
-"""A model as an instance's configuration asks for it: sizes, device, dtype, weights, and room for its pool."""
+"""Model as an instance's configuration asks for it: sizes, device, dtype, weights, and room for its pool."""
 
 import hashlib
 import logging
@@ -28,18 +28,18 @@ logger = logging.getLogger(__name__)
 
 
 class LoadedModel:
-    """What every runner begins with: all of a model, or one rank's part of it.
+    """Model, or one rank's part of it, with which every runner begins.
 
     Raises:
         ModelFilesMissing, UnsupportedModel, WeightsMismatch: see `load_model_config` and `load_weights`.
-        InvalidInstanceConfig: a setting that cannot be.
-        NotEnoughMemory: this host has none for the weights.
+        InvalidInstanceConfig: a setting is not possible.
+        NotEnoughMemory: this host does not have enough for the weights.
     """
 
     def __init__(
         self, config: InstanceConfig, group: RankGroup | None = None, make_narrow: MakeNarrow | None = None
     ) -> None:
-        """make_narrow: products with weights that stay in fewer than 16 bits, of a runner that has them."""
+        """make_narrow: makes layers whose weights stay in fewer than 16 bits, if the runner has kernels for them."""
         self._config = config
         self._group = group or RankGroup()
         shard = self._group.shard
@@ -52,13 +52,13 @@ class LoadedModel:
         self.model_config = replace(model, keeps_inputs=model.keeps_inputs or config.keep_activations)
         check_divisible(self.model_config, shard.size)
         self.rank_config = shard.config(self.model_config)
-        """Sizes of this rank's part."""
+        """Configuration with the sizes of this rank's part."""
         self.device = choose_device(config, shard.rank)
         self.dtype = _dtype(config, self.model_config)
         if config.num_threads:
             torch.set_num_threads(config.num_threads)
         in_pool = kv_dtype(config, self.dtype, self.device)
-        if self.device.type == "cpu" and shard.size == 1:  # ranks take turns in what is available
+        if self.device.type == "cpu" and shard.size == 1:  # several ranks share what is available
             require_room(self.model_config, config.dtype, 1)
         given = self.model_config, config.load_format, self.dtype, self.device, shard
         if config.widen_weights or not can_stay_narrow(self.model_config, self.device):
@@ -66,15 +66,16 @@ class LoadedModel:
         self.weights = load_weights(*given, with_kv_scales=in_pool != self.dtype, make_narrow=make_narrow)
         self.block = block_shape(config, self.rank_config, in_pool)
         self.fingerprint = _fingerprint(self.model_config, self.weights, self.block)
-        """What two instances must share to read each other's blocks."""
+        """Values that two instances must have in common to read each other's blocks."""
 
     def allocate_pool(self, reserved_bytes: int = 0) -> torch.Tensor:
-        """(num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim). On a GPU, `reserved_bytes` are left free.
+        """Allocate the pool (num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim). On a GPU, `reserved_bytes`
+        are left free.
 
-        Every rank of an instance gets as many blocks, with its own heads in them.
+        Every rank of an instance gets the same number of blocks, which hold its own heads.
 
         Raises:
-            NotEnoughMemory: it does not fit.
+            NotEnoughMemory: the pool does not fit.
             RankFailed: another rank could not do the same.
         """
         config, block = self._config, self.block
@@ -94,7 +95,8 @@ class LoadedModel:
         return pool
 
     def angle_tables(self) -> list[torch.Tensor]:
-        """Each layer's cosines and sines of all positions, on the device; see `rope.angle_table`. Layers share them."""
+        """Return each layer's table of cosines and sines of all positions, on the device; see `rope.angle_table`.
+        Layers with the same rotation share one."""
         config = self.rank_config
         ropes = config.layer_ropes()
         tables = {each: angle_table(each, config.head_dim, config.max_model_len).to(self.device) for each in ropes}
@@ -102,7 +104,8 @@ class LoadedModel:
 
 
 def can_stay_narrow(model: ModelConfig, device: torch.device) -> bool:
-    """Whether the device reads such weights; 8-bit floats it must know as a type."""
+    """Return whether the device can read the model's weights if they stay narrow. 8-bit floats must be a type that it
+    knows."""
     return model.scale_block is None or device.type != "cuda" or has_8_bit_floats(device)
 
 
@@ -118,11 +121,11 @@ def _with_limit(model: ModelConfig, config: InstanceConfig) -> ModelConfig:
 
 
 def choose_device(config: InstanceConfig, rank: int = 0) -> torch.device:
-    """The device that the configuration names, or for "auto" a CUDA device if there is one. Ranks have neighbouring
-    GPUs, from that one on.
+    """Return the device that the configuration names, or for "auto" a CUDA device if there is one. Ranks have
+    consecutive GPUs, beginning with that one.
 
     Raises:
-        InvalidInstanceConfig: no such device.
+        InvalidInstanceConfig: there is no such device.
     """
     if config.device == "auto":
         return _auto_device(config, rank)
@@ -141,7 +144,8 @@ def _auto_device(config: InstanceConfig, rank: int) -> torch.device:
 
 
 def _gpu(named: str, first: int, config: InstanceConfig, rank: int) -> torch.device:
-    """GPU `first + rank`. All that the instance needs must be there, so that every rank refuses or none does."""
+    """Return GPU `first + rank`. All GPUs that the instance needs must exist, so that either every rank refuses or none
+    does."""
     count, size = torch.cuda.device_count(), config.tensor_parallel_size
     if first + size > count:
         with_ranks = f" with tensor_parallel_size={size} needs CUDA devices {first} to {first + size - 1}"
@@ -161,9 +165,9 @@ def _dtype(config: InstanceConfig, model: ModelConfig) -> torch.dtype:
 
 
 def _fingerprint(model: ModelConfig, weights: DecoderWeights, block: BlockShape) -> dict[str, str | int]:
-    # The same weights with other rotation angles are another model.
-    switches = replace(model.switches, experts=None)  # how ranks share experts is their own affair
-    # Windows say which blocks are sent.
+    # The same weights with other rotation angles make another model.
+    switches = replace(model.switches, experts=None)  # two sides may distribute experts among ranks differently
+    # Windows decide which blocks are sent.
     ropes = model.layer_ropes()
     described = f"{model.architecture} {switches} {model.windows} {ropes} {model.rms_norm_eps} {weights.digest}"
     scales: dict[str, str | int] = {}

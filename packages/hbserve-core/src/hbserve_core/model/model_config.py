@@ -1,7 +1,7 @@
-"""The configuration of a model, as its Hugging Face folder says it, read as plain JSON and checked.
+"""Configuration of a model, read as plain JSON from its Hugging Face folder, and checked.
 
-What architectures differ by is in architectures.py.
-torch is not imported: whoever starts instances asks first whether they can serve the model, and must not wait for it.
+The differences between architectures are in architectures.py. torch is not imported: whoever starts instances first
+asks whether they can serve the model, and must not wait for that import.
 """
 
 import json
@@ -34,7 +34,7 @@ _SPELLINGS = {
 
 
 def torch_dtype(name: str) -> "torch.dtype":
-    """torch's own dtype for one of DTYPES."""
+    """Return torch's dtype for one of DTYPES."""
     import torch
 
     found: torch.dtype = getattr(torch, name)
@@ -48,7 +48,7 @@ class ModelConfig:
     path: Path
     architecture: str
     dtype_name: str
-    """The checkpoint's dtype, one of DTYPES."""
+    """Name of the checkpoint's dtype, one of DTYPES."""
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -58,46 +58,49 @@ class ModelConfig:
     head_dim: int
     rms_norm_eps: float
     rope: RopeConfig
-    """Rotation of the layers that have one; see `layer_ropes`."""
+    """Rotation of the layers that rotate; see `layer_ropes`."""
     local_rope: RopeConfig | None
-    """Rotation of the sliding layers, if theirs is another one."""
+    """Rotation of the sliding layers, if it is a different one."""
     sliding_layers: tuple[int, ...]
-    """Layers that were trained with a window of the context only."""
+    """Layers that were trained to see only a window of the context."""
     windows: tuple[int, ...]
-    """How many last positions a token sees in each layer, its own included; 0: all that a sequence can have."""
+    """For each layer, the number of last positions that a token sees, including its own; 0 means all that a sequence
+    can have."""
     max_model_len: int
-    """Most tokens of a sequence."""
+    """Largest number of tokens of a sequence."""
     tied_embeddings: bool
     """Whether the output projection is the embedding table."""
     switches: Switches
     attention_scale: float
-    """Multiplies the scores."""
+    """Factor of attention's scores."""
     scale_block: tuple[int, int] | None
-    """Rows and columns of 8-bit weights that share a scale; None: there are none. See `quantization.scale_block`."""
+    """Rows and columns of 8-bit weights that share a scale; None if there are no such weights. See
+    `quantization.scale_block`."""
     eos_token_ids: tuple[int, ...]
-    """Tokens of the vocabulary each of which ends a sequence."""
+    """Ids of the tokens in the vocabulary that end a sequence."""
     packing: Packing | None = None
-    """How 4-bit weights are stored; None: there are none."""
+    """Storage format of 4-bit weights; None if there are none."""
     keeps_inputs: bool = False
     """Whether 8-bit weights are for inputs in the model's own dtype only (W8A16)."""
 
     @property
     def reach(self) -> int:
-        """How many last positions the layer with the largest window sees, a token's own included; 0: all."""
+        """Number of last positions that the layer with the largest window sees, including the token's own; 0 means
+        all."""
         return max(self.windows) if all(self.windows) else 0
 
     @property
     def dtype(self) -> "torch.dtype":
-        """The checkpoint's dtype."""
+        """Dtype of the checkpoint."""
         return torch_dtype(self.dtype_name)
 
     def within(self, max_model_len: int) -> "ModelConfig":
-        """The same model for an engine whose sequences are no longer than this."""
+        """Return the same model for an engine whose sequences are no longer than this."""
         local = None if self.local_rope is None else self.local_rope.within(max_model_len)
         return replace(self, max_model_len=max_model_len, rope=self.rope.within(max_model_len), local_rope=local)
 
     def layer_ropes(self) -> list[RopeConfig]:
-        """The rotation of each layer."""
+        """Return the rotation of each layer."""
         ropes = [self.rope] * self.num_layers
         if self.local_rope is not None:
             for layer in self.sliding_layers:
@@ -111,11 +114,11 @@ def load_model_config(path: str | Path) -> ModelConfig:
     """Read `config.json` and, where they are there, `generation_config.json` and the end token of the tokenizer.
 
     Raises:
-        ModelFilesMissing: no such folder, no config.json in it, or one that cannot be read.
-        UnsupportedModel: an architecture, activation, RoPE type or sliding window that this engine does not have,
-            or a config.json that lacks a size.
+        ModelFilesMissing: there is no such folder or no config.json in it, or config.json cannot be read.
+        UnsupportedModel: an architecture, activation, RoPE type or sliding window that this engine does not have, or a
+            config.json that lacks a size.
         BrokenTokenizer: a tokenizer's files cannot be read.
-        WeightsMismatch: weights cannot be read, of which config.json does not say the dtype.
+        WeightsMismatch: config.json does not say the dtype of the weights, and these cannot be read.
     """
     folder = Path(os.path.expanduser(path))
     if not folder.is_dir():
@@ -135,10 +138,10 @@ def load_model_config(path: str | Path) -> ModelConfig:
 
 
 def _find_architecture(folder: Path, raw: Mapping[str, Any]) -> str:
-    """The supported one among `architectures`, or, where there are none, the one of `model_type`.
+    """Return the supported one of `architectures` or, if that is empty, the architecture of `model_type`.
 
     Raises:
-        UnsupportedModel: there is none; says which there are.
+        UnsupportedModel: there is none; the message lists the supported ones.
     """
     names = raw.get("architectures") or []
     if not names:
@@ -154,12 +157,13 @@ def _find_architecture(folder: Path, raw: Mapping[str, Any]) -> str:
 
 
 def _own_name(architecture: str, general: str) -> str:
-    """What a config.json of this architecture calls a key that others call `general`."""
+    """Return the name in this architecture's config.json for a key that others call `general`."""
     return {ours: own for own, ours in ARCHITECTURES[architecture].renamed.items()}.get(general, general)
 
 
 def configured_model(path: str | Path, settings: EngineSettings) -> ModelConfig:
-    """The model of instances, split among ranks as their settings say. Raises what `load_model_config` raises."""
+    """Return the model of instances, split among ranks as their settings say. Raises what `load_model_config`
+    raises."""
     model = load_model_config(path)
     if model.switches.experts is None:
         return model
@@ -249,7 +253,7 @@ def _refuse_rotation(folder: Path, architecture: str, rope: RopeConfig, head_dim
 def _sliding_layers(
     folder: Path, architecture: str, raw: Mapping[str, Any], switches: Switches, max_model_len: int
 ) -> tuple[int, ...]:
-    """Layers that look at a window of the context only. Many configs carry a window that they do not use."""
+    """Return the layers that only see a window of the context. Many configs carry a window that they do not use."""
     count, kinds = raw["num_hidden_layers"], raw.get("layer_types")
     given = [] if kinds is None else list(kinds)
     unknown = sorted(set(given) - {"full_attention", "sliding_attention"})
@@ -296,7 +300,7 @@ def _read_json(path: Path) -> dict[str, Any] | None:
         return None
     except OSError as error:
         raise ModelFilesMissing(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:  # of the first kind is what is no UTF-8 too
+    except (ValueError, RecursionError) as error:  # ValueError includes text that is not UTF-8
         raise UnsupportedModel(f"{path} is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise UnsupportedModel(f"{path}: expected a JSON object")

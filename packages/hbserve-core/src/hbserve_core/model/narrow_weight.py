@@ -1,15 +1,15 @@
-"""Weights that stay as narrow as a checkpoint has them: 8-bit floats, or numbers of 4 bits, with their scales.
+"""Weights that stay as narrow as they are in a checkpoint: 8-bit floats, or numbers of 4 bits, with their scales.
 
-All that a checkpoint may have is brought to one form as it is loaded, which is the one that kernels read:
+All formats that a checkpoint may have are converted at loading to the one form that kernels read:
     values   int16 words of two 8-bit floats (O, I / 2), or of four 4-bit numbers (O, I / 4)
     scales   (I / group, O): one for each output and group of inputs, next to those of the neighbouring outputs
-    zeros    as scales, uint8: of 4-bit numbers, of which a weight is (number - zero) * scale
-Scales of blocks are written out for each of their rows: with blocks of 128 x 128 that makes an 8-bit weight 3 % larger,
-and so the rows of several projections may be put below each other, in any order, and shared among ranks.
-A word has numbers that are a half, or a quarter, of a run apart, the first of them lowest; a run is a group of inputs
-or a part of it. Then a kernel has whole parts of a run as soon as it has masked and shifted, moves nothing between
-threads, and reads words that are where 16-bit numbers would be. Runs of 32 inputs have uint8 words of two 4-bit
-numbers: with quarters of 8 inputs a tensor core has nothing to multiply.
+    zeros    like scales, uint8, for 4-bit numbers only: a weight is (number - zero) * scale
+The scale of a block is repeated for each of its rows. With blocks of 128 x 128 that makes an 8-bit weight 3 % larger,
+and lets the rows of several projections be stacked in any order and divided among ranks. A run is a group of inputs or
+a part of it. A word has numbers that are a half, or a quarter, of a run apart, the first of them in the lowest bits. So
+a kernel only needs to mask and shift to get whole parts of a run, moves nothing between threads, and finds words where
+16-bit numbers would be. Runs of 32 inputs have uint8 words of two 4-bit numbers instead: quarters of 8 inputs would be
+too small for a tensor core.
 Shapes: I inputs, O outputs.
 """
 
@@ -19,29 +19,29 @@ from dataclasses import dataclass, replace
 import torch
 
 MOST_STEP = 128
-"""Inputs that a kernel takes at once, at most."""
+"""Largest number of inputs that a kernel takes at once."""
 _FEWEST_STEP = 32
 _FEWEST_OF_4_PARTS = 64
 
 
 @dataclass(frozen=True, slots=True)
 class NarrowWeight:
-    """One matrix, of one projection or of several below each other."""
+    """Matrix of one projection, or of several stacked below each other."""
 
     values: torch.Tensor
     scales: torch.Tensor
     zeros: torch.Tensor | None
-    """Zero points of 4-bit numbers; None: the numbers are 8-bit floats."""
+    """Zero points of 4-bit numbers; None if the numbers are 8-bit floats."""
     group: int
-    """Inputs that share a scale."""
+    """Number of inputs that share a scale."""
     input_order: torch.Tensor | None = None
-    """(I,) int64: which input comes at which place (GPTQ's act-order); None: as they are."""
+    """Input at each place, (I,) int64 (GPTQ's act-order); None if inputs are in their own order."""
     keeps_inputs: bool = False
-    """Whether inputs keep their dtype, and are not made 8-bit floats, however many rows there are."""
+    """Whether inputs keep their dtype, instead of becoming 8-bit floats, however many rows there are."""
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(O, I)"""
+        """Shape of the matrix, (O, I)."""
         outputs, width = self.values.shape
         return outputs, width * self.values.element_size() * 8 // self.bits
 
@@ -56,17 +56,17 @@ class NarrowWeight:
 
     @property
     def run(self) -> int:
-        """Number of inputs in a run, as the top of this file has it."""
+        """Number of inputs in a run, as described at the top of this file."""
         return step_of(self.group)
 
     def with_rows(self, order: torch.Tensor) -> "NarrowWeight":
-        """The weight with its outputs in another order."""
+        """Return the weight with its outputs in another order."""
         zeros = None if self.zeros is None else self.zeros[:, order].contiguous()
         scales = self.scales[:, order].contiguous()
         return replace(self, values=self.values[order], scales=scales, zeros=zeros)
 
     def widened(self) -> torch.Tensor:
-        """(O, I) float32, its inputs in the order in which they come."""
+        """Return the weight as (O, I) float32, with its inputs in their own order."""
         if self.zeros is None:
             numbers = in_order(self.values, self.run).float()
         else:
@@ -81,17 +81,17 @@ class NarrowWeight:
 
 
 def step_of(group: int) -> int:
-    """The largest number of inputs, a power of two, that a group consists of and a kernel takes at once."""
+    """Return the largest power of two that divides a group of inputs and that a kernel can take at once."""
     return min(MOST_STEP, group & -group)
 
 
 def can_be_read_by_groups(group: int) -> bool:
-    """Whether kernels can read weights with so many inputs to a scale."""
+    """Return whether kernels can read weights with this many inputs to a scale."""
     return step_of(group) >= _FEWEST_STEP
 
 
 def packed(numbers: torch.Tensor, run: int) -> torch.Tensor:
-    """Words of numbers (O, I) of 0 to 15."""
+    """Pack numbers (O, I) from 0 to 15 into words."""
     parts, word = (4, torch.int16) if run >= _FEWEST_OF_4_PARTS else (2, torch.uint8)
     by_part = numbers.to(word).contiguous().view(len(numbers), -1, parts, run // parts)
     words = by_part[:, :, 0].clone()
@@ -101,26 +101,26 @@ def packed(numbers: torch.Tensor, run: int) -> torch.Tensor:
 
 
 def unpacked(words: torch.Tensor, run: int) -> torch.Tensor:
-    """What `packed` was given."""
+    """Undo `packed`: return the numbers (O, I) of such words."""
     parts = words.element_size() * 2
     of_runs = words.view(len(words), -1, 1, run // parts)
     return torch.cat([of_runs >> 4 * part & 15 for part in range(parts)], dim=2).flatten(1)
 
 
 def in_words(values: torch.Tensor, run: int) -> torch.Tensor:
-    """Words (O, I / 2) of 8-bit floats (O, I)."""
+    """Pack 8-bit floats (O, I) into words (O, I / 2)."""
     halves = values.view(torch.uint8).view(len(values), -1, 2, run // 2)
     return halves.transpose(2, 3).contiguous().view(torch.int16).flatten(1)
 
 
 def in_order(words: torch.Tensor, run: int) -> torch.Tensor:
-    """What `in_words` was given."""
+    """Undo `in_words`: return the 8-bit floats (O, I) of such words."""
     pairs = words.view(torch.uint8).view(len(words), -1, run // 2, 2)
     return pairs.transpose(2, 3).contiguous().flatten(1).view(torch.float8_e4m3fn)
 
 
 def fused(parts: Sequence[NarrowWeight | None]) -> NarrowWeight | None:
-    """Projections of the same inputs below each other; None where one has other groups, or is not narrow."""
+    """Stack projections of the same inputs below each other. Returns None if one has other groups, or is not narrow."""
     narrow = [part for part in parts if part is not None]
     if len(narrow) < len(parts):
         return None

@@ -1,4 +1,4 @@
-"""Quantised weights, as a config.json describes them: which can be read, and by which blocks they have scales."""
+"""Quantised weights, as a config.json describes them: which of them can be read, and which blocks share a scale."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,27 +9,28 @@ from hbserve_core.errors import UnsupportedModel
 
 BLOCK = (128, 128)
 _FORMAT = {"awq": ("version", ("gemm",)), "gptq": ("checkpoint_format", ("gptq", "gptq_v2"))}
-"""For each method, the key that says how numbers are packed (newer files call it `format`), and what can be read."""
+"""For each method, the key that says how numbers are packed (newer files call it `format`), and the values that can be
+read."""
 
 
 @dataclass(frozen=True, slots=True)
 class Packing:
-    """How weights of 4 bits are stored; see checkpoint/packed_weights.py."""
+    """Storage format of 4-bit weights; see checkpoint/packed_weights.py."""
 
     method: Literal["awq", "gptq"]
     group_size: int
-    """Inputs that share a scale; -1: all of them."""
+    """Number of inputs that share a scale; -1 means all of them."""
     zero_offset: int
-    """What is to be added to zeros as they are stored."""
+    """Number to be added to the stored zeros."""
     is_ordered: bool = True
-    """Whether inputs that share a scale are neighbours; else each weight says which do."""
+    """Whether inputs that share a scale are adjacent; otherwise each weight says which inputs share one."""
 
 
 def packing(folder: Path, raw: Mapping[str, Any]) -> Packing | None:
-    """How 4-bit weights are stored; None: there are none.
+    """Return the storage format of 4-bit weights, or None if there are none.
 
     Raises:
-        UnsupportedModel: another kind of AWQ or GPTQ than is read here; names what it is.
+        UnsupportedModel: a kind of AWQ or GPTQ that is not read here; the message names it.
     """
     given = raw.get("quantization_config") or {}
     method = given.get("quant_method")
@@ -58,11 +59,11 @@ def packing(folder: Path, raw: Mapping[str, Any]) -> Packing | None:
 
 
 def scale_block(folder: Path, raw: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Rows and columns of a weight that share a scale, of weights that have scales by block; None: they are not
-    quantised. Weights with one scale each, or one for each row, say so by the shape of their scales.
+    """Return the rows and columns of a weight that share a scale, for weights that have scales by block, or None if
+    there are no 8-bit weights. Weights with a single scale, or one for each row, say so by the shape of their scales.
 
     Raises:
-        UnsupportedModel: anything but 8-bit floats (e4m3); says what it would need.
+        UnsupportedModel: anything but 8-bit floats (e4m3); the message says what it would need.
     """
     given = raw.get("quantization_config")
     if not given:
@@ -79,7 +80,7 @@ def scale_block(folder: Path, raw: Mapping[str, Any]) -> tuple[int, int] | None:
         )
     if method == "compressed-tensors":
         groups = [group["weights"] for group in given.get("config_groups", {}).values() if group.get("weights")]
-        if not groups and given.get("kv_cache_scheme"):  # of which the scales are read, whatever it says
+        if not groups and given.get("kv_cache_scheme"):  # its scales are read, whatever the scheme says
             return None
         if groups and all(each.get("num_bits") == 8 and each.get("type") == "float" for each in groups):
             return _block(
@@ -92,8 +93,8 @@ def scale_block(folder: Path, raw: Mapping[str, Any]) -> tuple[int, int] | None:
 
 
 def keeps_inputs(raw: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint of 8-bit weights was made for inputs that keep their bits (W8A16). Others leave it to the
-    engine to make them 8-bit floats too, by scales of its own."""
+    """Return whether a checkpoint of 8-bit weights was made for inputs that keep their bits (W8A16). Other checkpoints
+    let the engine convert inputs to 8-bit floats too, with scales of its own."""
     given = raw.get("quantization_config") or {}
     if given.get("quant_method") != "compressed-tensors":
         return False

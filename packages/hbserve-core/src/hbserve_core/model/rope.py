@@ -11,7 +11,8 @@ from hbserve_core.model.rope_config import RopeConfig
 
 
 def inverse_frequencies(config: RopeConfig, head_dim: int) -> torch.Tensor:
-    """Rotation per position of each pair of dimensions, float32 (D / 2,), on the CPU; 0 of pairs that do not rotate."""
+    """Return the rotation per position of each pair of dimensions, float32 (D / 2,), on the CPU; 0 for pairs that do
+    not rotate."""
     frequencies = torch.zeros(head_dim // 2, dtype=torch.float32, device="cpu")
     if config.rope_type != "none":
         rotated = config.num_rotated(head_dim)
@@ -34,17 +35,17 @@ def _rotating(config: RopeConfig, head_dim: int) -> torch.Tensor:
 
 
 def _magnitudes(config: RopeConfig, head_dim: int) -> torch.Tensor:
-    """The factor of each pair of dimensions, float32 (D / 2,), on the CPU."""
+    """Return the factor of each pair of dimensions, float32 (D / 2,), on the CPU."""
     magnitudes = torch.ones(head_dim // 2, dtype=torch.float32, device="cpu")
     magnitudes[: config.num_rotated(head_dim) // 2] = config.magnitude
     return magnitudes
 
 
 def head_order(config: RopeConfig, head_dim: int) -> torch.Tensor | None:
-    """(D,) int64: the order in which rows of query and key projections are kept; None: unchanged.
+    """Return the order in which rows of query and key projections are kept, (D,) int64, or None if it is unchanged.
 
-    Here dimension i is rotated with i + D / 2; in checkpoints, if only the first R of D dimensions rotate, with i + R /
-    2. Scores do not depend on the order.
+    Here dimension i is rotated with i + D / 2. In checkpoints it is rotated with i + R / 2, if only the first R of D
+    dimensions rotate. Scores do not depend on the order.
     """
     rotated = config.num_rotated(head_dim)
     if rotated == head_dim:
@@ -56,7 +57,7 @@ def head_order(config: RopeConfig, head_dim: int) -> torch.Tensor | None:
 
 
 def _llama3(config: RopeConfig, frequencies: torch.Tensor) -> torch.Tensor:
-    """Slows long wavelengths down by `factor`, keeps short ones, and blends those in between."""
+    """Slow down long wavelengths by `factor`, keep short ones, and blend those in between."""
     waves_in_context = config.original_max_position_embeddings * frequencies / (2 * math.pi)
     span = config.high_freq_factor - config.low_freq_factor
     kept = ((waves_in_context - config.low_freq_factor) / span).clamp(0.0, 1.0)
@@ -64,12 +65,12 @@ def _llama3(config: RopeConfig, frequencies: torch.Tensor) -> torch.Tensor:
 
 
 def _yarn(config: RopeConfig, frequencies: torch.Tensor) -> torch.Tensor:
-    """Like llama3, but blended by the pair's number, between those that turn beta_fast and beta_slow times (YaRN, Peng
-    et al. 2023)."""
+    """Slow down long wavelengths like llama3, but blend by the pair's number, between the pairs that turn beta_fast and
+    beta_slow times (YaRN, Peng et al. 2023)."""
     head_dim = 2 * len(frequencies)
 
     def pair(turns: float) -> float:
-        """Number of the pair, not necessarily whole, that turns this often within the original length."""
+        """Return the number of the pair, not necessarily whole, that turns this often within the original length."""
         wave = config.original_max_position_embeddings / (turns * 2 * math.pi)
         return head_dim * math.log(wave) / (2 * math.log(config.theta))
 
@@ -84,7 +85,8 @@ def _yarn(config: RopeConfig, frequencies: torch.Tensor) -> torch.Tensor:
 
 
 def angle_table(config: RopeConfig, head_dim: int, num_positions: int) -> torch.Tensor:
-    """(num_positions, D) float32, on the CPU: cosines of each pair's rotation, then sines, times the magnitude."""
+    """Compute a table (num_positions, D), float32, on the CPU: cosines of each pair's rotation, then sines, times the
+    magnitude."""
     positions = torch.arange(num_positions, dtype=torch.float32, device="cpu")
     turns = positions[:, None] * inverse_frequencies(config, head_dim)
     magnitudes = _magnitudes(config, head_dim)
@@ -92,7 +94,7 @@ def angle_table(config: RopeConfig, head_dim: int, num_positions: int) -> torch.
 
 
 class Rope:
-    """Rotates heads by their tokens' positions."""
+    """Rotation of heads by the positions of their tokens."""
 
     def __init__(self, config: RopeConfig, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
         self._frequencies = inverse_frequencies(config, head_dim).to(device)
@@ -101,7 +103,8 @@ class Rope:
         self._dtype = dtype
 
     def angles(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and signed sines of one step, (T, 1, D) each, from positions (T,): the same for every layer."""
+        """Compute the cosines and signed sines of one step, (T, 1, D) each, from positions (T,). They are the same for
+        every layer."""
         turns = positions[:, None].float() * self._frequencies
         cos, sin = turns.cos() * self._magnitudes, turns.sin() * self._magnitudes
         return (

@@ -1,6 +1,5 @@
-"""Configuration of rotary position embeddings, as a model's config.json has it. Without torch: whoever only asks
-whether a model can be served does not wait for it.
-"""
+"""Configuration of rotary position embeddings, read from a model's config.json. torch is not imported: whoever only
+asks whether a model can be served does not wait for it."""
 
 import math
 from collections.abc import Mapping
@@ -12,56 +11,56 @@ from hbserve_core.errors import UnsupportedModel
 
 _SUPPORTED = ("default", "linear", "llama3", "yarn", "dynamic", "longrope")
 _OWN_LENGTH = ("llama3", "yarn", "longrope")
-"""Types with parameters of their own for the length before it was extended."""
+"""Types that have a parameter of their own for the length before it was extended."""
 
 
 _OTHER_NAMES = {"su": "longrope"}
-"""Names of types in older files, and the names that these have now."""
+"""Names of types in older files, and their present names."""
 
 
 @dataclass(frozen=True, slots=True)
 class RopeConfig:
     """Base and scaling of the rotation angles.
 
-    "dynamic" changes its frequencies when a sequence gets longer than the model's own limit: within it, which is as far
-    as this engine goes, it is "default". "longrope" does too, beyond its original length. Keys that are cached cannot
-    follow, so all sequences have the frequencies of the longest that the engine takes, as in vLLM: see `within`.
-    "none" rotates nothing.
+    "dynamic" changes its frequencies when a sequence gets longer than the model's own limit. This engine does not go
+    beyond that limit, within which "dynamic" is the same as "default". "longrope" changes them beyond its original
+    length. Cached keys cannot follow, so all sequences have the frequencies of the longest one that the engine takes,
+    as in vLLM: see `within`. "none" rotates nothing.
     """
 
     rope_type: str
     theta: float
     factor: float = 1.0
     low_freq_factor: float = 1.0
-    """Of "llama3"."""
+    """Turns within the original length below which pairs are slowed down by the whole factor, for "llama3"."""
     high_freq_factor: float = 4.0
-    """Of "llama3"."""
+    """Turns within the original length above which pairs keep their frequencies, for "llama3"."""
     original_max_position_embeddings: int = 0
-    """Length before it was extended, for "llama3", "yarn" and "longrope"."""
+    """Length before it was extended, for "llama3", "yarn" and "longrope" only."""
     beta_fast: float = 32.0
-    """For "yarn": pairs that turn more often than this within the original length keep their frequencies."""
+    """Turns within the original length above which pairs keep their frequencies, for "yarn"."""
     beta_slow: float = 1.0
-    """For "yarn": pairs that turn less often are slowed down by the whole factor."""
+    """Turns within the original length below which pairs are slowed down by the whole factor, for "yarn"."""
     truncate: bool = True
-    """For "yarn": whether the bounds between these pairs are rounded to whole ones."""
+    """Whether the bounds between these pairs are rounded to whole pairs, for "yarn"."""
     magnitude: float = 1.0
-    """Multiplies what is rotated of queries and keys; only "yarn" and "longrope" have another than 1."""
+    """Factor of the rotated parts of queries and keys; only "yarn" and "longrope" have one other than 1."""
     factors: tuple[float, ...] = ()
-    """For "longrope": what each pair's frequency is divided by."""
+    """Divisors of each pair's frequency, for "longrope"."""
     short_factors: tuple[float, ...] = ()
-    """For "longrope": `factors` where no sequence is longer than the original length."""
+    """Value of `factors` if no sequence is longer than the original length, for "longrope"."""
     partial: float = 1.0
-    """Share of a head's dimensions that are rotated: the first ones. See `head_order`."""
+    """Share of a head's dimensions, counted from the first, that are rotated. See `head_order`."""
 
     def without_rotation(self) -> "RopeConfig":
         return RopeConfig("none", self.theta)
 
     def num_rotated(self, head_dim: int) -> int:
-        """How many of a head's dimensions are rotated."""
+        """Return how many of a head's dimensions are rotated."""
         return int(head_dim * self.partial)
 
     def check_fits(self, folder: Path, head_dim: int) -> None:
-        """Raises UnsupportedModel unless pairs of a head's dimensions can be rotated so."""
+        """Raise UnsupportedModel unless pairs of a head's dimensions can be rotated in this way."""
         rotated = self.num_rotated(head_dim)
         if rotated < 2 or rotated % 2 or head_dim % 2:
             raise UnsupportedModel(
@@ -75,16 +74,17 @@ class RopeConfig:
             )
 
     def within(self, max_model_len: int) -> "RopeConfig":
-        """The same for an engine whose sequences are no longer than this."""
+        """Return the same configuration for an engine whose sequences are no longer than this."""
         is_short = self.rope_type == "longrope" and max_model_len <= self.original_max_position_embeddings
         return replace(self, factors=self.short_factors) if is_short else self
 
 
 def read_rope_configs(folder: Path, raw: Mapping[str, Any]) -> tuple[RopeConfig, RopeConfig | None]:
-    """Of a model's layers, and of those with a window, if theirs is another one (Gemma 3, OLMo 3). Raises what
-    `read_rope_config` raises.
+    """Read the rotation of a model's layers, and that of its layers with a window if it is a different one (Gemma 3,
+    OLMo 3). Raises what `read_rope_config` raises.
 
-    Of rope_parameters for each kind, rope_scaling is for layers that see all, as in transformers.
+    If rope_parameters has an entry for each kind of layer, rope_scaling applies to the layers that see all positions,
+    as in transformers.
     """
     own, local = raw.get("rope_parameters") or {}, raw.get("rope_local_base_freq")
     differs = local is not None or not raw.get("scales_windowed_layers", True)
@@ -99,8 +99,8 @@ def read_rope_configs(folder: Path, raw: Mapping[str, Any]) -> tuple[RopeConfig,
         return read_rope_config(folder, full), read_rope_config(folder, sliding)
     rope = read_rope_config(folder, raw)
     if differs and local is None:
-        # As in vLLM. transformers 5 takes rope_theta away for the full layers, and has its default of 5e5 for windowed
-        # ones whatever the file says: the same only for files with that value.
+        # This is what vLLM does. transformers 5 removes rope_theta for the full layers, and uses its default of 5e5 for
+        # windowed ones whatever the file says, which is only the same for files with that value.
         local = rope.theta
     return rope, None if local is None else RopeConfig("default", float(local))
 
@@ -108,19 +108,19 @@ def read_rope_configs(folder: Path, raw: Mapping[str, Any]) -> tuple[RopeConfig,
 def read_rope_config(folder: Path, raw: Mapping[str, Any]) -> RopeConfig:
     """Read a config.json with the keys of transformers 4 (rope_theta, rope_scaling) or 5 (rope_parameters).
 
-    As in transformers, rope_scaling counts where both are given: model cards say what to put there. The base is then
-    the one that the file has, if rope_scaling has none.
+    As in transformers, rope_scaling counts if both are given, because model cards say what to put there. If
+    rope_scaling has no base, the base is the one elsewhere in the file.
 
     Raises:
-        UnsupportedModel: a RoPE type, or a partly rotated head, that this engine does not have; or a parameter that
-            cannot be.
+        UnsupportedModel: a RoPE type, or a partly rotated head, that this engine does not have; or a parameter that is
+            not possible.
         KeyError: the named scaling parameter is missing.
     """
     own = raw.get("rope_parameters") or {}
     parameters = raw.get("rope_scaling") or own
     rope_type = parameters.get("rope_type") or parameters.get("type") or "default"
     rope_type = _OTHER_NAMES.get(rope_type, rope_type)
-    if rope_type == "yarn" and parameters.get("long_factor"):  # so older files of Phi-3 call it
+    if rope_type == "yarn" and parameters.get("long_factor"):  # older files of Phi-3 call longrope so
         rope_type = "longrope"
     if rope_type not in _SUPPORTED or any(isinstance(value, Mapping) for value in parameters.values()):
         raise UnsupportedModel(
@@ -206,10 +206,10 @@ def _yarn_magnitude(factor: float, mscale: float = 1.0) -> float:
 
 
 def extended_length(config: RopeConfig, max_position_embeddings: int) -> int:
-    """Most tokens of a sequence: what the scaling extends the model to, as vLLM has it.
+    """Return the largest number of tokens of a sequence, to which the scaling extends the model, as in vLLM.
 
-    For "llama3" max_position_embeddings says so itself. For "yarn" it may be of before the scaling or of after it: what
-    counts is the original length.
+    For "llama3" that is max_position_embeddings itself. For "yarn" max_position_embeddings may be the length before the
+    scaling or after it, so the original length is what counts.
     """
     own = config.original_max_position_embeddings if config.rope_type == "yarn" else max_position_embeddings
     return int(own * max(config.factor, 1.0)) if config.rope_type in ("yarn", "linear") else max_position_embeddings

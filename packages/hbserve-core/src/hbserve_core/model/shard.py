@@ -1,8 +1,8 @@
-"""The share of the model that one rank of a tensor-parallel instance has.
+"""Share of the model that one rank of a tensor-parallel instance has.
 
-Projections into heads and into the MLP are split by their outputs, those that lead back by their inputs, so one sum
-over the ranks after each pair is all that a layer needs (Megatron-LM, Shoeybi et al. 2019). The embedding table and the
-output projection are split by tokens of the vocabulary.
+Projections into heads and into the MLP are split by their outputs, and those that lead back by their inputs, so a layer
+needs only one sum over the ranks after each pair (Megatron-LM, Shoeybi et al. 2019). The embedding table and the output
+projection are split by tokens of the vocabulary.
 """
 
 from collections.abc import Iterator
@@ -18,13 +18,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """Part `rank` of `size`. The default is the whole model."""
+    """Part `rank` of `size` parts. The default is the whole model."""
 
     rank: int = 0
     size: int = 1
 
     def config(self, model: ModelConfig) -> ModelConfig:
-        """The model's sizes as this rank's layers have them. The vocabulary's stays whole: logits are gathered."""
+        """Return the model's configuration with the sizes of this rank's layers. The size of the vocabulary stays
+        whole, because logits are gathered."""
         experts = model.switches.experts
         if experts is not None and not experts.whole_on_ranks:
             experts = replace(experts, intermediate_size=experts.intermediate_size // self.size)
@@ -37,36 +38,39 @@ class Shard:
         )
 
     def part(self, count: int, width: int = 1) -> slice:
-        """This rank's share of `count` things that are `width` rows or columns each."""
+        """Return this rank's share of `count` things that are `width` rows or columns each."""
         share = count // self.size * width
         return slice(self.rank * share, (self.rank + 1) * share)
 
     def kv_part(self, num_kv_heads: int, head_dim: int) -> slice:
-        """Rows of this rank's key or value heads. Where there are fewer heads than ranks, several have the same one."""
+        """Return the rows of this rank's key or value heads. If there are fewer heads than ranks, several ranks have
+        the same head."""
         if num_kv_heads >= self.size:
             return self.part(num_kv_heads, head_dim)
         head = self.rank * num_kv_heads // self.size
         return slice(head * head_dim, (head + 1) * head_dim)
 
     def kv_heads(self, num_kv_heads: int) -> "HeadRange":
-        """This rank's key or value heads, by their numbers."""
-        from hbserve_kv import HeadRange  # with it comes torch, which `check_divisible` does without
+        """Return this rank's key or value heads, by their numbers."""
+        from hbserve_kv import HeadRange  # imports torch, which `check_divisible` does without
 
         if num_kv_heads >= self.size:
             return HeadRange.of_rank(self.rank, self.size, num_kv_heads)
         return HeadRange(self.rank * num_kv_heads // self.size, 1, num_kv_heads)
 
     def is_first_with_kv_heads(self, num_kv_heads: int) -> bool:
-        """Whether this is the rank that sends its heads: of several with the same head, the first."""
+        """Return whether this rank sends its heads. If several ranks have the same head, the first of them does."""
         return num_kv_heads >= self.size or self.rank % (self.size // num_kv_heads) == 0
 
     def num_tokens(self, vocab_size: int) -> int:
-        """Rows of each rank's vocabulary; the last rank's may go beyond the end, and are zero there."""
+        """Return the number of rows of each rank's vocabulary. Those of the last rank may go beyond the end, where they
+        are zero."""
         return -(-vocab_size // self.size)
 
 
 def check_divisible(model: ModelConfig, size: int) -> None:
-    """Raises InvalidInstanceConfig if the model cannot be split among `size` ranks; says what can be."""
+    """Raise InvalidInstanceConfig if the model cannot be split among `size` ranks; the message says which sizes are
+    possible."""
     obstacles = list(_obstacles(model, size))
     if obstacles:
         allowed = [str(each) for each in range(1, model.num_heads + 1) if not any(_obstacles(model, each))]

@@ -12,19 +12,19 @@ _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 ADAPTER = "adapter_config.json"
 _DTYPES = {"F64": "float32", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-"""The dtype in which a model of such tensors is computed."""
+"""Dtype in which a model with such tensors is computed, by the format's names of dtypes."""
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Paths of the files that hold a model's weights.
+    """Return the paths of the files that hold a model's weights.
 
     Raises:
-        ModelFilesMissing: there are none, or a shard that the index names is not there.
+        ModelFilesMissing: there are no such files, or a shard that the index names is missing.
         WeightsMismatch: the index cannot be read, or names a file outside of the folder.
     """
     index = folder / _INDEX
     if (folder / _SINGLE).exists():
-        # As transformers has it: an index beside it is of an older export.
+        # As in transformers, an index beside this file is considered to be from an older export.
         names = [_SINGLE]
     elif index.exists():
         names = _shard_names(index)
@@ -43,32 +43,32 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def stored_dtype(folder: Path) -> str | None:
-    """Of a model whose config.json does not say it: as in transformers, of the first tensor in the first file that has
-    one of at least 16 bits. None: there is no such tensor, or no file.
+    """Return the dtype of a model whose config.json does not say it: as in transformers, that of the first
+    floating-point tensor of at least 16 bits. Returns None if there is no such tensor, or no file.
 
     Raises:
         WeightsMismatch: a file, or the index, cannot be read.
     """
     try:
         files = weight_files(folder)
-    except ModelFilesMissing:  # weights may be invented, and who reads them says it
+    except ModelFilesMissing:  # weights may be generated ("dummy"); reading them reports it otherwise
         return None
     return next((name for path in files for kind in _kinds(path) if (name := _DTYPES.get(kind))), None)
 
 
 def require_whole(path: Path) -> None:
-    """Check a file's header; none of its tensors is read.
+    """Check a file's header without reading its tensors.
 
     Raises:
-        WeightsMismatch: the file is cut off, no safetensors file, or cannot be read.
+        WeightsMismatch: the file is cut off, is not a safetensors file, or cannot be read.
     """
     _kinds(path)
 
 
 def _kinds(path: Path) -> list[str]:
-    """Dtypes of a file's tensors, by the names that the format has for them. Raises what `require_whole` raises."""
+    """Return the dtypes of a file's tensors, by the format's names. Raises what `require_whole` raises."""
     try:
-        with safe_open(path, framework="np") as file:  # of what it is asked for it imports; torch is not needed here
+        with safe_open(path, framework="np") as file:  # it imports the framework; torch is not needed here
             return [file.get_slice(name).get_dtype() for name in file.keys()]  # noqa: SIM118
     except SafetensorError as error:
         raise WeightsMismatch(
@@ -84,7 +84,7 @@ def _shard_names(index: Path) -> list[str]:
         paths = {Path(name) for name in content["weight_map"].values()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise WeightsMismatch(f"{index} has no readable weight_map: {error}") from error
-    # Of the names alone: what they name may be a link out of the folder, as all files in Hugging Face's cache are.
+    # Only the names are checked: the files may be links out of the folder, as all files in Hugging Face's cache are.
     if outside := sorted(str(path) for path in paths if path.is_absolute() or ".." in path.parts):
         raise WeightsMismatch(f"{index}: its weight_map names {outside[0]!r}, which is outside of the model's folder")
     return sorted(map(str, paths))

@@ -1,14 +1,15 @@
-"""Loading: a checkpoint's tensors become the layers that the forward pass wants; layers.py has their shapes.
+"""Loading of weights: a checkpoint's tensors become the layers of the forward pass; layers.py has their shapes.
 
 A checkpoint's weights are (O, I), as ours are. Those of q, k and v, and of gate and up, are put one below the other:
     rank's rows of q_proj, k_proj, v_proj          ─▶ qkv        rank's columns of o_proj       ─▶ output
     rank's rows of gate_proj, up_proj              ─▶ gate_up    rank's columns of down_proj    ─▶ down
     rank's rows of embed_tokens, lm_head           ─▶ embedding, head
-Each rank reads its part (see shard.py), and no more than that.
+Each rank only reads its own part (see shard.py).
 
-A layer norm is an RMS norm of what has a mean of 0, and a bias behind it. So where norms are layer norms, all that is
-added to the stream has a mean of 0 (`first_inputs`, o_proj and down_proj see to it), which they take away anyway, and
-what their biases become is in the bias of the product that reads the norm (SliceGPT, Ashkboos et al. 2024).
+A layer norm equals an RMS norm of inputs with a mean of 0, followed by a bias. So in models with layer norms,
+everything that is added to the residual stream is given a mean of 0 (in `first_inputs`, o_proj and down_proj), which is
+harmless because the norms would subtract the mean anyway. The biases of norms are merged into the bias of the product
+that reads the norm (SliceGPT, Ashkboos et al. 2024).
 """
 
 import contextlib
@@ -50,7 +51,7 @@ from hbserve_core.model.shard import Shard
 logger = logging.getLogger(__name__)
 
 MakeNarrow = Callable[[NarrowWeight, torch.Tensor | None], Linear]
-"""Makes the layer that multiplies with a narrow weight and adds a bias (O,), if there is one."""
+"""Function that makes the layer that multiplies with a narrow weight and adds a bias (O,), if there is one."""
 
 
 def load_weights(
@@ -63,15 +64,15 @@ def load_weights(
     with_kv_scales: bool = False,
     make_narrow: MakeNarrow | None = None,
 ) -> DecoderWeights:
-    """Read, or for load_format "dummy" invent, a rank's part of the weights. `config` is of the whole model.
-    with_kv_scales: for a pool of 8-bit floats. make_narrow: of weights that are stored in fewer than 16 bits and can
-    stay as they are; None: none of them can.
+    """Read a rank's part of the weights, or generate it for load_format "dummy". `config` is that of the whole model.
+    with_kv_scales: for a pool of 8-bit floats. make_narrow: makes layers of weights that are stored in fewer than 16
+    bits and can stay as they are; None if none of them can.
 
-    All of them are there when it returns, for any stream.
+    When this returns, all weights are ready for any stream.
 
     Raises:
-        InvalidInstanceConfig: another load_format; ranks that would share a group of a narrow weight.
-        ModelFilesMissing, WeightsMismatch: as `Checkpoint` says.
+        InvalidInstanceConfig: load_format is unknown, or ranks would share a group of a narrow weight.
+        ModelFilesMissing, WeightsMismatch: see `Checkpoint`.
     """
     if load_format not in ("safetensors", "dummy"):
         raise InvalidInstanceConfig(f"load_format={load_format!r}: expected 'safetensors' or 'dummy'")
@@ -101,7 +102,8 @@ def load_weights(
 
 
 class _Loader:
-    """Fetches tensors by name, takes the rank's part, fuses them, and brings them to the engine's dtype and device."""
+    """Loader that fetches tensors by name, takes the rank's part, fuses them, and converts them to the engine's dtype
+    and device."""
 
     def __init__(
         self,
@@ -126,17 +128,17 @@ class _Loader:
         self._inner = shard.part(config.intermediate_size)
         self._head_order = head_order(config.rope, config.head_dim)
         self._qkv_order = self._order_of_qkv()
-        # The stream of all layers is divided by what multiplies each addition to it, which norms undo.
+        # The residual stream is kept divided by the multiplier of each addition to it. The norms undo that.
         self._embedding_multiplier = config.switches.embedding_multiplier / config.switches.residual_multiplier
         self._stream_eps = config.rms_norm_eps / config.switches.residual_multiplier**2
         self.num_bytes = 0
-        """Bytes of the weights loaded so far."""
+        """Number of bytes of the weights loaded so far."""
 
     def decoder(self) -> DecoderWeights:
         embedding = self._vocabulary("model.embed_tokens.weight")
         if self._embedding_multiplier != 1.0:
             embedding *= self._embedding_multiplier
-        # Without a terminal there is no bar.
+        # Without a terminal there is no progress bar.
         layers = tqdm(range(self._config.num_layers), desc="weights of layers", disable=None, leave=False)
         head = embedding if self._config.tied_embeddings else self._vocabulary("lm_head.weight")
         has_positions = self._config.switches.learned_positions
@@ -147,7 +149,7 @@ class _Loader:
             positions=self._whole(POSITIONS)[NO_POSITIONS:] if has_positions else None,
             head=make_linear(head, self._after_norm("model.norm", head)),
             norm=self._last_norm(),
-            # Last: by now the files are in the system's page cache.
+            # The digest comes last, when the files are in the system's page cache.
             digest=weights_digest(self._source, self._shapes),
         )
 
@@ -162,11 +164,11 @@ class _Loader:
         return weight.float() + 1 if self._config.switches.norms_from_one else weight
 
     def _after_norm(self, name: str, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor | None:
-        """The bias of a product that reads a norm."""
+        """Return the bias of a product that reads a norm."""
         return F.linear(self._whole(f"{name}.bias"), weight, bias) if self._config.switches.layer_norms else bias
 
     def _order_of_qkv(self) -> torch.Tensor | None:
-        """Rows of the fused projection in the order in which they are kept; None: as they are."""
+        """Return the order in which rows of the fused projection are kept, or None if it is unchanged."""
         if self._head_order is None:
             return None
         local, head_dim = self._shard.config(self._config), self._config.head_dim
@@ -176,7 +178,7 @@ class _Loader:
         return places.flatten().to(self._device)
 
     def _fuse(self, parts: Sequence[TensorPart], num_rows: int | None = None) -> torch.Tensor:
-        """Parts of tensors one below the other, and zeros up to `num_rows`."""
+        """Stack parts of tensors below each other, and add zeros up to `num_rows`."""
         shapes = [part.shape(self._shapes[part.name]) for part in parts]
         rows = num_rows or sum(shape[0] for shape in shapes)
         fused = self._empty(rows, *shapes[0][1:])
@@ -206,8 +208,8 @@ class _Loader:
         norm: str | None,
         order: torch.Tensor | None = None,
     ) -> Linear:
-        """parts: of the rows of each projection in `tensors`. norm: its whole name, of what is the input. order: of the
-        outputs that come out, if not theirs."""
+        """Load a product that ranks split by its outputs. parts: the rows of each projection in `tensors`. norm: full
+        name of the norm that is its input. order: order of the outputs, if not their own."""
         firsts = [(name, sum(rows[:i])) for name, rows in tensors.items() for i in range(len(rows))]
 
         def parts_of(kind: str) -> list[TensorPart]:
@@ -236,7 +238,7 @@ class _Loader:
     def _linear(
         self, parts: Sequence[TensorPart], bias: torch.Tensor | None, order: torch.Tensor | None = None
     ) -> Linear:
-        """A layer of weights one below the other, as narrow as they are stored if they can stay so."""
+        """Make a layer of weights stacked below each other, which stay as narrow as they are stored if they can."""
         narrow = self._narrow(parts)
         if narrow is not None:
             return self._kept(narrow if order is None else narrow.with_rows(order), bias)
@@ -311,9 +313,9 @@ class _Loader:
         return ExpertWeights(router, self._of_experts(gate_up, len(own)), self._of_experts(down, len(own)), own.start)
 
     def _of_experts(self, parts: Sequence[TensorPart], count: int) -> Any:
-        """Matrices of so many experts, as narrow as they are stored if they can stay so."""
+        """Load the matrices of `count` experts, which stay as narrow as they are stored if they can."""
         narrow = self._narrow(parts)
-        # Each expert may have an order of its own, and rows are gathered once for all of them.
+        # Each expert may have an input order of its own, but rows are gathered once for all experts.
         if narrow is None or narrow.input_order is not None:
             return Linear(self._fuse(parts)).of_experts(count)
         return self._kept(narrow, None).of_experts(count)

@@ -1,4 +1,4 @@
-"""The safetensors files of a model folder."""
+"""Checkpoint: the safetensors files of a model folder."""
 
 import contextlib
 import logging
@@ -30,16 +30,16 @@ logger = logging.getLogger(__name__)
 _PREFIX = "model."
 _EMBEDDING, _HEAD = f"{_PREFIX}embed_tokens.weight", "lm_head.weight"
 _PIECE_BYTES = 16 << 20
-"""How much of a tensor is read at once where it is compared, or widened."""
+"""Bytes of a tensor that are read at once when it is compared or widened."""
 
 
 class Checkpoint:
-    """The safetensors files of a model folder, checked against the shapes that the model needs.
+    """Safetensors files of a model folder, checked against the shapes that the model needs.
 
     Raises:
-        ModelFilesMissing: no weights in the folder, or a shard that the index names is not there.
-        WeightsMismatch: a file that is not whole; or in one message every tensor that is missing, unexpected, or of a
-            wrong shape or kind.
+        ModelFilesMissing: there are no weights in the folder, or a shard that the index names is missing.
+        WeightsMismatch: a file is not whole; or tensors are missing, unexpected, or of a wrong shape or kind, which one
+        message lists.
     """
 
     def __init__(self, config: ModelConfig, shapes: Shapes, device: torch.device) -> None:
@@ -53,7 +53,8 @@ class Checkpoint:
                     ADAPTER,
                 )
             if config.tied_embeddings and _EMBEDDING not in self._stored and _HEAD in self._stored:
-                # One tensor under either name: safetensors' save_model keeps the name that comes first in the alphabet.
+                # The one tensor may have either name: safetensors' save_model keeps the name that comes first in the
+                # alphabet.
                 self._stored[_EMBEDDING] = self._stored.pop(_HEAD)
             self._packed: dict[str, PackedWeight] = {}
             self._scales, problems = find_scales(self._stored, config.scale_block) if config.scale_block else ({}, [])
@@ -99,7 +100,7 @@ class Checkpoint:
         if not all(part.name in self._scales for part in parts):
             return None
         ranges = [part.ranges(self._shapes[part.name]) for part in parts]
-        # Of each: inputs that share a scale, and which columns of scales are its own.
+        # For each part, how many inputs share a scale, and which columns of scales belong to it.
         groups = [
             columns_by_group(part.name, columns, self._scales[part.name].block[1], self._shapes[part.name][1])
             for part, (_, columns) in zip(parts, ranges, strict=True)
@@ -112,7 +113,7 @@ class Checkpoint:
         self._reader.read(
             Read(self._stored[part.name], *each, own) for (part, own), each in zip(targets, ranges, strict=True)
         )
-        # Blocks are few: each row has its own copy of their scales only on the device.
+        # Blocks are few, so their scales are copied for each row only on the device.
         blocks = [self._scales[part.name].of_blocks(rows) for part, (rows, _) in zip(parts, ranges, strict=True)]
         size, own_columns = group
         scales = torch.cat([each[:, own_columns.start : own_columns.stop] for each, _ in blocks]).to(device)
@@ -129,7 +130,7 @@ class Checkpoint:
             return packed.sample(count)
         stored = self._stored[name]
         sampled, scales = stored.pick(sampled_places(stored.shape, count)).float(), self._scales.get(name)
-        # Equal numbers with other scales are other weights.
+        # Equal numbers with different scales are different weights.
         return (
             sampled
             if scales is None
@@ -170,11 +171,11 @@ class Checkpoint:
 
 
 def with_stored_head(config: ModelConfig) -> ModelConfig:
-    """As transformers has it, a head in the files that is not the embedding counts, though config.json calls them tied:
-    such files are of fine-tunes. Says so in the log.
+    """Return the config as untied if the files have a head that differs from the embedding although config.json calls
+    them tied, as transformers does. Such files are of fine-tunes. The log says so.
 
     Raises:
-        ModelFilesMissing, WeightsMismatch: as `Checkpoint` does.
+        ModelFilesMissing, WeightsMismatch: see `Checkpoint`.
     """
     if not config.tied_embeddings:
         return config
@@ -192,8 +193,8 @@ def with_stored_head(config: ModelConfig) -> ModelConfig:
 
 @contextlib.contextmanager
 def _stored_tensors(config: ModelConfig) -> Iterator[dict[str, StoredTensor]]:
-    """Of all weight files, which are open meanwhile. By our names (see `Switches.renamed`), as a model with a head has
-    them: those of exports without one lack the prefix."""
+    """Keep all weight files open, and give their tensors by our names (see `Switches.renamed`), which are those of a
+    model with a head. In exports without a head, names lack the prefix."""
     stored: dict[str, StoredTensor] = {}
     with contextlib.ExitStack() as opened:
         for path in weight_files(config.path):
@@ -206,7 +207,7 @@ def _stored_tensors(config: ModelConfig) -> Iterator[dict[str, StoredTensor]]:
 
 
 def _our_name(name: str, config: ModelConfig) -> str:
-    """Our name for a tensor of a checkpoint."""
+    """Return our name for a tensor of a checkpoint."""
     for theirs, ours in config.switches.renamed:
         name = name.replace(theirs, ours)
     return name
@@ -220,13 +221,14 @@ def _are_equal(one: StoredTensor, other: StoredTensor) -> bool:
 
 
 def _rows(stored: StoredTensor, piece: slice) -> torch.Tensor:
-    """Some rows as float64: two tensors that are compared may be stored in different dtypes."""
+    """Read some rows as float64, because two tensors that are compared may be stored in different dtypes."""
     rows = torch.empty((piece.stop - piece.start, stored.shape[1]), dtype=DTYPES[stored.dtype], device="cpu")
     stored.read(range(piece.start, piece.stop), range(stored.shape[1]), rows.view(-1).view(torch.uint8).numpy().data)
     return rows.double()
 
 
 def _may_be_ignored(name: str, config: ModelConfig) -> bool:
-    """Tied models may store the table twice; old exports store the RoPE frequencies, which follow from the config."""
+    """Return whether a tensor that the model does not need may be ignored. Tied models may store the table twice, and
+    old exports store the RoPE frequencies, which follow from the config."""
     is_known = name.endswith(("rotary_emb.inv_freq", *KV_SCALES)) or (name == _HEAD and config.tied_embeddings)
     return is_known or (config.scale_block is not None and is_scale(name))

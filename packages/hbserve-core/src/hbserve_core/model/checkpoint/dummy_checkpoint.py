@@ -1,9 +1,8 @@
-"""Invented weights, for load_format "dummy": the same on every kind of device, for every number of ranks.
+"""Generated weights, for load_format "dummy": the same on every kind of device and for every number of ranks.
 
-A number follows from the tensor's name and from its place in the whole tensor, not from the one before, so a rank makes
-no more than its part, on its own device. Only integer arithmetic and float operations that every device rounds alike
-are used: a logarithm or a cosine differs from one mathematical library to the next, and torch's generators from one
-device to the next.
+A number follows from the tensor's name and from its place in the whole tensor, not from the previous number, so a rank
+makes no more than its part, on its own device. Only integer arithmetic and float operations that every device rounds
+alike are used: logarithms and cosines differ between mathematical libraries, and torch's generators between devices.
 """
 
 import hashlib
@@ -24,24 +23,26 @@ from hbserve_core.model.narrow_weight import NarrowWeight, fused, in_words, pack
 from hbserve_core.model.quantization import Packing
 
 _STD = 0.02
-# A sum of four bytes that are uniform and independent: its mean, and its standard deviation.
+# Mean and standard deviation of the sum of four uniform, independent bytes.
 _MEAN_OF_SUM = 510
 _STD_OF_SUM = (4 * (256**2 - 1) / 12) ** 0.5
-# How many are made at once, at some 16 bytes each on the way. On a CPU fewer than torch would share among its threads:
-# on a busy machine, threads that meet after every short operation wait for each other most of the time.
+# Numbers that are made at once, which take some 16 bytes each meanwhile. On a CPU these are fewer than torch would
+# share among its threads: on a busy machine, threads that meet after every short operation wait for each other most of
+# the time.
 _CPU_PIECE = (1 << 15) - 1
 _GPU_PIECE = 1 << 22
-# Of narrow weights: none of the numbers is larger than the largest 8-bit float, and next to none than 4 bits have.
+# Scales of narrow weights: with them, no number is larger than the largest 8-bit float, and almost none exceeds 4 bits.
 _SCALE_OF_8_BITS = 2.0**-12
 _SCALE_OF_4_BITS, _ZERO_OF_4_BITS = 2.0**-7, 8
 
 
 class DummyCheckpoint:
-    """Source of invented weights: norms are 1, biases 0, all else is about normal, of standard deviation 0.02.
+    """Source of generated weights: norms are 1, biases 0, and all else is about normal with a standard deviation of
+    0.02.
 
-    "About": each is a sum of four uniform numbers, so there are 1021 different ones, none beyond 3.5 deviations. In
-    tensors of more than 2^32 elements they repeat. Of a quantised model, projections of layers are rounded to what it
-    has, with one scale for all.
+    They are only about normal because each is a sum of four uniform numbers, so there are 1021 different ones, none
+    beyond 3.5 deviations. In tensors of more than 2^32 elements they repeat. In a quantised model, the projections of
+    layers are rounded to its format, with one scale for all.
     """
 
     def __init__(
@@ -103,10 +104,10 @@ class DummyCheckpoint:
         return 1.0
 
     def close(self) -> None:
-        """Nothing to end."""
+        """Do nothing: there is nothing to close."""
 
     def _pieces(self, part: TensorPart, device: torch.device) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Rows of a part, some at once, and their numbers, float32."""
+        """Yield runs of rows of a part, with their numbers, float32."""
         rows, columns = part.ranges(self._shapes[part.name])
         within_row = torch.arange(columns.start, columns.stop, dtype=torch.int32, device=device)
         most, keys = _CPU_PIECE if device.type == "cpu" else _GPU_PIECE, _keys(part.name)
@@ -116,20 +117,21 @@ class DummyCheckpoint:
             yield piece, _numbers(places, keys)
 
     def _is_narrow(self, name: str) -> bool:
-        """Whether the model's own checkpoints have it quantised: all that a layer multiplies, but a router."""
+        """Return whether a tensor is quantised in the model's real checkpoints, as all matrices of a layer are except a
+        router."""
         if self._scale_block is None and self._packing is None:
             return False
         return ".layers." in name and len(self._shapes[name]) == 2 and not name.endswith(".gate.weight")
 
     def _group(self, num_inputs: int) -> int:
-        """How many inputs share a scale, in a narrow matrix with so many of them."""
+        """Return how many inputs share a scale in a narrow matrix with `num_inputs`."""
         if self._packing is None:
             assert self._scale_block is not None
             return self._scale_block[1]
         return num_inputs if self._packing.group_size == -1 else self._packing.group_size
 
     def _rounded(self, name: str, numbers: torch.Tensor) -> torch.Tensor:
-        """What is left of numbers (float32) in the width that the tensor has."""
+        """Round numbers (float32) to the width of the tensor."""
         if not self._is_narrow(name):
             return numbers
         if self._packing is None:
@@ -154,7 +156,7 @@ def _keys(name: str) -> tuple[int, int]:
 
 
 def _numbers(places: torch.Tensor, keys: tuple[int, int]) -> torch.Tensor:
-    """Float32, of places in a tensor: int32, counted modulo 2^32. Overwrites them."""
+    """Compute the numbers, float32, at places in a tensor: int32, counted modulo 2^32. The places are overwritten."""
     bits = _mix(places, keys)
     sums = (bits & 0x00FF00FF) + ((bits >> 8) & 0x00FF00FF)
     sums += sums >> 16
@@ -165,10 +167,11 @@ def _numbers(places: torch.Tensor, keys: tuple[int, int]) -> torch.Tensor:
 
 
 def _mix(x: torch.Tensor, keys: tuple[int, int]) -> torch.Tensor:
-    """Wellons's lowbias32 in place, as in kernels/sampling.py, with a key before it and one within.
+    """Hash integers in place by Wellons's lowbias32, as in kernels/sampling.py, with one key before it and one within
+    it.
 
-    One before it would not do: tensors would then hold parts of each other's numbers, in another order.
-    torch shifts int32 arithmetically: the masks take away copies of the sign. Its products wrap.
+    A single key before it would not do: tensors would then hold parts of each other's numbers in another order. torch
+    shifts int32 arithmetically, so masks remove the copies of the sign. Its products wrap.
     """
     x += keys[0]
     x ^= (x >> 16) & 0xFFFF

@@ -1,6 +1,6 @@
-"""Weights of 4 bits, eight to an int32, as AWQ and GPTQ checkpoints have them: read, and widened by scales and zeros.
+"""Weights of 4 bits, eight to an int32, as in AWQ and GPTQ checkpoints: reading, and widening by scales and zeros.
 
-In place of `X.weight` (O, I) there are, of I / G groups of inputs that share a scale and a zero:
+In place of `X.weight` (O, I) there are the following, with I / G groups of G inputs that share a scale and a zero:
                   AWQ                                     GPTQ
     X.qweight     (I, O / 8), packed along outputs        (I / 8, O), packed along inputs
     X.qzeros      (I / G, O / 8), packed as its weights   (I / G, O / 8), packed along outputs, often one too small
@@ -21,30 +21,31 @@ from hbserve_core.model.quantization import Packing
 
 _IN_ORDER = (0, 1, 2, 3, 4, 5, 6, 7)
 _AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
-"""Places of eight neighbours in their int32, as AWQ packs them."""
+"""Places of eight adjacent numbers in their int32, as AWQ packs them."""
 _PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
 
 class PackedWeight(NamedTuple):
-    """One weight matrix."""
+    """Packed weight matrix."""
 
     shape: tuple[int, int]
-    """(O, I)"""
+    """Shape of the matrix, (O, I)."""
     parts: Mapping[str, StoredTensor]
     packing: Packing
 
     def widened(self, rows: range, columns: range, device: torch.device) -> torch.Tensor:
-        """(rows, columns) of the weight, float32. It is read as a whole for that."""
+        """Return a part (rows, columns) of the weight, float32. The whole weight is read for that."""
         numbers, zeros, scales, groups = self._unpacked(device)
         inputs, outputs = slice(columns.start, columns.stop), slice(rows.start, rows.stop)
         own = groups[inputs]
         return ((numbers[inputs, outputs] - zeros[own][:, outputs]) * scales.float()[own][:, outputs]).t()
 
     def narrow(self, name: str, rows: range, columns: range, device: torch.device) -> NarrowWeight | None:
-        """That part of the weight in 4 bits; None: its groups are such as kernels cannot read. It is read as a whole.
+        """Return a part of the weight in 4 bits, or None if kernels cannot read its groups. The whole weight is read
+        for that.
 
         Raises:
-            SplitGroups: the columns are not of whole groups, or not in order.
+            SplitGroups: the columns are not whole groups, or not in order.
         """
         numbers, zeros, scales, groups = self._unpacked(device)
         size, num_inputs = self.shape[1] // len(scales), self.shape[1]
@@ -69,7 +70,7 @@ class PackedWeight(NamedTuple):
         return NarrowWeight(values, scales[own, outputs].contiguous(), zeros, size, order)
 
     def _unpacked(self, device: torch.device) -> tuple[torch.Tensor, ...]:
-        """Numbers (I, O), zeros and scales (I / G, O), and groups (I,)."""
+        """Read and unpack the numbers (I, O), zeros and scales (I / G, O), and groups (I,)."""
         places = _AWQ_PLACES if self.packing.method == "awq" else _IN_ORDER
         stored = {name: each.whole().to(device) for name, each in self.parts.items()}
         if self.packing.method == "awq":
@@ -83,13 +84,14 @@ class PackedWeight(NamedTuple):
         return numbers, zeros, stored["scales"], groups.long()
 
     def sample(self, count: int) -> torch.Tensor:
-        """Some of its numbers, float32, by which it can be told from others: at most so many of each part."""
+        """Return some of its numbers, float32, that distinguish it from other weights: at most `count` of each part."""
         some = [each.pick(range(0, each.size, 1 + each.size // count)).double() for each in self.parts.values()]
         return torch.cat(some).float()
 
 
 def find_packed(stored: Mapping[str, StoredTensor], packing: Packing) -> tuple[dict[str, PackedWeight], list[str]]:
-    """Packed weights by the names that they would have as plain ones, and in words what is wrong with them."""
+    """Find packed weights. Returns them by the names that they would have as plain weights, and a list of what is wrong
+    with them."""
     found, problems = {}, []
     for name in stored:
         layer, _, last = name.rpartition(".")
@@ -105,14 +107,15 @@ def find_packed(stored: Mapping[str, StoredTensor], packing: Packing) -> tuple[d
 
 
 def without_parts(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """Stored tensors that do not belong to a packed weight."""
+    """Return the stored tensors that do not belong to a packed weight."""
     layers = {name.removesuffix(".qweight") for name in stored if name.endswith(".qweight")}
     parts = {f"{layer}.{part}" for layer in layers for part in _PARTS}
     return {name: each for name, each in stored.items() if name not in parts}
 
 
 def empty_biases(stored: Mapping[str, StoredTensor], packed: Mapping[str, PackedWeight]) -> set[str]:
-    """Names of biases that are zero: older exporters of GPTQ write one for each packed weight, of any model."""
+    """Return the names of biases that are zero. Older exporters of GPTQ write one for each packed weight of any
+    model."""
     names = (name for name in stored if name.endswith(".bias") and f"{name.removesuffix('bias')}weight" in packed)
     return {name for name in names if stored[name].dtype in DTYPES and not stored[name].whole().any()}
 
@@ -146,6 +149,6 @@ def _problem(parts: Mapping[str, StoredTensor], packing: Packing) -> str:
 
 
 def _unpacked(packed: torch.Tensor, places: tuple[int, ...]) -> torch.Tensor:
-    """(N, 8 M) numbers of 0 to 15, int32, of (N, M) int32."""
+    """Unpack int32 words (N, M) into numbers from 0 to 15, (N, 8 M) int32."""
     shifts = torch.tensor(places, dtype=torch.int32, device=packed.device) * 4
     return ((packed[:, :, None] >> shifts) & 15).flatten(1)

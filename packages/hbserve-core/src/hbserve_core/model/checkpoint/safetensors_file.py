@@ -1,4 +1,4 @@
-"""A safetensors file, read by ranges of bytes: what is read goes where the caller wants it, and no more is read.
+"""Safetensors file, read by ranges of bytes into memory that the caller gives. Nothing else is read.
 
 safe_open checks the file (`require_whole`), but does not read it. It maps the file into memory, which costs a page
 fault for every few pages, and the process if the file is cut off meanwhile; or it reads whole tensors while no other
@@ -17,17 +17,17 @@ from hbserve_core.errors import WeightsMismatch
 from hbserve_core.model.weight_files import require_whole
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""What weights may be stored as, by the names that the format has for it."""
+"""Dtypes in which weights may be stored, by the format's names."""
 STORED_DTYPES = DTYPES | {"F8_E4M3": torch.float8_e4m3fn, "I32": torch.int32}
-"""DTYPES, and what weights with scales may be stored as."""
+"""DTYPES, and the dtypes in which weights with scales may be stored."""
 
 
 class StoredTensor(NamedTuple):
-    """One tensor of a file, where its numbers are row after row, without gaps."""
+    """Tensor in a file, stored row after row without gaps."""
 
     file: "SafetensorsFile"
     offset: int
-    """Where it begins: bytes from the file's start."""
+    """Position of its first byte in the file."""
     dtype: str
     shape: tuple[int, ...]
 
@@ -44,17 +44,17 @@ class StoredTensor(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Numbers."""
+        """Number of elements."""
         return prod(self.shape)
 
     def whole(self) -> torch.Tensor:
-        """All of it, on the CPU."""
+        """Read the whole tensor, on the CPU."""
         found = torch.empty(self.shape, dtype=STORED_DTYPES[self.dtype], device="cpu")
         self.file.read(self.offset, found.view(-1).view(torch.uint8).numpy().data)
         return found
 
     def pick(self, places: range) -> torch.Tensor:
-        """The numbers at these places of the flattened tensor, on the CPU."""
+        """Read the numbers at these places of the flattened tensor, on the CPU."""
         picked = torch.empty(len(places), dtype=STORED_DTYPES[self.dtype], device="cpu")
         itemsize, buffer = picked.itemsize, picked.view(torch.uint8).numpy().data
         if places.step == 1:
@@ -66,7 +66,7 @@ class StoredTensor(NamedTuple):
 
 
 class SafetensorsFile:
-    """Open until `close`.
+    """Safetensors file that is open until `close`.
 
     Raises:
         WeightsMismatch: the file is not whole.
@@ -85,7 +85,7 @@ class SafetensorsFile:
         }
 
     def read(self, offset: int, buffer: memoryview) -> None:
-        """Fill `buffer` with what is there from `offset` on. Raises WeightsMismatch if the file has become shorter."""
+        """Fill `buffer` with the bytes from `offset` on. Raises WeightsMismatch if the file has become shorter."""
         while buffer:
             count = os.preadv(self._file.fileno(), [buffer], offset)
             if not count:

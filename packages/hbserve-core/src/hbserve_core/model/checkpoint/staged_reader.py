@@ -1,7 +1,7 @@
-"""Tensors from files to a device: several threads read pieces of them, for a GPU into pinned memory on the way.
+"""Reading of tensors from files to a device: several threads read pieces of them, for a GPU by way of pinned memory.
 
-While one thread's piece is on its way to the device, others read. No more of a model than a few pieces is in the host's
-memory beside the system's page cache.
+While one thread's piece is on its way to the device, other threads read. Apart from the system's page cache, only a few
+pieces of a model are in the host's memory.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -18,16 +18,17 @@ from hbserve_core.model.checkpoint.tensor_source import row_pieces
 _Given = TypeVar("_Given")
 _Made = TypeVar("_Made")
 
-# Small, so that each thread has some of every large tensor.
+# Pieces are small, so that each thread gets some of every large tensor.
 _PIECE_BYTES = 4 << 20
-# A few saturate memory.
+# A few threads saturate memory.
 _MOST_THREADS = 8
-# Bytes of a row beside the columns that are wanted: to read them too takes less time than a read for each row.
+# Bytes of a row outside the wanted columns up to which it is faster to read them too than to read row by row.
 _SHORT_GAP = 32 << 10
 
 
 class Read(NamedTuple):
-    """Some columns of some rows of a tensor, and where they go: contiguous. A vector is a matrix with one column."""
+    """Request to read some columns of some rows of a tensor into a contiguous target. A vector is a matrix with one
+    column."""
 
     stored: StoredTensor
     rows: range
@@ -35,13 +36,13 @@ class Read(NamedTuple):
     target: torch.Tensor
 
     def columns_read(self) -> range:
-        """All of a row where the others are few."""
+        """Return the columns to read: the whole row if the others are few, otherwise the wanted ones."""
         whole, itemsize = range(prod(self.stored.shape[1:])), STORED_DTYPES[self.stored.dtype].itemsize
         return whole if (len(whole) - len(self.columns)) * itemsize <= _SHORT_GAP else self.columns
 
 
 class StagedReader:
-    """Reads into tensors on one device. On a GPU they are there for later work on its default stream."""
+    """Reader into tensors on one device. On a GPU they are ready for later work on its default stream."""
 
     def __init__(self, device: torch.device) -> None:
         num_threads = min(_MOST_THREADS, torch.get_num_threads())
@@ -52,12 +53,13 @@ class StagedReader:
             self._free.put(torch.empty(_PIECE_BYTES, dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda"))
 
     def _begin_thread(self) -> None:
-        # A new thread's device is the first one, where another rank lives.
+        # A new thread uses the first device, where another rank lives.
         if self._device.index is not None:
             torch.cuda.set_device(self._device)
 
     def read(self, reads: Iterable[Read]) -> None:
-        """Write all of them. Many at once are faster: threads wait for no tensor to be whole.
+        """Carry out all of these reads. Many at once are faster, because threads need not wait until a tensor is
+        complete.
 
         Raises:
             WeightsMismatch: a file has become shorter.
@@ -68,14 +70,14 @@ class StagedReader:
             return
         as_stored = [each for each in pieces if each.target.dtype == STORED_DTYPES[each.stored.dtype]]
         self.map(self._read_as_stored, as_stored)
-        # Not in several threads: torch converts with all of its own.
+        # These are not read in several threads, because torch converts with all of its own threads.
         for each in pieces:
             if each.target.dtype != STORED_DTYPES[each.stored.dtype]:
                 self._read_staged(each)
 
     def map(self, function: Callable[[_Given], _Made], given: Iterable[_Given]) -> list[_Made]:
-        """Of each, by several threads, for which it is inference mode if it is here. Raises what the first that fails
-        has raised."""
+        """Apply a function to each item in several threads, which are in inference mode if the caller is. Raises what
+        the first failing call has raised."""
         in_threads = torch.inference_mode(torch.is_inference_mode_enabled())(function)
         return list(self._pool.map(in_threads, given))
 
@@ -91,7 +93,7 @@ class StagedReader:
         try:
             staged = buffer[: len(read.rows) * len(columns) * dtype.itemsize]
             read.stored.read(read.rows, columns, staged.numpy().data)
-            # `to` returns when it has copied, so the buffer is free then; the device converts.
+            # `to` returns when it has copied, so the buffer is free then. The device converts.
             found = staged.view(dtype).view(len(read.rows), len(columns)).to(self._device)
             first = read.columns.start - columns.start
             read.target.copy_(found[:, first : first + len(read.columns)])
@@ -103,7 +105,7 @@ class StagedReader:
 
 
 def _pieces(read: Read) -> Iterator[Read]:
-    """Small enough for a buffer."""
+    """Split a read into reads that are small enough for a buffer."""
     stored, rows, columns, target = read
     row_bytes = len(read.columns_read()) * STORED_DTYPES[stored.dtype].itemsize
     matrix = target.view(len(rows), len(columns))

@@ -1,4 +1,4 @@
-"""Scales of 8-bit weights in a checkpoint: for a whole tensor, for each of its rows, or for each of its blocks."""
+"""Scales of 8-bit weights in a checkpoint: one for a whole tensor, for each of its rows, or for each of its blocks."""
 
 from collections.abc import Mapping
 from math import inf, prod
@@ -10,23 +10,24 @@ from hbserve_core.model.checkpoint.safetensors_file import DTYPES, StoredTensor
 
 FP8 = "F8_E4M3"
 _SUFFIXES = ("_scale_inv", "_scale")
-"""What a weight's name is followed by in that of its scales. They multiply, whatever the first one says."""
+"""Suffixes that are appended to a weight's name for its scales. Weights are multiplied by them, despite the name of the
+first."""
 KV_SCALES = (".k_scale", ".v_scale")
-"""Ends of the names of scales for keys and values in a pool of 8-bit floats; other pools need none."""
+"""Suffixes of the names of scales for keys and values in a pool of 8-bit floats. Other pools need none."""
 _OTHERS = (".input_scale", ".output_scale", ".q_scale")
-"""Scales of what is not stored: here it stays in 16 bits."""
+"""Suffixes of the names of scales for values that are not stored. Here these values stay in 16 bits."""
 
 
 class WeightScales(NamedTuple):
     """Scales of one weight matrix, which multiply its 8-bit floats."""
 
     values: torch.Tensor
-    """(block rows, block columns), float32, on the CPU."""
+    """Scales, (block rows, block columns), float32, on the CPU."""
     block: tuple[int, int]
-    """Rows and columns of the weight that share one; the last block may be smaller."""
+    """Rows and columns of the weight that share a scale; the last block may be smaller."""
 
     def of(self, rows: range, columns: range, device: torch.device) -> torch.Tensor:
-        """(rows, columns), of that part of the weight."""
+        """Return the scales (rows, columns) of that part of the weight."""
         down, across = (
             torch.arange(each.start, each.stop, device=device) // size
             for each, size in zip((rows, columns), self.block, strict=True)
@@ -34,7 +35,8 @@ class WeightScales(NamedTuple):
         return self.values.to(device)[down][:, across]
 
     def of_blocks(self, rows: range) -> tuple[torch.Tensor, torch.Tensor]:
-        """(blocks that these rows have a part of, block columns), and how many of the rows each block has."""
+        """Return the scales (blocks that overlap these rows, block columns), and how many of the rows are in each of
+        these blocks."""
         borders = range(rows.start // self.block[0] * self.block[0], rows.stop, self.block[0])
         counts = [min(first + self.block[0], rows.stop) - max(first, rows.start) for first in borders]
         own = self.values[borders.start // self.block[0] :][: len(counts)]
@@ -46,7 +48,7 @@ def is_scale(name: str) -> bool:
 
 
 def find_kv_scales(stored: Mapping[str, StoredTensor]) -> tuple[dict[str, float], list[str]]:
-    """Scales of keys and values by their names, and in words what is wrong with them."""
+    """Find scales of keys and values. Returns them by their names, and a list of what is wrong with them."""
     found, problems = {}, []
     for name, scale in stored.items():
         if name.endswith(KV_SCALES):
@@ -61,7 +63,7 @@ def find_kv_scales(stored: Mapping[str, StoredTensor]) -> tuple[dict[str, float]
 def find_scales(
     stored: Mapping[str, StoredTensor], block: tuple[int, int]
 ) -> tuple[dict[str, WeightScales], list[str]]:
-    """Scales by the names of their 8-bit weights, and in words what is wrong with them."""
+    """Find scales of 8-bit weights. Returns them by the names of the weights, and a list of what is wrong with them."""
     found, problems = {}, []
     for name, weight in stored.items():
         if weight.dtype != FP8:
