@@ -1,6 +1,7 @@
-"""The engine of HBServe: models, a paged KV pool, batching, and GpuInstance.
+"""Engine of HBServe: models, a paged KV pool, batching, and GpuInstance.
 
-torch is imported with the first name that needs it: who only asks whether a model can be served does not wait for it.
+torch is imported with the first name that needs it: whoever only asks whether a model can be served does not wait for
+it.
 """
 
 from importlib import import_module
@@ -66,7 +67,7 @@ _NEED_TORCH = {
 
 
 def __getattr__(name: str) -> Any:
-    """Called for names that are not here yet (PEP 562)."""
+    """Import a name that is not loaded yet (PEP 562)."""
     if name not in _NEED_TORCH:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = found = getattr(import_module(f"{__name__}.{_NEED_TORCH[name]}"), name)

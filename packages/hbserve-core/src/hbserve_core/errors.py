@@ -3,9 +3,9 @@
 HBServeCoreError
 ├── ModelFilesMissing (FileNotFoundError)   the model folder, or a file that must be in it, is not there
 ├── UnsupportedModel (ValueError)           the folder is sound, but this engine cannot run what it describes
-├── BrokenTokenizer (ValueError)            a tokenizer's files are there, but cannot be read as one
+├── BrokenTokenizer (ValueError)            a tokenizer's files are there, but cannot be read
 ├── WeightsMismatch (ValueError)            tensors are missing, unexpected, or of the wrong shape
-├── InvalidInstanceConfig (ValueError)      a setting that cannot be
+├── InvalidInstanceConfig (ValueError)      a setting is not possible
 ├── NotEnoughMemory (MemoryError)           the weights, or the KV pool, do not fit
 ├── RankFailed (RuntimeError)               a rank of a tensor-parallel instance has died, frozen or failed
 ├── EngineStopped (RuntimeError)            the engine's thread has ended, and cannot do what was asked of it

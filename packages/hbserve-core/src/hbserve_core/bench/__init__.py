@@ -1,1 +1,1 @@
-"""Measures what an engine reaches, and what its device could: `hbserve bench engine`."""
+"""Measurements of what an engine reaches, and of what its device could: `hbserve bench engine`."""

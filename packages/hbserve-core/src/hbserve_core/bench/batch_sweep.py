@@ -1,9 +1,9 @@
-"""A decode step's time by batch size, beside the least that it could take: `hbserve bench engine --sweep`.
+"""Time of a decode step by batch size, beside the least time that it could take: `hbserve bench engine --sweep`.
 
-What is timed is steps in which every request decodes, and none joins or ends. Each batch has fresh random prompts that
-are really computed: with shared blocks, what should come from memory would come from the device's cache.
+The timed steps are those in which every request decodes, and none joins or ends. Each batch has fresh random prompts
+that are really computed: with shared blocks, what should come from memory would come from the device's cache.
 
-A *cliff* is a batch size that the engine serves badly, for which there is a sign:
+A *cliff* is a batch size that the engine serves badly, which shows in one of two ways:
     its step takes more than 3 % longer than that of a larger batch with the same context; or
     its share of the limit is below 0.8 of a neighbour's. Neighbours are the next sizes measured on either side, if one
     is at most twice the other.
@@ -33,23 +33,24 @@ from hbserve_core.ranks.make_runner import make_runner
 from hbserve_rpc import SamplingParams
 
 BATCH_SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 15, 16, 17, 24, 31, 32, 33, 48, 64, 65, 96, 128, 192, 256)
-"""Dense where steps are short, and on both sides of the sizes at which something else is chosen."""
+"""Batch sizes, dense where steps are short, and on both sides of the sizes at which another kernel or graph is
+chosen."""
 
 _NUM_STEPS = 48
 _FEWEST_STEPS = 8
 _ENOUGH_S = 3.0
-"""Timed for so long, the fewest steps will do: of a CPU that others use too, 48 took two minutes."""
+"""Time after which _FEWEST_STEPS timed steps are enough: on a CPU that others use too, 48 took two minutes."""
 _NUM_LAUNCHES = 240
-"""Steps after which an engine that is new decides by 200 of them when it launches the next one."""
+"""Number of steps after which a new engine decides by 200 of them when it launches the next one."""
 _STEPS_TO_PROMPT = 4
 _NUM_PROMPT_LAUNCHES = 40
-"""Steps of one prompt, and as many of two: of the first 16 of each it is learned how long they take."""
+"""Number of steps with one prompt, and of steps with two. The first 16 of each teach the engine how long they take."""
 _NUM_WARM = 4
-"""Steps of each batch that are not timed."""
+"""Number of steps at the beginning of each batch that are not timed."""
 _ROUNDS = 3
-"""How often a prompt is timed."""
+"""Number of times that a prompt is timed."""
 _MOST_OF_THE_POOL = 0.98
-"""The engine keeps a hundredth of it for growth."""
+"""Share of the pool that a batch may take: the engine keeps a hundredth of it for growth."""
 _NOISE = 1.03
 _MUCH_LESS = 0.8
 _UNEVEN = 1.5
@@ -57,15 +58,15 @@ _UNEVEN = 1.5
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """What to measure: every batch size with every context, both ascending.
+    """Plan of what to measure: every batch size with every context, both ascending.
 
     Raises:
-        InvalidInstanceConfig: there is none, or they are not ascending numbers from 1 on.
+        InvalidInstanceConfig: there are no sizes or contexts, or they are not ascending numbers from 1 on.
     """
 
     batch_sizes: tuple[int, ...] = BATCH_SIZES
     contexts: tuple[int, ...] = (512,)
-    """Tokens of each prompt."""
+    """Numbers of tokens of each prompt."""
 
     def __post_init__(self) -> None:
         for name in ("batch_sizes", "contexts"):
@@ -76,7 +77,7 @@ class SweepPlan:
 
 @dataclass(frozen=True)
 class SweepRow:
-    """One batch size with one context."""
+    """Measurement of one batch size with one context."""
 
     context: int
     batch: int
@@ -90,7 +91,7 @@ class SweepRow:
         return self.limit.limit_s / self.step_s
 
     def record(self) -> dict[str, float]:
-        """All numbers in one dictionary, as for a file."""
+        """Return all numbers in one dictionary, as for a file."""
         row: dict[str, Any] = asdict(self)
         limit: dict[str, float] = row.pop("limit")
         return row | limit | {"share": self.share, "copy_share": self.limit.copy_s / self.step_s}
@@ -142,7 +143,8 @@ def _worse_than_a_neighbour(row: SweepRow, others: Sequence[SweepRow]) -> str | 
 
 
 def sweep_config(model_path: str, plan: SweepPlan, **settings: object) -> InstanceConfig:
-    """An engine for all of the plan that fits, with the shapes of steps that it has as an instance of usual size.
+    """Return the configuration of an engine for all of the plan that fits, with the shapes of steps that an instance of
+    usual size has.
 
     Raises what `load_model_config` raises.
     """
@@ -155,13 +157,14 @@ def sweep_config(model_path: str, plan: SweepPlan, **settings: object) -> Instan
 
 
 def _num_steps(config: InstanceConfig, batch: int, context: int) -> int:
-    """Most tokens that a request of such a batch generates: while others join, and then while steps are timed."""
+    """Return the largest number of tokens that a request of such a batch generates: while others join, and then while
+    steps are timed."""
     joining = -(-batch * context // max(1, config.max_num_batched_tokens - batch)) + 1
     return joining + _NUM_WARM + _NUM_STEPS + 2
 
 
 class BatchSweep:
-    """An engine, and batches of requests on it."""
+    """Engine, with batches of requests on it."""
 
     def __init__(
         self,
@@ -170,7 +173,7 @@ class BatchSweep:
         clock: Callable[[], float] = perf_counter,
         sleep: Callable[[float], None] = sleep,
     ) -> None:
-        """clock, sleep: of a device that has a time of its own."""
+        """clock, sleep: clock and sleep of a device that has a time of its own."""
         self._config = config
         self._runner = runner
         self._clock, self._sleep = clock, sleep
@@ -180,11 +183,11 @@ class BatchSweep:
 
     @cached_property
     def limits(self) -> DeviceLimits:
-        """Measured when they are first asked for, which takes seconds on a CPU."""
+        """Limits of the device, measured when they are first asked for, which takes seconds on a CPU."""
         return measure_limits(self._runner.device, self._runner.dtype, self._config.tensor_parallel_size)
 
     def obstacle(self, batch: int, context: int) -> str | None:
-        """Why such a batch cannot be measured here, if it cannot."""
+        """Return why such a batch cannot be measured here, or None if it can."""
         longest, blocks = context + _num_steps(self._config, batch, context), self._engine.blocks
         if longest > self._runner.model_config.max_model_len:
             return f"{longest} tokens a sequence, the model takes {self._runner.model_config.max_model_len}"
@@ -201,11 +204,11 @@ class BatchSweep:
         return SweepRow(context, batch, statistics.median(times), max(times), limit)
 
     def step_s(self, batch: int, context: int) -> float:
-        """Median step time of a batch that has no `obstacle`. Raises LogitsNotFinite."""
+        """Measure the median step time of a batch that has no `obstacle`. Raises LogitsNotFinite."""
         return statistics.median(self._step_times(batch, context)[0])
 
     def _step_times(self, batch: int, context: int) -> tuple[list[float], float]:
-        """Seconds of each step, and the mean number of tokens of a request while they were timed."""
+        """Measure the seconds of each step, and the mean number of tokens of a request while they were timed."""
         preemptions = self._engine.stats().num_preemptions
         names = self._add(batch, context, _num_steps(self._config, batch, context))
         ends: list[float] = []
@@ -225,9 +228,9 @@ class BatchSweep:
         return times, context + statistics.mean(generated[_NUM_WARM + 1 :])
 
     def prompt_s(self, num_tokens: int) -> tuple[float, float]:
-        """Seconds from a prompt that is alone to its token; and from one prompt's token to the next one's, each
-        launched while the one before it is computed, if the runner does that. Medians of _ROUNDS, after one that warms
-        up."""
+        """Measure the seconds from a lone prompt to its token, and from one prompt's token to the next one's, where
+        each prompt is launched while the previous one is computed, if the runner does that. Returns medians of _ROUNDS,
+        after a warm-up."""
         alone: list[float] = []
         for _ in range(_ROUNDS + 1):
             began_s = self._clock()
@@ -258,12 +261,12 @@ class BatchSweep:
         return [self._clock() for _ in outputs]
 
     def launched_ahead_s(self, batch: int, context: int, prompt: int | None = None) -> float:
-        """So long before the end of a step the engine launches the next one, while such a batch decodes; `prompt`: and
-        in every fourth step a prompt of so many tokens is computed beside it. 0: it does not, as on a CPU, or all
-        steps are so short that each is followed at once."""
+        """Measure how long before the end of a step the engine launches the next one while such a batch decodes.
+        prompt: number of tokens of a prompt that is computed beside it in every fourth step. Returns 0 if the engine
+        does not launch ahead, as on a CPU, or if all steps are so short that each is followed at once."""
         if not self._runner.overlaps:
             return 0.0
-        self._engine = Engine(self._config, self._runner, self._clock)  # which remembers no other steps
+        self._engine = Engine(self._config, self._runner, self._clock)  # a new one remembers no other steps
         count = min(_NUM_LAUNCHES, self._runner.model_config.max_model_len - context - 1)
         names = self._add(batch, context, count + 1)
         for step in range(count):
@@ -274,9 +277,10 @@ class BatchSweep:
         return self._engine.launch_times.slack_s
 
     def launched_ahead_of_prompts_s(self, prompt: int) -> float:
-        """The same while a step computes one prompt of so many tokens, and the next one two: as on a busy instance that
-        computes prompts only. Two are too long for a CUDA graph if one is as long as it may be, and steps before them
-        are no shorter than such a launch: beside decodes most are, and the engine does not count what comes late."""
+        """Measure the same while steps alternately compute one prompt of so many tokens and two, as on a busy instance
+        that only computes prompts. Two are too long for a CUDA graph if one is as long as it may be, and the steps
+        before them are no shorter than such a launch. Beside decodes most are shorter, and the engine does not count
+        what comes late."""
         if not self._runner.overlaps:
             return 0.0
         self._engine = Engine(self._config, self._runner, self._clock)
@@ -287,26 +291,26 @@ class BatchSweep:
         return self._engine.launch_times.slack_s
 
     def _step_in_time(self) -> None:
-        """Run a step as an instance does, which waits for requests until the step must be launched."""
+        """Run a step like an instance, which waits for requests until the step must be launched."""
         while wait_s := self._engine.wait_s():
             self._sleep(wait_s)
         self._tokens_of_a_step()
 
     @property
     def device_name(self) -> str:
-        """The card's, or "cpu"."""
+        """Name of the card, or "cpu"."""
         device = self._runner.device
         return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """Bytes of a token's keys and values, of all ranks together."""
+        """Number of bytes of a token's keys and values on all ranks together."""
         block, ranks = self._runner.pool[0], self._config.tensor_parallel_size
         return block.numel() * block.element_size() // self._engine.blocks.block_size * ranks
 
     @property
     def kv_tokens(self) -> int:
-        """Tokens that the pool has room for."""
+        """Number of tokens for which the pool has room."""
         return self._engine.blocks.num_blocks * self._engine.blocks.block_size
 
     def _add(self, batch: int, context: int, num_tokens: int) -> list[str]:
@@ -327,14 +331,16 @@ class BatchSweep:
 
 
 def _are_enough(ends: Sequence[float]) -> bool:
-    """Whether these timed steps will do. `ends`: when each ended, behind the end of the one before them."""
+    """Return whether these timed steps are enough. ends: the time when each ended, after the end of the step before
+    them."""
     return len(ends) > _FEWEST_STEPS and ends[-1] - ends[0] >= _ENOUGH_S
 
 
 def run_sweep(
     config: InstanceConfig, plan: SweepPlan, say: Callable[[str], None], keep: Callable[[SweepRow], None]
 ) -> None:
-    """Say a block of lines for each context, and what the cliffs are; `keep` is called with each row when it is there.
+    """Measure the plan, and say a block of lines for each context, and what the cliffs are. `keep` is called with each
+    row when it has been measured.
 
     config: from `sweep_config`. Raises what `make_runner` raises, and LogitsNotFinite if the model gives no numbers.
     """
@@ -355,7 +361,7 @@ def run_sweep(
 
 
 def _rows(sweep: BatchSweep, plan: SweepPlan, context: int, keep: Callable[[SweepRow], None]) -> Iterator[SweepRow]:
-    # Without a terminal there is no bar.
+    # Without a terminal there is no progress bar.
     for batch in tqdm(plan.batch_sizes, desc=f"context {context}", disable=None, leave=False):
         if sweep.obstacle(batch, context) is None:
             row = sweep.measure(batch, context)

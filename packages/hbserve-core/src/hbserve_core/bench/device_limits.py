@@ -1,4 +1,4 @@
-"""Rates at which a device reads memory, copies it and multiplies: measured on the device itself, not looked up."""
+"""Rates at which a device reads memory, copies it and multiplies, measured on the device itself."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,18 +8,18 @@ import torch
 
 _REPEATS = 5
 _MEMORY_BYTES = {"cuda": 1 << 31, "cpu": 1 << 28}
-"""Many times what a device's cache holds."""
+"""Bytes of memory to read and copy: many times the size of a device's cache."""
 _READS_AT_ONCE = {"cuda": 4, "cpu": 1}
-"""Queued together, so that no launch is counted; a CPU has none."""
+"""Number of reads that are queued together, so that no launch is counted; a CPU has none."""
 _MATRIX_SIZE = {"cuda": 8192, "cpu": 1024}
 
 
 @dataclass(frozen=True)
 class DeviceLimits:
-    """Rates of all devices that a model is split among, together."""
+    """Rates of all devices among which a model is split, together."""
 
     read_bytes_per_s: float
-    """Rate of a reduction: it reads, and writes next to nothing."""
+    """Rate of a reduction, which reads, and writes next to nothing."""
     copy_bytes_per_s: float
     """Rate of a copy, bytes read and bytes written together."""
     flops_per_s: float
@@ -33,9 +33,9 @@ class DeviceLimits:
 
 
 def measure_limits(device: torch.device, dtype: torch.dtype, num_ranks: int = 1) -> DeviceLimits:
-    """The best of several reads, copies and products on `device`, which nothing else should use meanwhile.
+    """Measure the best of several reads, copies and products on `device`, which nothing else should use meanwhile.
 
-    Ranks have a GPU each, so the limits are `num_ranks` times as high; on a CPU they share the one there is.
+    Each rank has a GPU of its own, so the limits are `num_ranks` times as high. On a CPU they share the one there is.
     """
     memory = torch.ones(_MEMORY_BYTES[device.type], dtype=torch.uint8, device=device)
     reading = min(_time_of(read, device, _READS_AT_ONCE[device.type]) for read in _ways_to_read(memory))
@@ -53,8 +53,8 @@ def measure_limits(device: torch.device, dtype: torch.dtype, num_ranks: int = 1)
 
 
 def _ways_to_read(memory: torch.Tensor) -> list[Callable[[], object]]:
-    """Reductions of all of `memory`. Which of them is the fastest depends on the device and on torch's version, and
-    some are far from what the device can do."""
+    """Return reductions of all of `memory`. Which of them is the fastest depends on the device and on torch's version,
+    and some are far from what the device can do."""
     numbers = memory.view(torch.float32)
     rows = numbers.view(-1, 4096)
     vector = torch.ones(4096, device=memory.device)
@@ -69,7 +69,7 @@ def _ways_to_read(memory: torch.Tensor) -> list[Callable[[], object]]:
 
 
 def _time_of(work: Callable[[], object], device: torch.device, at_once: int = 1) -> float:
-    """Seconds of one call, the best of several times, of `at_once` calls each."""
+    """Measure the seconds of one call: the best of several times, of `at_once` calls each."""
 
     def once() -> float:
         _wait_for(device)

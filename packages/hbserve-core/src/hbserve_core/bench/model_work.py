@@ -1,4 +1,4 @@
-"""The least that a model's steps must read and compute, and how long that takes at a device's limits."""
+"""Minimum that a model's steps must read and compute, and the time that it takes at a device's limits."""
 
 from dataclasses import dataclass
 
@@ -13,25 +13,26 @@ from hbserve_core.model.model_config import ModelConfig
 
 @dataclass(frozen=True)
 class Work:
-    """One kernel's part of a step."""
+    """Work of one kernel's part of a step."""
 
     read_bytes: float
     flops: float
 
     def time_s(self, limits: DeviceLimits) -> float:
-        """Reading and computing at the same time, so the slower of the two decides."""
+        """Return the time of the work at these limits. Reading and computing go on at the same time, so the slower of
+        the two decides."""
         return max(self.read_bytes / limits.read_bytes_per_s, self.flops / limits.flops_per_s)
 
 
 @dataclass(frozen=True)
 class DecodeLimit:
-    """The least time that a decode step can take, or several together."""
+    """Least time that a decode step can take, or several together."""
 
     limit_s: float
-    """Part by part: each product and each layer's attention takes the longer of its bytes, at a pure read's rate, and
-    its operations, at a large product's."""
+    """Sum over parts: each product and each layer's attention takes the longer of the times for its bytes, at a pure
+    read's rate, and for its operations, at a large product's."""
     copy_s: float
-    """All bytes at a copy's rate, operations left out: the limit that older measurements were compared with."""
+    """Time of all bytes at a copy's rate, without operations: the limit with which older measurements were compared."""
     read_bytes: float
     flops: float
 
@@ -39,7 +40,7 @@ class DecodeLimit:
         return DecodeLimit(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
 
     def share_of(self, time_s: float) -> str:
-        """The share of the limit that was reached."""
+        """Describe the share of the limit that was reached."""
         return f"share {self.limit_s / time_s:.2f} ({self.copy_s / time_s:.2f} of a copy's)"
 
 
@@ -55,12 +56,12 @@ def decode_limit(
     kv_dtype: torch.dtype | None = None,
     weight_bytes: float | None = None,
 ) -> DecodeLimit:
-    """The limit of one step that gives `batch` sequences a token each, after `context` tokens on average.
+    """Compute the limit of one step that gives `batch` sequences a token each, after `context` tokens on average.
 
-    kv_dtype: of keys and values in the pool; None: the model's. weight_bytes: of each number in the layers'
-    projections, see `stored_bytes`; None: the model's.
-    Left out, as next to nothing: rows of the embedding, activations, norms, the new tokens' keys and values, sampling,
-    and what ranks tell each other. What several ranks each have is read once.
+    kv_dtype: dtype of keys and values in the pool; None for the model's. weight_bytes: bytes of each number in the
+    layers' projections, see `stored_bytes`; None for the model's. The limit leaves out what is next to nothing: rows of
+    the embedding, activations, norms, the new tokens' keys and values, sampling, and what ranks tell each other. What
+    several ranks have is counted as read once.
     """
     parts = decode_work(model, dtype, batch, context, kv_dtype, weight_bytes)
     read_bytes, flops = sum(part.read_bytes for part in parts), sum(part.flops for part in parts)
@@ -69,8 +70,8 @@ def decode_limit(
 
 
 def stored_bytes(config: InstanceConfig, model: ModelConfig, dtype: torch.dtype, device: torch.device) -> float:
-    """Bytes of each number in the projections of an instance's layers: those of the checkpoint, with the scales of its
-    4-bit numbers, where they stay narrow. Scales of 8-bit floats are next to nothing."""
+    """Return the bytes of each number in the projections of an instance's layers. If they stay narrow, these are the
+    checkpoint's, including the scales of 4-bit numbers. Scales of 8-bit floats are next to nothing."""
     if device.type != "cuda" or config.widen_weights or not can_stay_narrow(model, device):
         return dtype.itemsize
     if model.packing is not None:
@@ -87,9 +88,9 @@ def decode_work(
     kv_dtype: torch.dtype | None = None,
     weight_bytes: float | None = None,
 ) -> list[Work]:
-    """What has to be done one after the other in such a step: in each layer four products and attention, then the head.
-    Parameters as in `decode_limit`. Of a mixture of experts, as many are read as so many sequences touch on average,
-    each of which is as likely to go to one as to another."""
+    """List the work of such a step, which is done one part after the other: in each layer four products and attention,
+    then the head. Parameters are those of `decode_limit`. In a mixture of experts, the number of experts read is the
+    average number that `batch` sequences touch if all experts are equally likely."""
 
     def product(num_weights: int, itemsize: float = weight_bytes or dtype.itemsize) -> Work:
         return Work(num_weights * itemsize, 2.0 * batch * num_weights)
@@ -102,7 +103,7 @@ def decode_work(
 
     work: list[Work] = []
     for index in range(model.num_layers):
-        # Every window is full: those of a context's first tokens are not.
+        # Every window is taken to be full, although those of a context's first tokens are not.
         keys = min(context, model.windows[index] or context)
         experts, products = _experts_of(model, index), layer_products(model, index)
         mlp = [product(products["gate_up"]), product(products["down"])]
@@ -119,7 +120,7 @@ def _experts_of(model: ModelConfig, layer: int) -> Experts | None:
 
 
 def layer_products(model: ModelConfig, layer: int = 0) -> dict[str, int]:
-    """Number of weights in each of a layer's projections, of one expert where there are several."""
+    """Return the number of weights in each of a layer's projections; that of one expert if there are several."""
     hidden, experts = model.hidden_size, _experts_of(model, layer)
     inner = experts.intermediate_size if experts else model.intermediate_size
     heads, kv_heads = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
@@ -132,12 +133,13 @@ def layer_products(model: ModelConfig, layer: int = 0) -> dict[str, int]:
 
 
 def num_layer_weights(model: ModelConfig) -> int:
-    """Numbers in the projections of all layers that a token goes through."""
+    """Return how many weights a token goes through in the projections of all layers."""
     return sum(map(sum, _used_products(model)))
 
 
 def _used_products(model: ModelConfig) -> list[tuple[int, int]]:
-    """Of each layer, the weights that a token goes through: to queries, keys and values, and after its attention."""
+    """Return how many weights a token goes through in each layer: to queries, keys and values, and after its
+    attention."""
     found = []
     for layer in range(model.num_layers):
         products, experts = layer_products(model, layer), _experts_of(model, layer)
@@ -147,8 +149,8 @@ def _used_products(model: ModelConfig) -> list[tuple[int, int]]:
 
 
 def prefill_flops(model: ModelConfig, lengths: list[int]) -> float:
-    """Operations of projections and causal attention. Left out is what only the last tokens need: the output projection
-    and, of the last layer, everything that comes after queries, keys and values."""
+    """Return the operations of projections and causal attention. What only the last tokens need is left out: the output
+    projection and, in the last layer, everything after queries, keys and values."""
     *_, (_, after_last) = _used_products(model)
     weights = num_layer_weights(model) - after_last
     attention = 2 * (model.num_layers - 1) * model.num_heads * model.head_dim * sum(length**2 for length in lengths)

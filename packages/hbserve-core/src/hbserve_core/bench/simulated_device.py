@@ -1,6 +1,7 @@
-"""A device that computes nothing, and takes as long as it is told: engines run on it by a clock of its own, at once.
+"""Simulated device that computes nothing and takes as long as it is told. Engines run on it by a clock of its own,
+without waiting.
 
-What an engine decides by time, which is when to launch and how much of a prompt, can so be looked at without a device,
+So what an engine decides by time, which is when to launch and how much of a prompt, can be examined without a device
 and without waiting for it.
 """
 
@@ -18,8 +19,8 @@ from hbserve_core.model.model_config import ModelConfig
 
 @dataclass(frozen=True)
 class StepLaw:
-    """How long a device takes for a step: products that read all weights or are bound by operations, keys and values
-    that are read, attention's operations, and what no step goes without."""
+    """Formula of the time that a device takes for a step: products that read all weights or are bound by operations,
+    keys and values that are read, attention's operations, and a minimum for every step."""
 
     weights_s: float
     token_s: float
@@ -33,13 +34,13 @@ class StepLaw:
 
 
 H100_8B = StepLaw(weights_s=5.3e-3, token_s=24.5e-6, key_s=4.8e-8, pair_s=0.5e-9)
-"""Qwen3-8B's shape in bfloat16, within some 15 % of what docs/performance-kernels.md has."""
+"""Times of Qwen3-8B's shape in bfloat16, within some 15 % of those in docs/performance-kernels.md."""
 H100_06B = StepLaw(weights_s=0.4e-3, token_s=2.0e-6, key_s=3.7e-8, pair_s=0.23e-9, least_s=1.2e-3)
-"""Qwen3-0.6B's shape, the same."""
+"""Times of Qwen3-0.6B's shape in bfloat16, with the same precision."""
 
 
 class SimulatedDevice:
-    """A Runner with overlap. Steps are computed one after the other; each samples token 5."""
+    """Runner with overlap. Steps are computed one after the other; each samples token 5."""
 
     device, dtype = torch.device("cpu"), torch.float32
     overlaps = True
@@ -53,19 +54,20 @@ class SimulatedDevice:
         time_s: Callable[[StepWork], float],
         host_time_s: Callable[[], float] = lambda: 0.0,
     ) -> None:
-        """time_s: of a step on the device. host_time_s: what it takes to launch one."""
+        """time_s: returns the time of a step on the device. host_time_s: returns the time that the host takes to launch
+        one."""
         self.model_config = model_config
         self.fingerprint: dict[str, str | int] = {}
         self.pool = torch.zeros(num_blocks, 1)
         self.now = 0.0
         self.free_at = 0.0
-        """When all launched steps have been computed."""
+        """Time when all launched steps have been computed."""
         self.steps: list[tuple[float, float, dict[str, int]]] = []
-        """Begin, end, and number of new tokens by request."""
+        """Begin, end, and number of new tokens by request, of each step."""
         self._time_s, self._host_time_s = time_s, host_time_s
 
     def clock(self) -> float:
-        """The device's time in seconds, which the engine takes for its own."""
+        """Return the device's time in seconds, which the engine uses as its own."""
         return self.now
 
     def launch(self, batch: Sequence[ScheduledChunk]) -> PendingStep:
@@ -86,10 +88,10 @@ class SimulatedDevice:
         return tokens
 
     def draw(self) -> None:
-        """Nothing to draw: no request has a grammar."""
+        """Do nothing: no request has a grammar."""
 
     def is_idle(self) -> bool:
         return self.now >= self.free_at
 
     def close(self) -> None:
-        """Nothing to end."""
+        """Do nothing: there is nothing to end."""

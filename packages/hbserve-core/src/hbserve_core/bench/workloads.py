@@ -1,4 +1,4 @@
-"""Four workloads on one engine, beside what the device could do at most: `hbserve bench engine`.
+"""Four workloads on one engine, compared with the most that the device could do: `hbserve bench engine`.
 
     mixed     many requests of random prompt and output lengths, all at once: nano-vllm's own benchmark
     single    one request: the latency of a decode step
@@ -24,12 +24,12 @@ WORKLOADS = ("mixed", "single", "prefill", "decode")
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much of each workload. The defaults are nano-vllm's benchmark and its companions."""
+    """Sizes of each workload. The defaults are nano-vllm's benchmark and its companions."""
 
     num_requests: int = 256
     shortest: int = 100
     longest: int = 1024
-    """Prompts and outputs of `mixed` have from `shortest` to `longest` tokens."""
+    """Largest number of tokens of prompts and outputs of `mixed`; `shortest` is the smallest."""
     single_len: int = 512
     num_prompts: int = 64
     prompt_len: int = 2048
@@ -37,7 +37,7 @@ class Sizes:
     decode_len: int = 256
 
     def scaled(self, factor: float) -> "Sizes":
-        """Sizes for slower devices: every number times `factor`, but at least 2."""
+        """Return sizes for slower devices: every number times `factor`, but at least 2."""
         return Sizes(*(max(2, round(getattr(self, name) * factor)) for name in self.__dataclass_fields__))
 
     @property
@@ -47,7 +47,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Measured:
-    """One run of a workload, from the first request's arrival to the last one's end."""
+    """Measurement of one run of a workload, from the first request's arrival to the last one's end."""
 
     time_s: float
     num_steps: int
@@ -55,7 +55,7 @@ class Measured:
     num_output_tokens: int
     host_time_s: float
     decode_time_s: float
-    """Time from when every request had its first token."""
+    """Time from the moment when every request had its first token."""
     num_decode_steps: int
     decode_limit: DecodeLimit
     """Limit of those steps together, if all requests decode in step."""
@@ -64,7 +64,7 @@ class Measured:
 
 
 def bench_config(model_path: str, sizes: Sizes, **settings: object) -> InstanceConfig:
-    """One hybrid engine with room for all of a workload's requests at once."""
+    """Return the configuration of a hybrid engine with room for all of a workload's requests at once."""
     chosen = {
         "max_num_seqs": max(sizes.num_requests, sizes.num_prompts),
         "max_num_batched_tokens": 16384,
@@ -76,7 +76,7 @@ def bench_config(model_path: str, sizes: Sizes, **settings: object) -> InstanceC
 
 
 class EngineBench:
-    """An engine, and the workloads on it. Prompts are random, other ones each time: none is in the prefix cache."""
+    """Engine, with the workloads on it. Prompts are random and different each time, so none is in the prefix cache."""
 
     def __init__(self, config: InstanceConfig, sizes: Sizes) -> None:
         begin = time.perf_counter()
@@ -115,8 +115,8 @@ class EngineBench:
         return [self._random.randrange(self._runner.model_config.vocab_size) for _ in range(length)]
 
     def _serve(self, requests: list[tuple[list[int], int]]) -> tuple[float, int]:
-        """All at once: prompts, and how many tokens each gets. When, and after how many steps, the last of them had its
-        first token. Raises LogitsNotFinite."""
+        """Serve prompts, with the number of tokens that each gets, all at once. Returns when, and after how many steps,
+        the last of them had its first token. Raises LogitsNotFinite."""
         engine = self._engine
         for prompt, count in requests:
             self._count += 1
@@ -159,7 +159,7 @@ class EngineBench:
 
 
 def report(workload: str, measured: Measured, limits: DeviceLimits) -> str:
-    """One line: what was reached, and its share of the limit."""
+    """Format a line with what was reached, and its share of the limit."""
     time_s, steps = measured.time_s, max(1, measured.num_steps)
     host = f"host {1e3 * measured.host_time_s / steps:5.2f} ms"
     if workload == "prefill":
@@ -177,7 +177,7 @@ def report(workload: str, measured: Measured, limits: DeviceLimits) -> str:
 
 
 def run_bench(config: InstanceConfig, sizes: Sizes, workloads: Sequence[str], say: Callable[[str], None]) -> None:
-    """Measure each workload twice, after a warm-up, and say a line of each run.
+    """Measure each workload twice, after a warm-up, and say a line for each run.
 
     Raises what `make_runner` raises, and LogitsNotFinite if the model gives no numbers: then its steps are not those of
     a request that goes on.

@@ -199,8 +199,7 @@ class GraphShapes:
         between = range(max(buckets, default=0) + 1, config.max_num_batched_tokens)
         larger = [self._prefill_shape(size, num_seqs) for size in _KERNELS_DIFFER if size in between]
         self.without_graph = larger if has_graphs else decodes + larger
-        """Shapes that, together with those that have a graph and the largest step, run every kernel that a step may
-        run."""
+        """Shapes which, with those that have a graph and the largest step, run every kernel that a step may run."""
 
     def _prefill_shape(self, rows: int, max_num_seqs: int) -> StepShape:
         sequences = min(max_num_seqs, max(8, rows // ROWS_PER_SEQUENCE))
@@ -270,8 +269,7 @@ class StepPacker:
         self._sources: dict[Sequence, int] = {}
         """Place of each sequence's token among those that the previous step samples."""
         self._sampled: list[Sequence] = []
-        """Sequences of the last step that sampled. Usually the next has the same. `_asked` and `_unseeded` are
-        theirs."""
+        """Sequences of the last step with samples, usually also the next one's; `_asked` and `_unseeded` are theirs."""
         self._asked = asked_of_samples([])
         """Parameters of those sequences, (7, N), see `asked_of_samples`."""
         self._unseeded: list[int] = []

@@ -54,7 +54,7 @@ class Phase(Enum):
     """Phase of a sequence's life, which decides what may happen to its blocks."""
 
     NEW = "new"
-    """Not in an engine. Sequences on other ranks always stay new, and choices stay new until they are forked."""
+    """New: not in an engine. Sequences on other ranks always stay new, and choices stay new until they are forked."""
     WAITING = "waiting"
     """Waiting for room, without blocks; possibly again, after it had to give up its blocks."""
     RUNNING = "running"
@@ -66,11 +66,11 @@ class Phase(Enum):
     RESERVING = "reserving"
     """Waiting, without blocks, for room to receive its keys and values."""
     HELD = "held"
-    """Not computed: a transfer reads its blocks or writes to them."""
+    """Held: not computed, while a transfer reads its blocks or writes to them."""
     QUARANTINED = "quarantined"
     """Ended, but a failed transfer may still touch its blocks."""
     FORKED = "forked"
-    """Without blocks: its choices continue by themselves, and the sequence ends with the last of them."""
+    """Forked into its choices, which continue by themselves. It has no blocks, and ends with the last of them."""
     ENDED = "ended"
     """Forgotten. The step in flight may still compute it; the result is dropped."""
 

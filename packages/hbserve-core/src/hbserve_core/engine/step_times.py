@@ -308,8 +308,8 @@ class LaunchTimes:
         self._busy_at = 0.0
         """Last time at which the step was seen still running, when its end was waited for in vain."""
         self._needs: deque[float] = deque(maxlen=STEPS_REMEMBERED)
-        """For each recent launch, the time from what would have been the right moment to the predicted end of the
-        previous step."""
+        """Times, for recent launches, from what would have been the right moment to the predicted end of the previous
+        step."""
         self.slack_s = 0.0
         """Time before the predicted end of a step at which the next one is launched, if it is not launched at once."""
         self._num_waited = 0

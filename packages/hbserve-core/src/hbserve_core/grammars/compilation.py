@@ -1,7 +1,7 @@
-"""Compiles grammars and reads tokenizers with llguidance, within its limits.
+"""Compilation of grammars and reading of tokenizers with llguidance, within its limits.
 
-The limits keep the cost of most grammars small, but not of all: the schema {"multipleOf": 99999989} compiles for
-minutes. So a grammar that was not seen before is first tried in another process: see trials.py.
+The limits keep the cost of most grammars small, but not of all of them: the schema {"multipleOf": 99999989} compiles
+for minutes. So a grammar that was not seen before is first tried in another process: see trials.py.
 """
 
 import json
@@ -25,7 +25,7 @@ _SHOWN = 150
 
 
 def read_tokenizer(path: Path, vocab_size: int, eos_token_ids: Ids[int]) -> Any:
-    """llguidance's tokenizer, read from a tokenizer.json. Raises OSError or ValueError."""
+    """Read llguidance's tokenizer from a tokenizer.json. Raises OSError or ValueError."""
     from llguidance import LLTokenizer
 
     text = path.read_text(encoding="utf-8").strip()
@@ -41,8 +41,8 @@ def read_tokenizer(path: Path, vocab_size: int, eos_token_ids: Ids[int]) -> Any:
 
 
 def compile_grammar(tokenizer: Any, wanted: StructuredOutputsParams) -> Any:
-    """A new matcher of llguidance, at the beginning of the grammar. Raises InvalidRequest if the grammar is invalid;
-    says why."""
+    """Make a new matcher of llguidance, at the beginning of the grammar. Raises InvalidRequest, which says why, if the
+    grammar is invalid."""
     from llguidance import LLMatcher, LLParserLimits
 
     kind = wanted.kind
@@ -56,14 +56,14 @@ def compile_grammar(tokenizer: Any, wanted: StructuredOutputsParams) -> Any:
 
 
 def shortened(error: str) -> str:
-    """An error of llguidance in one line, shortened in the middle: it may quote all of a grammar between its kind and
-    its reason."""
+    """Bring an error of llguidance into one line, shortened in the middle, where it may quote a whole grammar between
+    its kind and its reason."""
     line = " ".join(error.removesuffix("<non-verbose/>").split())
     return line if len(line) <= 2 * _SHOWN else f"{line[:_SHOWN]} … {line[-_SHOWN:]}"
 
 
 def _source(wanted: StructuredOutputsParams) -> str:
-    """The grammar in the form that llguidance compiles. Raises ValueError."""
+    """Return the grammar in the form that llguidance compiles. Raises ValueError."""
     from llguidance import LLMatcher, grammar_from
 
     if wanted.json is not None:

@@ -1,4 +1,4 @@
-"""Compiles grammars for one model's tokenizer, and keeps them.
+"""Compilation of grammars for one model's tokenizer, with a cache.
 
 A grammar that was not seen before is first tried in another process, so that no thread here is busy with it for long.
 """
@@ -23,20 +23,22 @@ from hbserve_core.grammars.workers import Workers
 from hbserve_rpc import InvalidRequest, Overloaded, SamplingParams, StructuredOutputsParams
 
 COMPILE_TIMEOUT_S = 10.0
-"""How long a request waits for its own grammar, which takes a moment, and for those that are compiled before it."""
+"""Longest time that a request waits for its own grammar, which takes a moment, and for those that are compiled before
+it."""
 _COMPILED_AT_ONCE = 2
 _TRIED_AT_ONCE = 8
-"""This may be more than there are cores: trials are processes, and a quick one is not held up by slow ones."""
+"""Number of trials that run at once. It may exceed the number of cores: trials are processes, and a quick one is not
+held up by slow ones."""
 _MOST_TRIALS = 64
-"""Most trials that run, wait, or are remembered: a grammar that was too slow is often sent again, and is then not tried
-again."""
+"""Largest number of trials that run, wait, or are remembered. A grammar that was too slow is often sent again, and is
+then not tried again."""
 _MOST_KEPT = 16
-"""Most compiled grammars that are kept for other requests. Each may grow to tens of MiB."""
+"""Largest number of compiled grammars that are kept for other requests. Each may grow to tens of MiB."""
 _OTHERS = "structured_outputs: other grammars are being compiled"
 
 
 class GrammarCompiler:
-    """Compiles grammars, and keeps the ones that were used last. Its methods may be called from any thread."""
+    """Compiler of grammars that keeps the most recently used ones. Its methods may be called from any thread."""
 
     def __init__(self, folder: str, vocab_size: int, eos_token_ids: Collection[int]) -> None:
         """folder: the model's folder, which has a tokenizer.json."""
@@ -46,19 +48,19 @@ class GrammarCompiler:
         self._lock = threading.Lock()
         self._tokenizer: Any = None
         self._problem = ""
-        """Why there is no tokenizer."""
+        """Reason why there is no tokenizer; "" if there is one, or it was not read yet."""
         self._ends: Mask = np.zeros(0, np.int32)
         self._compiled: OrderedDict[StructuredOutputsParams, Any] = OrderedDict()
         self._tried: OrderedDict[StructuredOutputsParams, Future[str]] = OrderedDict()
-        """Trials that run, and the results of the last ones."""
+        """Trials that run or wait, and the results of the last ones."""
         self._trials = Trials(self._path, vocab_size, self._eos_token_ids)
         self._trying = Workers(_TRIED_AT_ONCE, "trials")
         self._compiling = Workers(_COMPILED_AT_ONCE, "grammars")
         self._matching = Workers(max(2, min(8, (os.cpu_count() or 1) // 4)), "matchers")
 
     def load(self) -> None:
-        """Read the tokenizer, if this was not tried yet. It takes one second, or three for a large one, in which no
-        other thread runs; so an instance does it before it is ready. If it fails, requests with grammars get the
+        """Read the tokenizer, unless that was already tried. It takes one second, or three for a large one, in which no
+        other thread runs, so an instance does it before it is ready. If it fails, requests with grammars get the
         error."""
         with self._lock:
             if self._tokenizer is None and not self._problem:
@@ -73,12 +75,12 @@ class GrammarCompiler:
                 self._ends = np.packbits(bits, bitorder="little").view(np.int32)
 
     def matcher(self, params: SamplingParams, output: Ids[int] = ()) -> Matcher | None:
-        """A matcher for a request's grammar, advanced by its output so far; None if the request has no grammar. Takes a
-        while.
+        """Make a matcher for a request's grammar, advanced by its output so far. Returns None if the request has no
+        grammar. This takes a while.
 
         Raises:
-            InvalidRequest: the grammar is invalid, too large or too slow; says which and why.
-            Overloaded: other grammars are still being compiled.
+            InvalidRequest: the grammar is invalid, too large or too slow; the message says which and why. Overloaded:
+            other grammars are still being compiled.
         """
         wanted = params.structured_outputs
         if wanted is None:
@@ -95,7 +97,7 @@ class GrammarCompiler:
             raise Overloaded(_OTHERS) from None
 
     async def matcher_in_loop(self, params: SamplingParams, output: Ids[int]) -> Matcher:
-        """`matcher` for an event loop, which it does not block; for a request that has a grammar."""
+        """Do the same as `matcher`, for a request that has a grammar, without blocking the event loop."""
         wanted = params.structured_outputs
         assert wanted is not None
         try:
@@ -106,9 +108,9 @@ class GrammarCompiler:
             raise Overloaded(_OTHERS) from None
 
     def _trial(self, wanted: StructuredOutputsParams) -> "Future[str]":
-        """The trial of a grammar; its result is why the grammar must not be compiled here, or "". Requests for the same
-        grammar share one trial, which goes on when they have given up, because they are often sent again. Raises
-        Overloaded."""
+        """Return the trial of a grammar, whose result is the reason why the grammar must not be compiled here, or "".
+        Requests for the same grammar share one trial, which goes on after they have given up, because they are often
+        sent again. Raises Overloaded."""
         with self._lock:
             trial = self._tried.get(wanted)
             if trial is None or (trial.done() and trial.exception() is not None):

@@ -1,7 +1,7 @@
-"""The position of one request's output in its grammar, and which tokens may come next.
+"""Position of one request's output in its grammar, and the tokens that may come next.
 
-A token is taken in, and the mask of its possible successors computed, in another thread: usually in 0.1 ms, but a
-schema can be made so that it takes half a second.
+Another thread takes in a token and computes the mask of the tokens that may follow, usually in 0.1 ms, but a schema can
+be designed so that it takes half a second.
 Shapes: V vocab_size.
 """
 
@@ -18,21 +18,23 @@ from hbserve_core.grammars.workers import Workers
 from hbserve_rpc import InvalidRequest, SamplingParams
 
 Mask = npt.NDArray[np.int32]
-"""(ceil(V / 32),): bit i of word j says whether token 32 * j + i is allowed."""
+"""Mask of tokens, (ceil(V / 32),): bit i of word j says whether token 32 * j + i is allowed."""
 
 _DEAD_END = "NoExtensionBias"
-"""What llguidance says where a grammar is not complete and allows nothing: it cannot be fulfilled, as {"$ref": "#"}."""
+"""Message of llguidance for a grammar that is not complete and allows nothing, because it cannot be fulfilled, such as
+{"$ref": "#"}."""
 
 
 class Matcher:
-    """Belongs to the engine's thread, like its request. When the grammar is complete and allows nothing more, the
-    tokens that end a sequence are allowed."""
+    """Matcher of one request's grammar. It belongs to the engine's thread, like the request. When the grammar is
+    complete and allows nothing more, the tokens that end a sequence are allowed."""
 
     def __init__(self, matcher: Any, ends: Mask, params: SamplingParams, output: Ids[int], workers: Workers) -> None:
-        """Computes the first mask, so it should be made in a thread that may take its time.
+        """Compute the first mask. So a matcher should be made in a thread that may take its time.
 
-        matcher: llguidance's, at the grammar's beginning; from now on it belongs to this object. ends: the mask of
-        tokens that end a sequence. output: the request's tokens so far. workers: threads in which it is advanced.
+        matcher: llguidance's matcher at the grammar's beginning, which from now on belongs to this object. ends: the
+        mask of tokens that end a sequence. output: the request's tokens so far. workers: threads in which the matcher
+        is advanced.
 
         Raises:
             InvalidRequest: the output does not follow the grammar, or computing its first mask takes too long.
@@ -46,7 +48,7 @@ class Matcher:
         self._computing: Future[None] | None = None
         self._was_late = False
         self.error = ""
-        """Why the request cannot go on. Set when a mask cannot be computed."""
+        """Reason why the request cannot continue; set when a mask cannot be computed."""
         self.mask: Mask = np.zeros_like(ends)
         """Mask of the next token. Valid when `is_ready` returns true."""
         self._address = self.mask.ctypes.data
@@ -60,13 +62,13 @@ class Matcher:
             raise InvalidRequest(self.error)
 
     def advance(self, token: int) -> None:
-        """Take in the next output token. Returns at once. Must not be called before `is_ready` has returned true."""
+        """Take in the next output token, without waiting. Must not be called before `is_ready` has returned true."""
         self._was_late = False
         self._computing = self._workers.submit(lambda: self._take(token))
 
     def forked(self, token: int) -> "Matcher":
-        """A copy that goes on from here with an output token of its own, and is ready in time as after `advance`. This
-        matcher must be ready, and must not be advanced any more."""
+        """Make a copy that continues from here with an output token of its own, and becomes ready as after `advance`.
+        This matcher must be ready, and must not be advanced any more."""
         other = copy(self)
         other.mask = np.zeros_like(self.mask)
         other._address = other.mask.ctypes.data
@@ -74,8 +76,8 @@ class Matcher:
         return other
 
     def is_ready(self, timeout_s: float = 0.0) -> bool:
-        """Whether the mask of the next token has been computed; waits for it up to `timeout_s`. A mask that was late
-        once is not waited for again."""
+        """Return whether the mask of the next token has been computed, after waiting for it up to `timeout_s`. A mask
+        that was late once is not waited for again."""
         if self._computing is None:
             return True
         try:

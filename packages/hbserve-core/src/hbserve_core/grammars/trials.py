@@ -1,4 +1,4 @@
-"""Trials of grammars in a separate process. One that takes too long can be ended there; a thread cannot be.
+"""Trials of grammars in a separate process, where one that takes too long can be ended. A thread cannot be.
 
 The process is started for the first grammar, reads the tokenizer, and forks once for each trial. So trials do not wait
 for each other, and one that is killed, or overflows its stack, affects nothing else. The process ends with this one,
@@ -20,8 +20,8 @@ import msgspec
 from hbserve_rpc import Overloaded, StructuredOutputsParams
 
 CPU_LIMIT_S = 1.0
-"""Processor time that one grammar may take to be compiled and for its first mask. Usual ones take 1 to 20 ms, and an
-object of 2500 properties 0.4 s. It is not elapsed time, so a busy machine refuses no more than another."""
+"""Processor time that one grammar may take to be compiled and for its first mask. Usual grammars take 1 to 20 ms, and
+an object of 2500 properties 0.4 s. It is not elapsed time, so a busy machine refuses no more than another."""
 BEGUN, ENDED = b"b", b"e"
 """Messages that a trial sends."""
 _PATIENCE_S = 60.0
@@ -38,11 +38,11 @@ class TrialSettings(msgspec.Struct, frozen=True):
 
 
 class Trials:
-    """The trial process. Its methods may be called from any thread, and block it. The process ends when nobody refers
-    to this object any more."""
+    """Client of the trial process. Its methods may be called from any thread, and block it. The process ends when
+    nothing refers to this object any more."""
 
     def __init__(self, tokenizer: Path, vocab_size: int, eos_token_ids: Ids[int]) -> None:
-        """tokenizer: the path of a tokenizer.json that can be read."""
+        """tokenizer: path of a tokenizer.json that can be read."""
         self._settings = TrialSettings(str(tokenizer), vocab_size, list(eos_token_ids), CPU_LIMIT_S)
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
@@ -50,10 +50,10 @@ class Trials:
         self._end: weakref.finalize[..., Trials] | None = None
 
     def problem_of(self, wanted: StructuredOutputsParams) -> str:
-        """Why a grammar must not be compiled here: it takes too long; "" if it compiles in time, or is found invalid in
-        time.
+        """Return why a grammar must not be compiled here, which is that it takes too long, or "" if it compiles in time
+        or is found invalid in time.
 
-        Raises Overloaded: the result is unknown, because the process has ended twice. Another request may succeed.
+        Raises Overloaded if the result is unknown because the process has ended twice. Another request may succeed.
         """
         for _ in range(2):
             said = self._try(wanted)
@@ -65,7 +65,8 @@ class Trials:
         raise Overloaded("structured_outputs: the process that tests grammars has ended")
 
     def _try(self, wanted: StructuredOutputsParams) -> bytes:
-        """What the trial sent before it ended; nothing if the process has ended before the trial began."""
+        """Run a trial and return what it sent before it ended: nothing if the process has ended before the trial
+        began."""
         own, theirs = socket.socketpair()
         with own:
             with theirs:
@@ -87,7 +88,7 @@ class Trials:
                 self._start()
             assert self._process is not None
             assert self._connection is not None
-            with contextlib.suppress(OSError):  # it has just ended, which shows
+            with contextlib.suppress(OSError):  # the process has just ended, which will be noticed
                 socket.send_fds(self._connection, [BEGUN], [trial.fileno()])
             return self._process
 
@@ -98,12 +99,12 @@ class Trials:
         self._connection, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
-                # -P: no file of the current folder is imported as a library.
+                # -P: files in the current folder must not be imported as libraries.
                 [sys.executable, "-P", "-m", "hbserve_core.grammars.trials_main", settings],
                 stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
                 stderr=None if sys.__stderr__ is not None else subprocess.DEVNULL,
-                start_new_session=True,  # it ends its group, and a Ctrl-C is for us
+                start_new_session=True,  # it kills its own group; Ctrl-C is meant for this process
             )
         self._end = weakref.finalize(self, _end, self._process, self._connection)
 

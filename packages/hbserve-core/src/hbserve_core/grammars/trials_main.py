@@ -1,6 +1,6 @@
-"""The process that tries grammars: python -m hbserve_core.grammars.trials_main SETTINGS.
+"""Process that tries grammars: python -m hbserve_core.grammars.trials_main SETTINGS.
 
-Its stdin is a socket, over which it receives one socket for each trial. When that socket closes, it ends with all
+Its stdin is a socket, over which it receives one socket for each trial. When stdin closes, the process ends with all
 trials.
 """
 
@@ -54,7 +54,7 @@ def _try(tokenizer: Any, connection: socket.socket) -> None:
     try:
         compiled = compile_grammar(tokenizer, msgspec.msgpack.decode(encoded, type=StructuredOutputsParams))
         compiled.compute_bitmask()
-    except InvalidRequest:  # it is compiled once more where it is wanted, and the request refused there
+    except InvalidRequest:  # it is compiled again where it is wanted, and the request is refused there
         pass
 
 

@@ -9,14 +9,14 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 _STACK_BYTES = 256 << 20
-"""The compiler of grammars recurses along chains of references. The longest chains that MAX_GRAMMAR_BYTES allows need
-up to 64 MiB. Only the part of a stack that is used takes memory."""
+"""Stack size of each thread. The compiler of grammars recurses along chains of references, and the longest chains that
+MAX_GRAMMAR_BYTES allows need up to 64 MiB. Only the part of a stack that is used takes memory."""
 _of_stack_size = threading.Lock()
 _Jobs = SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]
 
 
 class Workers:
-    """`count` threads, started at the first job. They end when nobody refers to this object any more."""
+    """Pool of `count` threads, started at the first job. They end when nothing refers to this object any more."""
 
     def __init__(self, count: int, name: str) -> None:
         self._count, self._name = count, name

@@ -56,8 +56,8 @@ class Reports:
         """server: the RPC server through which others ask the instance."""
         self._instance, self._server = instance, server
         self._given: dict[str, tuple[bytes, int, int]] = {}
-        """For each request, by its id: the connection of the client that gave it, its number of choices, and the number
-        of tokens that came with it."""
+        """Requests by their ids: the connection of the client that gave it, its number of choices, and the number of
+        tokens that came with it."""
         self._num_requests = 0
         """Number of requests that have ever come."""
         self._news = asyncio.Event()

@@ -1,4 +1,4 @@
-"""Applies the masks of tokens that grammars allow to logits.
+"""Application of grammars' masks of allowed tokens to logits.
 
 Shapes: N rows, V vocab_size, B bytes of a mask, at least V / 8.
 """
@@ -12,7 +12,7 @@ from hbserve_core.logits.rows import LogitsRow
 
 
 class GrammarMasks:
-    """Sets the logits of tokens that a request's grammar forbids to -inf. To be used when the masks have been
+    """Rule that sets the logits of tokens that a request's grammar forbids to -inf. Used when the masks have been
     computed."""
 
     def __init__(self, device: torch.device) -> None:
@@ -28,8 +28,8 @@ class GrammarMasks:
 
 
 def _masks(rows: Ids[LogitsRow], width: int) -> "np.ndarray[tuple[int, int], np.dtype[np.uint8]]":
-    """(N, B): the masks of the rows. All bits are set in rows without a grammar, and in rows whose mask is late: nobody
-    reads the tokens of the latter."""
+    """Return the masks of the rows, (N, B). All bits are set in rows without a grammar, and in rows whose mask is late:
+    nobody reads the tokens of the latter."""
     masks = np.full((len(rows), width), -1, dtype=np.int32)
     for mask, row in zip(masks, rows, strict=True):
         matcher = row.sequence.matcher

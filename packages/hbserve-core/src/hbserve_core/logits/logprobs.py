@@ -12,15 +12,15 @@ from hbserve_rpc.messages import TokenLogprobs
 
 
 class Logprobs:
-    """Finds the most likely tokens of rows of logits; later, when a token of each row is known, sends the results to
-    the host.
+    """Log-probabilities of the most likely tokens of rows of logits. Later, when a token of each row is known, the
+    results are sent to the host.
 
-    Nothing waits for the device: `read` may be called only when it has done all that was asked of it so far.
+    Nothing waits for the device: `read` may only be called when the device has done everything that was queued so far.
     """
 
     def __init__(self, logits: torch.Tensor, counts: list[int | None]) -> None:
-        """logits: (N, V) float32. counts: how many most likely tokens to read for each row; None: only its own
-        token."""
+        """logits: (N, V) float32. counts: number of most likely tokens to read for each row, besides its own; None if
+        only its own token is read, without log-probabilities."""
         self._counts = counts
         most = min(max((count or 0 for count in counts), default=0), logits.shape[1])
         self._total = logits.logsumexp(-1, keepdim=True)
@@ -30,14 +30,14 @@ class Logprobs:
         """Send the results to the host, with one token of each row. logits: (N, V), the same as before; tokens:
         (N,)."""
         tokens = tokens.long()[:, None]
-        # What was sampled may be no token: then nothing of its row is read.
+        # The sampled value may not be a token. Then nothing of its row is read.
         chosen = logits.gather(1, tokens.clamp(min=0)).float()
         self._values = _to_host(torch.cat((chosen, self._top.values), 1) - self._total)
         self._ids = _to_host(torch.cat((tokens, self._top.indices), 1))
         return self
 
     def read(self) -> list[DrawnToken]:
-        """For each row, its token, and the most likely tokens in order; if the token is not among these it comes
+        """Return for each row its token, and the most likely tokens in order. If the token is not among these, it comes
         last."""
         rows = zip(self._counts, self._ids.tolist(), self._values.tolist(), strict=True)
         return [(ids[0], None if count is None else _named(ids, values, count)) for count, ids, values in rows]

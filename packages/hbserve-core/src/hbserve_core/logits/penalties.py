@@ -2,9 +2,9 @@
 penalty for its prompt too.
 
 The tokens of each such request are kept on the device from its first special step on, and every step adds one: usually
-the one that the step before has sampled and the host has not read yet. So no data of the size of the vocabulary is kept
-or copied, and only the logits of tokens that a request has are read and written. A request that comes from elsewhere,
-by a hand-over, a retry or a preemption, brings its tokens with it.
+the one that the previous step has sampled and the host has not read yet. So no data of the size of the vocabulary is
+kept or copied, and only the logits of tokens that a request has are read and written. A request that comes from
+elsewhere, by a handover, a retry or a preemption, brings its tokens with it.
 
     kept tokens   [0 .. num_prompt)        the prompt's, each once; none without repetition_penalty
                   [num_prompt .. length)   the output, in order: a token counts as often as it is there
@@ -31,19 +31,19 @@ class _Kept:
 
 
 class Penalties:
-    """Penalties of the requests of a step. Tokens are kept for the next step; a request that is left out of a step
-    brings its tokens again."""
+    """Penalties of the requests of a step. Their tokens are kept for the next step. A request that is left out of a
+    step brings its tokens again."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._tokens = torch.zeros((0, _LEAST_WIDTH), dtype=torch.int32, device=device)
-        """(slots, width)"""
+        """Kept tokens, (slots, width)."""
         self._kept: dict[Sequence, _Kept] = {}
 
     def prepare(self, rows: Ids[LogitsRow], sampled: torch.Tensor | None) -> None:
-        """Store the tokens that are new. To be called once a step, before the step writes its own tokens to `sampled`.
+        """Store new tokens. Called once per step, before the step writes its own tokens to `sampled`.
 
-        sampled: tokens of the step before; None if the host has read all of them.
+        sampled: tokens of the previous step; None if the host has read all of them.
         """
         penalized = [each for each in rows if each.sequence.params.has_penalties]
         self._kept = {row.sequence: self._kept[row.sequence] for row in penalized if row.sequence in self._kept}
@@ -89,7 +89,8 @@ class Penalties:
         slots, columns, tokens, sources = on_device(list(zip(*new, strict=True)), torch.int64, self._device)
         if sampled is not None:
             tokens = torch.where(sources < 0, tokens, sampled.index_select(0, sources.clamp(min=0)))
-        # What was sampled may be no token. The request has ended then, but a logit must not be looked for there.
+        # The sampled value may not be a token. Then the request has ended, but the value must not be used as an index
+        # of logits.
         self._tokens[slots, columns] = tokens.clamp(min=0).int()
 
     def apply(self, scores: torch.Tensor, rows: Ids[LogitsRow]) -> None:
@@ -116,7 +117,8 @@ class Penalties:
         tokens = self._tokens[:, :longest].index_select(0, slots).long()
         columns = torch.arange(longest, device=self._device)
         known = columns < lengths[:, None]
-        # Several places of one token, and all that are beyond the last one and stand for the first, write the same.
+        # Several places of one token write the same value, and so do places beyond the last token, which stand for the
+        # first.
         seen = torch.where(known, tokens, tokens[:, :1])
         given = scores.gather(1, seen)
         repeated = torch.where(given > 0, given / repetition, given * repetition)

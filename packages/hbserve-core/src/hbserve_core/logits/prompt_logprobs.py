@@ -1,7 +1,7 @@
-"""Log-probabilities of a prompt's tokens. A row of the last layer scores the token after its own.
+"""Log-probabilities of a prompt's tokens. Each row of the last layer scores the token after its own.
 
-The logits of a whole chunk would be some gigabytes. So they are computed for a slice of rows at a time, and only what
-is asked for is kept. A chunk's last row scores the first token of the next chunk, which is known already.
+The logits of a whole chunk would take some gigabytes. So they are computed for a slice of rows at a time, and only what
+is asked for is kept. A chunk's last row scores the first token of the next chunk, which is already known.
 """
 
 from collections.abc import Callable
@@ -20,16 +20,16 @@ class ScoredRows(NamedTuple):
     """Consecutive rows of a step that score tokens of one prompt."""
 
     place: int
-    """The chunk's place in the batch."""
+    """Place of the chunk in the batch."""
     first_row: int
     token_ids: list[int]
-    """The scored tokens, one for each row."""
+    """Scored tokens, one for each row."""
     most: int
-    """How many most likely tokens to read for each."""
+    """Number of most likely tokens to read for each row."""
 
 
 def scored_rows(chunk: ScheduledChunk, place: int, first_row: int) -> ScoredRows | None:
-    """The rows of a chunk that score tokens, or None if its request asks for none. first_row: the chunk's first row."""
+    """Return the rows of a chunk that score tokens, or None if there are none. first_row: the chunk's first row."""
     params = chunk.sequence.params
     if params.prompt_logprobs is None or not (positions := chunk.scored_positions):
         return None
@@ -38,10 +38,10 @@ def scored_rows(chunk: ScheduledChunk, place: int, first_row: int) -> ScoredRows
 
 
 class PendingPromptLogprobs(list[tuple[int, Logprobs]]):
-    """A step's log-probabilities of prompts on their way to the host, with the place of each one's chunk."""
+    """Log-probabilities of a step's prompts on their way to the host, each with the place of its chunk."""
 
     def read(self) -> dict[int, list[TokenLogprobs]]:
-        """The results by the chunk's place. To be called when the step has been computed."""
+        """Return the results by the chunk's place. Called when the step has been computed."""
         found: dict[int, list[TokenLogprobs]] = {}
         for place, logprobs in self:
             found.setdefault(place, []).extend(each for _, each in logprobs.read() if each is not None)
@@ -51,7 +51,7 @@ class PendingPromptLogprobs(list[tuple[int, Logprobs]]):
 def score(
     scored: Ids[ScoredRows], logits_of: Callable[[slice], torch.Tensor], most_rows: int, device: torch.device
 ) -> PendingPromptLogprobs:
-    """Score prompts without waiting for the device. logits_of: logits (N, V) of a slice of the step's rows."""
+    """Score prompts without waiting for the device. logits_of: returns logits (N, V) of a slice of the step's rows."""
     pending = PendingPromptLogprobs()
     for place, first_row, token_ids, most in scored:
         for first in range(0, len(token_ids), most_rows):

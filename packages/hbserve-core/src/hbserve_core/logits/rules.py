@@ -1,7 +1,7 @@
 """Rules that requests set for their logits: biases, tokens that must not come yet, penalties, grammars, min-p.
 
-They are applied in the order of vLLM: biases and min_tokens, then penalties and grammars, then min_p. Logits that are
-not finite stay so, and the code that draws tokens from them deals with that.
+They are applied in the same order as in vLLM: biases and min_tokens, then penalties and grammars, then min_p. Logits
+that are not finite stay so, and the code that draws tokens from them deals with that.
 Shapes: N rows, V vocab_size.
 """
 
@@ -22,7 +22,7 @@ _NEVER = float("-inf")
 
 
 class LogitRules:
-    """Applies the rules. Data that was put on the device for one step is reused in the next, if that has the same
+    """Rules of one runner. Data that was put on the device for one step is reused in the next if that has the same
     rows."""
 
     def __init__(self, eos_token_ids: Collection[int], device: torch.device) -> None:
@@ -35,7 +35,7 @@ class LogitRules:
         self._grammar_masks = GrammarMasks(device)
 
     def prepare(self, rows: Ids[LogitsRow], sampled: torch.Tensor | None) -> None:
-        """Prepare a step; see `Penalties.prepare`. To be called once for all of its rows, before they are sampled."""
+        """Prepare a step; see `Penalties.prepare`. Called once for all rows of the step, before they are sampled."""
         self._penalties.prepare(rows, sampled)
 
     def apply(self, scores: torch.Tensor, rows: Ids[LogitsRow]) -> None:
@@ -47,7 +47,7 @@ class LogitRules:
             self._known = known
         if self._additions is not None:
             places, values = self._additions
-            # Added, and not set: what is not finite stays so.
+            # Values are added and not set, so that logits that are not finite stay so.
             scores.view(-1).index_add_(0, places, values)
         if any(each.sequence.params.has_penalties for each in rows):
             self._penalties.apply(scores, rows)
@@ -70,11 +70,12 @@ class LogitRules:
         return on_device(places, torch.int64, self._device), on_device(values, torch.float32, self._device)
 
     def _ends(self, params: SamplingParams) -> set[int]:
-        """Tokens that would end the request."""
+        """Return the tokens that would end the request."""
         return {*params.stop_token_ids, *(() if params.ignore_eos else self._eos_token_ids)}
 
     def _make_min_p(self, rows: Ids[LogitsRow]) -> torch.Tensor | None:
-        """(N, 1): how far below the highest logit of its row another one may be."""
+        """Return how far below the highest logit of its row another one may be, (N, 1), or None if no request sets a
+        limit."""
         params = [each.sequence.params for each in rows]
         if not any(each.min_p and each.temperature for each in params):
             return None
@@ -82,7 +83,8 @@ class LogitRules:
 
 
 def _least_below(params: SamplingParams) -> float:
-    """A token is min_p times as likely as the best one if its logit, divided by the temperature, is log(min_p) less."""
+    """Return the difference to the highest logit at which a token is min_p times as likely as the best one: there its
+    logit, divided by the temperature, is less by -log(min_p). Returns -inf if the request has no min_p or is greedy."""
     if not (params.min_p and params.temperature):
         return _NEVER
     return min(max(params.temperature, COLDEST), HOTTEST) * math.log(params.min_p)
@@ -90,5 +92,5 @@ def _least_below(params: SamplingParams) -> float:
 
 def _may_not_end(sequence: Sequence) -> bool:
     params = sequence.params
-    # A grammar's mask says itself when an answer may not end, because it may have to.
+    # If there is a grammar, its mask says when an answer may not end, because the grammar may require the end.
     return sequence.num_output_tokens < params.min_tokens and params.structured_outputs is None

@@ -1,11 +1,11 @@
-"""Special rows of a step: their logits are read, and changed, before a token is drawn from them.
+"""Special rows of a step, whose logits are read and changed before a token is drawn from them.
 
     hidden rows ─model's head─▶ logits ─LogitRules─▶ changed logits ─the runner's own sampling─▶ tokens
                                    └────Logprobs─────────────────────────────────────────────────────▶ to the host
 
-Every step first samples all of its rows as if none were special, which costs next to nothing. Then the logits of the
+Every step first samples all its rows as if none were special, which costs next to nothing. Then the logits of the
 special rows are computed again, and other tokens are drawn from them. So steps without special rows are not affected,
-and steps with them use the same graphs. If a request has a grammar, special rows are sampled still later, by the
+and steps with them use the same graphs. If a request has a grammar, special rows are sampled even later, by the
 runner's `draw`: by then the host has computed the masks, while the device computed the logits.
 Shapes: N special rows of R, V vocab_size.
 """
@@ -25,14 +25,14 @@ from hbserve_rpc import SamplingParams, StructuredOutputsParams
 from hbserve_rpc.messages import TokenLogprobs
 
 _MOST_ROWS, _MOST_NUMBERS = 256, 1 << 24
-"""Limits of the float32 logits that are in memory at once. Further rows wait for these."""
+"""Limits of the float32 logits that are in memory at once, in rows and in numbers. Further rows wait for these."""
 _MOST_TOKENS = 1 << 22
 """Limit of the tokens that are read for penalties at once."""
 
 LogitsOf = Callable[[torch.Tensor], torch.Tensor]
-"""From places (N,) int64 among the step's R rows to their logits (N, V)."""
+"""Function from places (N,) int64 among the step's R rows to their logits (N, V)."""
 Draw = Callable[[torch.Tensor, torch.Tensor, Ids[LogitsRow]], torch.Tensor]
-"""From logits (N, V), places (N,) and rows to tokens (N,), which are also stored as the step's tokens."""
+"""Function from logits (N, V), places (N,) and rows to tokens (N,), which are also stored as the step's tokens."""
 
 
 class PendingLogprobs(list[tuple[Ids[LogitsRow], Logprobs]]):
@@ -40,10 +40,10 @@ class PendingLogprobs(list[tuple[Ids[LogitsRow], Logprobs]]):
     to."""
 
     def read(self, chunks: Ids[int | None]) -> tuple[dict[int, TokenLogprobs], dict[int, list[DrawnToken]]]:
-        """Log-probabilities, and the tokens of rows that are choices, by chunk. To be called when the step has been
+        """Return log-probabilities, and the tokens of rows that are choices, by chunk. Called when the step has been
         computed.
 
-        chunks: for each of the step's R rows, the place of its chunk.
+        chunks: the place of the chunk of each of the step's R rows; None if nobody wants the row's token.
         """
         found: dict[int, TokenLogprobs] = {}
         choices: dict[int, list[DrawnToken]] = {}
@@ -59,17 +59,17 @@ class PendingLogprobs(list[tuple[Ids[LogitsRow], Logprobs]]):
 
 
 class SpecialRows:
-    """Samples special rows without waiting for the device."""
+    """Sampler of special rows, which does not wait for the device."""
 
     def __init__(self, model: ModelConfig, device: torch.device) -> None:
         self._device = device
         self._rules = LogitRules(model.eos_token_ids, device)
         self.most_rows = max(1, min(_MOST_ROWS, _MOST_NUMBERS // model.vocab_size))
-        """How many rows are sampled at once."""
+        """Number of rows that are sampled at once."""
 
     def prepare(self, rows: Ids[LogitsRow], sampled: torch.Tensor | None) -> None:
-        """Prepare a step. sampled: the tokens of the step before, some of which the host has not read yet; None if it
-        has read all."""
+        """Prepare a step. sampled: tokens of the previous step, some of which the host has not read yet; None if it has
+        read all."""
         self._rules.prepare(rows, sampled)
 
     def sample(self, rows: Ids[LogitsRow], logits_of: LogitsOf, draw: Draw) -> "PendingLogprobs":
@@ -79,7 +79,7 @@ class SpecialRows:
         for part in self._parts(rows):
             places = on_device([each.place for each in part], torch.int64, self._device)
             logits = logits_of(places)
-            # Rules change the copy only: log-probabilities are those of the model.
+            # Rules only change the copy: log-probabilities are those of the model.
             scores = logits.to(torch.float32, copy=True)
             counts = [each.sequence.params.logprobs for each in part]
             is_read = counts != [None] * len(part) or any(each.is_choice for each in part)
@@ -92,7 +92,7 @@ class SpecialRows:
 
     @staticmethod
     def dummies(count: int) -> list[LogitsRow]:
-        """`count` rows that use every rule, to measure with before there are requests."""
+        """Make `count` rows that use every rule, for measurements before there are requests."""
         params = SamplingParams(
             min_p=0.5,
             repetition_penalty=2,

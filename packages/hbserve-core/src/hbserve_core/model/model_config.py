@@ -64,8 +64,8 @@ class ModelConfig:
     sliding_layers: tuple[int, ...]
     """Layers that were trained to see only a window of the context."""
     windows: tuple[int, ...]
-    """For each layer, the number of last positions that a token sees, including its own; 0 means all that a sequence
-    can have."""
+    """Number of last positions that a token sees in each layer, including its own; 0 means all that a sequence can
+    have."""
     max_model_len: int
     """Largest number of tokens of a sequence."""
     tied_embeddings: bool

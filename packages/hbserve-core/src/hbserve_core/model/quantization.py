@@ -9,8 +9,7 @@ from hbserve_core.errors import UnsupportedModel
 
 BLOCK = (128, 128)
 _FORMAT = {"awq": ("version", ("gemm",)), "gptq": ("checkpoint_format", ("gptq", "gptq_v2"))}
-"""For each method, the key that says how numbers are packed (newer files call it `format`), and the values that can be
-read."""
+"""Key that says how numbers are packed (newer files call it `format`), and its values that can be read, by method."""
 
 
 @dataclass(frozen=True, slots=True)

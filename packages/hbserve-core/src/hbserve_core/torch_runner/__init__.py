@@ -1,1 +1,1 @@
-"""A step in plain torch, on any device."""
+"""Steps in plain torch, on any device."""

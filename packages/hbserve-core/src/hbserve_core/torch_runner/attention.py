@@ -15,38 +15,39 @@ import torch.nn.functional as F
 from hbserve_core.engine.sequence import ScheduledChunk
 from hbserve_core.model.model_config import ModelConfig
 
-# Sequences of different context share a call if padding makes it no more than this much larger, and their gathered keys
-# and values stay this small. Splitting costs nothing above 1 MiB.
+# Sequences with different contexts share a call if padding makes it no more than this much larger and their gathered
+# keys and values are no larger than this. Splitting costs nothing above 1 MiB.
 _MOST_PADDING = 1.25
 _MOST_GATHERED_BYTES = 16 << 20
 
 
 class TorchAttention:
-    """Gathers the blocks of each sequence and calls torch's attention.
+    """Attention that gathers the blocks of each sequence and calls torch's attention.
 
-    A sequence reads no memory but its own blocks, and a step clears what it leaves unwritten of a new block. So nothing
-    that other requests left in a block, infinities included, can reach it, although masked positions take part in
+    A sequence only reads its own blocks, and a step clears the part of a new block that it leaves unwritten. So nothing
+    that other requests left in a block, even infinities, can reach the sequence, although masked positions take part in
     products.
     """
 
     def __init__(
         self, pool: torch.Tensor, model: ModelConfig, dtype: torch.dtype, kv_scales: Sequence[tuple[float, float]]
     ) -> None:
-        """model: sizes of this rank's part. dtype: of queries. kv_scales: see `LayerWeights`."""
+        """model: configuration with the sizes of this rank's part. dtype: dtype of queries. kv_scales: see
+        `LayerWeights`."""
         self._is_narrow = pool.dtype != dtype
-        # torch gathers and scatters 8-bit floats as bytes only.
+        # torch only gathers and scatters 8-bit floats as bytes.
         self._pool = pool.view(torch.uint8) if self._is_narrow else pool
         self._model = model
         self._reach = model.reach
         self._kv_scales = kv_scales
         self._workspace = torch.empty(0, dtype=self._pool.dtype, device=pool.device)
         self._wide = torch.empty(0, dtype=dtype, device=pool.device)
-        """The workspace's numbers in the dtype of queries, for a pool of 8-bit floats."""
+        """Numbers of the workspace in the dtype of queries, for a pool of 8-bit floats."""
 
     def plan(self, chunks: Sequence[ScheduledChunk]) -> "AttentionPlan":
         """Plan a step that computes `chunks`, whose tokens follow one another in this order.
 
-        Chunks must be sorted by number of new tokens, so that decodes come first and equal ones are neighbours.
+        Chunks must be sorted by number of new tokens, so that decodes come first and equal ones are adjacent.
         """
         self._clear_unwritten_slots(chunks)
         block_elements = self._pool[0, 0].numel()
@@ -59,7 +60,8 @@ class TorchAttention:
         return AttentionPlan(self._pool, self._model, (self._workspace, self._wide), self._kv_scales, chunks, groups)
 
     def _clear_unwritten_slots(self, chunks: Sequence[ScheduledChunk]) -> None:
-        """Clear what a step leaves unwritten of the blocks that it begins: of each sequence at most the last one."""
+        """Clear the parts that a step leaves unwritten of the blocks that it begins: at most the last block of each
+        sequence."""
         block_size = self._pool.shape[3]
         for chunk in chunks:
             computed = chunk.sequence.num_computed_tokens
@@ -70,17 +72,18 @@ class TorchAttention:
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """Neighbouring chunks that one call computes: with equally many new tokens and similarly many context tokens."""
+    """Adjacent chunks that one call computes, with the same number of new tokens and a similar number of context
+    tokens."""
 
     first_token: int
     """Row of the group's first token among the step's tokens."""
     num_new_tokens: int
     contexts: list[int]
-    """Context tokens of each sequence, the new ones included, from the first block that a layer sees."""
+    """Number of context tokens of each sequence, including the new ones, from the first block that a layer sees."""
     block_tables: list[list[int]]
-    """The blocks of that context, for each sequence."""
+    """Blocks of that context, for each sequence."""
     num_blocks: int
-    """Blocks of the longest context; the others are padded to it with their own first block."""
+    """Number of blocks of the longest context. The others are padded to it with their own first block."""
 
     @property
     def num_sequences(self) -> int:
@@ -97,7 +100,7 @@ def _groups(chunks: Sequence[ScheduledChunk], block_size: int, reach: int, most_
                 for member, first in zip(members, firsts, strict=True)
             ]
             num_blocks = -(-max(contexts) // block_size)
-            # Tables go on beyond the context: their last blocks are not written yet, and may hold anything.
+            # Tables extend beyond the context. Their last blocks are not written yet, and may hold anything.
             tables = [
                 list(member.sequence.block_table[first : first - (-context // block_size)])
                 for member, first, context in zip(members, firsts, contexts, strict=True)
@@ -107,7 +110,7 @@ def _groups(chunks: Sequence[ScheduledChunk], block_size: int, reach: int, most_
 
 
 def _first_block(chunk: ScheduledChunk, block_size: int, reach: int) -> int:
-    """The first block that a layer sees from the chunk's first token."""
+    """Return the place of the first block that a layer sees from the chunk's first token."""
     return max(0, chunk.first + 1 - reach) // block_size if reach else 0
 
 
@@ -121,7 +124,7 @@ def _split(
         end = chunk.first + chunk.num_new_tokens
         blocks = -(-end // block_size) - _first_block(chunk, block_size, reach)
         padded = max(longest, blocks) * (len(piece) + 1)
-        # A few blocks of padding cost less than another call.
+        # A few blocks of padding take less time than another call.
         if piece and (padded > most_blocks or padded > _MOST_PADDING * (total + blocks) + 8):
             yield piece
             piece, longest, total = [], 0, 0
@@ -131,7 +134,7 @@ def _split(
 
 
 class AttentionPlan:
-    """What attention needs to know of a step; made once per step, used by every layer."""
+    """Plan of a step's attention, made once per step and used by every layer."""
 
     def __init__(
         self,
@@ -159,8 +162,8 @@ class AttentionPlan:
     def attend(self, layer: int, heads: torch.Tensor, out: torch.Tensor) -> None:
         """Write the new keys and values of `layer` into the pool, then attend.
 
-        heads: (T, N + 2 K, D), rotated queries, rotated keys, values. out: (T, N * D), written. Rows after those of the
-        step's tokens are padding: they are neither read nor written.
+        heads: (T, N + 2 K, D): rotated queries, rotated keys, values. out: (T, N * D), the result. Rows after those of
+        the step's tokens are padding, and are neither read nor written.
         """
         first_key, first_value = self._num_heads, self._num_heads + self._num_kv_heads
         keys, values = heads[: self._num_tokens, first_key:first_value], heads[: self._num_tokens, first_value:]
@@ -172,12 +175,14 @@ class AttentionPlan:
 
 
 def narrowed(numbers: torch.Tensor, scale: float) -> torch.Tensor:
-    """8-bit floats (e4m3) of numbers divided by a scale; numbers beyond their range become the largest of them."""
+    """Convert numbers divided by a scale to 8-bit floats (e4m3). Numbers beyond their range become the largest of
+    them."""
     return (numbers.float() * (1 / scale)).clamp_(-448.0, 448.0).to(torch.float8_e4m3fn)
 
 
 def _slots(chunks: Sequence[ScheduledChunk], num_layers: int, block_size: int) -> np.ndarray:
-    """(T,): row of each new token's key in layer 0, counted in rows of one token, one layer, key or value."""
+    """Return the row of each new token's key in layer 0, (T,), counted in rows of one token, one layer, key or
+    value."""
     slots = []
     for chunk in chunks:
         computed = chunk.sequence.num_computed_tokens
@@ -192,7 +197,7 @@ def _slots(chunks: Sequence[ScheduledChunk], num_layers: int, block_size: int) -
 
 
 class _GroupPlan:
-    """One group's blocks, mask and place among the step's tokens."""
+    """Blocks, mask and place among the step's tokens of one group."""
 
     def __init__(
         self, pool: torch.Tensor, model: ModelConfig, workspaces: tuple[torch.Tensor, torch.Tensor], group: _Group
@@ -219,8 +224,8 @@ class _GroupPlan:
         self._masks = {window: self._make_mask(used, window) for window in set(model.windows)}
 
     def _make_mask(self, used: int, window: int) -> torch.Tensor | None:
-        """(S or 1, 1, Q, C), added to the scores: a new token sees the context up to itself, or the last `window`
-        tokens of it. None: nothing is hidden, or the scores are causal."""
+        """Make the mask (S or 1, 1, Q, C) that is added to the scores: a new token sees the context up to itself, or
+        the last `window` tokens of it. Returns None if nothing is hidden, or if torch's causal mask does."""
         num_new = self._group.num_new_tokens
         all_in_window = not 0 < window < used
         if self._equal and all_in_window and num_new in (1, 0 if self._cap else used):
@@ -247,7 +252,7 @@ class _GroupPlan:
         rows = slice(self._group.first_token, self._end)
         query = heads[rows, : num_kv_heads * num_queries]
         if num_new == 1:
-            # The queries that share a key head take the place of the query tokens, of which there is only one.
+            # Queries that share a key head take the place of the query tokens, of which there is only one.
             packed = query.view(num_sequences, num_kv_heads, num_queries, head_dim)
             out[rows].view(packed.shape).copy_(self._weigh(packed, self._masks[window], self._scale * key_scale))
         else:
@@ -258,7 +263,8 @@ class _GroupPlan:
             out[rows] *= value_scale
 
     def _weigh(self, query: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
-        """(S, H, Q, D) of queries (S, H, Q, D), whose H heads share the K key heads equally. scale: of the scores."""
+        """Compute attention (S, H, Q, D) of queries (S, H, Q, D), whose H heads share the K key heads equally. scale:
+        factor of the scores."""
         keys, values = self._keys, self._values
         if not self._cap:
             is_causal = mask is None and self._group.num_new_tokens > 1

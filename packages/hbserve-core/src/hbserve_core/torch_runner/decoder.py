@@ -1,4 +1,4 @@
-"""One step's input as flat tensors, and the decoder: embedding, layers of attention and MLP, norm, output projection.
+"""Input of one step as flat tensors, and the decoder: embedding, layers of attention and MLP, norm, output projection.
 
 The differences between architectures (model/architectures.py) are in the weights, most of them applied at load time.
 Shapes: T rows of one step (tokens, and padding after them), R of them sampled, E hidden_size, D head_dim.
@@ -27,8 +27,8 @@ from hbserve_core.model.rank_group import RankGroup
 from hbserve_core.model.rope import Rope
 from hbserve_core.torch_runner.attention import AttentionPlan
 
-# On a CPU the MLP takes this many rows at a time: its wide intermediates then stay in the cache, and are small enough
-# for malloc to keep; larger ones are requested from the system anew each time, page by page.
+# On a CPU the MLP computes this many rows at a time. Its wide intermediates then stay in the cache, and are small
+# enough for malloc to keep; larger ones are requested from the system anew each time, page by page.
 _MLP_ROWS = 512
 
 Angles = tuple[torch.Tensor, torch.Tensor]
@@ -36,18 +36,18 @@ Angles = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True, slots=True)
 class StepInput:
-    """T rows of one step: its tokens, then padding, which is computed but not used. R of its chunks sample."""
+    """Input of one step, T rows: its tokens, then padding, which is computed but not used. R of its chunks sample."""
 
     chunks: tuple[ScheduledChunk, ...]
-    """In the order of their tokens: by number of new tokens, then by context."""
+    """Chunks in the order of their tokens: by number of new tokens, then by context."""
     token_ids: torch.Tensor
     """(T,) int64"""
     positions: torch.Tensor
-    """(T,) int64: each token's place in its sequence."""
+    """Position of each token in its sequence, (T,) int64."""
     sampling_rows: torch.Tensor | None
-    """(R,) int64: rows, among the T, whose hidden states yield next tokens. None: the first R rows."""
+    """Rows, among the T, whose hidden states yield next tokens, (R,) int64; None for the first R rows."""
     sampling_places: tuple[int, ...]
-    """(R,): positions of the sampling chunks in the batch as it was given."""
+    """Positions of the sampling chunks in the batch as it was given, (R,)."""
     scored: tuple[ScoredRows, ...]
     """Rows, among the T, that score prompt tokens."""
 
@@ -55,7 +55,7 @@ class StepInput:
 def prepare_step(batch: Sequence[ScheduledChunk], device: torch.device, fewest_rows: int = 1) -> StepInput:
     """Flatten a batch, and pad it to `fewest_rows`.
 
-    The order suits the kernels: decodes first, equal shapes together. `sampling_places` leads back.
+    The order suits the kernels: decodes first, equal shapes together. `sampling_places` leads back to the given order.
     """
     order = sorted(range(len(batch)), key=lambda i: (batch[i].num_new_tokens, batch[i].sequence.num_computed_tokens))
     token_ids: list[int] = []
@@ -87,10 +87,10 @@ def prepare_step(batch: Sequence[ScheduledChunk], device: torch.device, fewest_r
 
 
 class Decoder:
-    """A causal language model over a paged pool, or one rank's part of it. Holds no state of any request."""
+    """Causal language model over a paged pool, or one rank's part of it. Holds no state of any request."""
 
     def __init__(self, config: ModelConfig, weights: DecoderWeights, group: RankGroup) -> None:
-        """config: sizes of this rank's part."""
+        """config: configuration with the sizes of this rank's part."""
         self._config = config
         self._weights = weights
         self._group = group
@@ -99,8 +99,8 @@ class Decoder:
         self._ropes = {each: Rope(each, config.head_dim, dtype, device) for each in self._layer_ropes}
 
     def hidden(self, step: StepInput, attention: AttentionPlan) -> torch.Tensor:
-        """(R, E): the last layer's output for the rows that are sampled; or (T, E), for every row, if all are sampled
-        or some score prompt tokens. Writes the step's keys and values into the pool."""
+        """Compute the last layer's output, (R, E) for the rows that are sampled; or (T, E), for every row, if all are
+        sampled or some score prompt tokens. Writes the step's keys and values into the pool."""
         all_reduce, rows = self._group.all_reduce, None if step.scored else step.sampling_rows
         embedded = all_reduce(self._embed(step.token_ids))
         hidden = first_inputs(embedded, step.positions, self._weights, self._config.switches)
@@ -108,7 +108,7 @@ class Decoder:
         for index, (layer, rope) in enumerate(zip(self._weights.layers, self._layer_ropes, strict=True)):
             attended = self._attention(index, layer, hidden, angles[rope], attention)
             if rows is not None and index + 1 == len(self._layer_ropes):
-                # At least one row: its sums end after all ranks have written their keys and values.
+                # At least one row is kept, because its sums end after all ranks have written their keys and values.
                 read = rows if len(rows) else rows.new_zeros(1)
                 hidden, attended = hidden.index_select(0, read), attended.index_select(0, read)
             hidden = hidden + _normed(all_reduce(layer.output(attended)), layer.attention_out_norm)
@@ -116,12 +116,12 @@ class Decoder:
         return hidden if rows is None else hidden[: len(rows)]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(R, vocab_size) from rows (R, E), in the engine's dtype, on every rank."""
+        """Compute logits (R, vocab_size) of rows (R, E), in the engine's dtype, on every rank."""
         logits = self._weights.head(self._weights.norm(hidden))
         return capped_logits(self._group.gather_logits(logits, self._config.vocab_size), self._config)
 
     def _embed(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """(T, E); zeros for tokens that are on other ranks."""
+        """Look up embeddings (T, E), which are zeros for tokens that are on other ranks."""
         table = self._weights.embedding
         if len(table) >= self._config.vocab_size:
             return F.embedding(token_ids, table)
@@ -132,7 +132,7 @@ class Decoder:
     def _attention(
         self, index: int, layer: LayerWeights, hidden: torch.Tensor, angles: Angles, attention: AttentionPlan
     ) -> torch.Tensor:
-        """(T, N * D)"""
+        """Compute attention (T, N * D) of rows (T, E), before the output projection."""
         config = self._config
         projected = layer.qkv(_normed(hidden, layer.attention_norm))
         heads = projected.view(len(hidden), -1, config.head_dim)
@@ -157,7 +157,7 @@ class Decoder:
         return layer.down(activated(layer.gate_up(rows), self._config.switches))
 
     def _experts(self, weights: ExpertWeights, rows: torch.Tensor) -> torch.Tensor:
-        """(T, E): the sum of each row's experts that are on this rank, computed one expert after another."""
+        """Compute for each row the sum of its experts that are on this rank, (T, E), one expert after another."""
         switches, experts = self._config.switches, self._config.switches.experts
         assert experts is not None
         shares, chosen = weights.router(rows).float().softmax(-1).topk(experts.per_token, dim=-1)

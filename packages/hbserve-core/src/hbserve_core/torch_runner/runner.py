@@ -1,9 +1,9 @@
-"""The runner that needs only torch: the model, its pool and its sampler behind one call, `launch(batch)`.
+"""Runner that needs only torch: the model, its pool and its sampler behind one call, `launch(batch)`.
 
     batch ─prepare_step▶ T rows ─Decoder▶ logits (R, V) ─Sampler▶ R tokens ─▶ one, or None, for each chunk
 
-Rows whose requests ask for more than temperature, top-k and top-p are sampled again, by hbserve_core/logits; those with
-grammars in `draw`.
+Rows whose requests ask for more than temperature, top-k and top-p are sampled again, by hbserve_core/logits. If any has
+a grammar, that happens in `draw`.
 
 Shapes: T rows of one step, R of them sampled, V vocab_size. The pool: see model/kv_pool.py.
 """
@@ -28,12 +28,12 @@ from hbserve_rpc.messages import TokenLogprobs
 
 
 class ModelRunner:
-    """Computes steps in plain torch, one at a time, on any device; with a group, one rank's part of them. Not
-    thread-safe, but any thread may call.
+    """Runner that computes steps in plain torch, one at a time, on any device; with a group, one rank's part of them.
+    It is not thread-safe, but may be called from any thread.
 
     Raises:
         ModelFilesMissing, UnsupportedModel, WeightsMismatch: see `LoadedModel`.
-        InvalidInstanceConfig: a setting that is impossible here.
+        InvalidInstanceConfig: a setting is not possible here.
         NotEnoughMemory: the pool does not fit.
     """
 
@@ -51,17 +51,17 @@ class ModelRunner:
         self.fingerprint = model.fingerprint
         self._decoder = Decoder(model.rank_config, model.weights, group)
         self.pool = model.allocate_pool()
-        """(num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim)"""
+        """KV pool, (num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim)."""
         scales = [layer.kv_scales for layer in model.weights.layers]
         self._attention = TorchAttention(self.pool, model.rank_config, self.dtype, scales)
         self._sampler = Sampler()
         self._special_rows = SpecialRows(model.model_config, model.device)
         self._fewest_rows = fewest_rows(self.device)
         self._left: Callable[[], None] | None = None
-        """What is left for `draw` to do."""
+        """Work that is left for `draw`."""
 
     def launch(self, batch: Sequence[ScheduledChunk]) -> PendingStep:
-        """Everything is computed when it returns, except rows that are left for `draw`."""
+        """Compute a step. When this returns, everything is computed except rows that are left for `draw`."""
         with torch.inference_mode():
             step = prepare_step(batch, self.device, self._fewest_rows)
             hidden = self._decoder.hidden(step, self._attention.plan(step.chunks))
@@ -93,7 +93,7 @@ class ModelRunner:
         return True
 
     def close(self) -> None:
-        """Does nothing: there is nothing to end."""
+        """Do nothing: there is nothing to end."""
 
     def run(self, batch: Sequence[ScheduledChunk]) -> StepResult:
         """Compute one step: write its keys and values into the pool, and sample."""
@@ -132,7 +132,7 @@ class ModelRunner:
         return scored.read()
 
     def _logits(self, hidden: torch.Tensor, step: StepInput) -> torch.Tensor:
-        """(R, vocab_size)"""
+        """Compute the logits of the sampled rows, (R, vocab_size)."""
         rows = step.sampling_rows if step.scored else None
         sampled = hidden if rows is None else hidden.index_select(0, rows)
         return self._decoder.logits(sampled)[: len(step.sampling_places)]

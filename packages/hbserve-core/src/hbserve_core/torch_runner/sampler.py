@@ -1,4 +1,4 @@
-"""Choosing next tokens: greedy, temperature, top-k, top-p, and seeds.
+"""Sampling of next tokens: greedy, temperature, top-k, top-p, and seeds.
 
 A token is drawn by one uniform number per request, looked up in the cumulative probabilities, in the order of token
 ids. A seeded request's number depends only on its seed and on how many tokens it has so far: the same request gets the
@@ -24,13 +24,13 @@ _FEW = 512
 
 
 class Sampler:
-    """Draws a token for each row of logits. Owns the randomness of requests without a seed."""
+    """Sampler that draws a token for each row of logits. Owns the randomness of requests without a seed."""
 
     def __init__(self) -> None:
         self._random = random.Random()
 
     def sample(self, logits: torch.Tensor, sequences: Rows[Sequence]) -> torch.Tensor:
-        """One token per row of logits (R, V): (R,) int64, on their device."""
+        """Sample a token for each row of logits (R, V). Returns (R,) int64, on their device."""
         if not sequences:
             return torch.empty(0, dtype=torch.int64, device=logits.device)
         # On a CPU, the detour through float32 is four times as fast.
@@ -49,7 +49,7 @@ class Sampler:
         uniforms = [self._uniform(sequence) for sequence in sequences]
         temperatures = torch.tensor([min(max(float(p.temperature), COLDEST), HOTTEST) for p in params])
         highest = logits.amax(-1, keepdim=True)
-        # None is above 0, so none can overflow to infinity.
+        # No difference is above 0, so none can overflow to infinity.
         scores = (logits - highest).div_(temperatures[:, None].to(logits.device))
         _keep_top_k(scores, logits, params)
         probabilities = scores.softmax(-1)
@@ -68,13 +68,14 @@ class Sampler:
 
 
 def seeded_uniform(seed: int, index: int) -> float:
-    """A number in [0, 1) for output token `index` of a request with `seed`: the same everywhere, on every device."""
+    """Return a number in [0, 1) for output token `index` of a request with `seed`, which is the same on every
+    device."""
     mixed = _scramble(_scramble(seed) + index)
     return (mixed >> 11) * 2.0**-53
 
 
 def _scramble(value: int) -> int:
-    """SplitMix64: a bijection of 64-bit integers whose output bits all depend on all input bits."""
+    """Apply SplitMix64, a bijection of 64-bit integers whose output bits all depend on all input bits."""
     value = (value + 0x9E3779B97F4A7C15) & _MASK
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
@@ -96,8 +97,8 @@ def _keep_top_k(scores: torch.Tensor, logits: torch.Tensor, params: Rows[Samplin
 
 
 def _keep_top_p(probabilities: torch.Tensor, params: Rows[SamplingParams]) -> None:
-    """Set all but the most likely tokens that together reach top_p to zero. Tokens as likely as the last one kept stay
-    too."""
+    """Set the probabilities of all but the most likely tokens that together reach top_p to zero. Tokens as likely as
+    the last one kept stay too."""
     limits = {row: p.top_p for row, p in enumerate(params) if p.top_p < 1}
     if not limits:
         return
@@ -116,11 +117,12 @@ def _keep_top_p(probabilities: torch.Tensor, params: Rows[SamplingParams]) -> No
 
 
 def _most_likely(logits: torch.Tensor) -> torch.Tensor:
-    """(R,): the lowest id among the most likely tokens."""
+    """Return the lowest id among the most likely tokens of each row, (R,)."""
     tokens = logits.argmax(-1, keepdim=True)
     return _where_finite(logits.gather(1, tokens), tokens)
 
 
 def _where_finite(highest: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """(R,) from columns (R, 1): the tokens of rows with a finite maximum. torch treats a NaN as the maximum."""
+    """Return tokens (R,) from columns (R, 1), with NOT_FINITE for rows without a finite maximum. torch treats a NaN as
+    the maximum."""
     return tokens.masked_fill(~highest.isfinite(), NOT_FINITE)[:, 0]

@@ -1,10 +1,10 @@
-"""Parts common to prefill and decode attention: heads as they need them, and one tile of context after another.
+"""Parts common to prefill and decode attention: loading heads, and attending to one tile of context after another.
 
 Heads are normed, if the model does that, and rotated by their positions, as they are read. For each row of queries,
 attention keeps a state that does not depend on how the context is divided into tiles (online softmax; flash attention).
-A pool of 8-bit floats (NARROW) holds keys and values divided by their scales, and everything that is attended to is in
-that form, the step's own tokens included: a token's result does not depend on whether it finds another one in the pool.
-Scores are multiplied by the scale of keys, and results by that of values.
+A pool of 8-bit floats (NARROW) holds keys and values divided by their scales. Everything that is attended to is in that
+form, including the step's own tokens, so a token's result does not depend on whether it finds another token in the
+pool. Scores are multiplied by the scale of keys, and results by that of values.
 Shapes: R rows, one head each, C tokens of context, D head_dim, padded to a power of two with zeros, K key heads.
 """
 
@@ -16,11 +16,12 @@ import triton.language as tl
 from hbserve_core.cuda_runner.kernels.dependent_launch import DEPENDENT
 
 LOG2_E = 1.4426950408889634
-"""Scores are multiplied by it, so that weights are powers of two, which are faster."""
+"""Factor of the scores by which weights become powers of two, which are faster to compute."""
 _LOWEST = tl.constexpr(-1e30)
-"""Above -inf, so that differences from it are numbers, and below every score."""
+"""Score below every other one, and above -inf, so that differences from it are numbers."""
 
-# How two 8-bit floats in a word of 16 bits become 16-bit numbers: see widening.py, which has the same for 4 bits.
+# Instructions that turn two 8-bit floats in a 16-bit word into 16-bit numbers: widening.py explains them, and has those
+# for 4 bits.
 _8_TO_BF16 = tl.constexpr(
     """{
     .reg .b32 a, b, c;
@@ -49,16 +50,16 @@ _8_TO_F16 = tl.constexpr(
 
 
 class Scores(NamedTuple):
-    """What makes weights of queries and keys."""
+    """Parameters by which queries and keys become weights."""
 
     scale: float
-    """Multiplies the scores."""
+    """Factor of the scores."""
     window: int = 0
-    """The last positions that a token sees, its own included; 0: all."""
+    """Number of last positions that a token sees, including its own; 0 means all."""
     cap: float = 0.0
-    """Scores s become cap * tanh(s / cap); 0: they stay."""
+    """Soft cap: a score s becomes cap * tanh(s / cap). 0 means no cap."""
     key_scale: float = 1.0
-    """What keys in a pool of 8-bit floats are to be multiplied by."""
+    """Factor by which keys in a pool of 8-bit floats must be multiplied."""
     value_scale: float = 1.0
 
 
@@ -67,8 +68,8 @@ class Scores(NamedTuple):
 
 @triton.jit
 def load_halves(heads, used, D: tl.constexpr, PADDED_D: tl.constexpr):
-    """(R, PADDED_D) of the numbers at pointers `heads` (R, 1), and the same with their halves exchanged. used: (R, 1);
-    of other rows nothing is read, they become 0."""
+    """Load the numbers (R, PADDED_D) at pointers `heads` (R, 1), and the same with their halves exchanged. used: (R,
+    1); other rows are not read and become 0."""
     d = tl.arange(0, PADDED_D)[None, :]
     partner = tl.where(d < D // 2, d + D // 2, d - D // 2)
     inside = used & (d < D)
@@ -77,7 +78,7 @@ def load_halves(heads, used, D: tl.constexpr, PADDED_D: tl.constexpr):
 
 @triton.jit
 def load_angles(angles, used, D: tl.constexpr, PADDED_D: tl.constexpr):
-    """Cosines and sines (R, PADDED_D) from pointers (R, 1) to D / 2 cosines, which D / 2 sines follow."""
+    """Load cosines and sines (R, PADDED_D) from pointers (R, 1) to D / 2 cosines followed by D / 2 sines."""
     d = tl.arange(0, PADDED_D)[None, :]
     inside = used & (d < D)
     cos = tl.load(angles + d % (D // 2), mask=inside, other=0.0)
@@ -87,8 +88,8 @@ def load_angles(angles, used, D: tl.constexpr, PADDED_D: tl.constexpr):
 
 @triton.jit
 def rotated(halves, weights, angles, eps, D: tl.constexpr, HAS_NORM: tl.constexpr):
-    """(R, PADDED_D) of the heads' dtype. halves: see `load_halves`. weights: the same of the norm's weights.
-    angles: see `load_angles`."""
+    """Norm and rotate heads, (R, PADDED_D) of their dtype. halves: see `load_halves`. weights: the same for the norm's
+    weights. angles: see `load_angles`."""
     own, other = halves
     cos, sin = angles
     a, b = own.to(tl.float32), other.to(tl.float32)
@@ -103,10 +104,10 @@ def rotated(halves, weights, angles, eps, D: tl.constexpr, HAS_NORM: tl.constexp
 
 @triton.jit
 def load_rotated(heads, used, weights, angles, eps, D: tl.constexpr, PADDED_D: tl.constexpr, HAS_NORM: tl.constexpr):
-    """(R, PADDED_D) of the heads' dtype.
+    """Load, norm and rotate heads, (R, PADDED_D) of their dtype.
 
     heads, weights, angles: pointers (R, 1) to the first number of each head, of its norm's weights, and of its
-    position's cosines and sines. used: (R, 1); of other rows nothing is read, they become 0.
+    position's cosines and sines. used: (R, 1); other rows are not read and become 0.
     """
     halves = load_halves(heads, used, D, PADDED_D)
     norm = halves
@@ -117,8 +118,8 @@ def load_rotated(heads, used, weights, angles, eps, D: tl.constexpr, PADDED_D: t
 
 @triton.jit
 def as_stored(x, inverse, NARROW: tl.constexpr):
-    """If NARROW, 8-bit floats (e4m3), of x times the inverse of a scale: what is beyond their range becomes the largest
-    of them, and NaN stays NaN. Else x."""
+    """Convert x to the form in the pool: if NARROW, 8-bit floats (e4m3) of x times the inverse of a scale, where
+    numbers beyond their range become the largest of them and NaN stays NaN; otherwise x itself."""
     if NARROW:
         inside = tl.clamp(x.to(tl.float32) * inverse, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
         x = inside.to(tl.float8e4nv)
@@ -127,7 +128,7 @@ def as_stored(x, inverse, NARROW: tl.constexpr):
 
 @triton.jit
 def as_given(weighted, scale, NARROW: tl.constexpr):
-    """If NARROW, what values of a scale weigh to, times that scale. Else the same."""
+    """Undo the scale of values: if NARROW, multiply weighted values by their scale; otherwise return them unchanged."""
     if NARROW:
         weighted = weighted * scale
     return weighted
@@ -135,19 +136,19 @@ def as_given(weighted, scale, NARROW: tl.constexpr):
 
 @triton.jit
 def in_halves(x, ROWS: tl.constexpr, D: tl.constexpr):
-    """(R, D / 2) each: the numbers at even places, and at odd ones."""
+    """Split numbers into those at even places and those at odd places, (R, D / 2) each."""
     return tl.split(tl.reshape(x, (ROWS, D // 2, 2)))
 
 
 @triton.jit
 def in_one(even, odd, ROWS: tl.constexpr, D: tl.constexpr):
-    """(R, D): what `in_halves` was given."""
+    """Undo `in_halves`: return the numbers (R, D)."""
     return tl.reshape(tl.join(even, odd), (ROWS, D))
 
 
 @triton.jit
 def widened_8(words, dtype: tl.constexpr):
-    """Words (O, I) int16 of two 8-bit floats each as `dtype`: the low ones, and the high ones."""
+    """Widen words (O, I) int16 of two 8-bit floats each to `dtype`: returns the low ones and the high ones."""
     if DEPENDENT and dtype == tl.bfloat16:
         low, high = tl.inline_asm_elementwise(
             _8_TO_BF16, "=r,=r,r", [words], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=2
@@ -167,15 +168,15 @@ def widened_8(words, dtype: tl.constexpr):
 
 @triton.jit
 def nothing_seen(ROWS: tl.constexpr, PADDED_D: tl.constexpr):
-    """The state of so many rows before `attend`."""
+    """Make the state of ROWS rows before the first `attend`."""
     lowest = tl.full((ROWS,), float("-inf"), tl.float32)
     return lowest, tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS, PADDED_D), tl.float32)
 
 
 @triton.jit
 def capped(scores, CAP: tl.constexpr):
-    """CAP * tanh(scores / CAP)."""
-    # Of large scores the exponential is inf, and of small ones 0: the limits are right.
+    """Compute CAP * tanh(scores / CAP)."""
+    # The exponential of large scores is inf, and that of small ones 0, so the limits are right.
     return CAP * (1.0 - 2.0 / (tl.exp(scores * (2.0 / CAP)) + 1.0))
 
 
@@ -183,13 +184,13 @@ def capped(scores, CAP: tl.constexpr):
 def attend(
     state, query, key, value, visible, scale, MASKED: tl.constexpr, MAY_BE_BLIND: tl.constexpr, CAP: tl.constexpr
 ):
-    """One more tile of context for each row of `query` (R, D).
+    """Add one more tile of context to the state of each row of `query` (R, D), and return the new state.
 
-    state: highest score so far (R,), sum of the weights relative to it (R,), weighted values (R, D). key, value:
-    (C, D), of the query's dtype or 8-bit floats. visible: (R, C) or broadcast to it; each row has seen something
-    already, or sees something now, unless MAY_BE_BLIND.
-    8-bit floats may come as words of two, int16 (C, D / 2), which tensor cores' operands can be made of without moving
-    a byte between threads. Then the query and the weighted values are two, (R, D / 2) each; see `in_halves`.
+    state: highest score so far (R,), sum of the weights relative to it (R,), weighted values (R, D). key, value: (C,
+    D), of the query's dtype or 8-bit floats. visible: (R, C) or broadcast to it; each row has seen something already,
+    or sees something now, unless MAY_BE_BLIND. 8-bit floats may come as words of two, int16 (C, D / 2), from which
+    operands of tensor cores can be made without moving a byte between threads. Then the query and the weighted values
+    are two tensors each, (R, D / 2); see `in_halves`.
     """
     highest, total, weighted = state
     if key.dtype == tl.int16:
@@ -224,7 +225,8 @@ def attend(
 @triton.jit
 def paged(table, positions, inside, block_stride, D: tl.constexpr, PADDED_D: tl.constexpr, TOKEN: tl.constexpr,
           BLOCK_SIZE: tl.constexpr):  # fmt: skip
-    """Places (C, PADDED_D) of these positions' keys of head 0 in a sequence's blocks, and which of them to read."""
+    """Compute the places (C, PADDED_D) of these positions' keys of head 0 in a sequence's blocks, and which of them to
+    read."""
     d = tl.arange(0, PADDED_D)[None, :]
     block = tl.load(table + positions // BLOCK_SIZE, mask=inside, other=0).to(tl.int64)
     place = (block * block_stride + (positions % BLOCK_SIZE) * TOKEN)[:, None] + d
@@ -237,8 +239,8 @@ def attend_paged(
     K: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr,
     STAGES: tl.constexpr, BY_ROW: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
-    """Positions [first, last) of a sequence from the pool. keys: of its layer and this head, block 0. All are visible,
-    or, if BY_ROW, to row r those from oldest[r] (R, 1) on."""
+    """Attend to positions [first, last) of a sequence in the pool. keys: pointer to the keys of its layer and this head
+    in block 0. All positions are visible or, if BY_ROW, those from oldest[r] (R, 1) on are visible to row r."""
     for start in tl.range(first, last, TILE, num_stages=STAGES):
         positions = start + tl.arange(0, TILE)
         inside = positions < last

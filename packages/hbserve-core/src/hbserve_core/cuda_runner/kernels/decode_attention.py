@@ -1,4 +1,4 @@
-"""Attention of one new token of each sequence: its key and value go into the pool, then it attends to its paged
+"""Decode attention: the key and value of each sequence's one new token go into the pool, then it attends to its paged
 context.
 
 The host cuts the work into pieces of similar length: a long context is several pieces, so that a few long sequences, or
@@ -31,20 +31,20 @@ from hbserve_core.cuda_runner.kernels.attention_parts import (
 from hbserve_core.cuda_runner.kernels.dependent_launch import LAUNCH, begin, num_processors
 
 _FEW_PROGRAMS = 3
-"""Programs per multiprocessor that are too few to hide the latency of each one's reads."""
+"""Number of programs per multiprocessor up to which they are too few to hide the latency of each one's reads."""
 _JOINED_AT_ONCE = 4096
-"""Numbers of several parts that are combined at once."""
+"""Number of elements of several parts that are combined at once."""
 
 
 @triton.jit
 def _piece(pieces, stride, WINDOW: tl.constexpr):
-    """Row, part, number of parts, first and last position in the pool, position of the new token.
+    """Load a piece: row, part, number of parts, first and last position in the pool, position of the new token.
 
-    With a window, the parts share what is in it equally; some may have nothing.
+    With a window, the parts share its positions equally; some may have none.
     """
     row, part, num_parts = tl.load(pieces), tl.load(pieces + stride), tl.load(pieces + 2 * stride)
     first, last, position = tl.load(pieces + 3 * stride), tl.load(pieces + 4 * stride), tl.load(pieces + 5 * stride)
-    # Of pieces that are none only the row is written: the rest is whatever an earlier step has left there.
+    # Only the row of an unused piece is written. The rest is whatever an earlier step has left there.
     none = row < 0
     if WINDOW > 0:
         oldest = tl.maximum(position + 1 - WINDOW, 0)
@@ -56,7 +56,7 @@ def _piece(pieces, stride, WINDOW: tl.constexpr):
 
 @triton.jit
 def _norms(norm_weight, heads, used, key_head, D: tl.constexpr, PADDED_D: tl.constexpr, HAS_NORM: tl.constexpr):
-    """Weights of the norms of the queries and of the key, if there are any; see `load_halves`."""
+    """Load the weights of the norms of the queries and of the key, if there are any; see `load_halves`."""
     query, key = (0.0, 0.0), (0.0, 0.0)
     if HAS_NORM:
         query = load_halves(norm_weight + heads * D, used, D, PADDED_D)
@@ -69,7 +69,7 @@ def _first_tile(
     keys, table, first, last, block_stride, D: tl.constexpr, PADDED_D: tl.constexpr, K: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Keys and values (STEP, PADDED_D) of the piece's first tokens, and which of them there are (1, STEP)."""
+    """Load keys and values (STEP, PADDED_D) of the piece's first tokens, and return which of them exist (1, STEP)."""
     positions = first + tl.arange(0, STEP)
     inside = positions < last
     place, read = paged(table, positions, inside, block_stride, D, PADDED_D, K * D, BLOCK_SIZE)
@@ -79,7 +79,8 @@ def _first_tile(
 
 @triton.jit
 def _words(keys, block_stride, NARROW: tl.constexpr):
-    """What keys are read as, and how far it is from block to block: 8-bit floats are words of two."""
+    """Return the pointer by which keys are read, and the distance between blocks. 8-bit floats are read as words of
+    two."""
     words, stride = keys, block_stride
     if NARROW:
         words, stride = keys.to(tl.pointer_type(tl.int16), bitcast=True), block_stride // 2
@@ -88,8 +89,8 @@ def _words(keys, block_stride, NARROW: tl.constexpr):
 
 @triton.jit
 def _in_float16(query, scale):
-    """Queries divided by a power of two, so that float16 holds them, and the scale times it. 8-bit floats become
-    float16 by one instruction for two of them, bfloat16 by several."""
+    """Divide queries by a power of two, so that float16 can hold them, and multiply the scale by it. Two 8-bit floats
+    become float16 by one instruction, bfloat16 by several."""
     power = (tl.max(tl.abs(query.to(tl.float32))).to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
     power = tl.maximum(power, 1e-30, propagate_nan=tl.PropagateNan.ALL)
     return (query.to(tl.float32) / power).to(tl.float16), scale * power
@@ -97,7 +98,8 @@ def _in_float16(query, scale):
 
 @triton.jit
 def _by_halves(state, query, scale, PACK: tl.constexpr, PADDED_D: tl.constexpr, NARROW: tl.constexpr):
-    """State and queries as `attend` has them for such words, and the scale of scores."""
+    """Convert state and queries to the form that `attend` takes with words of 8-bit floats; also returns the scale of
+    scores."""
     if NARROW:
         if query.dtype == tl.bfloat16:
             query, scale = _in_float16(query, scale)
@@ -108,7 +110,7 @@ def _by_halves(state, query, scale, PACK: tl.constexpr, PADDED_D: tl.constexpr, 
 
 @triton.jit
 def _whole(state, value_scale, PACK: tl.constexpr, PADDED_D: tl.constexpr, NARROW: tl.constexpr):
-    """The state as it is without words, of values times their scale."""
+    """Convert the state back to the form without words, and multiply it by the scale of values."""
     if NARROW:
         state = (state[0], state[1], in_one(state[2][0], state[2][1], PACK, PADDED_D) * value_scale)
     return state
@@ -128,7 +130,7 @@ def _store_new_token(
 
 @triton.jit
 def _seen_itself(query, key, value, scale, PACK: tl.constexpr, PADDED_D: tl.constexpr, CAP: tl.constexpr):
-    """The state of queries that have seen their own token only. key, value: (1, PADDED_D)."""
+    """Compute the state of queries that have only seen their own token. key, value: (1, PADDED_D)."""
     score = tl.sum(query.to(tl.float32) * key.to(tl.float32), 1) * scale
     if CAP > 0.0:
         score = capped(score, CAP)
@@ -150,7 +152,7 @@ def _join(
         part = start + tl.arange(0, AT_ONCE)
         place = (first_piece + part).to(tl.int64)[:, None] * N + head * G + tl.minimum(g, G - 1)[None, :]
         inside = (part < num_parts)[:, None]
-        # Past the first-level cache, which knows nothing of what other processors have written.
+        # The load bypasses the first-level cache, which does not see what other processors have written.
         log = tl.load(logs + place, mask=inside, other=float("-inf"), cache_modifier=".cg")
         mask = inside[:, :, None] & (d < D)[None, None, :]
         found = tl.load(parts + place[:, :, None] * D + d[None, None, :], mask=mask, other=0.0, cache_modifier=".cg")
@@ -169,8 +171,8 @@ def _leave(
     N: tl.constexpr, K: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr, PACK: tl.constexpr,
     PADDED_G: tl.constexpr, AT_ONCE: tl.constexpr, MAY_BE_BLIND: tl.constexpr,
 ):  # fmt: skip
-    """Write the result of the only piece. Or store that of one of several; the last program of the row and head to
-    finish combines them."""
+    """Write the result of a row's only piece, or store that of one of several pieces. The last program of the row and
+    head to finish combines these."""
     highest, total, weighted = state
     packed, d = tl.arange(0, PACK), tl.arange(0, PADDED_D)
     used, heads = (packed < N // K)[:, None], (head * (N // K) + packed)[:, None]
@@ -178,7 +180,7 @@ def _leave(
         tl.store(out_row + heads * D + d[None, :], weighted / total[:, None], mask=used & (d < D)[None, :])
         return
     if MAY_BE_BLIND:
-        # What has seen nothing weighs nothing: its highest score is below all others.
+        # A piece that has seen nothing has no weight: its highest score is below all others.
         total = tl.where(total > 0.0, total, 1.0)
     here = piece.to(tl.int64) * N + heads
     tl.store(parts + here * D + d[None, :], weighted / total[:, None], mask=used & (d < D)[None, :])
@@ -200,7 +202,7 @@ def _decode(
     CAP: tl.constexpr, NARROW: tl.constexpr,
 ):  # fmt: skip
     head, piece = tl.program_id(0), tl.program_id(1)
-    # What the host has written, and blocks of earlier steps, are there before the kernel in front has ended.
+    # What the host has written, and blocks of earlier steps, can be read before the previous kernel has ended.
     row, part, num_parts, first, last, position = _piece(pieces + piece, piece_stride, WINDOW)
     keys, table = pool + layer_offset + head * D, tables + row.to(tl.int64) * tl.load(width)
     WORD: tl.constexpr = 2 if NARROW else 1
@@ -235,24 +237,25 @@ def _decode(
 
 
 class DecodeWorkspace:
-    """Where pieces leave their results. One for all layers, because only one of them runs at a time."""
+    """Memory for the results of pieces. All layers share one, because only one layer runs at a time."""
 
     def __init__(self, rows: int, num_pieces: int, heads: tuple[int, int, int], device: torch.device) -> None:
-        """For steps of at most this many rows and pieces. heads: N, K and D."""
+        """Allocate memory for steps of at most this many rows and pieces. heads: N, K and D."""
         num_heads, num_kv_heads, head_dim = heads
         self.parts = torch.empty((num_pieces, num_heads, head_dim), dtype=torch.float32, device=device)
         self.logs = torch.empty((num_pieces, num_heads), dtype=torch.float32, device=device)
         self.arrived = torch.zeros((rows, num_kv_heads), dtype=torch.int32, device=device)
-        """Finished programs for each row and key head; 0 between launches."""
+        """Number of finished programs for each row and key head; 0 between launches."""
         self.few_programs = _FEW_PROGRAMS * num_processors(device)
 
 
 def _tiling(itemsize: int, padded_head_dim: int, is_few: bool, narrow: bool) -> tuple[int, int, int]:
-    """Tokens read at once, stages of the pipeline that reads them, and warps of each program.
+    """Choose the number of tokens read at once, of stages of the pipeline that reads them, and of warps of each
+    program.
 
-    A place in the pool is known after its block's number has been read, which takes half of the stages. Few programs
-    must have much on its way each; of many, others read while one computes. With 8-bit floats (narrow) there is more
-    to compute for each byte.
+    A place in the pool is known after its block's number has been read, which takes half of the stages. If there are
+    few programs, each must have many reads in flight; if there are many, others read while one computes. With 8-bit
+    floats (narrow) there is more to compute for each byte.
     """
     if itemsize > 2 or padded_head_dim > 128:
         return 32, 2, 4
@@ -275,15 +278,15 @@ def decode_attention(
 ) -> None:
     """Store the new tokens of the rows that `pieces` name, and attend from them to their contexts.
 
-    qkv: (>=R, (N + 2 K) * D), neither normed nor rotated. out: (>=R, N * D), written. cos_sin, norm, pool: see
+    qkv: (>=R, (N + 2 K) * D), neither normed nor rotated. out: (>=R, N * D), the result. cos_sin, norm, pool: see
     `store_kv`. tables: (R * width,) int32, block numbers. width: one int32, on the device. pieces: (6, P) int32, see
-    `SplitKV.cut`; those of row -1 are none. Of these, and of the pool's earlier tokens, nothing may be written by
-    a kernel of the same step. scores: None: divided by sqrt(D).
+    `SplitKV.cut`; pieces of row -1 are unused. No kernel of the same step may write any of these, or the pool's earlier
+    tokens. scores: None means that scores are divided by sqrt(D).
     """
     _, _, _, block_size, num_kv_heads, head_dim = pool.shape
     num_heads = out.shape[1] // head_dim
     narrow = pool.dtype.itemsize == 1
-    padded = max(32 if narrow else 16, triton.next_power_of_2(head_dim))  # tensor cores take 16, of narrow ones halves
+    padded = max(32 if narrow else 16, triton.next_power_of_2(head_dim))  # tensor cores take 16; narrow ones are halved
     group = triton.next_power_of_2(num_heads // num_kv_heads)
     weight, eps = norm or (cos_sin, 0.0)
     scale, window, cap, key_scale, value_scale = scores or Scores(head_dim**-0.5)

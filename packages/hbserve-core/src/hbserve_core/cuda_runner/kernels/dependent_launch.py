@@ -1,4 +1,4 @@
-"""Kernels that start before the one before them has ended: programmatic dependent launch, on Hopper and later.
+"""Kernels that start before the previous one has ended: programmatic dependent launch, on Hopper and later.
 
 A step is a chain of kernels of a few microseconds each, and starting one costs about as much. With a dependent launch
 the next kernel's programs start while the last ones of this kernel still run. Each of our kernels calls `begin` before
@@ -14,7 +14,7 @@ import triton.language as tl
 from triton.language.extra import cuda
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-"""Whether kernels run in Triton's interpreter, which has no instructions of a device."""
+"""Whether kernels run in Triton's interpreter, which does not know a device's instructions."""
 
 
 def _is_supported() -> bool:
@@ -30,7 +30,7 @@ LAUNCH: dict[str, Any] = {"launch_pdl": True} if DEPENDENT.value else {}
 
 @triton.jit
 def begin():
-    """Let the next kernel start, and wait until the one before has written everything."""
+    """Let the next kernel start, and wait until the previous one has written everything."""
     if DEPENDENT:
         cuda.gdc_launch_dependents()
         cuda.gdc_wait()
@@ -38,9 +38,9 @@ def begin():
 
 @triton.jit
 def begin_step():
-    """The same for a step's first kernel: no other kernel of the step starts before all its input has been written.
+    """Begin the first kernel of a step: no other kernel of the step starts before all its input has been written.
 
-    So any of them may read, before `begin`, what only the host writes.
+    So any kernel of the step may read, before `begin`, what only the host writes.
     """
     if DEPENDENT:
         cuda.gdc_wait()
@@ -58,5 +58,6 @@ def prefetch(pointers):
 
 
 def num_processors(device: torch.device) -> int:
-    """Multiprocessors of a CUDA device. Triton's interpreter, in which kernels run on a CPU, counts as a small one."""
+    """Return the number of multiprocessors of a CUDA device. A CPU, on which Triton's interpreter runs, counts as a
+    small device."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4

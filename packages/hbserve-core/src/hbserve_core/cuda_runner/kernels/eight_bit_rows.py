@@ -1,7 +1,7 @@
-"""Rows as 8-bit floats, for products of many of them with weights of 8-bit floats.
+"""Rows as 8-bit floats, for products of many rows with weights of 8-bit floats.
 
-Tensor cores multiply these at twice the rate of 16 bits. Each row, or each group of its inputs, is divided by what
-makes its largest number the largest 8-bit float (dynamic scales).
+Tensor cores multiply these at twice the rate of 16 bits. Each row, or each group of its inputs, is divided by a scale
+that makes its largest number the largest 8-bit float (dynamic scales).
 """
 
 from dataclasses import dataclass
@@ -15,22 +15,24 @@ from hbserve_core.cuda_runner.kernels.experts import ExpertParts
 
 _LARGEST = tl.constexpr(448.0)
 _AT_ONCE = 2048
-"""Inputs of a program, of whole groups."""
+"""Number of inputs of a program, which has whole groups."""
 _ROWS = 16
-"""Rows are made a multiple of these, as cuBLAS wants them; what is in the last ones is not looked at."""
+"""Divisor that cuBLAS needs of the number of rows. The contents of rows that are added for it are not used."""
 
 
 @dataclass(frozen=True, slots=True)
 class EightBitRows:
     values: torch.Tensor
-    """(padded M, I) float8_e4m3fn, in the order in which words of weights have them (see model/narrow_weight.py)."""
+    """Rows (padded M, I) float8_e4m3fn, with inputs in the order that words of weights have (see
+    model/narrow_weight.py)."""
     scales: torch.Tensor
-    """(I / group, padded M) float32, by which they are to be multiplied."""
+    """Scales (I / group, padded M) float32, by which the values must be multiplied."""
 
 
 @dataclass(frozen=True, slots=True)
 class EightBitForm:
-    """Of rows, as a weight is multiplied with them: inputs that share a scale, a run or all, and a run of its words."""
+    """Form of rows that are multiplied with a weight: the number of inputs that share a scale, a run or all, and the
+    run of its words."""
 
     group: int
     run: int
@@ -41,8 +43,8 @@ class EightBitForm:
     def of_normed(
         self, x: torch.Tensor, norm: torch.Tensor, eps: float, parts: ExpertParts | None = None
     ) -> tuple[torch.Tensor, EightBitRows]:
-        """Rows (M, E) normed by weights (E,), and the same in 8 bits. parts: are added to x first, in place, rounded
-        once."""
+        """Norm rows (M, E) by weights (E,). Returns them as they are, and in 8 bits. parts: experts' output, which is
+        first added to x in place, rounded once."""
         rows, size = x.shape
         normed, found = torch.empty_like(x), _empty(rows, size, self.group, x.device)
         runs, k = triton.next_power_of_2(size // self.run), 0 if parts is None else parts.experts.shape[1]
@@ -60,11 +62,12 @@ def _store_8_bits(
     low, high, values, scales, row, runs, num_rows, num_inputs, RUNS: tl.constexpr, RUN: tl.constexpr,
     ONE_GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Write some runs of a row. low, high: (RUNS, RUN / 2) float32, halves of them. num_rows: padded."""
+    """Write some runs of a row as 8-bit floats. low, high: (RUNS, RUN / 2) float32, halves of the runs. num_rows:
+    padded."""
     largest = tl.maximum(tl.max(tl.abs(low), 1), tl.max(tl.abs(high), 1))
     if ONE_GROUP:
         largest = tl.broadcast_to(tl.max(largest, 0), (RUNS,))
-    # Rows of zeros stay so.
+    # Rows of zeros stay zeros.
     scale = tl.maximum(largest, 1e-30) / _LARGEST
     both = tl.reshape(tl.join(low / scale[:, None], high / scale[:, None]), (RUNS, RUN))
     place = values + row * num_inputs + runs[:, None] * RUN + tl.arange(0, RUN)[None, :]
@@ -94,7 +97,7 @@ def _normed_8_bits(
     x, parts, experts, first, weight, normed, values, scales, eps, num_rows, SIZE: tl.constexpr, RUNS: tl.constexpr,
     RUN: tl.constexpr, ONE_GROUP: tl.constexpr, K: tl.constexpr, X: tl.constexpr,
 ):  # fmt: skip
-    # A program has a row. Where there are parts (K > 0), see `ExpertParts`, they are added to x first.
+    # A program has one row. If there are parts (K > 0), see `ExpertParts`, they are first added to x.
     begin()
     HALF: tl.constexpr = RUN // 2
     row, runs = tl.program_id(0).to(tl.int64), tl.arange(0, RUNS)
@@ -126,7 +129,7 @@ def _normed_8_bits(
 
 @triton.jit
 def _times(x, weight, inside, dtype: tl.constexpr):
-    """As `normed_row` in pointwise.py rounds."""
+    """Multiply by the norm's weights, rounding as `normed_row` in pointwise.py does."""
     return (x.to(dtype).to(tl.float32) * tl.load(weight, mask=inside, other=0.0).to(tl.float32)).to(dtype)
 
 
@@ -138,7 +141,8 @@ def _empty(rows: int, inputs: int, group: int, device: torch.device) -> EightBit
 
 
 def eight_bit_rows(x: torch.Tensor, group: int, run: int) -> EightBitRows:
-    """Of rows (M, I). group: inputs that share a scale, a run or all of them; run: of the weight's words."""
+    """Convert rows (M, I) to 8-bit floats. group: number of inputs that share a scale, a run or all of them. run: run
+    of the weight's words."""
     (rows, inputs), one_group = x.shape, group == x.shape[1]
     assert one_group or group == run
     found = _empty(rows, inputs, group, x.device)

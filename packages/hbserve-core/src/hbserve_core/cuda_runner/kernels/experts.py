@@ -1,15 +1,15 @@
-"""A mixture of experts: each row goes to a few of many MLPs, and their results are summed by weight.
+"""Mixture of experts: each row goes to a few of many MLPs, and their results are summed by weight.
 
     logits ─route▶ experts and weights of each row ─assign▶ rows by expert, in tiles ─gate_up▶ ─down▶ ─combine▶ rows
 
-A pair is a row and one of the experts that it goes to. `assign` puts the pairs of an expert next to each other, each
-expert's from a new tile on, so that a program reads only one expert's weights and all rows of a tile share them. In a
-step of decodes, each program finds one expert's pairs by looking through all of them, which takes less time than
-waiting for a program that sorts them. For more pairs, many programs count and place them; the order of an expert's
-pairs then differs from run to run, and no result depends on it.
+A pair is a row and one of the experts that it goes to. `assign` puts the pairs of an expert next to each other, and
+begins a new tile for each expert, so that a program reads only one expert's weights and all rows of a tile share them.
+In a step of decodes, each program finds one expert's pairs by looking through all pairs, which takes less time than
+waiting for a program that sorts them. For more pairs, many programs count and place them. The order of an expert's
+pairs then differs from run to run, but no result depends on it.
 
-Everything is queued without the host: a launch has as many programs as there can be tiles, and those without one end at
-once. Pairs of experts on other ranks, and of padding, are in no tile.
+Everything is queued without waiting for the device: a launch has as many programs as there can be tiles, and programs
+without a tile end at once. Pairs of experts on other ranks, and of padding, are in no tile.
 
 Shapes: T rows, E hidden_size, X experts, K of them for each row, P = T * K pairs, F intermediate_size of an expert.
 """
@@ -27,11 +27,12 @@ from hbserve_core.cuda_runner.kernels.pointwise import activated
 
 _SMALL_TILE, _LARGE_TILE = 16, 128
 _MANY_PAIRS = 128
-"""Pairs of an expert, on average, from which on tiles are large: with fewer, too many rows of tiles would be empty."""
+"""Average number of pairs of an expert from which tiles are large. With fewer pairs, too many rows of tiles would be
+empty."""
 _FEWEST_AT_ONCE, _MOST_AT_ONCE = 512, 4096
-"""Pairs that one program looks through."""
+"""Bounds of the number of pairs that one program looks through."""
 _CHUNK = 512
-"""Pairs of a program if there are more."""
+"""Number of pairs of a program if there are more than that."""
 
 
 @triton.jit
@@ -47,7 +48,7 @@ def _route(
     chosen, found = tl.zeros((PADDED_K,), tl.int32), tl.zeros((PADDED_K,), tl.float32)
     for each in tl.static_range(K):
         share, place = tl.max(shares, 0, return_indices=True, return_indices_tie_break_left=True)
-        # Of rows whose numbers are none, any expert will do: the weight below is none either.
+        # If a row's logits are NaN, any expert will do, because the weight below is NaN too.
         place = tl.minimum(tl.maximum(place, 0), X - 1)
         chosen, found = tl.where(k == each, place, chosen), tl.where(k == each, share, found)
         shares = tl.where(x == place, -1.0, shares)
@@ -59,7 +60,7 @@ def _route(
 
 @triton.jit
 def _own_experts(experts, pair, num_pairs, first, X: tl.constexpr):
-    """Of some pairs, by its place among this rank's, and whether it is one of them."""
+    """Load the expert of some pairs, by its place among this rank's experts, and whether it is one of them."""
     expert = tl.load(experts + pair, mask=pair < num_pairs, other=-1)
     expert = tl.where(expert >= 0, expert - first, -1)
     return expert, (expert >= 0) & (expert < X)
@@ -70,7 +71,7 @@ def _assign(
     experts, ends, pairs, num_pairs, first, X: tl.constexpr, PADDED_X: tl.constexpr, ROWS: tl.constexpr,
     PAIRS: tl.constexpr,
 ):  # fmt: skip
-    # Each program has one expert.
+    # Assigns pairs to tiles. Each program has one expert.
     begin()
     own, pair, x = tl.program_id(0), tl.arange(0, PAIRS), tl.arange(0, PADDED_X)
     expert, is_own = _own_experts(experts, pair, num_pairs, first, X)
@@ -87,8 +88,8 @@ def _assign(
 
 @triton.jit(do_not_specialize=["num_pairs", "first"])
 def _count_many(experts, places, num_pairs, first, X: tl.constexpr, CHUNK: tl.constexpr):
-    # The same by many programs, in three launches. places: (X,), zeros first, then counts, then where each expert's
-    # next pair goes.
+    # Counts pairs, as the first of three launches that do the same as `_assign` with many programs. places: (X,), first
+    # zeros, then counts, then where each expert's next pair goes.
     begin()
     pair = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
     expert, is_own = _own_experts(experts, pair, num_pairs, first, X)
@@ -99,7 +100,7 @@ def _count_many(experts, places, num_pairs, first, X: tl.constexpr, CHUNK: tl.co
 def _make_many_tiles(places, ends, X: tl.constexpr, PADDED_X: tl.constexpr, ROWS: tl.constexpr):
     begin()
     x = tl.arange(0, PADDED_X)
-    # Past the first-level cache, which knows nothing of atomic additions.
+    # The load bypasses the first-level cache, which does not see atomic additions.
     tiles = tl.cdiv(tl.load(places + x, mask=x < X, other=0, cache_modifier=".cg"), ROWS)
     end = tl.cumsum(tiles, 0)
     tl.store(ends + x, end, mask=x < X)
@@ -117,7 +118,7 @@ def _put_many(experts, places, pairs, num_pairs, first, X: tl.constexpr, CHUNK: 
 
 @triton.jit
 def expert_of(ends, tile, X: tl.constexpr, PADDED_X: tl.constexpr):
-    """The expert whose pairs are in a tile; X if there are none."""
+    """Find the expert whose pairs are in a tile; X if there are none."""
     x = tl.arange(0, PADDED_X)
     end = tl.load(ends + x, mask=x < X, other=2**31 - 1)
     return tl.minimum(tl.sum((end <= tile).to(tl.int32), 0), X)
@@ -179,7 +180,7 @@ def _expert_down(
 
 @triton.jit
 def with_parts(total, parts, experts, row, columns, first, SIZE: tl.constexpr, X: tl.constexpr, K: tl.constexpr):
-    """What experts have found for some columns of a row (see `ExpertParts`), added to `total`, which is float32."""
+    """Add the experts' results for some columns of a row (see `ExpertParts`) to `total`, which is float32."""
     for each in tl.static_range(K):
         expert = tl.load(experts + row * K + each)
         own_size = tl.where((expert >= first) & (expert < first + X), SIZE, 0)
@@ -205,46 +206,46 @@ def _combine(
 
 @dataclass(frozen=True, slots=True)
 class Routing:
-    """What is known of a model's experts beside their weights."""
+    """Parameters of a model's experts besides their weights."""
 
     num_experts: int
     """Number of experts of all ranks."""
     per_row: int
     renormalises: bool
-    """Whether weights of a row's experts are made to add up to 1."""
+    """Whether the weights of a row's experts are scaled to add up to 1."""
     first: int = 0
-    """The first expert of this rank."""
+    """Number of the first expert of this rank."""
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertTiles:
-    """Pairs by expert, tile by tile."""
+    """Pairs sorted by expert, tile by tile."""
 
     pairs: torch.Tensor
     ends: torch.Tensor
     shares: torch.Tensor
     count: int
     rows: int
-    """Rows of each tile."""
+    """Number of rows of each tile."""
     per_row: int
-    """Experts of each row."""
+    """Number of experts of each row."""
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertParts:
-    """What a row's experts have found, still to be added."""
+    """Results of each row's experts, which are still to be added up."""
 
     rows: torch.Tensor
-    """(M * K, E), each times its share; of experts that are not this rank's, anything."""
+    """Results (M * K, E), each times its share; undefined for experts of other ranks."""
     experts: torch.Tensor
-    """(M, K) int32"""
+    """Experts of each row, (M, K) int32."""
     first: int
     count: int
-    """Experts of this rank, from `first` on."""
+    """Number of experts of this rank, from `first` on."""
 
 
 class OwnExperts(Protocol):
-    """Matrices (X, O, I) of experts that are no tensor, and have kernels of their own."""
+    """Matrices (X, O, I) of experts that are not a tensor and have kernels of their own."""
 
     @property
     def shape(self) -> tuple[int, int, int]: ...
@@ -252,39 +253,44 @@ class OwnExperts(Protocol):
     def __len__(self) -> int: ...
 
     def form_of_rows(self, rows: torch.Tensor, per_row: int) -> Any:
-        """The form, see eight_bit_rows.py, of rows (T, E) with so many experts each; None: they stay as they are."""
+        """Return the form (see eight_bit_rows.py) in which rows (T, E) with `per_row` experts each are multiplied, or
+        None if they are multiplied as they are."""
 
     def gate_up(self, rows: torch.Tensor, formed: Any, out: torch.Tensor, tiles: ExpertTiles) -> None:
-        """Write what `down` reads to `out` (P, F), of rows (T, E). formed: the same, if they are there."""
+        """Compute the inputs of `down` from rows (T, E), and write them to `out` (P, F). formed: the rows in that form,
+        if they are already there."""
 
     def down(self, rows: torch.Tensor, out: torch.Tensor, tiles: ExpertTiles) -> None:
-        """Write to `out` (P, E), each times its share, of rows (P, F)."""
+        """Compute the experts' results from rows (P, F), and write them to `out` (P, E), each times its share."""
 
     def suits_few(self, rows: torch.Tensor, down: Any, per_row: int) -> bool:
-        """Whether `few_mlps` takes rows (T, E), so many experts of each and such a `down`, and is faster."""
+        """Return whether `few_mlps` can take rows (T, E) with `per_row` experts each and such a `down`, and is
+        faster."""
 
     def few_mlps(
         self, x: torch.Tensor | ScaledRows, logits: torch.Tensor, slots: torch.Tensor, down: Any, routing: Routing, *,
         eps: float, add_to: torch.Tensor | None, next_norm: torch.Tensor | None,
     ) -> tuple[torch.Tensor, ScaledRows | None]:  # fmt: skip
-        """`combined` of `expert_parts`, but for x and eps, which are as `skinny_linear` has them. next_norm: weights
-        (E,) of a norm that follows, of which the first half is returned too."""
+        """Compute `combined` of `expert_parts`, but with x and eps as in `skinny_linear`. next_norm: weights (E,) of a
+        norm that follows, of which the first half is returned too."""
 
 
 def num_tiles(num_pairs: int, num_experts: int, rows: int) -> int:
-    """Tiles of so many rows that pairs can need, however they are shared among experts."""
+    """Return the largest number of tiles of `rows` rows that pairs can need, however they are distributed among
+    experts."""
     return num_pairs // rows + min(num_pairs, num_experts)
 
 
 def rows_of_tile(num_pairs: int, num_experts: int) -> int:
-    """Of a few more rows than an expert has on average, so that most have one tile."""
+    """Choose the number of rows of a tile: a few more than an expert has on average, so that most experts have one
+    tile."""
     most = _LARGE_TILE if num_pairs >= _MANY_PAIRS * num_experts else 64
     return min(most, max(_SMALL_TILE, 1 << (2 * num_pairs // num_experts - 1).bit_length()))
 
 
 def _assigned(experts: torch.Tensor, shares: torch.Tensor, first: int, count: int) -> ExpertTiles:
-    """The tiles of pairs of this rank's experts, which are `count` from `first` on. experts: (T, K) int32, -1 of
-    padding. shares: (T, K) float32, of each row's experts in its result."""
+    """Assign the pairs of this rank's experts, which are `count` from `first` on, to tiles. experts: (T, K) int32, -1
+    for padding. shares: (T, K) float32, the shares of each row's experts in its result."""
     num_pairs, padded, device = experts.numel(), triton.next_power_of_2(count), experts.device
     rows = rows_of_tile(num_pairs, count)
     tiles = num_tiles(num_pairs, count, rows)
@@ -306,9 +312,11 @@ def _assigned(experts: torch.Tensor, shares: torch.Tensor, first: int, count: in
 
 
 def combined(parts: ExpertParts, add_to: torch.Tensor | None = None, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """(T, E): their sum for each row, which is what this rank's experts give for it; the sum over ranks is the model's.
+    """Add up the parts of each row, (T, E). That is the result of this rank's experts; the sum over ranks is the
+    model's.
 
-    add_to: (T, E), to which it is added in place, and which is returned. dtype: of the result, if there is none.
+    add_to: (T, E), to which the sum is added in place, and which is returned. dtype: dtype of the result without
+    `add_to`.
     """
     (num_rows, k), size = parts.experts.shape, parts.rows.shape[-1]
     out = torch.empty((num_rows, size), dtype=dtype, device=parts.rows.device) if add_to is None else add_to
@@ -330,10 +338,10 @@ def expert_parts(
     *,
     formed: Any = None,
 ) -> ExpertParts:
-    """What the sum for each of rows (T, E) is of.
+    """Compute the parts that add up to the experts' result for each of rows (T, E).
 
-    logits: (T, all experts), of the router. slots: (T,) int32, -1 of padding, see `store_kv`. gate_up: (X, 2 F, E),
-    gates then ups. down: (X, E, F). formed: the rows in 8 bits, if `gate_up` has told a form.
+    logits: (T, all experts), from the router. slots: (T,) int32, -1 for padding, see `store_kv`. gate_up: (X, 2 F, E),
+    gates then ups. down: (X, E, F). formed: the rows in 8 bits, if `gate_up` asks for such a form.
     """
     num_rows, k = len(rows), routing.per_row
     experts = torch.empty((num_rows, k), dtype=torch.int32, device=rows.device)
@@ -351,8 +359,8 @@ def _products(
     rows: torch.Tensor, formed: Any, gate_up: torch.Tensor | OwnExperts,
     down: torch.Tensor | OwnExperts, tiles: ExpertTiles,
 ) -> torch.Tensor:  # fmt: skip
-    """(P, E), each times its share, float32 where they are few; of pairs that are in no tile, nothing that has been
-    written."""
+    """Compute the result (P, E) of each pair, times its share, in float32 if there are few. Pairs that are in no tile
+    are not written."""
     count, inner, size = len(gate_up), gate_up.shape[1] // 2, rows.shape[1]
     inside = torch.empty((tiles.shares.numel(), inner), dtype=rows.dtype, device=rows.device)
     # Rows in 8 bits lose more than a part's last bits.
@@ -369,7 +377,7 @@ def _products(
     for_gates, for_sums = (32 if tiles.count * triton.cdiv(each, 64) < fewest else 64 for each in (inner, size))
     for_sums = 128 if is_large else for_sums
     if isinstance(gate_up, torch.Tensor):
-        # Of small tiles, long steps bring the weights faster where there are programs enough.
+        # With small tiles, long steps load the weights faster if there are enough programs.
         is_long = tiles.rows == _SMALL_TILE and for_gates == 64
         steps = {"STEP": 2 * tiling["STEP"], "STAGES": 3} if is_long else {}
         _expert_gate_up[(triton.cdiv(inner, for_gates), tiles.count)](

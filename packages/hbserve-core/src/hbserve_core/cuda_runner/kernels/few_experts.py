@@ -1,10 +1,10 @@
-"""A mixture of experts for a few rows: two launches behind the router, where experts.py has five.
+"""Mixture of experts for a few rows: two launches after the router, where experts.py has five.
 
     logits ─ gate_up: each program finds its expert ─ down: each program has all of a row's experts, and adds them up
 
-With a few rows nearly all of their experts are different ones, so pairs are not sorted: each has programs of its own.
-Which expert a pair has is found by every program anew, which costs less than a launch. Products are as in
-`small_linear`, without tensor cores. Narrow weights have the same in narrow_few_experts.py.
+With a few rows nearly all their experts are different, so pairs are not sorted: each has programs of its own. Every
+program finds the expert of its pair anew, which costs less than a launch. Products are computed as in `small_linear`,
+without tensor cores. narrow_few_experts.py does the same with narrow weights.
 Shapes: T rows, E hidden_size, X experts, K of them for each row, P = T * K pairs, F intermediate_size of an expert.
 """
 
@@ -18,25 +18,25 @@ from hbserve_core.cuda_runner.kernels.few_rows_linear import ScaledRows
 from hbserve_core.cuda_runner.kernels.pointwise import activated
 
 _MOST_ROWS = 2
-"""With more of them, pairs that are sorted first are faster."""
+"""Largest number of rows. With more rows it is faster to sort pairs first."""
 _MOST_EXPERTS = 16
-"""Of a row, all of which a program has."""
+"""Largest number of experts of a row, all of which one program has."""
 _GATES, _OUTPUTS = 8, 4
-"""Of a program of gate_up, which has as many ups, and of down."""
+"""Number of gates of a program of gate_up, which has as many ups, and of outputs of a program of down."""
 _GATE_BYTES, _OUTPUT_BYTES = 4096, 8192
-"""Of a weight row of gate_up, and of all experts' rows of one output of down, that a program has at once."""
+"""Bytes that a program has at once of a weight row of gate_up, and of all experts' rows of one output of down."""
 
 
 @triton.jit
 def _expert_at(logits, rank, X: tl.constexpr, PADDED_X: tl.constexpr):
-    """The expert that so many others of a row are before, by their logits and, of equal ones, by their order."""
+    """Find the expert at place `rank` of a row, ordered by logits and, if these are equal, by number."""
     x = tl.arange(0, PADDED_X)
     given = tl.load(logits + x, mask=x < X, other=float("-inf")).to(tl.float32)
     own = tl.reshape(given, (PADDED_X, 1))
     others = tl.reshape(given, (1, PADDED_X))
     is_before = (others > own) | ((others == own) & (x[None, :] < x[:, None]))
     found = tl.sum(tl.where(tl.sum(is_before.to(tl.int32), 1) == rank, x, 0), 0)
-    # Of rows whose logits are no numbers any expert will do: its share is none either.
+    # If a row's logits are NaN, any expert will do, because its share is NaN too.
     return tl.minimum(found, X - 1)
 
 
@@ -82,7 +82,7 @@ def _few_gate_up(
 
 @triton.jit
 def _shares(logits, experts, is_one, X: tl.constexpr, PADDED_X: tl.constexpr, RENORMALISES: tl.constexpr):
-    """Of a row's experts (padded K,)."""
+    """Compute the shares of a row's experts (padded K,)."""
     own = tl.load(logits + tl.maximum(experts, 0), mask=is_one, other=float("-inf")).to(tl.float32)
     largest = tl.max(own, 0)
     powers = tl.exp(own - largest)
@@ -129,7 +129,7 @@ def _few_down(
 
 
 def suits_few_experts(rows: torch.Tensor, per_row: int) -> bool:
-    """Whether `few_expert_mlps` takes rows (T, E), and is faster than `expert_parts`."""
+    """Return whether `few_expert_mlps` can take rows (T, E), and is faster than `expert_parts`."""
     return len(rows) <= _MOST_ROWS and per_row <= _MOST_EXPERTS
 
 
@@ -137,7 +137,7 @@ def few_expert_mlps(
     x: torch.Tensor | ScaledRows, logits: torch.Tensor, slots: torch.Tensor, gate_up: torch.Tensor,
     down: torch.Tensor, routing: Routing, *, eps: float, add_to: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """`combined` of `expert_parts`, but for x and eps, which are as `skinny_linear` has them."""
+    """Compute `combined` of `expert_parts`, but with x and eps as in `skinny_linear`."""
     rows, squares = (x.scaled, x.squares) if isinstance(x, ScaledRows) else (x, None)
     (num_rows, size), inner, k = rows.shape, down.shape[2], routing.per_row
     out = torch.empty_like(rows) if add_to is None else add_to

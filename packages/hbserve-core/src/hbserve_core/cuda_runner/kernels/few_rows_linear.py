@@ -1,11 +1,11 @@
-"""Products of few rows with a weight matrix, which are most of a step of decodes.
+"""Products of few rows with a weight matrix, which take most of the time of a step of decodes.
 
-Both kernels are as fast as their weights can be read, so that whatever surrounds a product is done inside it;
+Both kernels are as fast as their weights can be read, so the operations around a product are done inside it.
 products.py says which one is used when.
 
 `small_linear` (GEMV) is for one row, or very few. It includes the norm before it, and the residual addition or
-silu(gate) * up after it. Each program has all inputs of a few outputs, and requests their weights before the kernel
-before it has ended.
+silu(gate) * up after it. Each program has all inputs of a few outputs, and requests their weights before the previous
+kernel has ended.
 
 `skinny_linear` (skinny GEMM) is for up to 128 rows, on tensor cores. The weights are the long side of each tile, so
 that the rows cost next to nothing. If a matrix has too few tiles to keep every multiprocessor reading, its inputs are
@@ -28,22 +28,25 @@ from hbserve_core.cuda_runner.kernels.dependent_launch import LAUNCH, begin, num
 from hbserve_core.cuda_runner.kernels.pointwise import activated
 
 _STEP_BYTES = 8192
-"""Of a weight row, and so of `given`, M times as many numbers: all of both stays in registers."""
+"""Bytes of a weight row that are loaded at once. `given` then has M times as many numbers, and both stay in
+registers."""
 _SMALL_OUTPUTS = 4, 8
-"""Of a program of `small_linear`. Of one row these are many, so the last wave is short; with two, the input counts."""
+"""Number of outputs of a program of `small_linear`, for one row and for more. With one row there are many programs, so
+the last wave is short; with two, reading the inputs counts."""
 TILE_OUTPUTS = 64
 _TILINGS = {16: (128, 6, 3), 32: (128, 6, 3), 64: (128, 4, 3), 128: (64, 8, 4)}
-"""By padded rows: inputs of one step of the loop over them, and how many steps are on their way, as the shared memory
-of a Hopper processor holds them: for one program, and where it is to hold two."""
+"""Number of inputs of one step of the loop over them, by padded rows, and the numbers of steps in flight that fit in
+the shared memory of a Hopper processor for one program and for two."""
 _AHEAD = 256
-"""Inputs whose weights each program fetches while the kernel in front still runs. More of them are in its way."""
+"""Number of inputs whose weights each program fetches while the previous kernel still runs. More of them would slow
+that kernel down."""
 
 # ---- one row, or very few --------------------------------------------------------------------------------------------
 
 
 @triton.jit
 def _rows(weight, rows, start, INPUTS: tl.constexpr, STEP: tl.constexpr):
-    """(O, STEP) of the weight rows, from column `start` on."""
+    """Load the weight rows (O, STEP) from column `start` on."""
     columns = start + tl.arange(0, STEP)
     place = weight + rows[:, None].to(tl.int64) * INPUTS + columns[None, :]
     return tl.load(place, mask=columns < INPUTS, other=0.0, eviction_policy="evict_first")
@@ -51,7 +54,8 @@ def _rows(weight, rows, start, INPUTS: tl.constexpr, STEP: tl.constexpr):
 
 @triton.jit
 def _inputs(x, norm, start, M: tl.constexpr, INPUTS: tl.constexpr, STEP: tl.constexpr, HAS_NORM: tl.constexpr):
-    """(M, STEP) of x from column `start` on, times the norm's weights, and the sums of squares (M,) before that."""
+    """Load x (M, STEP) from column `start` on, times the norm's weights, and compute the sums of squares (M,) before
+    that."""
     columns = start + tl.arange(0, STEP)
     inside = columns < INPUTS
     given = tl.load(x + tl.arange(0, M)[:, None] * INPUTS + columns[None, :], mask=inside[None, :], other=0.0)
@@ -64,7 +68,7 @@ def _inputs(x, norm, start, M: tl.constexpr, INPUTS: tl.constexpr, STEP: tl.cons
 
 @triton.jit
 def _product(given, block):
-    """(M, O) of (M, STEP) and (O, STEP)."""
+    """Multiply (M, STEP) with (O, STEP) transposed: (M, O)."""
     return tl.sum(given[:, None, :] * block.to(tl.float32)[None, :, :], 2)
 
 
@@ -76,7 +80,7 @@ def _small_linear(
 ):  # fmt: skip
     outputs = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     rows = tl.minimum(outputs, COUNT - 1)
-    # Weights never change, so they are on their way before the kernel that computes x has ended.
+    # Weights never change, so their loads are issued before the kernel that computes x has ended.
     block = _rows(weight, rows, 0, INPUTS, STEP)
     if GATED:
         up_block = _rows(weight, rows + COUNT, 0, INPUTS, STEP)
@@ -120,11 +124,11 @@ def small_linear(
     gelu: bool = False,
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """x (M, I) times weight (O, I) transposed, plus bias (O,).
+    """Compute x (M, I) times weight (O, I) transposed, plus bias (O,).
 
-    norm: RMS norm of x first, weights (I,) and eps. add_to: (M, O), to which the result is added in place, and which
-    is returned. gated: the weight is (2 O, I), gate rows then up rows; the result is silu(gate) * up, or with `gelu`
-    gelu(gate) * up. dtype: of the result.
+    norm: weights (I,) and eps of an RMS norm that is first applied to x. add_to: (M, O), to which the result is added
+    in place, and which is returned. gated: the weight is (2 O, I), gate rows then up rows; the result is silu(gate) *
+    up, or with `gelu` gelu(gate) * up. dtype: dtype of the result.
     """
     rows, size = x.shape
     outputs = len(weight) // 2 if gated else len(weight)
@@ -179,7 +183,7 @@ def finish_tile(
 
 @triton.jit
 def row_scales_of(squares, size, eps, TILES: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr):
-    """1 / rms of each row (1, ROWS), from its sums of squares (TILES, ROWS)."""
+    """Compute 1 / rms of each row (1, ROWS) from its sums of squares (TILES, ROWS)."""
     tiles, m = tl.arange(0, PADDED), tl.arange(0, ROWS)
     found = tl.load(squares + tiles[:, None] * ROWS + m[None, :], mask=(tiles < TILES)[:, None], other=0.0)
     return tl.rsqrt(tl.sum(found, 0) / size + eps)[None, :]
@@ -187,7 +191,8 @@ def row_scales_of(squares, size, eps, TILES: tl.constexpr, PADDED: tl.constexpr,
 
 @triton.jit
 def weight_rows(tile, num_outputs, OUTPUTS: tl.constexpr, GATED: tl.constexpr):
-    """Of a tile (OUTPUTS,). With gates, half of them are gates, the other half the ups that belong to them."""
+    """Return the weight rows of a tile (OUTPUTS,). With gates, half of them are gates, and the other half the ups that
+    belong to them."""
     r = tl.arange(0, OUTPUTS)
     if GATED:
         HALF: tl.constexpr = OUTPUTS // 2
@@ -199,7 +204,8 @@ def weight_rows(tile, num_outputs, OUTPUTS: tl.constexpr, GATED: tl.constexpr):
 
 @triton.jit
 def sum_of_splits(result, parts, arrived, split, SPLITS: tl.constexpr, OUTPUTS: tl.constexpr, ROWS: tl.constexpr):
-    """Whether this program of a tile is the last to come, and then what all have found."""
+    """Store this program's part of a tile. Returns whether it is the last program of the tile to arrive, and if so the
+    sum of all parts."""
     place = tl.arange(0, OUTPUTS)[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
     tl.store(parts + split * (OUTPUTS * ROWS) + place, result)
     # All of this program's stores come before its arrival.
@@ -209,7 +215,7 @@ def sum_of_splits(result, parts, arrived, split, SPLITS: tl.constexpr, OUTPUTS: 
     if is_last:
         result = tl.zeros((OUTPUTS, ROWS), tl.float32)
         for part in tl.static_range(SPLITS):
-            # Past the first-level cache, which knows nothing of what other processors have written.
+            # The load bypasses the first-level cache, which does not see what other processors have written.
             result += tl.load(parts + part * (OUTPUTS * ROWS) + place, cache_modifier=".cg")
         tl.store(arrived, 0)
     return is_last, result
@@ -251,55 +257,59 @@ def _skinny_linear(
 
 
 class SkinnyWorkspace:
-    """Where programs that share a tile leave what they have found. One for all products: one of them runs at a time."""
+    """Memory for the results of programs that share a tile. All products share one, because only one product runs at a
+    time."""
 
     def __init__(self, most_programs: int, most_rows: int, device: torch.device) -> None:
-        """most_programs: of a product whose inputs are split."""
+        """most_programs: largest number of programs of a product whose inputs are split."""
         self.parts = torch.empty(most_programs * TILE_OUTPUTS * most_rows, dtype=torch.float32, device=device)
         self.arrived = torch.zeros(most_programs, dtype=torch.int32, device=device)
-        """Programs of each tile that have ended; 0 between launches."""
+        """Number of programs of each tile that have ended; 0 between launches."""
 
 
 class OwnKernel(Protocol):
-    """A weight matrix (O, I) that is no tensor, and has a kernel of its own in place of `_skinny_linear`."""
+    """Weight matrix (O, I) that is not a tensor and has a kernel of its own in place of `_skinny_linear`."""
 
     def __len__(self) -> int: ...
 
     def tiling(self, padded_rows: int, programs: int) -> tuple[int, int]:
-        """As `_tiling` has it. programs: of the launch."""
+        """Return the inputs of a step and the steps in flight, as `_tiling` does. programs: number of programs of the
+        launch."""
 
     def tile_outputs(self, x: torch.Tensor) -> int:
-        """Of a program, of a product with such rows that is not gated: as `TILE_OUTPUTS` is."""
+        """Return the number of outputs of a program, like `TILE_OUTPUTS`, in a product with such rows that is not
+        gated."""
 
     def arranged(self, x: torch.Tensor) -> torch.Tensor:
-        """Rows (M, I) with their inputs as it wants them."""
+        """Return rows (M, I) with their inputs in the order that the weight needs."""
 
     def launch(self, grid: tuple[int, int], x: torch.Tensor, others: tuple[Any, ...], options: dict[str, Any]) -> None:
-        """Launch it. others: arguments of `_skinny_linear` after the weight; options: by name, for the compiler."""
+        """Launch the kernel. others: arguments of `_skinny_linear` after the weight. options: compile-time arguments,
+        by name."""
 
 
 @dataclass(frozen=True, slots=True)
 class ScaledRows:
-    """Rows on their way through an RMS norm: multiplied by its weights, and not yet divided by their own rms."""
+    """Rows within an RMS norm: multiplied by its weights, but not yet divided by their own rms."""
 
     scaled: torch.Tensor
-    """(M, E)"""
+    """Rows multiplied by the norm's weights, (M, E)."""
     squares: torch.Tensor
-    """(T, padded rows) float32: of the rows themselves, the sum of squares tile by tile."""
+    """Sums of squares of the rows themselves, tile by tile, (T, padded rows) float32."""
 
 
 def _tiling(padded_rows: int, programs: int, processors: int) -> tuple[int, int]:
-    """Inputs of a step, and steps on their way.
+    """Choose the number of inputs of a step, and of steps in flight.
 
-    Of more programs than there are processors, but not twice as many, most processors would compute one and then wait
-    for those with a second: so each computes two at once.
+    If there are more programs than processors, but no more than twice as many, most processors would compute one and
+    then wait for those with a second. So each processor computes two at once.
     """
     step, of_one, of_two = _TILINGS[padded_rows]
     return step, of_two if processors < programs <= 2 * processors else of_one
 
 
 def num_tiles(num_outputs: int, gated: bool) -> int:
-    """Programs of a product whose inputs are not split."""
+    """Return the number of programs of a product whose inputs are not split."""
     return -(-num_outputs // (TILE_OUTPUTS // 2 if gated else TILE_OUTPUTS))
 
 
@@ -315,11 +325,11 @@ def skinny_linear(
     gated: bool = False,
     gelu: bool = False,
 ) -> torch.Tensor:
-    """x (M, I) times weight (O, I) transposed, plus bias (O,), summed in float32: (M, O).
+    """Compute x (M, I) times weight (O, I) transposed, plus bias (O,), summed in float32: (M, O).
 
     x: if scaled, the rest of the norm is done here, with its `eps`. padded_rows: 16, 32, 64 or 128, at least M, the
-    same for all of M rows. splits: of the inputs. gated: the weight is (2 O, I), gate rows then up rows; the result
-    is silu(gate) * up, or with `gelu` gelu(gate) * up.
+    same for all products of M rows. splits: number of parts into which the inputs are split. gated: the weight is (2 O,
+    I), gate rows then up rows; the result is silu(gate) * up, or with `gelu` gelu(gate) * up.
     """
     rows, squares = (x.scaled, x.squares) if isinstance(x, ScaledRows) else (x, None)
     outputs = len(weight) // 2 if gated else len(weight)
@@ -341,7 +351,7 @@ def add_skinny_linear(
 ) -> ScaledRows | None:
     """Add x (M, I) times weight (E, I) transposed, plus bias (E,), to `target` (M, E) in place, rounded once.
 
-    next_norm: weights (E,) of a norm that follows; then its first half is returned.
+    next_norm: weights (E,) of a norm that follows, whose first half is then returned.
     """
     if next_norm is None:
         _launch(x, weight, bias, target, padded_rows, splits, workspace, adds=True)

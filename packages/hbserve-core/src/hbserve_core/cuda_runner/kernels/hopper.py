@@ -1,7 +1,7 @@
-"""Parts of kernels for Hopper that say themselves which warps do what, written in Gluon, the language below Triton.
+"""Parts of kernels for Hopper that decide themselves which warps do what, written in Gluon, the language below Triton.
 
-They are for compute capability 9.0 only (wgmma). Triton's interpreter does not know Gluon, so on a CPU they are
-compiled, by tests, and not run; what they compute is computed by kernels in plain Triton elsewhere.
+They are only for compute capability 9.0 (wgmma). Triton's interpreter does not know Gluon, so on a CPU tests compile
+them but do not run them. Elsewhere, kernels in plain Triton compute the same.
 """
 
 import torch
@@ -13,15 +13,16 @@ from hbserve_core.cuda_runner.kernels.attention_parts import LOG2_E
 from hbserve_core.cuda_runner.kernels.dependent_launch import INTERPRETED
 
 _RENAMED = gl.constexpr(hasattr(gl, "barrier"))
-"""Triton 3.9 has other names than 3.6."""
+"""Whether Triton has the names of 3.9, which differ from those of 3.6."""
 copy_in = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
-"""Let the copy engine bring a tile to shared memory, and a barrier know: descriptor, place, barrier, memory."""
+"""Function that lets the copy engine bring a tile to shared memory and then signal a barrier: descriptor, place,
+barrier, memory."""
 copy_out = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
-"""Let the copy engine write a tile: descriptor, place, memory."""
+"""Function that lets the copy engine write a tile: descriptor, place, memory."""
 
 PAGES, BOXES = gl.NVMMASharedLayout(128, 16), gl.NVMMASharedLayout(128, 16, rank=3)
-"""Of shared memory for tiles of two and of three dimensions, of 16-bit numbers, as tensor cores read them. Making one
-takes microseconds of each launch."""
+"""Layouts of shared memory for tiles of 16-bit numbers with two and with three dimensions, as tensor cores read them.
+They are made once, because making one would take microseconds of each launch."""
 
 _NEGATIVE_LOG2_E = gl.constexpr(-LOG2_E)
 
@@ -46,7 +47,7 @@ def meet():
 
 @gluon.jit
 def viewed(memory, shape: gl.constexpr):
-    """The same shared memory as tiles of another shape, of two dimensions each."""
+    """View the same shared memory as tiles of another shape, of two dimensions each."""
     layout: gl.constexpr = gl.NVMMASharedLayout(128, 16)
     if _RENAMED:
         tiles = memory.reinterpret(memory.dtype, shape, layout)
@@ -57,7 +58,7 @@ def viewed(memory, shape: gl.constexpr):
 
 @gluon.jit
 def barriers(NUMBER: gl.constexpr, COUNT: gl.constexpr):
-    """So many barriers, each of which waits for COUNT arrivals."""
+    """Make NUMBER barriers, each of which waits for COUNT arrivals."""
     made = gl.allocate_shared_memory(gl.int64, [NUMBER, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(NUMBER):
         mbarrier.init(made.index(i), count=COUNT)
@@ -66,14 +67,14 @@ def barriers(NUMBER: gl.constexpr, COUNT: gl.constexpr):
 
 @gluon.jit
 def arrive(barrier):
-    """Arrive once, when all warps of this group are here."""
+    """Arrive once at a barrier, when all warps of this group have come here."""
     meet()
     mbarrier.arrive(barrier, count=1)
 
 
 @gluon.jit
 def activated(gate, GELU: gl.constexpr):
-    """As `activated` in pointwise.py."""
+    """Compute silu(gate), or gelu(gate), like `activated` in pointwise.py."""
     slope = gate
     if GELU:
         slope = 1.5957691216057308 * gate * (1.0 + 0.044715 * gate * gate)

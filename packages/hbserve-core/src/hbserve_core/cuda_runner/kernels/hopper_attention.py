@@ -1,15 +1,15 @@
 """Attention of prompt chunks on Hopper, whose products and softmax run at the same time (FlashAttention-3, Shah 2024).
 
-For heads of 128 numbers in 16 bits, without windows, caps and 8-bit pools; prefill_attention.py takes all others. Keys
-and values come from the pool only, page by page, through the copy engine (TMA): `store_kv` has written the chunk's own
-there. A program takes one tile of new tokens after the other, and is four groups of warps:
+This is for heads of 128 numbers in 16 bits, without windows, caps and 8-bit pools; prefill_attention.py takes all
+others. Keys and values only come from the pool, page by page, through the copy engine (TMA): `store_kv` has written the
+chunk's own there. A program takes one tile of new tokens after the other, and consists of four groups of warps:
 
     two loaders    bring queries and keys, and values, into shared memory, as soon as there is room: one alone would be
                    waited for where pages are small
     two consumers  of 64 rows each: tensor cores have the products of one while the other one weighs its scores
 
 Row r of a tile is new token r // G and query head r % G of a key head, as in prefill_attention.py. Keys are taken from
-the last tile to the first, so that it is the first ones taken that are masked.
+the last tile to the first, so that only the tiles that are taken first are masked.
 Shapes: T rows of the step, N query heads, K key heads, G = N / K, R rows of a consumer.
 """
 
@@ -32,21 +32,22 @@ _D = gl.constexpr(128)
 _HALF = gl.constexpr(64)
 _ROWS = gl.constexpr(64)
 _TILE = gl.constexpr(128)
-"""Keys."""
+"""Number of keys of a tile."""
 _STAGES = gl.constexpr(2)
 _FEWEST_ROWS = 512
-"""Of a step. With fewer, shorter programs are as fast, and leave room for the kernel behind them to start."""
+"""Fewest rows of a step for this kernel. With fewer rows, shorter programs are as fast, and leave room for the next
+kernel to start."""
 _LOWEST = gl.constexpr(-1e30)
-"""Below every score, and a number: differences from it are."""
+"""Score below every other one; a number, so that differences from it are numbers."""
 _REGISTERS = 232, 40
-"""Of a consumer's thread, and of a loader's."""
+"""Number of registers of a consumer's thread, and of a loader's."""
 
 
 @gluon.jit
 def _span(work, index, K: gl.constexpr):
-    """Of the index-th piece of work, a tile and a key head: sequence (-1: there is none), first new token, the
-    sequence's first row, its new tokens, and those before. work: tiles and their stride, sequences and theirs, how much
-    there is."""
+    """Load the index-th piece of work, which is a tile and a key head: sequence (-1: there is none), first new token,
+    the sequence's first row, its number of new tokens, and of tokens before. work: tiles and their stride, sequences
+    and their stride, number of pieces."""
     tiles, tile_stride, sequences, stride, total = work
     tile = gl.minimum(index, total - 1) // K
     found = gl.load(tiles + tile)
@@ -59,14 +60,14 @@ def _span(work, index, K: gl.constexpr):
 
 @gluon.jit
 def _next(index, turn):
-    """The turn-th piece of work of a program, from the one before. Work is sorted, longest first: who had the longest
-    of one turn has the shortest of the next."""
+    """Compute the turn-th piece of work of a program from the previous one. Work is sorted, longest first, so the
+    program that had the longest piece of one turn has the shortest of the next."""
     return 2 * turn * gl.num_programs(0) - 1 - index
 
 
 @gluon.jit
 def _end(before, first_new, num_new, G: gl.constexpr):
-    """Of what the last row of a tile sees."""
+    """Compute the end of the positions that the last row of a tile sees."""
     return before + gl.minimum(first_new + 2 * _ROWS // G, num_new)
 
 
@@ -87,12 +88,13 @@ def _load_queries(rows, first_row, first_column, memory, ready, free, turn, G: g
 @gluon.jit
 def _load_tile(pool_rows, table, start, end, first_row, column, ready, memory, stage, BLOCK_SIZE: gl.constexpr,
                BLOCK_ROWS: gl.constexpr, PAGE: gl.constexpr):  # fmt: skip
-    """Begin to copy positions from `start` on, page by page, halves apart. end: of the context."""
+    """Begin to copy a tile of positions from `start` on, page by page, with its halves apart. end: end of the
+    context."""
     PAGES: gl.constexpr = _TILE // PAGE
     mbarrier.expect(ready, _TILE * _D * 2)
     first, last = start // PAGE, (end - 1) // PAGE
     for page in gl.static_range(PAGES):
-        # Behind the end there is nothing to read, but so many bytes are waited for.
+        # Beyond the end there is nothing to read, but the barrier waits for this many bytes.
         place = gl.minimum(first + page, last)
         row = gl.load(table + place * PAGE // BLOCK_SIZE) * BLOCK_ROWS + first_row + place * PAGE % BLOCK_SIZE
         for half in gl.static_range(2):
@@ -101,7 +103,7 @@ def _load_tile(pool_rows, table, start, end, first_row, column, ready, memory, s
 
 @gluon.jit
 def _clear_behind(values, stage, used, PAGE: gl.constexpr):
-    """Make values from row `used` of a tile on zeros: their weights are 0, and 0 times a NaN is one."""
+    """Set the values of a tile from row `used` on to zero. Their weights are 0, but 0 times a NaN would be NaN."""
     PAGES: gl.constexpr = _TILE // PAGE
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [1, 1], [1, 0])
     rows = gl.arange(0, PAGE, gl.SliceLayout(1, layout))
@@ -117,7 +119,7 @@ def _clear_behind(values, stage, used, PAGE: gl.constexpr):
 @gluon.jit
 def _load_keys(work, qkv_rows, pool_rows, tables, width, layer_row, memory, ready, free, K: gl.constexpr,
                G: gl.constexpr, BLOCK_SIZE: gl.constexpr, BLOCK_ROWS: gl.constexpr, PAGE: gl.constexpr):  # fmt: skip
-    """And queries."""
+    """Load the keys, and the queries, of all pieces of work of this program."""
     index = gl.program_id(0)
     turn, used = 0, 0
     span = _span(work, index, K)
@@ -127,7 +129,7 @@ def _load_keys(work, qkv_rows, pool_rows, tables, width, layer_row, memory, read
         head = index % K
         turn += 1
         index = _next(index, turn)
-        # Before it is wanted: what it reads is on its way for long.
+        # The next piece is loaded before it is needed, because its reads take long.
         span = _span(work, index, K)
         _load_queries(qkv_rows, first_row + first_new, head * G, memory[0], ready[0], free[0], turn - 1, G)
         table = tables + sequence.to(gl.int64) * table_width
@@ -175,7 +177,7 @@ def _load_values(work, pool_rows, tables, width, layer_row, memory, ready, free,
 @gluon.jit
 def _rotate(queries, place, ready, phase, angles, norm, positions, heads, eps, HAS_NORM: gl.constexpr,
             layout: gl.constexpr):  # fmt: skip
-    """Norm and rotate the rows that come, where they are. positions, heads: (R,)."""
+    """Norm and rotate rows of queries in place when they have come. positions, heads: (R,)."""
     d = gl.arange(0, _HALF, gl.SliceLayout(0, layout))[None, :]
     angles += positions.to(gl.int64)[:, None] * _D + d
     cos, sin = gl.load(angles), gl.load(angles + _HALF)
@@ -197,7 +199,8 @@ def _rotate(queries, place, ready, phase, angles, norm, positions, heads, eps, H
 
 @gluon.jit
 def _weigh(scores, highest, positions, start, first_position, scale, layout: gl.constexpr):
-    """Weights (R, tile) relative to the highest scores so far, these, and what earlier weights fade by."""
+    """Compute weights (R, tile) relative to the highest scores so far, these scores, and the factors of earlier
+    weights."""
     if start + _TILE - 1 > first_position:
         tokens = start + gl.arange(0, _TILE, gl.SliceLayout(0, layout))
         scores = gl.where(tokens[None, :] <= positions[:, None], scores, float("-inf"))
@@ -208,7 +211,8 @@ def _weigh(scores, highest, positions, start, first_position, scale, layout: gl.
 @gluon.jit
 def _attend(query, keys, values, ready, free, used, last, positions, first_position, scale,
             layout: gl.constexpr):  # fmt: skip
-    """Weighted values of all tiles of keys down from the one that begins at `last`, and the sums of the weights."""
+    """Compute the weighted values of all tiles of keys, from the one that begins at `last` down to the first, and the
+    sums of the weights."""
     _, key_ready, value_ready = ready
     _, key_free, value_free = free
     operand: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
@@ -245,7 +249,7 @@ def _attend(query, keys, values, ready, free, used, last, positions, first_posit
 
 @gluon.jit
 def _store(out, memory, result, first_row, first_new, num_new, head, N: gl.constexpr, G: gl.constexpr):
-    """Through the queries' memory, so that whole lines are written."""
+    """Store the result by way of the queries' memory, so that whole lines are written."""
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
     memory.store(result)
     meet()
@@ -302,11 +306,11 @@ def _hopper_prefill(
     begin()
     G: gl.constexpr = N // K
     dtype: gl.constexpr = out.dtype.element_ty
-    # Queries twice: the next tile's come while this one's are used.
+    # There is memory for two tiles of queries: the next tile's come while this one's are used.
     queries = gl.allocate_shared_memory(dtype, [8, _ROWS // G, G, _HALF], qkv_rows.layout)
     keys = gl.allocate_shared_memory(dtype, [_STAGES * 2 * (_TILE // PAGE), PAGE, _HALF], pool_rows.layout)
     values = gl.allocate_shared_memory(dtype, [_STAGES * 2 * (_TILE // PAGE), PAGE, _HALF], pool_rows.layout)
-    # The last one of values is for those of which some are to be cleared before they are ready.
+    # The last barrier of values is for tiles of which a part must be cleared before they are ready.
     ready = barriers(4, 1), barriers(_STAGES, 1), barriers(_STAGES + 1, 1)
     free = barriers(4, 1), barriers(_STAGES, 2), barriers(_STAGES, 2)
     fence_async_shared()
@@ -327,7 +331,7 @@ def _hopper_prefill(
 
 
 def suits_hopper(qkv: torch.Tensor, pool: torch.Tensor, scores: Scores | None) -> bool:
-    """Whether `hopper_prefill_attention` takes these, and is the faster one."""
+    """Return whether `hopper_prefill_attention` can take these, and is faster."""
     _, _, _, block_size, num_kv_heads, head_dim = pool.shape
     group = qkv.shape[1] // head_dim // num_kv_heads - 2
     are_powers = block_size & (block_size - 1) == 0 and group & (group - 1) == 0
@@ -342,7 +346,7 @@ def hopper_prefill_attention(
     norm: tuple[torch.Tensor, float] | None, tables: torch.Tensor, width: torch.Tensor, tiles: torch.Tensor,
     sequences: torch.Tensor, scores: Scores | None = None,
 ) -> None:  # fmt: skip
-    """What `prefill_attention` does, which has the arguments. Keys in qkv are not read."""
+    """Do what `prefill_attention` does, which describes the arguments. Keys in qkv are not read."""
     _, num_layers, _, block_size, num_kv_heads, head_dim = pool.shape
     num_heads = out.shape[1] // head_dim
     group, page = num_heads // num_kv_heads, min(block_size, _TILE.value)

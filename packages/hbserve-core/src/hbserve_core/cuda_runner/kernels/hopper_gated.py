@@ -1,8 +1,8 @@
-"""silu(gate) * up of many rows on Hopper, on the way out of the product that gives gates and ups.
+"""Product of many rows on Hopper that computes gates and ups and writes silu(gate) * up.
 
-A program computes one tile after the other, and is several groups of warps: a loader, which has the copy engine (TMA)
-bring rows and weights into shared memory, and two consumers of 64 rows each. While one of these activates what it has
-found, tensor cores have the other one's products.
+A program computes one tile after the other, and consists of several groups of warps: a loader, which lets the copy
+engine (TMA) bring rows and weights into shared memory, and two consumers of 64 rows each. While one consumer activates
+its results, tensor cores compute the products of the other.
 Shapes: M rows, I inputs, F outputs, each of a gate and an up.
 """
 
@@ -32,22 +32,23 @@ from hbserve_core.cuda_runner.kernels.hopper import (
 )
 
 _ROWS = gl.constexpr(64)
-"""Of a consumer."""
+"""Number of rows of a consumer."""
 _OUTPUTS = gl.constexpr(128)
 _STEP = gl.constexpr(64)
-"""Inputs."""
+"""Number of inputs of a step."""
 _STAGES = gl.constexpr(4)
 _GROUP = gl.constexpr(16)
-"""Tiles of rows that are computed for one tile of weights after the other, so that caches hold them."""
+"""Number of tiles of rows that are computed for one tile of weights after the other, so that caches hold them."""
 _FEWEST_TILES = 2
-"""For each processor: of fewer, those of the last round cost more than the pass over memory that is saved."""
+"""Fewest tiles for each processor. With fewer, the tiles of the last round cost more than the saved pass over
+memory."""
 _REGISTERS = 240, 24
-"""Of a consumer's thread, and of a loader's."""
+"""Number of registers of a consumer's thread, and of a loader's."""
 
 
 @gluon.jit
 def _place(index, row_tiles, column_tiles):
-    """(m, n) of a tile."""
+    """Compute the place (m, n) of a tile."""
     first = index // (_GROUP * column_tiles) * _GROUP
     height = gl.minimum(row_tiles - first, _GROUP)
     within = index % (_GROUP * column_tiles)
@@ -87,7 +88,7 @@ def _consume(which: gl.constexpr, out, sizes, given, blocks, results, ready, fre
             rows = given.index(stage * 2 + which)
             gate = warpgroup_mma(rows, blocks.index(stage * 2).permute((1, 0)), gate, is_async=True)
             up = warpgroup_mma(rows, blocks.index(stage * 2 + 1).permute((1, 0)), up, is_async=True)
-            # Those of the step before have ended.
+            # The products of the previous step have ended.
             gate, up = warpgroup_mma_wait(2, deps=[gate, up])
             if k > 0:
                 arrive(free.index((used - 1) % _STAGES))
@@ -95,7 +96,7 @@ def _consume(which: gl.constexpr, out, sizes, given, blocks, results, ready, fre
         gate, up = warpgroup_mma_wait(0, deps=[gate, up])
         arrive(free.index((used - 1) % _STAGES))
         result = activated(gate, GELU) * up
-        # The tile before has left this memory.
+        # Wait until the previous tile has left this memory.
         tma.store_wait(0)
         meet()
         results.index(which).store(result.to(out.dtype))
@@ -129,7 +130,7 @@ def _hopper_gated(
 
 
 def suits_hopper_gated(rows: torch.Tensor, weight: object, bias: torch.Tensor | None) -> bool:
-    """Whether `hopper_gated` takes these and is faster than a product of cuBLAS and `gate_mul` behind it."""
+    """Return whether `hopper_gated` can take these, and is faster than a product of cuBLAS followed by `gate_mul`."""
     if not IS_HOPPER or bias is not None or rows.dtype.itemsize != 2:
         return False
     if not isinstance(weight, torch.Tensor) or weight.dtype != rows.dtype:
@@ -140,7 +141,8 @@ def suits_hopper_gated(rows: torch.Tensor, weight: object, bias: torch.Tensor | 
 
 
 def hopper_gated(x: torch.Tensor, weight: torch.Tensor, gelu: bool = False) -> torch.Tensor:
-    """silu(gate) * up, or gelu(gate) * up, (M, F), of x (M, I) times weight (2 F, I) transposed, gates then ups."""
+    """Compute silu(gate) * up, or gelu(gate) * up, (M, F), of x (M, I) times weight (2 F, I) transposed, gates then
+    ups."""
     rows, inputs = x.shape
     outputs = len(weight) // 2
     out = torch.empty((rows, outputs), dtype=x.dtype, device=x.device)

@@ -1,6 +1,6 @@
 """Products of experts (see experts.py) whose weights are narrower than 16 bits (see narrow_linear.py).
 
-The experts' matrices are below each other in one of (X * O, I), so an expert is some rows of it.
+The experts' matrices are stacked in one of (X * O, I), so an expert is a range of its rows.
 Shapes: T rows, P pairs of a row and an expert, K of each row, X experts, I inputs, O outputs.
 """
 
@@ -19,9 +19,10 @@ from hbserve_core.cuda_runner.kernels.narrow_linear import NarrowMatrix, sum_of_
 from hbserve_core.cuda_runner.kernels.pointwise import activated
 
 _FEWEST_8_BIT_ROWS = 32
-"""Of a tile, that are worth being made 8-bit floats."""
+"""Fewest rows of a tile for which it is worth converting rows to 8-bit floats."""
 _BLOCK, _MOST_ROWS_OF_BLOCKS = 128, 64
-"""Outputs that share a scale, which a program then has of 8-bit rows, and how many of these its registers hold."""
+"""Number of outputs that share a scale, all of which a program then has, and of 8-bit rows that its registers can hold
+beside them."""
 
 
 @triton.jit
@@ -29,8 +30,8 @@ def _sum_of_blocks(
     x, x_scales, num_scales, weight, scales, second, total, used, num_inputs, ROWS: tl.constexpr, OUTPUTS: tl.constexpr,
     STEP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """As `sum_of_groups`, of 8-bit rows and of a weight with one scale for each half of the outputs: the first at
-    `scales`, the other one `second` behind it. It takes less time than to load one for each output."""
+    """Compute what `sum_of_groups` does, for 8-bit rows and a weight with one scale for each half of the outputs: the
+    first at `scales`, the other `second` places after it. This takes less time than loading a scale for each output."""
     result = tl.zeros((OUTPUTS, ROWS), tl.float32)
     is_first = tl.arange(0, OUTPUTS) < OUTPUTS // 2
     for start in tl.range(0, num_inputs, STEP, num_stages=STAGES):
@@ -50,7 +51,7 @@ def _narrow_experts(
     STEP: tl.constexpr, STAGES: tl.constexpr, GATED: tl.constexpr, BITS: tl.constexpr,
     ONE_GROUP: tl.constexpr, BY_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    # Each pair's row is row pair // K of `rows`. With gates there are no shares.
+    # The row of a pair is row pair // K of `rows`. With gates there are no shares.
     begin()
     expert = expert_of(ends, tl.program_id(1), X, PADDED_X)
     if expert >= X:
@@ -85,7 +86,7 @@ def _narrow_experts(
 
 
 def has_blocks(matrix: NarrowMatrix, outputs: int) -> bool:
-    """Whether blocks of the outputs of each expert, and of a step of inputs, have one scale."""
+    """Return whether each block of outputs of an expert has one scale for a step of inputs."""
     if not matrix.takes_8_bits() or len(matrix.scales) == 1 or outputs % (2 * _BLOCK):
         return False
     blocks = matrix.scales.view(len(matrix.scales), -1, _BLOCK)
@@ -93,10 +94,10 @@ def has_blocks(matrix: NarrowMatrix, outputs: int) -> bool:
 
 
 class NarrowExperts:
-    """One matrix of each expert, as `expert_parts` takes them where they are no tensor."""
+    """One matrix of each expert, in the form that `expert_parts` takes if they are not a tensor."""
 
     def __init__(self, matrix: NarrowMatrix, count: int) -> None:
-        """count: experts, whose matrices are below each other."""
+        """count: number of experts, whose matrices are stacked in `matrix`."""
         self.matrix = matrix
         self.shape = count, len(matrix) // count, matrix.shape[1]
         self._has_blocks = has_blocks(matrix, self.shape[1])
@@ -111,11 +112,12 @@ class NarrowExperts:
         return None
 
     def gate_up(self, rows: torch.Tensor, formed: EightBitRows | None, out: torch.Tensor, tiles: ExpertTiles) -> None:
-        """Write to `out` (P, F), of rows (T, E). formed: the same, if they are there."""
+        """Compute the inputs of `down` from rows (T, E), and write them to `out` (P, F). formed: the rows in 8 bits, if
+        they are already there."""
         self._launch(rows, formed, out, tiles, tiles.per_row, {"GATED": True})
 
     def down(self, rows: torch.Tensor, out: torch.Tensor, tiles: ExpertTiles) -> None:
-        """Write to `out` (P, E), each times its share, of rows (P, F)."""
+        """Compute the experts' results from rows (P, F), and write them to `out` (P, E), each times its share."""
         self._launch(rows, None, out, tiles, 1, {"GATED": False})
 
     def suits_few(self, rows: torch.Tensor, down: "NarrowExperts", per_row: int) -> bool:

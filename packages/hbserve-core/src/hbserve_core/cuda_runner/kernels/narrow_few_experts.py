@@ -1,9 +1,9 @@
-"""A mixture of experts with narrow weights for a few rows (see narrow_few_rows.py): two launches behind the router.
+"""Mixture of experts with narrow weights for a few rows (see narrow_few_rows.py): two launches after the router.
 
     logits ─ gate_up: each program finds its expert ─ down: each warp has one of a row's experts, and their sum is added
 
-With a few rows nearly all of their experts are different ones, so pairs are not sorted: each has programs of its own.
-Which expert a pair has is found by every program anew, which costs less than a launch.
+With a few rows nearly all their experts are different, so pairs are not sorted: each has programs of its own. Every
+program finds the expert of its pair anew, which costs less than a launch.
 Shapes: T rows, E hidden_size, X experts, K of them for each row, P = T * K pairs, F intermediate_size of an expert.
 """
 
@@ -34,16 +34,16 @@ from hbserve_core.cuda_runner.kernels.narrow_few_rows import (
 from hbserve_core.cuda_runner.kernels.narrow_linear import NarrowMatrix
 
 _MOST_ROWS = {8: 1, 4: 2}
-"""By bits. With more of them, pairs that are sorted first are faster."""
+"""Largest number of rows, by bits. With more rows it is faster to sort pairs first."""
 _FEWEST_EXPERTS, _MOST_EXPERTS = 4, 16
-"""Of a row, each of which is a warp."""
+"""Bounds of the number of experts of a row, each of which takes a warp."""
 _OUTPUTS = 16
-"""Of a program."""
+"""Number of outputs of a program."""
 
 
 @gluon.jit
 def _expert_at(logits, rank, X: gl.constexpr, PADDED_X: gl.constexpr):
-    """The expert that so many others of a row are before, by their logits and, of equal ones, by their order."""
+    """Find the expert at place `rank` of a row, ordered by logits and, if these are equal, by number."""
     layout: gl.constexpr = gl.BlockedLayout([1, PADDED_X // 4], [8, 4], [gl.num_warps(), 1], [1, 0])
     x = gl.arange(0, PADDED_X, gl.SliceLayout(1, layout))
     y = gl.arange(0, PADDED_X, gl.SliceLayout(0, layout))
@@ -51,7 +51,7 @@ def _expert_at(logits, rank, X: gl.constexpr, PADDED_X: gl.constexpr):
     others = gl.expand_dims(gl.load(logits + y, mask=y < X, other=float("-inf")).to(gl.float32), 0)
     is_before = (others > own) | ((others == own) & (gl.expand_dims(y, 0) < gl.expand_dims(x, 1)))
     found = gl.sum(gl.where(gl.sum(is_before.to(gl.int32), 1) == rank, x, 0), 0)
-    # Of rows whose logits are no numbers any expert will do: its share is none either.
+    # If a row's logits are NaN, any expert will do, because its share is NaN too.
     return gl.minimum(found, X - 1)
 
 
@@ -100,7 +100,7 @@ def _few_gate_up(
 
 @gluon.jit
 def _shares(logits, experts, is_one, X: gl.constexpr, PADDED_X: gl.constexpr, RENORMALISES: gl.constexpr):
-    """Of a row's experts (W, 1, 1)."""
+    """Compute the shares of a row's experts (W, 1, 1)."""
     own = gl.load(logits + gl.maximum(experts, 0), mask=is_one, other=float("-inf")).to(gl.float32)
     largest = gl.max(gl.max(gl.max(own, 2), 1), 0)
     powers = gl.exp(own - largest)
@@ -154,7 +154,7 @@ def _few_down(
 
 
 def suits_few_experts(rows: torch.Tensor, gate_up: NarrowMatrix, down: NarrowMatrix, per_row: int) -> bool:
-    """Whether `few_expert_mlps` takes rows (T, E) and such weights, and is faster than `expert_parts`."""
+    """Return whether `few_expert_mlps` can take rows (T, E) and such weights, and is faster than `expert_parts`."""
     if len(rows) > _MOST_ROWS[gate_up.bits] or not _FEWEST_EXPERTS <= per_row <= _MOST_EXPERTS:
         return False
     return gate_up.suits_few(rows) and down.suits_few(rows)
@@ -165,9 +165,8 @@ def few_expert_mlps(
     down: NarrowMatrix, count: int, routing: Routing, *, eps: float, add_to: torch.Tensor | None = None,
     next_norm: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, ScaledRows | None]:  # fmt: skip
-    """`combined` of `expert_parts`, but for x and eps, which are as `skinny_linear` has them. count: experts, whose
-    matrices are below each other. next_norm: weights (E,) of a norm that follows, of which the first half is returned
-    too."""
+    """Compute `combined` of `expert_parts`, but with x and eps as in `skinny_linear`. count: number of experts, whose
+    matrices are stacked. next_norm: weights (E,) of a norm that follows, of which the first half is returned too."""
     rows, squares = (x.scaled, x.squares) if isinstance(x, ScaledRows) else (x, None)
     (num_rows, size), inner, k = rows.shape, down.shape[1], routing.per_row
     out = torch.empty_like(rows) if add_to is None else add_to

@@ -1,9 +1,9 @@
-"""Products of up to 8 rows with narrow weights, written in Gluon: what one stream, or a few, wait for.
+"""Products of up to 8 rows with narrow weights, written in Gluon, for which one stream or a few wait.
 
-A program has a few outputs, and its warps share the inputs. Each thread loads 16 bytes of weights at once, to where its
-tensor core instruction wants them, so between memory and product there is nothing but the widening: no shared memory,
-and no barrier before the warps' sums are added. The first weights are loaded before the kernel in front has ended, as
-they never change; most products have no others.
+A program has a few outputs, and its warps share the inputs. Each thread loads 16 bytes of weights at once into the
+registers from which its tensor core instruction reads. So there is only the widening between memory and product: no
+shared memory, and no barrier before the warps' sums are added. The first weights, which most products need only, are
+loaded before the previous kernel has ended, because they never change.
 Shapes: M rows, I inputs, O outputs, W warps.
 """
 
@@ -23,23 +23,24 @@ from hbserve_core.cuda_runner.kernels.hopper import activated
 from hbserve_core.cuda_runner.kernels.widening import offset_4, parts_of_4
 
 RUN = gl.constexpr(128)
-"""Inputs that share a scale, or a part of those that do: see model/narrow_weight.py."""
+"""Number of inputs of a run, which share a scale: see model/narrow_weight.py."""
 MOST_ROWS = 8
 ROWS = gl.constexpr(8)
 HALF = gl.constexpr(64)
 _MANY_INPUTS, _MANY_OUTPUTS, _FEW_OUTPUTS = 8192, 12288, 4096
-"""Of a weight, by which products are shared out differently: what was fastest of those of Qwen3-8B."""
+"""Sizes of a weight at which the tiling of products changes: what was fastest for the products of Qwen3-8B."""
 
 
 @constexpr_function
 def sums_layout(warps):
-    """(W, outputs, rows)"""
+    """Return the layout of sums (W, outputs, rows)."""
     return gl.NVMMADistributedLayout([2, 0], [warps, 1, 1], [1, 16, 8])
 
 
 @constexpr_function
 def words_layout(warps, outputs, bits):
-    """(W, outputs, words of a run). Of 4 bits, two below each other are what a tensor core reads of 64 inputs."""
+    """Return the layout of words (W, outputs, words of a run). With 4 bits, two parts below each other are what a
+    tensor core reads of 64 inputs."""
     if bits == 8:
         return gl.DotOperandLayout(0, sums_layout(warps), 8)
     more = [[0, each, 0] for each in (16, 32) if each < outputs]
@@ -55,7 +56,7 @@ def words_layout(warps, outputs, bits):
 
 @gluon.jit
 def along(axis: gl.constexpr, size: gl.constexpr, layout: gl.constexpr):
-    """0 to size - 1 along one of three axes."""
+    """Return 0 to size - 1 along one of three axes."""
     if axis == 0:
         places = gl.expand_dims(gl.arange(0, size, gl.SliceLayout(1, gl.SliceLayout(2, layout))), 1)
         places = gl.expand_dims(places, 2)
@@ -70,7 +71,7 @@ def along(axis: gl.constexpr, size: gl.constexpr, layout: gl.constexpr):
 
 @gluon.jit
 def rows_of(tile, num_outputs, OUTPUTS: gl.constexpr, GATED: gl.constexpr, layout: gl.constexpr):
-    """Of a tile (1, OUTPUTS, 1), as `weight_rows` has them."""
+    """Return the weight rows of a tile (1, OUTPUTS, 1), as `weight_rows` does."""
     r = along(1, OUTPUTS, layout)
     if GATED:
         COUNT: gl.constexpr = OUTPUTS // 2
@@ -85,8 +86,8 @@ def places(
     words, scales, rows, first_run, total, INPUTS: gl.constexpr, BITS: gl.constexpr, ONE_GROUP: gl.constexpr,
     layout: gl.constexpr,
 ):  # fmt: skip
-    """Of the words of some weight rows, and of their scales, from each warp's first run (W, 1, 1) on. total: rows of
-    the weight."""
+    """Compute the places of the words of some weight rows, and of their scales, from each warp's first run (W, 1, 1)
+    on. total: number of rows of the weight."""
     RUN_WORDS: gl.constexpr = RUN * BITS // 16
     words += rows.to(gl.int64) * (INPUTS // RUN * RUN_WORDS) + first_run * RUN_WORDS + along(2, RUN_WORDS, layout)
     scales += rows
@@ -97,8 +98,8 @@ def places(
 
 @gluon.jit
 def _loaded(words, scales, inside_from, total, RUN_WORDS: gl.constexpr, RUNS: gl.constexpr):
-    """Words and scales of some runs, one behind the other: tuples of (W, outputs, .). inside_from: (W, 1, 1) runs that
-    there are from the first on."""
+    """Load words and scales of some consecutive runs: tuples of (W, outputs, .). inside_from: number of runs that exist
+    from the first on, (W, 1, 1)."""
     values, factors = (), ()
     for run in gl.static_range(RUNS):
         inside = inside_from > run
@@ -109,14 +110,14 @@ def _loaded(words, scales, inside_from, total, RUN_WORDS: gl.constexpr, RUNS: gl
 
 @gluon.jit
 def _below(one, other, LAYOUT: gl.constexpr):
-    """(W, outputs, 64) of two (W, outputs, 32)."""
+    """Join two tensors (W, outputs, 32) to one (W, outputs, 64)."""
     both = gl.permute(gl.join(one, other), (0, 1, 3, 2))
     return gl.convert_layout(gl.reshape(both, [one.shape[0], one.shape[1], 64]), LAYOUT)
 
 
 @gluon.jit
 def _halves(words, factor, dtype: gl.constexpr, BITS: gl.constexpr, LAYOUT: gl.constexpr):
-    """The weights of the first and of the second half of a run."""
+    """Widen the weights of the first and of the second half of a run."""
     if BITS == 8:
         low, high = widened_8(words, dtype)
     else:
@@ -137,7 +138,7 @@ def _scale(factor, BITS: gl.constexpr, LAYOUT: gl.constexpr):
 
 @gluon.jit
 def _inputs(x, run, used, inside_from):
-    """Both halves of a run's inputs, (W, 64, rows) each."""
+    """Load both halves of a run's inputs, (W, 64, rows) each."""
     inside = used & (inside_from > run)
     first = gl.load(x + run * RUN, mask=inside, other=0.0)
     return first, gl.load(x + run * RUN + HALF, mask=inside, other=0.0)
@@ -145,7 +146,7 @@ def _inputs(x, run, used, inside_from):
 
 @gluon.jit
 def _first_inputs(x, inside_from, used, RUNS: gl.constexpr, AHEAD: gl.constexpr):
-    """Of as many runs as `_sum_of_runs` has ahead."""
+    """Load the inputs of as many runs as `_sum_of_runs` loads ahead."""
     given = ()
     for run in gl.static_range(AHEAD):
         if run < RUNS:
@@ -158,7 +159,8 @@ def _sum_of_runs(
     values, factors, given, x, inside_from, used, result, RUNS: gl.constexpr, AHEAD: gl.constexpr, BITS: gl.constexpr,
     ONE_GROUP: gl.constexpr,
 ):  # fmt: skip
-    """(W, outputs, rows) more. x: places (W, 64, rows) of the first run's inputs; used: of them."""
+    """Add the products of some runs to `result` (W, outputs, rows). x: places (W, 64, rows) of the first run's inputs.
+    used: which of them exist."""
     sums: gl.constexpr = result.type.layout
     layout: gl.constexpr = gl.DotOperandLayout(0, sums, 8)
     for run in gl.static_range(RUNS):
@@ -178,7 +180,7 @@ def _sum_of_runs(
 def first_runs(
     words, scales, there, total, RUNS: gl.constexpr, BITS: gl.constexpr, ONE_GROUP: gl.constexpr
 ):  # fmt: skip
-    """What `product` begins with, and what may be loaded while the kernel in front still runs."""
+    """Load the first runs for `product`, which may be done while the previous kernel still runs."""
     if ONE_GROUP:
         total = 0
     return _loaded(words, scales, there, total, RUN * BITS // 16, RUNS)
@@ -189,15 +191,17 @@ def product(
     first, words, scales, x, there, there_of_x, used, total, OUTPUTS: gl.constexpr, ALL: gl.constexpr,
     RUNS: gl.constexpr, AHEAD: gl.constexpr, BITS: gl.constexpr, ONE_GROUP: gl.constexpr,
 ):  # fmt: skip
-    """(W, outputs, rows): what each warp finds, of ALL runs at most. first: see `first_runs`. words, scales, x: places
-    for each warp's first run; there, there_of_x: runs it has; used: which of x there are; total: rows of the weight."""
+    """Compute each warp's sum (W, outputs, rows) over at most ALL runs. first: see `first_runs`. words, scales, x:
+    places of each warp's first run. there, there_of_x: number of runs that it has. used: which rows of x exist. total:
+    number of rows of the weight."""
     W: gl.constexpr = gl.num_warps()
     sums: gl.constexpr = sums_layout(W)
     RUN_WORDS: gl.constexpr = RUN * BITS // 16
     if ONE_GROUP:
         total = 0
     values, factors = first
-    # Of one group, here: a warp that has fewer runs than others loads none of it with its last ones.
+    # The scale of a single group is kept from the first runs: a warp that has fewer runs than others does not load it
+    # with its last ones.
     of_all = factors[0]
     result = gl.zeros([W, OUTPUTS, ROWS], gl.float32, sums)
     for start in range(RUNS, ALL, RUNS):
@@ -222,8 +226,8 @@ def product(
 
 @gluon.jit
 def row_squares(squares, num_rows, TILES: gl.constexpr, PADDED: gl.constexpr, STRIDE: gl.constexpr):
-    """(padded tiles, rows) of sums of squares (TILES, STRIDE). They are loaded before a product that `row_scales` is
-    for, as nothing is then waited for behind it."""
+    """Load sums of squares (padded tiles, rows) from (TILES, STRIDE). They are loaded before the product to which
+    `row_scales` is applied, so that nothing is waited for after it."""
     layout: gl.constexpr = gl.BlockedLayout([1, 1], [4, 8], [gl.num_warps(), 1], [1, 0])
     tiles = gl.expand_dims(gl.arange(0, PADDED, gl.SliceLayout(1, layout)), 1)
     rows = gl.expand_dims(gl.arange(0, ROWS, gl.SliceLayout(0, layout)), 0)
@@ -232,14 +236,14 @@ def row_squares(squares, num_rows, TILES: gl.constexpr, PADDED: gl.constexpr, ST
 
 @gluon.jit
 def row_scales(squares, m, size, eps):
-    """1 / rms of each row (1, rows), in m's layout, from what `row_squares` gave."""
+    """Compute 1 / rms of each row (1, rows), in m's layout, from the result of `row_squares`."""
     scales = gl.rsqrt(gl.sum(squares, 0) / size + eps)
     return gl.expand_dims(gl.convert_layout(scales, gl.SliceLayout(0, m)), 0)
 
 
 @gluon.jit
 def residual(out, tile, num_rows, num_outputs, OUTPUTS: gl.constexpr, layout: gl.constexpr, ADDS: gl.constexpr):
-    """(outputs, rows) of a tile, to which `finish` adds: loaded before the product too."""
+    """Load the numbers (outputs, rows) of a tile to which `finish` adds. They are loaded before the product too."""
     place, inside = _places_of_tile(tile, num_rows, num_outputs, OUTPUTS, layout)
     if ADDS:
         before = gl.load(out + place, mask=inside, other=0.0).to(gl.float32)
@@ -301,7 +305,7 @@ def finish(
     PADDED_ROWS: gl.constexpr, GATED: gl.constexpr, GELU: gl.constexpr, HAS_BIAS: gl.constexpr, ADDS: gl.constexpr,
     SCALES: gl.constexpr,
 ):  # fmt: skip
-    """As `finish_tile` in few_rows_linear.py. before: see `residual`."""
+    """Write a whole tile of products, like `finish_tile` in few_rows_linear.py. before: see `residual`."""
     if GATED:
         result, up = gl.split(gl.permute(gl.reshape(result, [2, COUNT, ROWS]), (1, 2, 0)))
     layout: gl.constexpr = result.type.layout
@@ -328,19 +332,19 @@ def finish(
 
 @dataclass(frozen=True, slots=True)
 class FewRowsTiling:
-    """How one product is shared out."""
+    """Tiling of one product."""
 
     outputs: int
-    """Of a program; with gates, half of them are ups."""
+    """Number of outputs of a program; with gates, half of them are ups."""
     warps: int
     runs: int
-    """Of inputs, whose weights a warp loads at once."""
+    """Number of runs whose weights a warp loads at once."""
     ahead: int = 2
-    """Of these, how many runs' inputs are loaded before they are multiplied."""
+    """Number of runs whose inputs are loaded before they are multiplied."""
 
 
 def few_rows_tiling(weight: tuple[int, int], bits: int) -> FewRowsTiling:
-    """weight: (O, I)"""
+    """Choose the tiling of a product with a weight of this shape, (O, I)."""
     outputs, inputs = weight
     if inputs >= _MANY_INPUTS:
         return FewRowsTiling(32, 8, 2) if bits == 4 else FewRowsTiling(32, 8, 1, 1)
@@ -351,9 +355,9 @@ def few_rows_tiling(weight: tuple[int, int], bits: int) -> FewRowsTiling:
 
 
 def suits_few_rows(x: torch.Tensor, run: int, group: int) -> bool:
-    """Whether rows (M, I) can be multiplied here with weights of such runs.
+    """Return whether rows (M, I) can be multiplied here with weights that have such runs.
 
-    group: inputs that share a scale; 0: all of them.
+    group: number of inputs that share a scale; 0 means all of them.
     """
     return DEPENDENT.value and len(x) <= MOST_ROWS and x.dtype.itemsize == 2 and run == RUN.value and group in (0, run)
 

@@ -1,14 +1,14 @@
 """Products with weights that are narrower than 16 bits (see model/narrow_weight.py), which are widened in registers.
 
-`narrow_skinny` is the skinny product of few_rows_linear.py, tile by tile and with all that is done on the way out, but
-its weights are 8-bit floats or 4-bit numbers. What is read of them are their bytes and their scales; they become
-numbers of the inputs' type, exactly, on the way to the tensor cores, and each group's sum is multiplied by its scale in
-float32. The rows keep their 16 bits: for few of them nothing but the weights' bytes counts. More than 128 rows are
-several tiles, and programs with the same weights run beside each other, so that the second of them finds those in the
-second-level cache.
+`narrow_skinny` is the skinny product of few_rows_linear.py, tile by tile and with everything that is done when a tile
+is written, but its weights are 8-bit floats or 4-bit numbers. Only their bytes and scales are read. They are converted
+exactly to the inputs' type on the way to the tensor cores, and each group's sum is multiplied by its scale in float32.
+The rows keep their 16 bits: if there are few, only the weights' bytes count. More than 128 rows are several tiles, and
+programs with the same weights run beside each other, so that the second of them finds the weights in the second-level
+cache.
 
-`widen` makes 16-bit weights of them, in a scratch, for cuBLAS: with many rows the tensor cores are what counts, and
-each weight is widened once instead of once for each tile of rows.
+`widen` makes 16-bit weights of them, in a scratch, for cuBLAS. With many rows the tensor cores are the limit, and each
+weight is widened once instead of once for each tile of rows.
 Shapes: M rows, I inputs, O outputs.
 """
 
@@ -34,24 +34,25 @@ from hbserve_core.cuda_runner.kernels.widening import widened_4, widened_4_of_by
 from hbserve_core.model.narrow_weight import MOST_STEP, NarrowWeight
 
 _AHEAD = 256
-"""Bytes of each weight row that a program fetches while the kernel in front still runs."""
+"""Bytes of each weight row that a program fetches while the previous kernel still runs."""
 _STAGES = {
     8: {16: (3, 6, 4), 32: (2, 6, 4), 64: (2, 4, 3), 128: (1, 4, 4)},
     4: {16: (4, 6, 4), 32: (3, 6, 4), 64: (2, 4, 3), 128: (1, 4, 4)},
 }
-"""By bits and padded rows, up to how many programs of a processor how many steps of the loop over inputs are on their
-way, and how many otherwise: with more, fewer programs share a processor."""
+"""Steps of the loop over inputs that are in flight, by bits and padded rows: a number of programs per processor, the
+steps up to that number, and the steps beyond it. With more steps, fewer programs share a processor."""
 _MOST_TILE_ROWS, _FEWEST_TILE_ROWS = 128, 64
-"""Of one tile, where there are several of them."""
+"""Bounds of the number of rows of one tile, if there are several tiles."""
 _WIDENED_OUTPUTS = 32
-"""Of a program of `widen`."""
+"""Number of outputs of a program of `widen`."""
 _SMALL_MATRIX = 1 << 26
-"""From so many 8-bit floats on, `narrow_skinny` is faster than the kernel of few rows."""
+"""Number of 8-bit floats in a matrix from which `narrow_skinny` is faster than the kernel for few rows."""
 
 
 @triton.jit
 def _group_product(x, words, zeros, start, used, result, STEP: tl.constexpr, BITS: tl.constexpr):
-    """(OUTPUTS, ROWS) more, of STEP inputs from `start` on. x, words: places of rows. zeros: (OUTPUTS,), of 4 bits."""
+    """Add the product of STEP inputs from `start` on to `result` (OUTPUTS, ROWS). x, words: places of rows. zeros:
+    (OUTPUTS,), for 4 bits."""
     if x.dtype.element_ty == tl.float8e4nv:
         columns = (start + tl.arange(0, STEP))[None, :]
         given = tl.load(x + columns, mask=used[:, None], other=0.0)
@@ -83,7 +84,8 @@ def _group_product(x, words, zeros, start, used, result, STEP: tl.constexpr, BIT
 
 @triton.jit
 def scales_and_zeros(scales, places, BITS: tl.constexpr):
-    """(OUTPUTS,) each, at such places. 8-bit floats have scales only; 4 bits both, in one word of 32 bits."""
+    """Load scales and zeros, (OUTPUTS,) each, at these places. 8-bit floats only have scales; 4 bits have both in one
+    word of 32 bits."""
     if BITS == 8:
         scale = tl.load(scales + places)
         zero = tl.zeros(places.shape, tl.int32)
@@ -99,9 +101,9 @@ def sum_of_groups(
     x, x_scales, num_scales, words, scales, rows, first, last, used, total, group_size, ROWS: tl.constexpr,
     OUTPUTS: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr, BITS: tl.constexpr, ONE_GROUP: tl.constexpr,
 ):  # fmt: skip
-    """(OUTPUTS, ROWS) of inputs from `first` to `last`. x, words: places of rows; used: which of x there are. rows: of
-    the weight; total: all of them. Of x in 8 bits (see `EightBitRows`), x_scales: places of the rows' first scales;
-    num_scales: how far it is to the next."""
+    """Compute the product (OUTPUTS, ROWS) over inputs from `first` to `last`. x, words: places of rows. used: which
+    rows of x exist. rows: rows of the weight. total: the weight's number of rows. If x is in 8 bits (see
+    `EightBitRows`), x_scales: places of the rows' first scales; num_scales: distance to the next scales."""
     result = tl.zeros((OUTPUTS, ROWS), tl.float32)
     scale, zero = scales_and_zeros(scales, rows, BITS)
     for start in tl.range(first, last, STEP, num_stages=STAGES):
@@ -163,14 +165,14 @@ def _narrow_skinny(
 
 
 class NarrowMatrix:
-    """A narrow weight as `skinny_linear` and `add_skinny_linear` take one that brings its own kernel."""
+    """Narrow weight in the form that `skinny_linear` and `add_skinny_linear` take: an `OwnKernel`."""
 
     def __init__(self, weight: NarrowWeight) -> None:
         assert weight.values.is_contiguous()
         self.bits, self.shape, self.group, self.run = weight.bits, weight.shape, weight.group, weight.run
         self.words = weight.values
         self.scales = weight.scales.float() if weight.zeros is None else _in_one_word(weight.scales, weight.zeros)
-        """(groups, O): float32, or int32 of a float16 scale and, above it, a zero."""
+        """Scales (groups, O): float32, or int32 that holds a float16 scale and, above it, a zero."""
         self._input_order, self._keeps_inputs = weight.input_order, weight.keeps_inputs
 
     @property
@@ -181,7 +183,7 @@ class NarrowMatrix:
         return self.shape[0]
 
     def tiling(self, padded_rows: int, programs: int) -> tuple[int, int]:
-        """Inputs of a step, a run, and how many steps are on their way."""
+        """Return the number of inputs of a step, which is a run, and the number of steps in flight."""
         few, stages_of_few, stages = _STAGES[self.bits][padded_rows]
         return self.run, stages_of_few if programs <= few * num_processors(self.words.device) else stages
 
@@ -189,26 +191,28 @@ class NarrowMatrix:
         return few_rows_tiling(self.shape, self.bits).outputs if self._is_of_few(x) else TILE_OUTPUTS
 
     def suits_few(self, x: torch.Tensor) -> bool:
-        """Whether kernels of few rows take such."""
+        """Return whether kernels for few rows can take these rows."""
         return suits_few_rows(x, self.run, self.group if len(self.scales) > 1 else 0)
 
     def _is_of_few(self, x: torch.Tensor) -> bool:
-        """Whether a product with such rows has a kernel of its own."""
+        """Return whether a product with these rows uses the kernel for few rows."""
         is_small = self.shape[0] * self.shape[1] < _SMALL_MATRIX
         return (self.bits == 4 or is_small) and self.suits_few(x)
 
     def arranged(self, x: torch.Tensor) -> torch.Tensor:
-        """Rows (M, I) with their inputs in the weight's order."""
+        """Return rows (M, I) with their inputs in the weight's order."""
         return x if self._input_order is None else x.index_select(1, self._input_order)
 
     def takes_8_bits(self) -> bool:
-        """Whether rows in 8-bit floats can be multiplied with it, by groups of inputs that are those of the weight."""
+        """Return whether rows in 8-bit floats can be multiplied with this weight, with the same groups of inputs as the
+        weight's."""
         if self.bits != 8 or self._keeps_inputs:
             return False
         return self.group == self.run == MOST_STEP or len(self.scales) == 1
 
     def operands(self, x: torch.Tensor | EightBitRows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Rows, weights and the rows' scales, as kernels take them. Of 8-bit rows both are single 8-bit floats."""
+        """Return rows, weights and the rows' scales as kernels take them. With 8-bit rows, both rows and weights are
+        single 8-bit floats."""
         if isinstance(x, EightBitRows):
             return x.values, self.words.view(torch.float8_e4m3fn), x.scales
         return x, self.words, self.scales
@@ -217,7 +221,7 @@ class NarrowMatrix:
         self, grid: tuple[int, int], x: torch.Tensor | EightBitRows, others: tuple[Any, ...], options: dict[str, Any],
         row_tiles: int = 1, num_warps: int = 4,
     ) -> None:  # fmt: skip
-        """Launch the product. others, options: see `OwnKernel`."""
+        """Launch the product. others, options: see `OwnKernel.launch`."""
         if isinstance(x, torch.Tensor) and row_tiles == 1 and self._is_of_few(x):
             few_rows_linear(x, self.words, self.scales, self.bits, others, options)
             return
@@ -251,7 +255,7 @@ def eight_bit_linear(
     x: torch.Tensor, weight: NarrowMatrix, bias: torch.Tensor | None, out: torch.Tensor, adds: bool,
     rows: EightBitRows | None = None,
 ) -> None:  # fmt: skip
-    """The same with rows in 8-bit floats, which they are made first unless they are there."""
+    """Do the same as `tiled_linear` with rows in 8-bit floats, to which they are converted first unless given."""
     rows = rows or eight_bit_rows(x, weight.group, weight.run)
     tiling = {"ROWS": _MOST_TILE_ROWS, "OUTPUTS": TILE_OUTPUTS, "STEP": weight.run, "STAGES": 4}
     options = {"ADDS": adds, "GATED": False, "GELU": False}
@@ -262,7 +266,7 @@ def _launch_tiles(
     rows: torch.Tensor | EightBitRows, x: torch.Tensor, weight: NarrowMatrix, bias: torch.Tensor | None,
     out: torch.Tensor, options: dict[str, Any],
 ) -> None:  # fmt: skip
-    """x: any tensor, to point at where there is nothing."""
+    """Launch the product tile by tile. x: any tensor, as a placeholder for arguments that are not used."""
     (count, outputs), inputs, step = out.shape, weight.shape[1], options["STEP"]
     tiles = triton.cdiv(outputs, options["OUTPUTS"] // 2 if options["GATED"] else options["OUTPUTS"])
     span = triton.cdiv(inputs, step) * step
@@ -297,7 +301,7 @@ def _widen(
 
 
 def widen(weight: NarrowMatrix, dtype: torch.dtype) -> torch.Tensor:
-    """(O, I) of a wider type, inputs in the weight's own order."""
+    """Widen a weight to (O, I) of `dtype`, with inputs in the weight's own order."""
     outputs, inputs = weight.shape
     out = torch.empty((outputs, inputs), dtype=dtype, device=weight.words.device)
     _widen[(inputs // weight.run, triton.cdiv(outputs, _WIDENED_OUTPUTS))](

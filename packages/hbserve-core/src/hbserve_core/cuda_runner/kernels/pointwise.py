@@ -1,6 +1,6 @@
 """Kernels that read and write rows, and compute next to nothing.
 
-They begin and end a step, and stand between products of cuBLAS; our own products include them.
+They run at the beginning and end of a step, and between products of cuBLAS; our own products include them.
 
     host_copy    a step's numbers to the device, and sampled tokens back
     embed        token ids, some of them known only to the device, to rows of the embedding table
@@ -18,7 +18,7 @@ from hbserve_core.cuda_runner.kernels.dependent_launch import LAUNCH, begin, beg
 
 _COPY_BLOCK = 1024
 _MOST_COPIED = 1 << 18
-"""For more numbers than these, a copy engine is faster."""
+"""Largest number of elements that our kernel copies. For more, a copy engine is faster."""
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -28,12 +28,13 @@ def _host_copy(source, target, count, BLOCK: tl.constexpr):
 
 
 def host_copy(target: torch.Tensor, source: torch.Tensor) -> None:
-    """Queue a copy of as many numbers of `source` as `target` (C,) has. One is on the device, the other one pinned.
+    """Queue a copy of as many numbers of `source` as `target` (C,) has. One of them is on the device, the other in
+    pinned memory.
 
-    A step of decodes is surrounded by two of them. A copy engine takes some 7 us for each, most of it to begin and to
-    be waited for; a kernel that reads or writes the host's memory itself takes 3, which counts where steps follow each
-    other. It begins when the one before has ended, and lets none begin before it has: see `begin_step` in
-    dependent_launch.py.
+    A step of decodes has one copy before it and one after it. A copy engine takes some 7 us for each, mostly to begin
+    and to be waited for. A kernel that reads or writes the host's memory itself takes 3 us, which counts where steps
+    follow each other. It begins when the previous kernel has ended, and lets none begin before it has ended: see
+    `begin_step` in dependent_launch.py.
     """
     count = len(target)
     if count > _MOST_COPIED:
@@ -60,10 +61,10 @@ def _embed(ids, sources, sampled, table, first, num_tokens, out, SIZE: tl.conste
 def embed(
     ids: torch.Tensor, sources: torch.Tensor, sampled: torch.Tensor, table: torch.Tensor, first_token: int = 0
 ) -> torch.Tensor:
-    """(T, E) rows of `table` (V, E), which holds tokens from `first_token` on; zeros for others.
+    """Look up rows (T, E) of `table` (V, E), which holds tokens from `first_token` on; zeros for others.
 
-    ids, sources: (T,) int32. Row t is token ids[t], or, if sources[t] is not negative, sampled[sources[t]]: what the
-    step before has sampled, and the host has not read yet. sampled: (R,) int32.
+    ids, sources: (T,) int32. Row t is token ids[t] or, if sources[t] is not negative, sampled[sources[t]]: a token that
+    the previous step has sampled and the host has not read yet. sampled: (R,) int32.
     """
     size = table.shape[1]
     out = torch.empty((len(ids), size), dtype=table.dtype, device=table.device)
@@ -76,7 +77,7 @@ def embed(
 
 @triton.jit
 def normed_row(given, weight, eps, columns, inside, SIZE: tl.constexpr):
-    """A row (padded E,) of 0 outside, normed by weights (E,)."""
+    """Norm a row (padded E,), which is 0 outside, by weights (E,)."""
     exact = given.to(tl.float32)
     scale = tl.rsqrt(tl.sum(exact * exact, 0) / SIZE + eps)
     normed = (exact * scale).to(given.dtype).to(tl.float32)
@@ -95,7 +96,7 @@ def _rms_norm(x, weight, out, eps, SIZE: tl.constexpr, PADDED: tl.constexpr):
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """(T, E) of rows (T, E); weight: (E,)."""
+    """Norm rows (T, E) by an RMS norm with weight (E,)."""
     rows, size = x.shape
     out = torch.empty_like(x)
     padded = triton.next_power_of_2(size)
@@ -105,7 +106,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 @triton.jit
 def activated(gate, GELU: tl.constexpr):
-    """silu(gate), or gelu(gate) in its tanh approximation, which can be written as a sigmoid too. gate: float32."""
+    """Compute silu(gate), or gelu(gate) in its tanh approximation, which can also be written with a sigmoid. gate:
+    float32."""
     slope = gate
     if GELU:
         slope = 1.5957691216057308 * gate * (1.0 + 0.044715 * gate * gate)
@@ -124,7 +126,7 @@ def _gate_mul(gate_up, out, SIZE: tl.constexpr, BLOCK: tl.constexpr, GELU: tl.co
 
 
 def gate_mul(gate_up: torch.Tensor, gelu: bool = False) -> torch.Tensor:
-    """(T, 2 F), gate then up, to (T, F): silu(gate) * up, or gelu(gate) * up."""
+    """Compute silu(gate) * up, or gelu(gate) * up, (T, F), from (T, 2 F), gate then up."""
     rows, size = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty((rows, size), dtype=gate_up.dtype, device=gate_up.device)
     block = min(1024, triton.next_power_of_2(size))

@@ -1,5 +1,5 @@
-"""Attention of chunks of several new tokens to paged context: keys and values are stored, then flash attention (Dao
-2023).
+"""Prefill attention of chunks of several new tokens to paged context: keys and values are stored, then comes flash
+attention (Dao 2023).
 
 `store_kv` norms and rotates keys, and writes keys and values to their blocks; decode_attention.py writes a decode's new
 token itself. On Hopper, `prefill_attention` calls hopper_attention.py for most models. The kernel that it calls for all
@@ -34,12 +34,12 @@ from hbserve_core.cuda_runner.kernels.dependent_launch import LAUNCH, begin
 from hbserve_core.cuda_runner.kernels.hopper_attention import hopper_prefill_attention, suits_hopper
 
 _PARTS = {128: 8, 511: 2}
-"""By the most rows of a step, how many programs share a tile: few rows have too few tiles for all multiprocessors, so
-that the time of one program is what counts."""
+"""Number of programs that share a tile, by the largest number of rows of a step. Few rows have too few tiles for all
+multiprocessors, so the time of one program counts."""
 _FEWEST_ROWS = 16
-"""Rows of a program: tensor cores multiply at least this many at a time."""
+"""Fewest rows of a program: tensor cores multiply at least this many at a time."""
 _STORED_ROWS = 4, 16
-"""Rows of a program of `store_kv`: for few rows, and for more than 512."""
+"""Number of rows of a program of `store_kv`: for few rows, and for more than 512."""
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -50,14 +50,14 @@ def _store_kv(
 ):  # fmt: skip
     head = tl.program_id(1)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    # What only the host writes is read before the kernel in front has ended.
+    # What only the host writes is read before the previous kernel has ended.
     slot = tl.load(slots + rows, mask=rows < num_rows, other=-2)
     position = tl.load(positions + rows, mask=rows < num_rows, other=0).to(tl.int64)[:, None]
     begin()
     used, padding = (slot >= 0)[:, None], (slot == -1)[:, None]
     d = tl.arange(0, PADDED_D)[None, :]
     given = qkv + rows.to(tl.int64)[:, None] * ((N + 2 * K) * D) + (N + head) * D
-    # Of the row's place in the pool: block, then layer, key or value, token in the block, head.
+    # The row's place in the pool: block, then layer, key or value, token in the block, head.
     place = (slot // BLOCK_SIZE).to(tl.int64) * block_stride + layer_offset + (slot % BLOCK_SIZE) * (K * D)
     target = pool + place[:, None]
     inside = used & (d < D)
@@ -67,7 +67,7 @@ def _store_kv(
         key = as_stored(key, key_inverse, NARROW)
         tl.store(target + head * D + d, key, mask=inside)
         if IN_PLACE:
-            # A head may be shared by two warps, each of which reads what the other one writes.
+            # Two warps may share a head, and each of them reads what the other writes.
             tl.debug_barrier()
             tl.store(given + d, key.to(qkv.dtype.element_ty), mask=(used | padding) & (d < D))
     else:
@@ -89,13 +89,14 @@ def store_kv(
     *,
     scores: Scores | None = None,
 ) -> None:
-    """Norm and rotate keys, and write them and values into the pool; where `prefill_attention` reads a chunk's own in
-    the step's rows, in place too. If the pool holds 8-bit floats, they are also divided by their scales, and rounded.
+    """Norm and rotate keys, and write them and values into the pool; if `prefill_attention` reads a chunk's own keys
+    and values from the step's rows, also in place. If the pool holds 8-bit floats, they are also divided by their
+    scales and rounded.
 
     qkv: (T, (N + 2 K) * D). positions: (T,) int32. slots: (T,) int32, block * block_size + place in the block; -1 for
     padding, whose keys and values become 0, so that tiles of `prefill_attention` may reach into it; -2 for decodes,
     which are left alone. cos_sin: (max_model_len, D) float32, cosines then sines. norm: weights (N + K, D) and eps, or
-    None. pool: (num_blocks, num_layers, 2, block_size, K, D). scores: of its scales only.
+    None. pool: (num_blocks, num_layers, 2, block_size, K, D). scores: only its key and value scales are used.
     """
     _, _, _, block_size, num_kv_heads, head_dim = pool.shape
     rows = qkv.shape[0]
@@ -116,11 +117,12 @@ def _attend_new(
     state, query, rows_of_step, first_row, key_column, value_column, first, last, new, scale,
     TILE: tl.constexpr, STAGES: tl.constexpr, MASKED: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
-    """The step's own tokens [first, last) of a sequence; row r sees those up to `new[r]`, the last WINDOW of them if
-    there is one, or without a mask all.
+    """Attend to the step's own tokens [first, last) of a sequence. Row r sees the tokens up to `new[r]`, only the last
+    WINDOW of them if there is a window, or all if not MASKED.
 
-    Tiles may reach into the next head, where numbers meet zeros of the query, and into the next sequence or padding.
-    What is there is not visible, and may be anything: as a value it becomes 0, because 0 times a NaN is one.
+    Tiles may reach into the next head, where numbers are multiplied by zeros of the query, and into the next sequence
+    or padding. What is there is not visible, and may be anything. Such values are set to 0, because 0 times a NaN is
+    NaN.
     """
     for start in tl.range(first, last, TILE, num_stages=STAGES):
         key = rows_of_step.load([first_row + start, key_column])
@@ -137,8 +139,8 @@ def _attend_new(
 
 @triton.jit
 def _seen_by_all(before, first_new, TILE: tl.constexpr, WINDOW: tl.constexpr):
-    """Of a tile of new tokens: the first position of the pool that a row of it sees, and how many whole tiles' new
-    tokens all rows see; with a window, how many none sees."""
+    """Compute for a tile of new tokens the first position in the pool that any of its rows sees, and the number of new
+    tokens, in whole tiles, that all rows see or, with a window, that none sees."""
     first, whole = 0, first_new // TILE * TILE
     if WINDOW > 0:
         first = tl.maximum(before + first_new + 1 - WINDOW, 0)
@@ -156,7 +158,7 @@ def _prefill(
 ):  # fmt: skip
     G: tl.constexpr = N // K
     head, part = tl.program_id(1), tl.program_id(2)
-    # What only the host writes is read before the kernel in front has ended.
+    # What only the host writes is read before the previous kernel has ended.
     found = tl.load(tiles + tl.program_id(0))
     first_new = tl.load(tiles + tile_stride + tl.program_id(0)) + part * (ROWS // G)
     sequence = tl.maximum(found, 0)
@@ -190,20 +192,21 @@ def _prefill(
 
 
 def _rows_per_tile(dtype: torch.dtype, head_dim: int) -> int:
-    """Rows of one program: new tokens times the query heads of a key head."""
+    """Return the number of rows of one program: new tokens times the query heads of a key head."""
     return 128 if dtype.itemsize == 2 and head_dim <= 128 else 64
 
 
 def _parts_of_tile(num_rows: int, rows: int, group: int) -> tuple[int, int]:
-    """Rows of one program, and programs for each tile, in a step of so many rows."""
+    """Choose the number of rows of one program, and of programs for each tile, in a step of `num_rows` rows."""
     parts = next((parts for most, parts in _PARTS.items() if num_rows <= most), 1)
     parts = min(parts, rows // _FEWEST_ROWS)
-    # Together they must take all new tokens of a tile.
+    # Together, the programs must take all new tokens of a tile.
     return (rows // parts, parts) if rows // parts // group * parts == rows // group else (rows, 1)
 
 
 def new_tokens_per_tile(dtype: torch.dtype, heads: tuple[int, int, int]) -> int:
-    """New tokens of one sequence that one program takes. dtype: of queries. heads: N, K and D."""
+    """Return the number of new tokens of one sequence that one program takes. dtype: dtype of queries. heads: N, K and
+    D."""
     num_heads, num_kv_heads, head_dim = heads
     return max(1, _rows_per_tile(dtype, head_dim) // (num_heads // num_kv_heads))
 
@@ -224,10 +227,10 @@ def prefill_attention(
 ) -> None:
     """Attend from the new tokens of several sequences to their contexts, new tokens included, which `store_kv` wrote.
 
-    qkv: (T, (N + 2 K) * D), queries not yet rotated. out: (T, N * D), written. cos_sin, norm, pool: see `store_kv`.
+    qkv: (T, (N + 2 K) * D), queries not yet rotated. out: (T, N * D), the result. cos_sin, norm, pool: see `store_kv`.
     tables: (sequences * width,) int32. width: one int32 on the device. tiles: (2, programs) int32, sequence (-1: none,
     at the end) and first new token. sequences: (3, sequences) int32, first row in the step, new tokens, context.
-    scores: None: divided by sqrt(D).
+    scores: None means that scores are divided by sqrt(D).
     """
     kernel = hopper_prefill_attention if suits_hopper(qkv, pool, scores) else triton_prefill_attention
     kernel(qkv, out, pool, layer, cos_sin, norm, tables, width, tiles, sequences, scores)
@@ -238,7 +241,7 @@ def triton_prefill_attention(
     norm: tuple[torch.Tensor, float] | None, tables: torch.Tensor, width: torch.Tensor, tiles: torch.Tensor,
     sequences: torch.Tensor, scores: Scores | None = None,
 ) -> None:  # fmt: skip
-    """The same in any case, where `store_kv` has written keys in place too."""
+    """Do what `prefill_attention` does, in all cases in which `store_kv` has also written keys in place."""
     _, _, _, block_size, num_kv_heads, head_dim = pool.shape
     num_heads = out.shape[1] // head_dim
     rows, parts = _parts_of_tile(len(qkv), _rows_per_tile(qkv.dtype, head_dim), num_heads // num_kv_heads)

@@ -1,8 +1,8 @@
-"""Sums over the ranks of one host, by kernels that write into each other's memory: what stands between two products of
-a layer where each rank has a part of them.
+"""Sums over the ranks of one host, by kernels that write into each other's memory. They come between two products of a
+layer of which each rank has a part.
 
-Every rank adds the rows of all, in float32 and in the order of ranks, so that all have the same bits (a one-shot
-all-reduce). A row goes on from there in registers: it is added to the residual stream, rounded once, and normed for the
+Every rank adds the rows of all ranks, in float32 and in the order of ranks, so that all get the same bits (a one-shot
+all-reduce). The sum of a row stays in registers: it is added to the residual stream, rounded once, and normed for the
 next product.
 
     few rows     are written into the others' memory, in 64-bit words of which half is the number of the sum: who finds
@@ -10,10 +10,10 @@ next product.
     many rows    have been written by their product where all can read them: each rank tells the others that its own are
                  there, and reads theirs
 
-A sum has a number, which the device counts, so that a graph may hold it. Sums take turns with two halves of the memory:
-a rank begins sum n + 2 when all others have begun n + 1, and so have ended n.
-What waits looks now and again at a word in the host's memory, and goes on with whatever is there when that is set: then
-nobody wants the sum any more.
+A sum has a number, which the device counts, so that a graph may contain it. Sums take turns with two halves of the
+memory: a rank begins sum n + 2 when all others have begun n + 1, and so have ended n. A kernel that waits checks a word
+in the host's memory at intervals, and continues with whatever is there when that is set: then nobody wants the sum any
+more.
 Shapes: T rows, E numbers of a row, W 32-bit words of a row, P ranks.
 """
 
@@ -29,18 +29,19 @@ from hbserve_core.cuda_runner.kernels.experts import ExpertParts, with_parts
 from hbserve_core.cuda_runner.kernels.pointwise import normed_row
 
 MOST_PROGRAMS = 256
-"""All of them must be on the device at once: each waits for others."""
+"""Largest number of programs of a sum. All of them must be on the device at once, because each waits for others."""
 FLAG_BYTES = 128
-"""From one to the next: they are of different ranks."""
+"""Distance between flags, which belong to different ranks."""
 _FLAG_BYTES = tl.constexpr(FLAG_BYTES)
 RUNNING, CLOSED, LATE = 0, 1, 2
-"""What the host's word may be. A kernel that has waited for too long makes it LATE."""
+"""Values of the host's word. A kernel that has waited for too long sets it to LATE."""
 _LATE = tl.constexpr(LATE)
 _LOOK_EVERY = tl.constexpr(256)
-"""Looks at what others write between two at whether anybody has given up."""
+"""Number of checks of what others write between two checks whether anybody has given up."""
 _ASK_EVERY = tl.constexpr(1 << 15)
-"""And between two at the host's word, some 20 ms: hundreds of programs that read the host's memory at once hold each
-other up for a millisecond, and the other ranks then, who wait for them."""
+"""Number of checks of what others write between two checks of the host's word, which takes some 20 ms. Hundreds of
+programs that read the host's memory at once would hold each other up for a millisecond, and with them the other ranks,
+which wait for them."""
 _TIMEOUT_NS = tl.constexpr(600 * 10**9)
 
 
@@ -54,7 +55,8 @@ def _now():
 
 @triton.jit
 def _gives_up(words, looks, began):
-    """Whether to wait no longer, after so many looks in vain. words: where the device's word is, and the host's."""
+    """Decide whether to stop waiting, after `looks` checks in vain. words: pointers to the device's word and to the
+    host's."""
     found = tl.full((), 0, tl.int32)
     if looks % _LOOK_EVERY == 0:
         found = tl.load(words[0], volatile=True)
@@ -70,13 +72,13 @@ def _gives_up(words, looks, began):
 
 @triton.jit
 def _memory(bases, rank, offset, element: tl.constexpr):
-    """A rank's memory from a byte on, one of whole 16."""
+    """Return a pointer into a rank's memory at a byte offset, which is a multiple of 16."""
     return tl.multiple_of((tl.load(bases + rank) + offset).to(tl.pointer_type(element)), 16)
 
 
 @triton.jit
 def _numbers(words, element: tl.constexpr):
-    """(E,) float32, of 32-bit words (W,)."""
+    """Convert 32-bit words (W,) to numbers (E,) float32."""
     if element.primitive_bitwidth == 32:
         numbers = words.to(element, bitcast=True)
     else:
@@ -87,7 +89,7 @@ def _numbers(words, element: tl.constexpr):
 
 @triton.jit
 def _words(numbers, element: tl.constexpr, W: tl.constexpr):
-    """(W,) int32, of numbers float32, which are rounded: `_numbers` finds them again."""
+    """Round numbers, float32, and convert them to words (W,) int32, from which `_numbers` recovers them."""
     if element.primitive_bitwidth == 32:
         words = numbers.to(tl.int32, bitcast=True)
     else:
@@ -104,7 +106,7 @@ def _send_words(words, there, inside, number):
 
 @triton.jit
 def _wait_for_words(here, inside, number, words):
-    """(W,) int32, when all have come."""
+    """Wait until all words have come, and return them, (W,) int32."""
     found = tl.load(here, mask=inside, other=0, volatile=True)
     missing = tl.sum((inside & ((found >> 32).to(tl.int32) != number)).to(tl.int32), 0)
     looks, began = tl.full((), 0, tl.int32), _now()
@@ -119,7 +121,7 @@ def _wait_for_words(here, inside, number, words):
 
 @triton.jit
 def _set_flag(flag, number):
-    """Set a flag of another device, after all that was written before."""
+    """Set a flag of another device, after everything that was written before."""
     tl.debug_barrier()
     if INTERPRETED:
         tl.store(flag, number)
@@ -133,8 +135,8 @@ def _set_flag(flag, number):
 
 @triton.jit
 def _wait_for_flag(flag, number, words):
-    """What was written before the flag may be read then, past the first-level cache."""
-    # An atomic look that acquires is a fence, and hundreds of these at once hold up those of who sets the flag.
+    """Wait for a flag. What was written before it may then be read, bypassing the first-level cache."""
+    # An atomic load that acquires is a fence, and hundreds of these at once would hold up the rank that sets the flag.
     found = tl.load(flag, volatile=True)
     looks, began = tl.full((), 0, tl.int32), _now()
     while found != number:
@@ -151,16 +153,17 @@ def _wait_for_flag(flag, number, words):
 
 @triton.jit
 def _count(numbers, number, PROGRAMS: tl.constexpr):
-    """Give every program of the next sum its number. Each has one of its own: none may count before all have read."""
+    """Give every program of the next sum its number. Each has a copy of its own, because none may count before all have
+    read."""
     places = tl.arange(0, PROGRAMS)
     own = places % tl.num_programs(0) == tl.program_id(0)
-    # 0 is what memory is full of before the first sum.
+    # 0 is skipped, because memory is full of zeros before the first sum.
     tl.store(numbers + places, tl.full((PROGRAMS,), tl.where(number == -1, 2, number + 1), tl.int32), mask=own)
 
 
 @triton.jit
 def _finish_row(total, out, norm, normed, row, eps, SIZE: tl.constexpr, PADDED: tl.constexpr, NORMS: tl.constexpr):
-    """Write a row whose sum is there, and what its norm makes of it."""
+    """Write a row whose sum is complete, and the normed row."""
     columns = tl.arange(0, PADDED)
     inside, place = columns < SIZE, row * SIZE + columns
     rounded = total.to(out.dtype.element_ty)
@@ -176,8 +179,8 @@ def _sum_few(
     RANK: tl.constexpr, RANKS: tl.constexpr, PROGRAMS: tl.constexpr, ADDS: tl.constexpr, NORMS: tl.constexpr,
     X: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
-    """start, capacity: of the memory for few rows, in bytes, and of a rank's part of one half of it. Where there are
-    parts (K > 0), see `ExpertParts`, `partial` is first made of them."""
+    """Sum few rows over all ranks. start: offset of the memory for few rows, in bytes. capacity: bytes of a rank's part
+    of one half of it. If there are parts (K > 0), see `ExpertParts`, `partial` is first assembled from them."""
     begin()
     program = tl.program_id(0)
     number = tl.load(numbers + program)
@@ -220,7 +223,8 @@ def _sum_many(
     PADDED: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr, PROGRAMS: tl.constexpr, ADDS: tl.constexpr,
     NORMS: tl.constexpr,
 ):  # fmt: skip
-    """start: where the rows are in every rank's memory. That begins with flags, one of each other rank in each half."""
+    """Sum many rows over all ranks. start: offset of the rows in every rank's memory, which begins with flags, one of
+    each other rank in each half."""
     begin()
     program = tl.program_id(0)
     number = tl.load(numbers + program)
@@ -241,7 +245,7 @@ def _sum_many(
         total = tl.zeros((PADDED,), tl.float32)
         for rank in tl.static_range(RANKS):
             rows = _memory(bases, rank, start, out.dtype.element_ty)
-            # Past the first-level cache, which knows nothing of what others have written.
+            # The load bypasses the first-level cache, which does not see what others have written.
             total += tl.load(rows + place, mask=inside, other=0.0, cache_modifier=".cg").to(tl.float32)
         if ADDS:
             total += tl.load(out + place, mask=inside, other=0.0).to(tl.float32)
@@ -251,23 +255,24 @@ def _sum_many(
 
 @dataclass(frozen=True)
 class SharedMemory:
-    """Memory that the ranks of a host have mapped into each other, as one of them sees it: flags, what others send of
-    few rows, and two places for many rows of its own."""
+    """Memory that the ranks of a host have mapped into each other, as one of them sees it: flags, what others send for
+    sums of few rows, and two places for many rows of its own."""
 
     rank: int
     num_ranks: int
     bases: torch.Tensor
-    """(P,) int64: where each rank's memory begins, in this process."""
+    """Address in this process of each rank's memory, (P,) int64."""
     numbers: torch.Tensor
-    """(MOST_PROGRAMS,) int32, of this rank alone: the number of the next sum, 1 at first, for each program."""
+    """Number of the next sum, for each program, 1 at first, (MOST_PROGRAMS,) int32. It belongs to this rank alone."""
     device_word: torch.Tensor
-    """(1,) int32, of this rank alone: 0; then what the host's word was when a kernel looked at it."""
+    """Word on the device, (1,) int32: 0, or the value of the host's word that a kernel has seen. It belongs to this
+    rank alone."""
     host_word: torch.Tensor
-    """(1,) int32, pinned."""
+    """Word in the host's pinned memory, (1,) int32: RUNNING, CLOSED or LATE."""
     few_bytes: int
-    """Of the largest sum of few rows."""
+    """Bytes of the largest sum of few rows."""
     many_bytes: int
-    """Of the largest sum of many."""
+    """Bytes of the largest sum of many rows."""
 
     @property
     def few_start(self) -> int:
@@ -279,13 +284,14 @@ class SharedMemory:
 
     @property
     def num_bytes(self) -> int:
-        """Of each rank's memory, which must be zeros before the first sum."""
+        """Number of bytes of each rank's memory, which must be zeros before the first sum."""
         return self.many_start + 2 * self.many_bytes
 
     def rows_at_once(self, shape: tuple[int, int], dtype: torch.dtype) -> int:
-        """Of rows (T, E), how many to compute and sum at a time: equal parts, as few as there are places for."""
+        """Return how many of rows (T, E) to compute and sum at a time: equal parts, as few as fit in a place for many
+        rows."""
         num_bytes = shape[0] * shape[1] * dtype.itemsize
-        # Of more ranks, each of which reads the rows of all, NCCL is faster where there are so many.
+        # With more ranks, each of which reads the rows of all, NCCL is faster for this many rows.
         if num_bytes <= self.many_bytes or self.num_ranks > 2:
             return shape[0]
         return -(-shape[0] // -(-num_bytes // self.many_bytes))
@@ -302,12 +308,14 @@ def rank_sum(
     parts: ExpertParts | None = None,
     programs: int = MOST_PROGRAMS,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The sum of every rank's `partial` (T, E), which all must have launched: of few rows, up to `few_bytes`.
+    """Sum every rank's `partial` (T, E), which takes up to `few_bytes` unless `start` is given. All ranks must launch
+    the sum.
 
-    start: `partial` are many rows, and lie in every rank's memory from this byte on. The same ones may be written again
-    after the sum that follows. add_to: (T, E), to which the sum is added in place, rounded once, and which is returned.
-    norm: weights (E,) and eps of an RMS norm; then the result normed is returned too, in `normed_to` (T, E) if given.
-    parts: of few rows, what `partial` is to be made of first: then it is only where to.
+    start: `partial` consists of many rows, which lie in every rank's memory from this byte on. They may be written
+    again after the sum that follows. add_to: (T, E), to which the sum is added in place, rounded once, and which is
+    returned. norm: weights (E,) and eps of an RMS norm; then the normed result is returned too, in `normed_to` (T, E)
+    if given. parts: experts' output from which `partial` is first assembled, for few rows only; then `partial` is only
+    memory for that.
     """
     rows, size = partial.shape
     assert partial.is_contiguous()

@@ -5,8 +5,8 @@ Gumbel numbers, has the distribution of the softmax (Gumbel 1954; Maddison et al
 enough, no probabilities are stored, and every g depends only on the request's seed, the token's index and the token's
 id: the same request gets the same tokens in any batch.
 
-Top-k and top-p are a threshold on the logits, found by bisection over the bits of a float. Logits may be anything; what
-torch_runner/sampler.py says of those that are not finite holds here too. No maximum is taken of a NaN, because its
+Top-k and top-p are a threshold on the logits, found by bisection over the bits of a float. Logits may be anything: what
+torch_runner/sampler.py says of those that are not finite also holds here. No maximum is taken of a NaN, because its
 result on a device is not specified.
 
 Shapes: R rows, V vocab_size.
@@ -31,7 +31,7 @@ _LOG_2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def _mix(x):
-    """A bijection of 32-bit integers whose output bits all depend on all input bits (Wellons's lowbias32)."""
+    """Apply a bijection of 32-bit integers whose output bits all depend on all input bits (Wellons's lowbias32)."""
     x ^= x >> 16
     x *= 0x7FEB352D
     x ^= x >> 15
@@ -52,8 +52,8 @@ def _gumbel(seed_low, seed_high, index, tokens):
 
 @triton.jit
 def _log(x):
-    """By the device's own approximation (to 2^-22), where Triton would call a function of twenty instructions: with
-    that one, drawing is bound by arithmetic."""
+    """Compute log(x) by the device's own approximation (to 2^-22). Triton would call a function of twenty instructions,
+    with which drawing is bound by arithmetic."""
     if INTERPRETED:
         return tl.log(x)
     bits = tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
@@ -62,7 +62,7 @@ def _log(x):
 
 @triton.jit
 def _temperature(choices, row):
-    """Of a row: 0, or a number by which logits can be divided and multiplied."""
+    """Load the temperature of a row: 0, or a number by which logits can be divided and multiplied."""
     given = tl.load(choices + row).to(tl.float32, bitcast=True)
     return tl.where(given > 0, tl.minimum(tl.maximum(given, _COLDEST), _HOTTEST), 0.0)
 
@@ -71,8 +71,8 @@ def _temperature(choices, row):
 def _best_of_part(
     logits, thresholds, choices, stride, best_scores, best_tokens, V: tl.constexpr, PART: tl.constexpr
 ):  # fmt: skip
-    # choices: temperature (float bits), seed low, seed high, index of the token; a row each.
-    # The best score is a finite number; or -inf, if no token may be drawn; or inf, if a logit is that or a NaN.
+    # choices: temperature (float bits), seed low, seed high, index of the token; a row each. The best score is a finite
+    # number; or -inf, if no token may be drawn; or inf, if a logit is inf or NaN.
     begin()
     row, part = tl.program_id(0), tl.program_id(1)
     temperature = _temperature(choices, row)
@@ -98,14 +98,15 @@ def _best_of_row(best_scores, best_tokens, sampled, PARTS: tl.constexpr, PADDED:
     row, parts = tl.program_id(0), tl.arange(0, PADDED)
     scores = tl.load(best_scores + row * PARTS + parts, mask=parts < PARTS, other=float("-inf"))
     best, place = tl.max(scores, 0, return_indices=True, return_indices_tie_break_left=True)
-    # Of equals the first is best: `place` is one of the parts, and if `best` is finite its token one of the vocabulary.
+    # The first of equal scores is best: `place` is one of the parts, and if `best` is finite, its token is in the
+    # vocabulary.
     token = tl.load(best_tokens + row * PARTS + place)
     tl.store(sampled + row, tl.where((best > float("-inf")) & (best < float("inf")), token, _NOT_FINITE))
 
 
 @triton.jit
 def _float_of(key):
-    """The float at place `key` in the order of all floats, which is that of these 32-bit integers."""
+    """Return the float at place `key` in the order of all floats, which is the order of these 32-bit integers."""
     bits = tl.where(key >> 31 != 0, key ^ 0x80000000, ~key)
     return bits.to(tl.float32, bitcast=True)
 
@@ -113,7 +114,7 @@ def _float_of(key):
 @triton.jit
 def _mass_above(row_logits, least, floor, highest, temperature, BY_COUNT: tl.constexpr, V: tl.constexpr,
                 PART: tl.constexpr):  # fmt: skip
-    """How many logits are at least `least` and `floor`, or what they weigh: the sum of exp((logit - highest) / t)."""
+    """Count the logits that are at least `least` and `floor`, or add up their weights exp((logit - highest) / t)."""
     total = 0.0
     for start in range(0, V, PART):
         tokens = start + tl.arange(0, PART)
@@ -127,12 +128,13 @@ def _mass_above(row_logits, least, floor, highest, temperature, BY_COUNT: tl.con
 @triton.jit
 def _bisect(row_logits, wanted, floor, highest, temperature, BY_COUNT: tl.constexpr, V: tl.constexpr,
             PART: tl.constexpr):  # fmt: skip
-    """The largest float such that the logits from it on reach `wanted`, which is above 0; -inf if there is none."""
+    """Find the largest float such that the logits from it on reach `wanted`, which is above 0; -inf if there is
+    none."""
     key = tl.full((), 0, tl.uint32)
     for bit in range(31, -1, -1):
         candidate = key | (tl.full((), 1, tl.uint32) << bit)
         least = _float_of(candidate)
-        # Beyond the infinities lie the NaNs, which no comparison reaches: the mass there is 0.
+        # Beyond the infinities are the NaNs, for which every comparison is false: the mass there is 0.
         if _mass_above(row_logits, least, floor, highest, temperature, BY_COUNT, V, PART) >= wanted:
             key = candidate
     found = _float_of(key)
@@ -185,6 +187,6 @@ def sample(logits: torch.Tensor, choices: torch.Tensor, sampled: torch.Tensor) -
 
 
 def seed_halves(seeds: Sequence[int]) -> npt.NDArray[np.int32]:
-    """(2, N): low and high half of each, as `choices` has them."""
+    """Split seeds into low and high halves, (2, N), as in `choices`."""
     whole = np.array([seed & 0xFFFFFFFFFFFFFFFF for seed in seeds], dtype="<u8")
     return whole.view("<i4").reshape(-1, 2).T

@@ -1,15 +1,15 @@
-"""Narrow numbers made 16-bit ones in registers, exactly, by few instructions.
+"""Widening of narrow numbers to 16 bits in registers, exactly and by few instructions.
 
-A product of few rows is to take no longer than its weights' bytes do, so a processor has to widen some 20 of them, or
-40 numbers of 4 bits, in each cycle, beside all else. Converting instructions are too few for that, and bytes have to be
-brought to where the tensor cores want 16 bits. So words of 16 bits are read, which are where they belong, and hold two
-8-bit floats or four numbers of 4 bits (see model/narrow_weight.py); each of these is moved to its bits, two words at a
-time:
+A product of few rows must take no longer than reading its weights' bytes, so a processor has to widen some 20 of them,
+or 40 numbers of 4 bits, in each cycle, beside everything else. Conversion instructions are too few for that, and bytes
+would have to be moved to where the tensor cores expect 16 bits. So words of 16 bits are read, which are in the right
+places and hold two 8-bit floats or four numbers of 4 bits (see model/narrow_weight.py). Each number is moved to its
+bits, two words at a time:
     8-bit floats   sign and the rest are put where bfloat16 has them, which is a number 2^120 times too small, and
                    multiplied by that: subnormal ones come out right as well (`widened_8`, in attention_parts.py)
     4 bits         in the lowest bits of a number whose last place counts as 1 (128, or 1024 of float16), from which
                    that and the zero are then subtracted
-Triton's interpreter, which knows no instruction of a device, and float32 have plain conversions.
+Plain conversions are used for float32, and in Triton's interpreter, which does not know a device's instructions.
 """
 
 import triton
@@ -37,14 +37,14 @@ _4_TO_F16 = tl.constexpr(_4_BITS.replace("MAGIC", "0x64006400").replace("TYPE", 
 
 @triton.jit
 def offset_4(dtype: tl.constexpr):
-    """What numbers of 4 bits are too large by where `parts_of_4` puts them."""
+    """Return by how much numbers of 4 bits are too large where `parts_of_4` puts them."""
     return 128 if dtype == tl.bfloat16 else 1024
 
 
 @triton.jit
 def parts_of_4(words, taken, dtype: tl.constexpr):
-    """Words int16 of four numbers of 4 bits each as `dtype`, bfloat16 or float16, from the lowest on. taken: as words,
-    what to subtract: a zero and `offset_4`."""
+    """Widen words int16 of four numbers of 4 bits each to `dtype`, bfloat16 or float16, from the lowest on. taken: what
+    to subtract, in the shape of words: a zero plus `offset_4`."""
     if dtype == tl.bfloat16:
         first, second, third, last = tl.inline_asm_elementwise(
             _4_TO_BF16, "=r,=r,=r,=r,r,r", [words, taken], dtype=(tl.bfloat16,) * 4, is_pure=True, pack=2
@@ -58,7 +58,7 @@ def parts_of_4(words, taken, dtype: tl.constexpr):
 
 @triton.jit
 def widened_4(words, zeros, dtype: tl.constexpr):
-    """Words (O, I) int16 of four numbers of 4 bits each, less zeros (O,), as `dtype`: from the lowest on."""
+    """Widen words (O, I) int16 of four numbers of 4 bits each, less zeros (O,), to `dtype`: from the lowest on."""
     if DEPENDENT and (dtype == tl.bfloat16 or dtype == tl.float16):
         taken = (zeros.to(tl.float32) + offset_4(dtype)).to(dtype)
         first, second, third, last = parts_of_4(words, tl.broadcast_to(taken[:, None], words.shape), dtype)
@@ -73,6 +73,6 @@ def widened_4(words, zeros, dtype: tl.constexpr):
 
 @triton.jit
 def widened_4_of_bytes(both, zeros, dtype: tl.constexpr):
-    """Bytes (O, I) of two numbers of 4 bits each, less zeros (O,), as `dtype`: the low ones, and the high ones."""
+    """Widen bytes (O, I) of two numbers of 4 bits each, less zeros (O,), to `dtype`: the low ones and the high ones."""
     zero = zeros.to(tl.int16)[:, None]
     return ((both & 15).to(tl.int16) - zero).to(dtype), ((both >> 4).to(tl.int16) - zero).to(dtype)
