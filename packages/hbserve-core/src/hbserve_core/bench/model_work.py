@@ -26,7 +26,7 @@ class Work:
 
 @dataclass(frozen=True)
 class DecodeLimit:
-    """Least time that a decode step can take, or several together."""
+    """Minimum time that a decode step can take, or several together."""
 
     limit_s: float
     """Sum over parts: each product and each layer's attention takes the longer of the times for its bytes, at a pure

@@ -214,7 +214,7 @@ class Engine:
     # ---- steps ---------------------------------------------------------------------------------------------------
 
     def has_work(self) -> bool:
-        """Whether `step` may do something. Reserved and held requests wait for others, not for steps."""
+        """Return whether `step` may do something. Reserved and held requests wait for others, not for steps."""
         return bool(self._scheduler.waiting or self._scheduler.running or self._in_flight or self._granted)
 
     @property

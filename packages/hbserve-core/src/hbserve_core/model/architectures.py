@@ -49,7 +49,7 @@ class Switches:
     output_bias: bool = False
     mlp_bias: bool = False
     qk_norm: Literal["", "head", "projection"] = ""
-    """Which norm queries and keys have: "head" norms each head by itself, "projection" all query heads together and all
+    """Kind of norm of queries and keys: "head" norms each head by itself, "projection" all query heads together and all
     key heads together; "" if none."""
     is_fused: bool = False
     """Whether q, k and v are one tensor in the checkpoint, and gate and up are another."""

@@ -225,7 +225,7 @@ class _GroupPlan:
 
     def _make_mask(self, used: int, window: int) -> torch.Tensor | None:
         """Make the mask (S or 1, 1, Q, C) that is added to the scores: a new token sees the context up to itself, or
-        the last `window` tokens of it. Returns None if nothing is hidden, or if torch's causal mask does."""
+        the last `window` tokens of it. Returns None if nothing is hidden, or if torch's own causal mask is used."""
         num_new = self._group.num_new_tokens
         all_in_window = not 0 < window < used
         if self._equal and all_in_window and num_new in (1, 0 if self._cap else used):

@@ -41,7 +41,7 @@ class StepInput:
     chunks: tuple[ScheduledChunk, ...]
     """Chunks in the order of their tokens: by number of new tokens, then by context."""
     token_ids: torch.Tensor
-    """(T,) int64"""
+    """Token ids of the rows, (T,) int64."""
     positions: torch.Tensor
     """Position of each token in its sequence, (T,) int64."""
     sampling_rows: torch.Tensor | None
