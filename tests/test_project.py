@@ -70,6 +70,25 @@ def test_a_module_says_what_it_is_and_does_not_begin_with_a_question_word(trees)
     assert {source: each.splitlines()[0] for source, each in docstrings.items() if question.match(each)} == {}
 
 
+def test_no_docstring_begins_in_the_middle_of_a_sentence(trees):
+    """Also those of attributes: they can be understood without the name before them."""
+    middle = re.compile(
+        r"(Of|By|As|For|From|With|Without|In|At|On|To|Up|After|Before|Until|Since|While|Where|When|If|So|Not|Also|Else"
+        r"|Only|And|But|Its|Their|Those|These|That)\b"
+    )
+    found = {
+        f"{source}:{each.lineno}: {each.value.value.strip().splitlines()[0]}"
+        for source, tree in trees.items()
+        for node in ast.walk(tree)
+        for each in getattr(node, "body", None) or []
+        if isinstance(each, ast.Expr)
+        and isinstance(each.value, ast.Constant)
+        and isinstance(each.value.value, str)
+        and middle.match(each.value.value.strip())
+    }
+    assert found == set()
+
+
 def test_every_member_builds_with_the_same_backend():
     assert len({str(project(package)["build-system"]) for package in MEMBERS}) == 1
 
