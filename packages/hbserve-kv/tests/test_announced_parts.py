@@ -291,6 +291,8 @@ async def test_parts_of_a_link_that_nobody_knows_are_counted_and_change_nothing(
     ("name", "part", "why"),
     [
         ("t", AnnouncedPart(0, 0, 1), "late or was sent twice"),
+        ("t", AnnouncedPart(1, 0, 1), "late or was sent twice"),
+        ("t", AnnouncedPart(1, 1, 1, (0, 1)), "late or was sent twice"),
         ("t", AnnouncedPart(1, 1, 2), "outside what was granted"),
         ("unknown", AnnouncedPart(0, 0, 1), "a part of transfer unknown is late"),
     ],

@@ -112,6 +112,8 @@ class Model:
         """How many blocks each has brought."""
         self.silent: set[int] = set()
         """Said that they write no more."""
+        self.announced: set[tuple[int, int]] = set()
+        """Sender and block; each block comes once."""
         self.arriving: list[tuple[int, AnnouncedPart]] = []
         self.landed: list[tuple[int, int]] = []
 
@@ -131,13 +133,13 @@ class Model:
 
     def start_parts(self, i: int, indices: tuple[int, ...]) -> None:
         parts = [AnnouncedPart(index, index % 2, 1) for index in indices]
-        known = {index for sender, index in self.landed if sender == i}
-        known |= {part.index for sender, part in self.arriving if sender == i}
+        blocks = {(i, index % 2) for index in indices}
         is_over = self.is_complete or self.transfer.drained.is_set() or self.transfer.result.done()
         fits = i in self.begun - self.committed.keys() - self.silent and not is_over
-        fits = fits and len(set(indices) - known) == len(indices)
+        fits = fits and len(blocks - self.announced) == len(indices)
         assert (self.transfer.start_parts(self.links[i].link.key, parts) == "") is fits
         self.arriving += [(i, part) for part in parts] if fits else []
+        self.announced |= blocks if fits else set()
 
     def end_part(self, i: int, error: str) -> None:
         mine = [entry for entry in self.arriving if entry[0] == i]

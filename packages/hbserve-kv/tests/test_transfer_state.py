@@ -2,7 +2,7 @@
 
 import pytest
 
-from hbserve_kv.protocol.transfer_state import IncomingState, Outcome, Phase
+from hbserve_kv.protocol.transfer_state import Coverage, IncomingState, Outcome, Phase
 
 
 def begun(one_sided: bool = False) -> IncomingState:
@@ -116,3 +116,16 @@ def test_a_transfer_that_never_began_is_drained_at_once():
     state = IncomingState()
     state.fail("cancelled")
     assert state.outcome is Outcome.FAILED_DRAINED
+
+
+def test_a_block_is_covered_once_in_each_layer():
+    covered = Coverage(3)
+    assert covered.add(range(2, 4))
+    assert not covered.add(range(4))
+    assert not covered.add(range(3, 4), range(1))
+    assert covered.add(range(2), range(2))
+    assert not covered.add(range(1, 2), range(1, 3))
+    assert not covered.add(range(1))
+    assert len(covered) == 2, "what was refused does not count"
+    assert covered.add(range(2), range(2, 3))
+    assert len(covered) == 4

@@ -63,7 +63,7 @@ async def test_a_commit_that_lacks_blocks_is_not_accepted_as_complete(managers):
 
 
 @pytest.mark.parametrize("backend", ["nccl", "ipc"])
-@pytest.mark.parametrize("pushed", [[], [0], [0, 2], [1, 1, 0]])
+@pytest.mark.parametrize("pushed", [[], [0], [0, 2], [1, 0]])
 async def test_a_commit_counts_for_all_blocks_that_were_granted_or_fails(backend, managers, pushed):
     # Known elsewhere: vLLM #20263.
     sender, receiver = await managers(0, backend), await managers(1, backend)
@@ -75,6 +75,23 @@ async def test_a_commit_counts_for_all_blocks_that_were_granted_or_fails(backend
         sent, received = await transfer.commit(), await posted.wait()
     assert (sent.outcome, received.outcome) == (Outcome.FAILED_DRAINED, Outcome.FAILED_DRAINED)
     assert received.error == f"committed with {len(set(pushed))} blocks of the 3 that were granted"
+
+
+@pytest.mark.parametrize("backend", ["nccl", "ipc"])
+async def test_a_block_is_pushed_once_whole_or_by_layers(backend, managers):
+    sender, receiver = await managers(0, backend), await managers(1, backend)
+    posted = receiver.post_receive("t", [1, 2, 3])
+    transfer = await sender.open_send("t", posted.grant)
+    transfer.push([5], 0)
+    transfer.push([6], 1, layers=range(1))
+    for first, layers in ((0, None), (0, range(1)), (1, None), (1, range(1))):
+        with pytest.raises(ValueError, match=r"some were pushed already"):
+            transfer.push([5], first, layers=layers)
+    with pytest.raises(ValueError, match=r"blocks \[0, 3\): some were pushed already"):
+        transfer.push([5, 6, 7], 0)
+    transfer.push([7], 2)
+    async with asyncio.timeout(20):
+        assert (await transfer.commit()).outcome is (await posted.wait()).outcome is Outcome.COMPLETED
 
 
 @pytest.mark.parametrize("num_pushed", [0, 2, 3])

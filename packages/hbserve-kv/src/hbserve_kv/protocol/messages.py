@@ -211,6 +211,11 @@ class AnnouncedPart(msgspec.Struct, frozen=True, array_like=True):
     def end(self) -> int:
         return self.first + self.num_blocks
 
+    @property
+    def blocks(self) -> tuple[range, range | None]:
+        """Of those that were granted, and of which layers."""
+        return range(self.first, self.end), self.layers and range(*self.layers)
+
 
 class PartsAnnounced(msgspec.Struct, frozen=True, tag=True):
     """Parts of one transfer that come next over a two-sided link, in this order."""

@@ -230,18 +230,26 @@ class IncomingState(TransferState):
 
 
 class Coverage:
-    """Blocks of a transfer that were pushed, or have arrived; those that move layer by layer count when all layers
+    """Blocks of a transfer that were pushed, or announced; those that move layer by layer count when all layers
     have."""
 
     def __init__(self, num_layers: int) -> None:
         self._whole: set[int] = set()
         self._by_layer: list[set[int]] = [set() for _ in range(num_layers)]
 
-    def add(self, places: range, layers: range | None = None) -> None:
+    def add(self, places: range, layers: range | None = None) -> bool:
+        """False: some of these are among them already, be it in one layer, and nothing has changed."""
+        if self.has_any(places, layers):
+            return False
         if layers is None:
             self._whole.update(places)
         for layer in layers or ():
             self._by_layer[layer].update(places)
+        return True
+
+    def has_any(self, places: range, layers: range | None = None) -> bool:
+        by_layer = self._by_layer if layers is None else self._by_layer[layers.start : layers.stop]
+        return not all(each.isdisjoint(places) for each in (self._whole, *by_layer))
 
     @property
     def by_layers(self) -> set[int]:

@@ -201,8 +201,8 @@ class IncomingTransfer:
         self._on_failed = on_failed
         self._has_failed = False
         self._changed = asyncio.Event()
-        self._landed: dict[str, Coverage] = {}
-        """By link, which of `units` were taken; two-sided transports only."""
+        self._announced: dict[str, Coverage] = {}
+        """By link, which of `units` are under way or have landed; two-sided transports only."""
         self._taking_s: dict[str, float] = {}
         """Seconds during which parts were taken, by link; two-sided transports only."""
         self._committed: list[TransferResult] = []
@@ -251,7 +251,7 @@ class IncomingTransfer:
 
     def start_parts(self, key: str, parts: Sequence[AnnouncedPart]) -> str:
         """Parts are under way over a two-sided link. Returns why they do not fit, and then none of them counts; "" if
-        they do."""
+        they do. What was granted comes once, so that a sender can announce no more than that."""
         what, link = f"a part of transfer {self.transfer_id}", self.links.get(key)
         num_units = len(self.block_ids) * (link.link.mine.ratio if link else 1)
         num_layers = link.link.mine.layout.num_layers if link else 1
@@ -259,16 +259,17 @@ class IncomingTransfer:
             first_layer, end_layer = part.layers or (0, num_layers)
             if not (0 <= part.first < part.end <= num_units and 0 <= first_layer < end_layer <= num_layers):
                 return f"{what} is outside what was granted: {part}"
-        if not self._state.start_parts(key, *(part.index for part in parts)):
+        announced, coming = self._announced.setdefault(key, Coverage(num_layers)), Coverage(num_layers)
+        is_new = all(not announced.has_any(*part.blocks) and coming.add(*part.blocks) for part in parts)
+        if not is_new or not self._state.start_parts(key, *(part.index for part in parts)):
             return f"{what} is late or was sent twice"
+        for part in parts:
+            announced.add(*part.blocks)
         return ""
 
     def end_part(self, key: str, part: AnnouncedPart, took_s: float = 0.0, error: str = "") -> None:
         """Note that a part has landed or, with an `error`, has failed and nothing of it can land any more."""
         self._taking_s[key] = self._taking_s.get(key, 0.0) + took_s
-        if not error:
-            landed = self._landed.setdefault(key, Coverage(self.links[key].link.mine.layout.num_layers))
-            landed.add(range(part.first, part.end), part.layers and range(*part.layers))
         self._state.end_part(key, part.index, error)
         self._publish()
 
@@ -286,7 +287,7 @@ class IncomingTransfer:
         are larger than the sender's, the last one need not be full.
         """
         key = message.link
-        num_units = len(self._landed.get(key, ()))
+        num_units = len(self._announced.get(key, ()))
         if key in self.links and self.links[key].transport.one_sided:
             num_units = message.num_bytes // side.unit_bytes
         num_blocks = -(-num_units // side.ratio)

@@ -60,7 +60,6 @@ class Leg:
         self.pushed = Coverage(self.side.layout.num_layers)
         """Which of `target_units` have been pushed."""
         self.num_bytes_moved = 0
-        """Bytes that moved; may be more than the blocks have, because a block may be sent twice."""
         self.time_s = 0.0
         """Seconds during which parts were moving."""
         self.memory = memory

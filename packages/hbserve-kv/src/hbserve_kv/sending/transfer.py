@@ -141,8 +141,8 @@ class SendTransfer:
         caller's current stream. Other transfers do not wait for it. Does nothing if the transfer has failed.
 
         Raises:
-            ValueError: more blocks than were granted, or one that this side does not have; or no such layers; or the
-                transfer has been committed.
+            ValueError: more blocks than were granted, some that were pushed already, or one that this side does not
+                have; or no such layers; or the transfer has been committed.
         """
         require_loop(self.result.get_loop())
         block_ids = checked_blocks(block_ids, self._memory.num_blocks(self._region))
@@ -155,11 +155,11 @@ class SendTransfer:
             ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
             ready.record(torch.cuda.current_stream(self._memory.device))
         # Positions are found for all legs, which raises if something does not fit, before anything is pushed to one.
-        for leg, (units, start) in [(leg, self._units(leg, block_ids, first)) for leg in self._legs.values()]:
+        for leg, (units, start) in [(leg, self._units(leg, block_ids, first, layers)) for leg in self._legs.values()]:
             if units and not self._push(leg, units, start, ready, layers):
                 return
 
-    def _units(self, leg: Leg, block_ids: Sequence[int], first: int) -> tuple[list[int], int]:
+    def _units(self, leg: Leg, block_ids: Sequence[int], first: int, layers: range | None) -> tuple[list[int], int]:
         """Units as the leg counts them, and the position of the first one among those granted."""
         ratio = leg.side.ratio if self._region == "pool" else 1
         end, num_granted = first + ratio * len(block_ids), len(leg.target_units)
@@ -167,7 +167,10 @@ class SendTransfer:
             raise ValueError(f"blocks [{first}, {end}) of {num_granted} granted ones")
         units = leg.side.units(block_ids) if ratio > 1 else list(block_ids)
         before, start = max(0, -first), max(0, first)
-        return units[before : before + max(0, min(end, num_granted) - start)], start
+        places = range(start, max(start, min(end, num_granted)))
+        if leg.pushed.has_any(places, layers):
+            raise ValueError(f"blocks [{first}, {end}): some were pushed already")
+        return units[before : before + len(places)], start
 
     def _push(self, leg: Leg, units: list[int], first: int, ready: Any, layers: range | None) -> bool:
         """Queue parts of a leg. Returns False if the transfer has failed."""
