@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -90,6 +91,66 @@ async def test_who_has_not_begun_a_transfer_cannot_end_it(managers, backend):
     transfer.push([2], 1)
     assert (await transfer.commit()).outcome is Outcome.COMPLETED
     assert (await posted.wait()).outcome is Outcome.COMPLETED
+
+
+SAID = "first\n\x1b[31msecond " + "x" * 100_000
+"""Two lines, in red, and more than fits a log."""
+
+
+def assert_is_line(text: str) -> None:
+    assert text.isprintable()
+    assert len(text) < 6000
+    assert "first \\x1b[31msecond" in text
+
+
+async def test_why_a_sender_gives_a_transfer_up_is_told_in_a_line(managers, caplog):
+    receiver = await managers(0, "ipc")
+    posted = receiver.post_receive("t", [1])
+    async with linked(receiver) as (client, link):
+        await client.call(messages.BEGIN, Begin("t", link), timeout_s=30)
+        await client.call(messages.ABANDON, Abandon("t", link, SAID, drained=True), timeout_s=30)
+    assert_is_line((await posted.wait()).error)
+
+
+async def test_what_a_receiver_says_is_told_in_a_line(managers, caplog):
+    sender, given_up = await managers(1, "ipc"), asyncio.Event()
+    caplog.set_level(logging.INFO)
+
+    async def serve(hello):
+        yield reply_of(sender, passed_over={"x": SAID})
+        await given_up.wait()
+        yield Cancelled("t", SAID)
+        await asyncio.Event().wait()
+
+    async def begin(begin):
+        return Accepted("pool", [1], checksum=False)
+
+    server = RpcServer()
+    server.serve_stream(messages.LINK, serve)
+    server.serve(messages.BEGIN, begin)
+    await server.start()
+    try:
+        async with asyncio.timeout(30):
+            transfer = await sender.open_send("t", msgspec.msgpack.encode(Grant("t", server.address, "", sender.heads)))
+            given_up.set()
+            assert_is_line((await transfer.wait()).error)
+    finally:
+        await server.stop()
+    (said,) = [each.getMessage() for each in caplog.records if "not x: " in each.getMessage()]
+    assert_is_line(said)
+
+
+@pytest.mark.parametrize("name", ["a\nb", "\x1b[31m", "x" * 1025, "a\u2028b"])
+async def test_an_id_of_several_lines_or_without_an_end_is_refused_on_both_sides(managers, name):
+    receiver = await managers(0, "ipc")
+    with pytest.raises(ValueError, match=r"^transfer_id='.*: expected one line of at most 1024 characters$"):
+        receiver.post_receive(name, [1])
+    async with linked(receiver) as (client, link):
+        with pytest.raises(InvalidRequest, match=r"kv\.begin: Expected `str` .* at `\$.transfer_id`"):
+            await client.call(messages.BEGIN, Begin(name, link, 8), timeout_s=30)
+    with pytest.raises(InvalidRequest, match=r"kv\.link: Expected `str` .* at `\$.name`"):
+        async with linked(receiver, name=name):
+            pass
 
 
 # ---- a receiver that lies ----------------------------------------------------------------------------------------

@@ -519,6 +519,7 @@ def test_kv_of_another_prompt_is_never_taken(engines):
         ({"transfer_id": "t", "remote_ranks": [["127.0.0.1:1"]]}, "remote_ranks"),
         ({"transfer_id": ["t"], "remote_port": 1}, "transfer_id"),
         ({"transfer_id": "t", "remote_port": 1, "tp_size": 0}, "tp_size"),
+        ({"transfer_id": "a\nb", "remote_port": 1}, "transfer_id"),
         ({"transfer_id": "\ud800", "remote_port": 1}, "surrogates not allowed"),
         ({"transfer_id": "t", "remote_ranks": [["127.0.0.1:1", "\ud800"]]}, "surrogates not allowed"),
     ],

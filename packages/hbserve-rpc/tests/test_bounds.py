@@ -5,14 +5,25 @@ import logging
 import struct
 from collections.abc import Iterator
 
+import msgspec
 import pytest
 import zmq
 
-from hbserve_rpc import InvalidRequest, ProtocolMismatch, RpcServer, message_socket, wire
+from hbserve_rpc import (
+    HBServeRpcError,
+    InvalidRequest,
+    Overloaded,
+    ProtocolMismatch,
+    RpcServer,
+    message_socket,
+    wire,
+)
 from hbserve_rpc import server as server_module
 from hbserve_rpc.counts import RpcFaults
+from hbserve_rpc.members import Member
 from hbserve_rpc.message_socket import Complaints
-from hbserve_rpc.messages import GENERATE, GenerateRequest
+from hbserve_rpc.messages import GENERATE, AbortRequest, GenerateRequest
+from hbserve_rpc.plain_values import one_line, plain_id
 from hbserve_rpc.sampling_params import SamplingParams
 from hbserve_testing.waits import until
 
@@ -230,3 +241,51 @@ async def test_no_more_clients_are_known_than_may_be(rpc, serving, stranger, con
     await until(lambda: serving.dropped_frames == 1)
     assert len(serving._clients) == 1
     assert (await client.call(rpc.CALL, rpc.Ask(2), timeout_s=20)).value == 2
+
+
+# ---- texts of peers, in logs -------------------------------------------------------------------------------------
+
+SAID = "first\n\x1b[31msecond " + "x" * 100_000
+"""Two lines, in red, and more than fits a log."""
+
+
+@pytest.mark.parametrize("error", [InvalidRequest, Overloaded, RuntimeError])
+async def test_whatever_a_peer_says_of_an_error_is_one_line(rpc, serving, connect, error):
+    async def fails(ask):
+        raise error(SAID)
+
+    serving.serve(rpc.CALL, fails)
+    client = await connect(serving.address)
+    with pytest.raises(HBServeRpcError) as raised:
+        await client.call(rpc.CALL, rpc.Ask(3), timeout_s=20)
+    said = str(raised.value)
+    assert said.isprintable()
+    assert said.removeprefix("RuntimeError: ").startswith("first \\x1b[31msecond xxx")
+    assert said.endswith("xxx")
+    assert 3900 < len(said) < 4100
+
+
+async def test_a_method_that_a_stranger_makes_up_is_one_line_of_the_log(serving, stranger, caplog):
+    stranger.send_multipart([HELLO, b""])
+    stranger.send_multipart([wire.encode(wire.Notify(1, SAID)), b""])
+    await until(lambda: serving.failed_notifications)
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.isprintable()
+    assert said.startswith("notification first \\x1b[31msecond")
+    assert len(said) < 4100
+
+
+@pytest.mark.parametrize("name", ["a\nb", "\x1b[31m", "\x85", "a\u2029", "x" * 257])
+def test_an_id_of_several_lines_or_without_an_end_is_refused_by_whoever_reads_it(name):
+    with pytest.raises(InvalidRequest, match=r"^request_id='.*: expected "):
+        plain_id("request_id", name)
+    for message in (AbortRequest(name), Member(name, "hybrid", "127.0.0.1:1")):
+        with pytest.raises(msgspec.ValidationError, match=r"Expected `str` .* at `\$\.(request|instance)_id`"):
+            msgspec.msgpack.decode(wire.encode(message), type=type(message))
+
+
+def test_what_is_one_line_already_stays_as_it_is():
+    for text in ("", "a  b", "ü 漢 \\x1b"):
+        assert one_line(text) == text
+    assert one_line(" a \r\n\t b\x00\xa0c\ud800 ") == "a b\\x00 c\\ud800"
+    assert one_line("0123456789 abc", 6) == "012 … abc"

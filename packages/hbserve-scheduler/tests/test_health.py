@@ -55,6 +55,14 @@ def test_the_ways_between_states_are_those_that_are_drawn(ways, states):
     assert found == states.split()
 
 
+def test_why_an_instance_has_failed_is_one_line_whatever_it_says():
+    health = Health()
+    health.answers(InstanceInfo("p0", "prefill", "life 1", "failed", error="CUDA\n\x1b[2Jerror" + "x" * 100_000))
+    assert health.why.isprintable()
+    assert health.why.startswith("CUDA \\x1b[2Jerror")
+    assert len(health.why) < 4100
+
+
 @pytest.fixture
 async def four(make_instance):
     """p0, p1, d0 and d1 by their names."""

@@ -20,14 +20,13 @@ from hbserve.commands.command import (
     LogLevelOption,
     explaining,
     forget_what_nobody_takes,
-    one_line,
     run,
 )
 from hbserve.commands.keys import Rotation, write_keys
 from hbserve.commands.planning import add_to
 from hbserve.commands.running import running
 from hbserve_rpc import own_process
-from hbserve_rpc.plain_values import shown
+from hbserve_rpc.plain_values import one_line, shown
 
 
 def _say_version(wanted: bool) -> None:

@@ -7,6 +7,7 @@ import msgspec
 
 from hbserve_rpc.messages import Empty, InstanceInfo, Role
 from hbserve_rpc.methods import Method, Notification, StreamMethod
+from hbserve_rpc.plain_values import Id
 
 
 class JoinRequest(msgspec.Struct, frozen=True, tag=True):
@@ -23,7 +24,7 @@ class JoinRequest(msgspec.Struct, frozen=True, tag=True):
 class DrainRequest(msgspec.Struct, frozen=True, tag=True):
     """Request to give an instance, in its present life, no new requests. Those that it has go on there."""
 
-    instance_id: str
+    instance_id: Id
     leaves: bool = False
     """Whether to forget the instance when it has no requests left."""
     within_s: Annotated[float, msgspec.Meta(ge=0, le=86400)] | None = None
@@ -33,7 +34,7 @@ class DrainRequest(msgspec.Struct, frozen=True, tag=True):
 class FlipRequest(msgspec.Struct, frozen=True, tag=True):
     """Request that an instance serve in another role, without a restart."""
 
-    instance_id: str
+    instance_id: Id
     role: Literal["prefill", "decode"]
 
 
@@ -52,7 +53,7 @@ class ScaleNews(msgspec.Struct, frozen=True, tag=True):
 class Member(msgspec.Struct, frozen=True, tag=True):
     """An instance, as schedulers of the same instances describe it to each other."""
 
-    instance_id: str
+    instance_id: Id
     role: Role
     address: str
     drained: str = ""

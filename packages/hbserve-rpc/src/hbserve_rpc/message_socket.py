@@ -20,6 +20,7 @@ from typing import Any
 import zmq
 
 from hbserve_rpc import wire
+from hbserve_rpc.plain_values import one_line
 
 MESSAGES_PER_TURN = 64
 """Number of messages after which the rest of the event loop has its turn."""
@@ -269,4 +270,4 @@ class Complaints:
             return
         more = f" ({self._num_unsaid} more such lines since the last one)" if self._num_unsaid else ""
         self._said_s, self._num_unsaid = now_s, 0
-        self._logger.warning(text + more, *arguments)
+        self._logger.warning("%s", one_line(text % arguments if arguments else text) + more)

@@ -18,6 +18,7 @@ import msgspec
 
 from hbserve_rpc.counts import Histogram, HttpCounts, LinkCounts, RpcFaults
 from hbserve_rpc.methods import Method, Notification, StreamMethod
+from hbserve_rpc.plain_values import Id
 from hbserve_rpc.prompt_shape import DIGEST_BYTES, MOST_REPORTED, PromptIds, PromptShape
 from hbserve_rpc.sampling_params import LONGEST_TIMEOUT_S, SamplingParams
 
@@ -49,7 +50,7 @@ class GenerateRequest(msgspec.Struct, frozen=True, tag=True):
     `params.max_tokens` counts them too, and TokenEvent.index continues after them.
     """
 
-    request_id: str
+    request_id: Id
     prompt_token_ids: PromptIds
     params: SamplingParams
     output_token_ids: TokenIds = []
@@ -62,13 +63,13 @@ class GenerateRequest(msgspec.Struct, frozen=True, tag=True):
 class DecodeRequest(msgspec.Struct, frozen=True, tag=True):
     """Request to reserve blocks for a prompt that a prefill instance will compute, and then to decode."""
 
-    request_id: str
-    transfer_id: str
+    request_id: Id
+    transfer_id: Id
     prompt_token_ids: PromptIds
     params: SamplingParams
     output_token_ids: TokenIds = []
     left_s: LeftS = None
-    prefill_instance: str = ""
+    prefill_instance: Id = ""
     """Id of the prefill instance whose KV is accepted; "" is any."""
 
 
@@ -83,8 +84,8 @@ class PrefillRequest(msgspec.Struct, frozen=True, tag=True):
     its first token, not for its second.
     """
 
-    request_id: str
-    transfer_id: str
+    request_id: Id
+    transfer_id: Id
     prompt_token_ids: PromptIds
     params: SamplingParams
     grant: bytes = b""
@@ -96,7 +97,7 @@ class PrefillRequest(msgspec.Struct, frozen=True, tag=True):
 class GrantRequest(msgspec.Struct, frozen=True, tag=True):
     """The grant for a PrefillRequest with `grant_follows`. Has no effect if there is no such request (any more)."""
 
-    request_id: str
+    request_id: Id
     grant: bytes
     """The grant; empty if nothing is to be moved because the decode instance has failed. The first token is then sent
     as soon as it is there."""
@@ -124,7 +125,7 @@ class ConnectRequest(msgspec.Struct, frozen=True, tag=True):
 
 
 class AbortRequest(msgspec.Struct, frozen=True, tag=True):
-    request_id: str
+    request_id: Id
     reason: FinishReason = "abort"
     """Finish reason that the request will have: "stop" when the client has found a stop string."""
     choice: int | None = None
@@ -135,14 +136,14 @@ class EndChoice(msgspec.Struct, frozen=True, tag=True):
     """Notice that one of several choices is no longer wanted; the stream goes on with the others. Has no effect if
     there is no such request (any more)."""
 
-    request_id: str
+    request_id: Id
     choice: int
 
 
 class InstanceDied(msgspec.Struct, frozen=True, tag=True):
     """Notice of an instance's death from whoever started it, so that nobody need wait for its heartbeats to fail."""
 
-    instance_id: str
+    instance_id: Id
     why: str
 
 
@@ -232,7 +233,7 @@ class RequestFinished(msgspec.Struct, frozen=True, tag=True):
     kv_transfer_time_s: float = 0.0
     num_cached_tokens: int = 0
     num_attempts: int = 1
-    prefill_instance: str = ""
+    prefill_instance: Id = ""
     decode_instance: str = ""
     choice: int = 0
 
@@ -240,7 +241,7 @@ class RequestFinished(msgspec.Struct, frozen=True, tag=True):
 class InstanceInfo(msgspec.Struct, frozen=True, tag=True):
     """Description of an instance. It is constant for one epoch once `status` is no longer "starting"."""
 
-    instance_id: str
+    instance_id: Id
     role: Role
     epoch: str
     """Id of one life of the instance: of its process, and in this role."""
@@ -273,7 +274,7 @@ class InstanceInfo(msgspec.Struct, frozen=True, tag=True):
 class InstanceStats(msgspec.Struct, frozen=True, tag=True):
     """Snapshot of an instance. Its counters count from the start of the process."""
 
-    instance_id: str
+    instance_id: Id
     role: Role
     status: InstanceStatus
     epoch: str = ""

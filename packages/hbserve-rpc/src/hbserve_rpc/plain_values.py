@@ -7,6 +7,7 @@ Values may be numpy's or torch's, which this package does not import: their scal
 An exception of a caller's own iterator or mapping is passed on: it is the caller's error, not one about a value.
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence, Set
 from contextlib import suppress
 from functools import lru_cache
@@ -23,7 +24,11 @@ LARGEST_TOKEN_ID = 2**31 - 1
 MAX_ID_LENGTH = 256
 MOST_ITEMS = 2**24
 """Largest number of items taken from an iterator: one that never ends must not fill the memory."""
-_SHOWN = 120
+LINE = r"^[^\x00-\x1f\x7f-\x9f\u2028\u2029]*\Z"
+"""Pattern of a text in one line, without what a terminal would obey."""
+Id = Annotated[str, msgspec.Meta(max_length=MAX_ID_LENGTH, pattern=LINE)]
+"""Id from a peer, which logs and messages show unchanged."""
+_SHOWN, _MOST_SAID = 120, 4000
 
 
 def shown(value: object) -> str:
@@ -38,6 +43,17 @@ def shown(value: object) -> str:
 def cut(text: str) -> str:
     """Return the beginning of a text of any length, for a message."""
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}…"
+
+
+def one_line(text: str, most: int = _MOST_SAID) -> str:
+    """Return somebody else's text as one line for a log, with escapes for what a terminal would obey, and without its
+    middle if it is longer than `most`."""
+    if len(text) <= most and text.isprintable():
+        return text
+    joined = " ".join(text.split())
+    if len(joined) > most:
+        joined = f"{joined[: most // 2]} … {joined[-most // 2 :]}"
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in joined)
 
 
 def num_dimensions(value: object) -> Any:
@@ -126,9 +142,11 @@ def plain_text(name: str, text: object) -> str:
 
 
 def plain_id(name: str, value: object) -> str:
-    """Return a plain id. Raises InvalidRequest if it is not a string of 1 to MAX_ID_LENGTH Unicode characters."""
+    """Return a plain id. Raises InvalidRequest if it is not one line of 1 to MAX_ID_LENGTH Unicode characters."""
     if not isinstance(value, str) or not 0 < len(value) <= MAX_ID_LENGTH:
         raise InvalidRequest(f"{name}={shown(value)}: expected a string of 1 to {MAX_ID_LENGTH} characters")
+    if re.match(LINE, value) is None:
+        raise InvalidRequest(f"{name}={shown(value)}: expected one line, without control characters")
     return plain_text(name, value)
 
 

@@ -37,6 +37,7 @@ from hbserve_rpc.errors import (
     RequestTimeout,
     Unavailable,
 )
+from hbserve_rpc.plain_values import one_line
 from hbserve_rpc.trace_context import Traceparent
 
 PROTOCOL_VERSION = 8
@@ -213,8 +214,9 @@ def _sendable(text: str) -> str:
 
 def revive_error(failed: Failed) -> HBServeRpcError:
     """Return the caller's error for a Failed, the inverse of `describe_error`. Errors that decide whether to try again
-    keep their class; any other becomes a RemoteError."""
+    keep their class; any other becomes a RemoteError. Its message is one line."""
+    message = one_line(failed.message)
     if failed.code == Overloaded.code:
         after_s = failed.retry_after_s if failed.retry_after_s > 0 else 0.0
-        return Overloaded(failed.message, min(after_s, LONGEST_RETRY_S))
-    return _CROSS_UNCHANGED.get(failed.code, RemoteError)(failed.message)
+        return Overloaded(message, min(after_s, LONGEST_RETRY_S))
+    return _CROSS_UNCHANGED.get(failed.code, RemoteError)(message)

@@ -23,6 +23,7 @@ Draining applies to one life of an instance: the next one, with another epoch, t
 """
 
 from hbserve_rpc.messages import InstanceInfo, InstanceStatus
+from hbserve_rpc.plain_values import one_line
 
 SERVING: tuple[InstanceStatus, ...] = ("ready", "suspect")
 """States of an instance that takes requests, or probably will in a moment."""
@@ -73,5 +74,5 @@ class Health:
 
     def _become(self, state: InstanceStatus, why: str) -> bool:
         is_another = state != self.state
-        self.state, self.why = state, why
+        self.state, self.why = state, one_line(why)
         return is_another

@@ -18,6 +18,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from hbserve_rpc import own_process
+from hbserve_rpc.plain_values import one_line
 from hbserve_rpc.stderr_log import log_to_stderr
 
 
@@ -108,13 +109,6 @@ def forget_what_nobody_takes() -> None:
             sys.stdout.flush()
         except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def one_line(text: str) -> str:
-    """Join lines, and escape what is not printable. Messages of other programs may have several lines, and names of
-    files may contain control characters, which the terminal must not obey."""
-    joined = " ".join(text.split())
-    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in joined)
 
 
 def _in_words(error: Exception) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hbserve_rpc import InvalidRequest, StructuredOutputsParams
+from hbserve_rpc.plain_values import one_line
 
 _LIMITS: dict[str, Any] = {
     "initial_lexer_fuel": 200_000,
@@ -21,7 +22,7 @@ _LIMITS: dict[str, Any] = {
 }
 _JSON_OPTIONS: Any = {"whitespace_pattern": r"[ \n\r\t]{0,32}"}
 """Options for schemas: a model may lay out JSON as it likes, but not write white space for ever."""
-_SHOWN = 150
+_SHOWN = 300
 
 
 def read_tokenizer(path: Path, vocab_size: int, eos_token_ids: Ids[int]) -> Any:
@@ -58,8 +59,7 @@ def compile_grammar(tokenizer: Any, wanted: StructuredOutputsParams) -> Any:
 def shortened(error: str) -> str:
     """Bring an error of llguidance into one line, shortened in the middle, where it may quote a whole grammar between
     its kind and its reason."""
-    line = " ".join(error.removesuffix("<non-verbose/>").split())
-    return line if len(line) <= 2 * _SHOWN else f"{line[:_SHOWN]} … {line[-_SHOWN:]}"
+    return one_line(error.removesuffix("<non-verbose/>").strip(), _SHOWN)
 
 
 def _source(wanted: StructuredOutputsParams) -> str:

@@ -17,11 +17,11 @@ from typing import Annotated, Any
 import msgspec
 
 from hbserve_kv.integrations.vllm_orders import Computed, Orders, Params, Source, Wanted
+from hbserve_kv.protocol.messages import MOST_RANKS, Name
 from hbserve_rpc.address import format_address
 
 logger = logging.getLogger(__name__)
 
-MOST_RANKS = 1 << 10
 FINISHED_WELL = ("FINISHED_LENGTH_CAPPED", "FINISHED_STOPPED")
 """Names of vLLM's RequestStatus with which a prompt is computed; the first token may have been its last."""
 
@@ -36,13 +36,13 @@ class _Given(msgspec.Struct):
 
     do_remote_decode: bool | None = None
     do_remote_prefill: bool | None = None
-    transfer_id: str | int | None = None
+    transfer_id: Name | int | None = None
     tp_size: Annotated[int, msgspec.Meta(ge=1, le=MOST_RANKS)] | None = None
     """Of the side that prefills; without it, and without `remote_ranks`, it is this side's."""
     remote_num_tokens: int | None = None
-    remote_ranks: Annotated[list[tuple[str, str]], msgspec.Meta(max_length=MOST_RANKS)] | None = None
+    remote_ranks: Annotated[list[tuple[Name, Name]], msgspec.Meta(max_length=MOST_RANKS)] | None = None
     """Address and epoch of each rank there."""
-    remote_host: str | None = None
+    remote_host: Name | None = None
     remote_port: Annotated[int, msgspec.Meta(ge=0, le=65535)] | None = None
     """Port of rank 0's control server; the others follow."""
 

@@ -28,6 +28,7 @@ What was announced is sent, and what is sent over a two-sided transport must be 
 cannot take ends the link. The receiver says why by Cancelled, and ends the stream, so that the sender ends its send.
 """
 
+import re
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -37,6 +38,7 @@ from hbserve_kv.errors import TransferFailed
 from hbserve_kv.memory.layout import HeadRange, Layout, Side
 from hbserve_kv.memory.memory import Region
 from hbserve_rpc import Method, Notification, StreamMethod
+from hbserve_rpc.plain_values import LINE, shown
 from hbserve_rpc.wire import UNREADABLE
 
 PROTOCOL_VERSION = 10
@@ -44,7 +46,9 @@ PROTOCOL_VERSION = 10
 NotNegative = Annotated[int, msgspec.Meta(ge=0)]
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
 """NaN and infinity are refused."""
-Name = Annotated[str, msgspec.Meta(max_length=1 << 10)]
+MOST_CHARACTERS = 1 << 10
+Name = Annotated[str, msgspec.Meta(max_length=MOST_CHARACTERS, pattern=LINE)]
+"""As logs and messages may have it."""
 MOST_RANKS = 1 << 10
 """Limit of ranks of one receiver: a sender connects to each of them."""
 MOST_UNITS = 1 << 22
@@ -55,11 +59,11 @@ class Grant(msgspec.Struct, frozen=True, tag=True):
     """Permission to write to blocks of the receiver. Made by the receiver, read by the sender; opaque to whoever
     carries it."""
 
-    transfer_id: str
+    transfer_id: Name
     """ "" in an endpoint, which says where the receiver is and grants nothing."""
-    address: str
+    address: Name
     """`host:port` of the receiver's control server."""
-    epoch: str
+    epoch: Name
     heads: HeadRange
     """KV heads that the receiver's blocks hold."""
 
@@ -89,6 +93,8 @@ def checked_id(transfer_id: object) -> str:
     """Return the id. Raises TypeError or ValueError if it cannot be sent to a peer."""
     if not isinstance(transfer_id, str):
         raise TypeError(f"transfer_id={transfer_id!r}: expected a string")
+    if len(transfer_id) > MOST_CHARACTERS or re.match(LINE, transfer_id) is None:
+        raise ValueError(f"transfer_id={shown(transfer_id)}: expected one line of at most {MOST_CHARACTERS} characters")
     if not transfer_id.isascii():
         try:
             transfer_id.encode()
@@ -109,17 +115,17 @@ class Handshake(msgspec.Struct, frozen=True, tag=True):
 
     protocol_version: int
     rank: int
-    epoch: str
-    address: str
-    fingerprint: dict[str, str | int]
+    epoch: Name
+    address: Name
+    fingerprint: dict[Name, Name | int]
     heads: HeadRange
     layout: Layout
     """Layout of the sender's pool. What the two sides have in common follows from both layouts: see
     `hbserve_kv.memory.layout.sides`."""
     offers: dict[str, bytes]
     """Transports that the sender can use, best first, each with its `describe()`."""
-    link: str
-    name: str = ""
+    link: Name
+    name: Name = ""
     """Of the sender's instance: a transfer may be granted to one instance by name, see
     `KVTransferManager.post_receive`."""
 
@@ -128,20 +134,20 @@ class LinkReply(msgspec.Struct, frozen=True, tag=True):
     """Identity of the receiver, and the transport that it has chosen."""
 
     rank: int
-    epoch: str
+    epoch: Name
     heads: HeadRange
     layout: Layout
-    transport: str
+    transport: Name
     """The first of the sender's offers that the receiver can use too."""
     description: bytes
-    passed_over: dict[str, str]
+    passed_over: dict[Name, str]
     """Better offers, and why they were not chosen."""
 
 
 class Told(msgspec.Struct, frozen=True, tag=True):
     """Sets a value of the link's rendezvous: see `hbserve_kv.transports.base.Rendezvous`."""
 
-    link: str
+    link: Name
     name: Name
     value: bytes
 
@@ -149,22 +155,22 @@ class Told(msgspec.Struct, frozen=True, tag=True):
 class Asked(msgspec.Struct, frozen=True, tag=True):
     """Asks for a value of the link's rendezvous; answered by a Told as soon as either end has set it."""
 
-    link: str
+    link: Name
     name: Name
 
 
 class Cancelled(msgspec.Struct, frozen=True, tag=True):
     """Says that the receiver gives up a transfer."""
 
-    transfer_id: str
+    transfer_id: Name
     reason: str
 
 
 class Begin(msgspec.Struct, frozen=True, tag=True):
     """Opens a transfer. `num_bytes` is set if the receiver has not granted it; it then goes to the lookup buffer."""
 
-    transfer_id: str
-    link: str
+    transfer_id: Name
+    link: Name
     num_bytes: NotNegative | None = None
 
 
@@ -220,8 +226,8 @@ class AnnouncedPart(msgspec.Struct, frozen=True, array_like=True):
 class PartsAnnounced(msgspec.Struct, frozen=True, tag=True):
     """Parts of one transfer that come next over a two-sided link, in this order."""
 
-    transfer_id: str
-    link: str
+    transfer_id: Name
+    link: Name
     parts: Annotated[list[AnnouncedPart], msgspec.Meta(max_length=1 << 10)]
     """The announced parts. A sender announces at most 16 at a time."""
 
@@ -229,8 +235,8 @@ class PartsAnnounced(msgspec.Struct, frozen=True, tag=True):
 class Commit(msgspec.Struct, frozen=True, tag=True):
     """Says that the sender has no more parts. Once all have landed, the transfer is the receiver's."""
 
-    transfer_id: str
-    link: str
+    transfer_id: Name
+    link: Name
     num_parts: NotNegative
     num_bytes: NotNegative
     """Number of bytes, which tell with a one-sided transport how many blocks have been written."""
@@ -244,8 +250,8 @@ class Commit(msgspec.Struct, frozen=True, tag=True):
 class Abandon(msgspec.Struct, frozen=True, tag=True):
     """Says that the sender gives up a transfer."""
 
-    transfer_id: str
-    link: str
+    transfer_id: Name
+    link: Name
     reason: str
     drained: bool
     """Whether the sender will not write to this transfer's blocks any more."""
@@ -257,8 +263,8 @@ class Keep(msgspec.Struct, frozen=True, tag=True):
     """Says that the receiver wants what is offered, or will be offered. This holds until the stream ends that it
     opens."""
 
-    transfer_id: str
-    epoch: str = ""
+    transfer_id: Name
+    epoch: Name = ""
     """Of the sender that has offered it; "" if it may be offered much later, by any life."""
     num_receivers: NotNegative = 1
     """How many ranks of the receiver fetch from this rank of the sender; 0: none needs it, and it may be dropped."""
@@ -274,7 +280,7 @@ class Offered(msgspec.Struct, frozen=True, tag=True):
 class Fetch(msgspec.Struct, frozen=True, tag=True):
     """Says where the blocks are to go. Sent by a receiver that keeps the offer."""
 
-    transfer_id: str
+    transfer_id: Name
     grant: bytes
     first: NotNegative = 0
     """Position of the first wanted block among those offered; the receiver already has those before it."""
@@ -283,8 +289,8 @@ class Fetch(msgspec.Struct, frozen=True, tag=True):
 class Alive(msgspec.Struct, frozen=True, tag=True):
     """Report of an instance about itself as a sender."""
 
-    epoch: str
-    writing: list[str]
+    epoch: Name
+    writing: list[Name]
     """Links over which it may still write."""
 
 

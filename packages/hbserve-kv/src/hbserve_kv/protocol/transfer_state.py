@@ -22,6 +22,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum
 
+from hbserve_rpc.plain_values import one_line
+
 
 class Phase(IntEnum):
     """Phase in the life of a transfer, as drawn above."""
@@ -93,7 +95,7 @@ class TransferState:
 
     phase: Phase = field(default=Phase.OPENING, init=False)
     cause: str = field(default="", init=False)
-    """Why it has failed; "" if it has not."""
+    """Why it has failed, in one line: a peer or a backend may have said it; "" if it has not."""
 
     @property
     def failed(self) -> bool:
@@ -196,7 +198,7 @@ class IncomingState(TransferState):
 
     def fail(self, cause: str) -> None:
         if self.phase in (Phase.OPENING, Phase.MOVING):
-            self.phase, self.cause = Phase.DRAINING, cause
+            self.phase, self.cause = Phase.DRAINING, one_line(cause)
             self._drain()
 
     def sender_drained(self, link: str) -> bool:
@@ -370,7 +372,7 @@ class SendState(TransferState):
         given = self.legs if leg is None else [self.legs[leg]]
         if self.failed or all(each.acknowledged for each in given):
             return False
-        self.phase, self.cause, self.error = Phase.DRAINING, cause, error
+        self.phase, self.cause, self.error = Phase.DRAINING, one_line(cause), error
         return self._changed()
 
     def close(self, leg: int) -> None:

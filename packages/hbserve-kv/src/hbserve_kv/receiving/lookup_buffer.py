@@ -17,6 +17,7 @@ from hbserve_kv.memory.memory import Memory
 from hbserve_kv.protocol.messages import NotNegative
 from hbserve_kv.protocol.transfer_state import Outcome, TransferResult
 from hbserve_kv.receiving.transfer import IncomingTransfer
+from hbserve_rpc.plain_values import one_line
 
 if TYPE_CHECKING:
     import torch
@@ -176,5 +177,5 @@ def tensor_of(request_id: str, shape: bytes, blocks: "torch.Tensor") -> "torch.T
         return blocks.view(-1)[:num_bytes].view(dtype).view(what.shape)
     except (msgspec.DecodeError, AttributeError, TypeError, ValueError, RuntimeError) as error:
         raise TransferFailed(
-            f"{request_id}: its sender describes another tensor than the one that came: {error}"
+            f"{request_id}: its sender describes another tensor than the one that came: {one_line(str(error))}"
         ) from error

@@ -30,6 +30,7 @@ from hbserve_kv.protocol.transfer_state import (
 )
 from hbserve_kv.transports.base import Deadline, HeldRendezvous, Link, Part, Transport, disconnect
 from hbserve_rpc import Peer
+from hbserve_rpc.plain_values import one_line
 
 logger = logging.getLogger(__name__)
 
@@ -144,7 +145,7 @@ class IncomingLink:
         """End the link from this side: its transfers fail, which tells the sender why, and then its stream ends."""
         if self.broken:
             return
-        self.broken = why
+        self.broken = why = one_line(why)
         if self.is_connected:
             logger.warning("the link from rank %d broke: %s", self.hello.rank, why)
         for transfer in list(self.transfers):

@@ -18,6 +18,7 @@ from hbserve_kv.sending.link import OutgoingLink
 from hbserve_kv.transports.base import Link, Transport, disconnect
 from hbserve_rpc import HBServeRpcError, InvalidAddress, Keys, RpcClient, RpcStream
 from hbserve_rpc.own_process import with_file_limit
+from hbserve_rpc.plain_values import one_line
 
 logger = logging.getLogger(__name__)
 
@@ -194,7 +195,7 @@ class Peers:
                 await client.close()
                 raise
             if error is None:
-                passed_over = "".join(f"; not {name}: {reason}" for name, reason in reply.passed_over.items())
+                passed_over = one_line("".join(f"; not {name}: {why}" for name, why in reply.passed_over.items()))
                 whom = "itself" if address == self._my_address() else address
                 logger.info(
                     "link to %s: %s%s%s", whom, transport.name, link.summary and f", {link.summary}", passed_over
@@ -202,11 +203,11 @@ class Peers:
                 return OutgoingLink(client, stream, reply, link, transport, timeout_s)
             await stream.aclose()
             await client.close()
+            problem = one_line(with_file_limit(str(error)))  # Gloo says what failed, and not at which limit
             if not offers:
-                problem = with_file_limit(str(error))  # Gloo says what failed, and not at which limit
                 raise TransferFailed(f"no connection to {address} by {transport.name}: {problem}") from error
             logger.warning(
-                "no connection to %s by %s, next is %s: %s", address, transport.name, next(iter(offers)), error
+                "no connection to %s by %s, next is %s: %s", address, transport.name, next(iter(offers)), problem
             )
 
     def _client(self, address: str) -> RpcClient:
