@@ -2,12 +2,15 @@
 
 import asyncio
 import errno
+import gc
 import multiprocessing
 import os
 import random
 import signal
 import socket
 import threading
+from collections.abc import AsyncIterator
+from types import SimpleNamespace
 from typing import Any
 
 import hbserve_kv_victims as victims
@@ -16,7 +19,7 @@ import torch
 
 from hbserve_kv import KVTransferManager, Outcome
 from hbserve_kv.transports import nccl, own_sockets
-from hbserve_kv.transports.base import Link
+from hbserve_kv.transports.base import Link, disconnect
 from hbserve_kv.transports.nccl import LONGEST_BYTES, PACKED_BYTES, RECEIVER, SENDER, _pieces
 from hbserve_kv.transports.own_sockets import _own_sockets
 from hbserve_rpc.address import is_own_address
@@ -135,6 +138,50 @@ async def test_a_group_that_ends_slowly_keeps_nobody_waiting(ends):
         is_over.set()
         for link in links:
             link.executor.shutdown(wait=False)
+
+
+@pytest.fixture
+async def unmade() -> AsyncIterator[tuple[nccl.NcclTransport, Link]]:
+    """A link to nobody."""
+    nothing: Any = None
+    transport = nccl.NcclTransport("127.0.0.1", 0.2)
+    await transport.start(SimpleNamespace(is_on_gpu=False))  # type: ignore[arg-type]
+    link = Link("key", True, RECEIVER, transport.describe(), nothing, nothing)
+    yield transport, link
+    await disconnect(transport, link)
+
+
+async def test_a_link_that_is_not_made_leaves_no_socket_for_as_long_as_its_error_is_kept(unmade):
+    transport, link = unmade
+    before = listening("127.0.0.1")
+    gc.disable()
+    try:
+        with pytest.raises((RuntimeError, TimeoutError)) as raised:  # in words of a version of torch
+            await transport.connect(link)
+        assert listening("127.0.0.1") <= before
+    finally:
+        gc.enable()
+    assert raised.tb is not None
+
+
+async def test_a_group_that_is_made_after_its_link_was_given_up_is_ended(unmade, monkeypatch):
+    transport, link = unmade
+    may_go_on, has_ended = threading.Event(), threading.Event()
+    group = SimpleNamespace(process_group=SimpleNamespace(abort=has_ended.set))
+
+    def make(*_: object) -> Any:
+        assert may_go_on.wait(victims.DEADLINE_S)
+        return group
+
+    monkeypatch.setattr(transport, "_make_group", make)
+    connecting = asyncio.create_task(transport.connect(link))
+    await asyncio.sleep(0.05)
+    connecting.cancel()
+    await asyncio.gather(connecting, return_exceptions=True)
+    assert not has_ended.is_set()
+    may_go_on.set()
+    assert await asyncio.to_thread(has_ended.wait, victims.DEADLINE_S)
+    assert not transport._groups
 
 
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "frozen"])

@@ -10,6 +10,7 @@ from datetime import timedelta
 from functools import cached_property
 from queue import SimpleQueue
 from threading import Thread
+from traceback import clear_frames
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from hbserve_kv.memory.layout import CopyPlan, Side, agreement
@@ -19,15 +20,6 @@ T = TypeVar("T")
 
 MAX_VALUES, MAX_BYTES = 64, 1 << 20
 """Limits of one link's rendezvous; a group of two ranks needs two values of a few hundred bytes."""
-
-GPU_PART_BYTES = 1 << 30
-"""For `max_part_bytes` of transports that move GPU memory: queueing a part and hearing of its end takes two switches of
-thread, in which more than 64 MiB could move."""
-
-COPY_PRIORITY = -1
-"""Priority of CUDA streams that move blocks; lower is more urgent, and the computation's is 0. So a copy kernel gets
-the next multiprocessors that are free, and not those that a large matrix product leaves when its last tiles have
-begun."""
 
 logger = logging.getLogger(__name__)
 
@@ -373,8 +365,9 @@ def _wait_for_each(waits: Sequence[Callable[[], Any]], waited: "SimpleQueue[Exce
         waited.put(error)
 
 
-async def abandonable(blocking: Callable[..., T], *arguments: Any) -> T:
-    """Run in a daemon thread of its own, for which a cancelled caller does not wait.
+async def abandonable(blocking: Callable[..., T], *arguments: Any, end: Callable[[T], Any] | None = None) -> T:
+    """Run in a daemon thread of its own, for which a cancelled caller does not wait. What it returns after that is
+    given to `end`, in another such thread.
 
     Gloo and NCCL wait for a frozen peer until their timeout, and no call ends that wait. It touches no block meanwhile.
     """
@@ -385,10 +378,17 @@ async def abandonable(blocking: Callable[..., T], *arguments: Any) -> T:
         try:
             outcome.set_result(blocking(*arguments))
         except BaseException as error:
+            clear_frames(error.__traceback__)  # Gloo's sockets are in one, and would last as long as the error does
             outcome.set_exception(error)
 
+    def end_it(made: Future[T]) -> None:
+        if end is not None and made.exception() is None:
+            Thread(target=end, args=[made.result()], daemon=True).start()
+
     Thread(target=run, name="kv-link", daemon=True).start()
-    return await asyncio.wrap_future(outcome)
+    result = asyncio.wrap_future(outcome)
+    result.add_done_callback(lambda _: result.cancelled() and outcome.add_done_callback(end_it))
+    return await result
 
 
 async def disconnect(transport: Transport, link: Link) -> None:

@@ -18,10 +18,11 @@ import msgspec
 
 from hbserve_kv.errors import BackendUnavailable
 from hbserve_kv.memory import shared_memory
+from hbserve_kv.memory.events import COPY_PRIORITY, GPU_PART_BYTES
 from hbserve_kv.memory.layout import CopyPlan
 from hbserve_kv.memory.memory import REGIONS, WORD_BYTES, Memory, copy_on_host, tensor_at
 from hbserve_kv.memory.shared_memory import Mapping, SharedRegion
-from hbserve_kv.transports.base import COPY_PRIORITY, GPU_PART_BYTES, Link, Moving, Part, Transport
+from hbserve_kv.transports.base import Link, Moving, Part, Transport
 
 
 class DeviceRegion(msgspec.Struct, frozen=True):

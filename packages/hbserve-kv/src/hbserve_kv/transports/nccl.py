@@ -26,12 +26,10 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from hbserve_kv.memory.events import on_stream
+from hbserve_kv.memory.events import COPY_PRIORITY, GPU_PART_BYTES, on_stream
 from hbserve_kv.memory.layout import runs_of
 from hbserve_kv.memory.memory import Memory, Rows
 from hbserve_kv.transports.base import (
-    COPY_PRIORITY,
-    GPU_PART_BYTES,
     Link,
     LinkValues,
     Moving,
@@ -138,7 +136,8 @@ class NcclTransport(Transport):
         # With a pool that is not torch's, under `auto`, only here: importing takes seconds, in which the loop goes on.
         await link.run(importlib.import_module, "torch.distributed")
         store = link_store(link.rendezvous, self._timeout.total_seconds())
-        self._groups[link] = await abandonable(self._make_group, link, store)
+        making = abandonable(self._make_group, link, store, end=lambda group: group.process_group.abort())
+        self._groups[link] = await making
 
     def _make_group(self, link: Link, store: LinkValues) -> _Group:
         peer = _decode(link.peer_description)
