@@ -13,6 +13,7 @@ from hbserve_scheduler import ConfigError, SchedulerServer, convert, discovery, 
 from hbserve_scheduler.config_file import load_config
 from hbserve_scheduler.declared import DeclaredInstances
 from hbserve_scheduler.discovery import DnsName
+from hbserve_scheduler.fleet import Fleet
 
 HYBRID = {"instance_type": "hybrid"}
 
@@ -163,6 +164,34 @@ async def test_two_addresses_of_one_life_are_one_instance(serve, names, make_ins
     await until(lambda: len(server.declared._discoveries[0]._ids) == 1)
     assert statuses(server) == {"pod-0": "ready"}
     assert not server.members._leaving
+
+
+async def test_addresses_of_one_life_that_are_found_together_do_not_replace_each_other(
+    names, make_instance, until, monkeypatch, serve
+):
+    """Before the first of them has been reached, too."""
+    pod = await make_instance("hybrid", "pod-0")
+    names["h", 7] = [f"localhost:{pod.server.port}", pod.address, f"127.0.0.2:{pod.server.port}"]
+    removed, remove = [], Fleet.remove
+
+    async def noted(fleet: Fleet, instance_id: str, *why: str) -> None:
+        removed.append(instance_id)
+        await remove(fleet, instance_id, *why)
+
+    monkeypatch.setattr(Fleet, "remove", noted)
+    server = await serve(HYBRID | {"discover": "dns:h:7"})
+    await until(lambda: len(server.declared._discoveries[0]._ids) >= 2 and statuses(server) == {"pod-0": "ready"})
+    assert removed == []
+
+
+async def test_a_life_that_is_lost_at_one_address_is_used_at_another(names, make_instance, until, serve):
+    pod = await make_instance("hybrid", "pod-0")
+    server = await serve(HYBRID | {"instance_id": "pod-0", "host": "127.0.0.1", "port": 9})
+    assert statuses(server) == {"pod-0": "lost"}
+    info = await server.members.join(pod.address)
+    assert info.instance_id == "pod-0"
+    await until(lambda: statuses(server) == {"pod-0": "ready"})
+    assert server.scheduler.fleet.handles["pod-0"].address == pod.address
 
 
 async def test_a_name_is_looked_up_beside_the_event_loop():

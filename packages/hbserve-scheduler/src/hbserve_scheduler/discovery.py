@@ -3,8 +3,9 @@
     gpu_instances: [{instance_type: prefill, discover: "dns:prefill.example:5555"}]
 
 A name has as many addresses as there are instances, all with the same port; a headless service of Kubernetes is such a
-name. Each instance describes itself. An instance is removed only by an answer that lacks its address: no answer at all,
-or a name without any address, says nothing about instances.
+name. Each instance describes itself. One that is found at several addresses is one instance: it is used at the first
+that answers, and at another one only once that no longer does. An instance is removed only by an answer that lacks its
+address: no answer at all, or a name without any address, says nothing about instances.
 """
 
 import asyncio

@@ -63,7 +63,8 @@ class Membership:
     # ---- asked for by somebody who decides -----------------------------------------------------------------------
 
     async def join(self, address: str, role: Role | None = None, *, again: bool = False) -> InstanceInfo:
-        """Add the instance at `host:port`, as it describes itself. If it is a member already, it stays one.
+        """Add the instance at `host:port`, as it describes itself. If it is a member already, it stays one, at the
+        address that it has, for as long as this life of it answers there.
 
         again: whether to add even a life that was told to drain or to leave for good, which then takes requests again.
 
@@ -81,14 +82,13 @@ class Membership:
         started_as = info.started_as or info.role
         if role not in (None, started_as):
             raise InvalidRequest(f"{info.instance_id} at {address}: it is a {started_as} instance, expected {role}")
-        known = self._fleet.handles.get(info.instance_id)
-        if known is not None and known.address != address:
-            if known.epoch == info.epoch:  # this is another address of the same life
-                return info
+        while (known := self._fleet.handles.get(info.instance_id)) is not None and known.address != address:
+            if known.epoch == info.epoch or await self._is_about_to_be(known, info.epoch):
+                return info  # this is another address of the same life
             if known.status != "lost":
                 raise InvalidRequest(f"{info.instance_id} at {address}: {known.address} has this id and is in use")
-            await self._fleet.remove(info.instance_id)
-            known = None
+            if self._fleet.handles.get(info.instance_id) is known:
+                await self._fleet.remove(info.instance_id)
         if known is None:
             await self._fleet.add(info.instance_id, started_as, address)
             logger.info("%s at %s joins", info.instance_id, address)
@@ -97,6 +97,15 @@ class Membership:
         if not again:
             self._watch(info.instance_id)
         return info
+
+    async def _is_about_to_be(self, handle: InstanceHandle, epoch: str) -> bool:
+        """Whether a member that is not reached (yet) answers at its known address, as the life with this epoch."""
+        last = handle.last_stats
+        if handle.status != "lost" or (last is not None and last.epoch != epoch):
+            return False
+        with contextlib.suppress(HBServeRpcError):
+            return (await self._describe(handle.address)).epoch == epoch
+        return False
 
     def _watch(self, instance_id: str) -> None:
         """Restart the timer of FORGOTTEN_S for an instance that has joined by itself."""

@@ -382,12 +382,12 @@ async def abandonable(blocking: Callable[..., T], *arguments: Any, end: Callable
             outcome.set_exception(error)
 
     def end_it(made: Future[T]) -> None:
-        if end is not None and made.exception() is None:
+        if end is not None and result.cancelled() and made.exception() is None:
             Thread(target=end, args=[made.result()], daemon=True).start()
 
     Thread(target=run, name="kv-link", daemon=True).start()
     result = asyncio.wrap_future(outcome)
-    result.add_done_callback(lambda _: result.cancelled() and outcome.add_done_callback(end_it))
+    result.add_done_callback(lambda _: outcome.add_done_callback(end_it))
     return await result
 
 
