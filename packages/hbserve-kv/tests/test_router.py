@@ -2,7 +2,9 @@
 
 import asyncio
 import contextlib
+import gzip
 import json
+import resource
 import socket
 
 import msgspec
@@ -14,6 +16,7 @@ from aiohttp import ClientPayloadError, ClientSession, web
 
 from hbserve_kv.integrations.router import Router, is_one_sequence, main
 from hbserve_kv.integrations.router_servers import Server
+from hbserve_rpc.own_process import MOST_FILES
 
 DEADLINE_S = 30
 PARAMS = {"do_remote_prefill": True, "transfer_id": "of the prefill server"}
@@ -30,6 +33,10 @@ class Vllm:
         self.is_frozen = False
         self.num_failing = 0
         """So many answers end without a token: so does a stream of vLLM's whose KV did not come."""
+        self.fails_with = b""
+        """What such an answer has in place of a token."""
+        self.headers = []
+        """Of each request."""
         self.asked, self.goes_on, self.left = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self.goes_on.set()
         self.answers = asyncio.Event()
@@ -39,7 +46,7 @@ class Vllm:
         self.url = ""
 
     async def start(self):
-        app = web.Application()
+        app = web.Application(handler_args={"max_field_size": 1 << 16})
         app.router.add_get("/health", self._health)
         app.router.add_get("/v1/models", self._models)
         app.router.add_post("/v1/{what:.*}", self._generate)
@@ -70,6 +77,7 @@ class Vllm:
     async def _answer(self, request):
         body = await request.json()
         self.bodies.append(body)
+        self.headers.append(request.headers)
         self.asked.set()
         if self.status != 200:
             return web.json_response({"error": self.name}, status=self.status, headers={"Retry-After": "3"})
@@ -80,6 +88,7 @@ class Vllm:
         await response.prepare(request)
         if self.num_failing:
             self.num_failing -= 1
+            await response.write(self.fails_with)
         else:
             await response.write(b'data: {"first": 1}\n\n')
             await self.goes_on.wait()
@@ -213,13 +222,14 @@ async def test_a_server_that_is_gone_or_fails_is_replaced_before_the_client_has_
     assert len(other.bodies) >= 4
 
 
+@pytest.mark.parametrize("says", [b"", b'data: {"error": {"message": "no KV", "code": 500}}\n\n'])
 @pytest.mark.parametrize("kv_port", ["", ",7100"])
 async def test_an_answer_that_ends_without_a_token_is_asked_for_again_with_another_prefill_server(
-    servers, route, kv_port
+    servers, route, kv_port, says
 ):
     prefill, other, decode = await servers("p", "q", "d")
     client = await route([prefill, other], [decode], kv_port)
-    decode.num_failing = 1
+    decode.num_failing, decode.fails_with = 1, says
     async with client.ask(stream=True) as answer:
         assert answer.status == 200
         assert await answer.content.read() == b'data: {"first": 1}\n\ndata: [DONE]\n\n'
@@ -239,10 +249,11 @@ async def test_where_answers_end_without_a_token_another_decode_server_is_asked_
 async def test_a_client_hears_of_answers_that_all_end_without_a_token(servers, route):
     prefill, decode = await servers("p", "d")
     client = await route([prefill], [decode])
-    decode.num_failing = 9
+    decode.num_failing, decode.fails_with = 9, b'data: {"error": {"message": "no KV"}}\n\n'
     async with client.ask(stream=True) as answer:
         assert answer.status == 502
-        assert "before its first token" in (await answer.json())["error"]["message"]
+        said = (await answer.json())["error"]["message"]
+        assert 'before its first token: data: {"error": {"message": "no KV"}}' in said
 
 
 async def test_without_a_prefill_server_the_decode_server_does_both(servers, route):
@@ -327,6 +338,42 @@ async def test_a_client_that_leaves_ends_its_request_on_the_servers(servers, rou
         await answer.content.readline()
         answer.close()
     await decode.left.wait()
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/other"])
+async def test_a_body_that_a_client_has_compressed_is_passed_on_as_it_was_before(servers, route, path):
+    prefill, decode = await servers("p", "d")
+    client = await route([prefill], [decode])
+    body = {"prompt": "hello", "n": 1}
+    compressed = {"data": gzip.compress(json.dumps(body).encode()), "headers": {"Content-Encoding": "gzip"}}
+    async with client._session.post(client._url + path, **compressed) as answer:
+        assert answer.status == 200
+    assert decode.bodies[0]["prompt"] == "hello"
+    assert "Content-Encoding" not in decode.headers[0]
+
+
+async def test_a_long_header_is_passed_on(servers, route):
+    """Of a token that somebody is known by, or cookies: aiohttp takes 8190 bytes where nothing else is said."""
+    prefill, decode = await servers("p", "d")
+    client = await route([prefill], [decode])
+    long = {"Authorization": "x" * 20_000}
+    async with client._session.post(client._url + "/v1/completions", json={"prompt": "a"}, headers=long) as answer:
+        assert answer.status == 200
+    assert decode.headers[0]["Authorization"] == prefill.headers[0]["Authorization"] == "x" * 20_000
+
+
+def test_a_router_takes_many_clients_at_once(monkeypatch):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    begun = {}
+    monkeypatch.setattr(web, "run_app", lambda app, **settings: begun.update(settings))
+    most = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most - 1, hard))
+    try:
+        main(["--prefill", "http://127.0.0.1:1", "--decode", "http://127.0.0.1:1"])
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (most, hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert begun["backlog"] == 2048
 
 
 @pytest.mark.parametrize("body", [{"n": 2}, {"prompt": ["a", "b"]}, {"prompt": [[1, 2], [3]]}])

@@ -60,7 +60,7 @@ def set_up() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [*_ENDING, signal.SIGCHLD])
     if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    _allow_many_files()
+    allow_many_files()
 
 
 def ending_signals() -> list[signal.Signals]:
@@ -228,7 +228,7 @@ def with_file_limit(text: str) -> str:
     return f"{text}: this process may open {most}; raise `ulimit -n`"
 
 
-def _allow_many_files() -> None:
+def allow_many_files() -> None:
     """Raise the limit of open files: each peer and client takes one. The usual limit, 1024, is low only for the sake of
     programs that call select()."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -27,8 +27,10 @@ try:
 except ImportError as error:
     raise BackendUnavailable("the router needs aiohttp: pip install 'hbserve-kv[router]'") from error
 
-from hbserve_kv.integrations.router_http import Answer
+from hbserve_kv.integrations.router_http import MOST_HEAD_BYTES, Answer
 from hbserve_kv.integrations.router_servers import Server, ServerLost, least_busy
+from hbserve_rpc.own_process import allow_many_files
+from hbserve_rpc.plain_values import one_line
 from hbserve_rpc.stderr_log import log_to_stderr
 
 logger = logging.getLogger(__name__)
@@ -49,8 +51,12 @@ OF_ONE_HOP = {
     b"upgrade",
 }
 """Headers that are not passed on."""
-END_OF_STREAM = b"data: [DONE]"
-"""Last event of an answer that is streamed: if it is the only one, the request has failed."""
+NOT_OF_REQUESTS = OF_ONE_HOP | {b"content-encoding"}
+"""What a client has compressed is read by aiohttp, and passed on as it was before."""
+FAILED = b"data: [DONE]", b'data: {"error"', b'data: {"object":"error"'
+"""How an answer that is streamed begins if the request has failed: with its end, or an error in place of a token."""
+BACKLOG = 2048
+"""Clients that may connect at the same moment; Linux allows `net.core.somaxconn` of them, 4096."""
 MOST_UNSENT_BYTES = 1 << 16
 """How much of an answer its client may leave unread before the router stops reading from the server."""
 
@@ -129,7 +135,7 @@ class Exchange:
     async def _ask(self, server: Server, body: Body) -> AsyncIterator[Answer]:
         """Send the request to a server, with this body, and yield the answer."""
         content = msgspec.json.encode(body) if isinstance(body, dict) else body
-        headers = [header for header in self._request.raw_headers if header[0].lower() not in OF_ONE_HOP]
+        headers = [header for header in self._request.raw_headers if header[0].lower() not in NOT_OF_REQUESTS]
         async with server.asked():
             answer = await server.connections.ask(self._request.method, self._request.path_qs, headers, content)
             try:
@@ -160,9 +166,10 @@ class Exchange:
                 raise Refused.of(answer, await answer.read(), server)
             pieces = answer.pieces(self._write_at_once)
             piece = await anext(pieces, b"")
-            if piece.startswith(END_OF_STREAM):
-                suspects = [each for each in (prefill, server) if each]
-                raise Refused.saying(502, f"{server.url} ended the answer before its first token", *suspects)
+            if piece.startswith(FAILED):
+                suspects, said = [each for each in (prefill, server) if each], one_line(piece.decode(errors="replace"))
+                problem = f"{server.url} ended the answer before its first token: {said}"
+                raise Refused.saying(502, problem, *suspects)
             response = await self._begin(answer)
             while piece:
                 await self._write(response.write(piece))
@@ -217,7 +224,8 @@ class Router:
         self._check_interval_s = check_interval_s
 
     def app(self) -> web.Application:
-        app = web.Application(client_max_size=MOST_BODY_BYTES)
+        limits = {"max_line_size": MOST_HEAD_BYTES, "max_field_size": MOST_HEAD_BYTES}
+        app = web.Application(client_max_size=MOST_BODY_BYTES, handler_args=limits)
         app.cleanup_ctx.append(self._run)
         app.router.add_get("/health", self._health)
         for path in GENERATING:
@@ -329,11 +337,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--port", type=int, default=8000)
     options = parser.parse_args(arguments)
     log_to_stderr("INFO", "%(asctime)s %(levelname)s %(message)s")
+    allow_many_files()
     try:
         router = Router([Server(url) for url in options.prefill], [Server(url) for url in options.decode])
         # A client that leaves ends its request on the servers.
         web.run_app(
-            router.app(), host=options.host, port=options.port, handler_cancellation=True, access_log=None, print=None
+            router.app(),
+            host=options.host,
+            port=options.port,
+            backlog=BACKLOG,
+            handler_cancellation=True,
+            access_log=None,
+            print=None,
         )
     except (ValueError, OSError) as error:
         parser.error(str(error))
