@@ -495,6 +495,22 @@ def test_a_transfer_id_that_a_router_uses_twice_fails_the_second_request_and_not
     assert {result[0::2] for result in decode.results.values()} == {("FINISHED_LENGTH_CAPPED", True)}
 
 
+@pytest.mark.parametrize("is_prefilled", [True, False])
+def test_of_sequences_that_share_a_transfer_one_fetches_it_and_the_others_are_computed(engines, is_prefilled, caplog):
+    """vLLM makes a request with `n` so many requests, each with the parameters of the one."""
+    prefill, decode = engines(), engines()
+    if is_prefilled:
+        params = prefilled(prefill)
+    else:
+        prefill.add("p", PROMPT, PREFILL | {"transfer_id": "t"})
+        params = leg(prefill, "t")
+    for name in ("0_d", "1_d", "2_d"):
+        decode.add(name, PROMPT, params)
+    until(lambda: len(decode.results) == 3, prefill, decode)
+    assert {result[0::2] for result in decode.results.values()} == {("FINISHED_LENGTH_CAPPED", True)}
+    assert caplog.text.count("another request fetches the same KV") == 2
+
+
 def test_kv_of_another_prompt_is_never_taken(engines):
     # Known elsewhere: vLLM #52234, #43094.
     prefill, decode = engines(), engines()

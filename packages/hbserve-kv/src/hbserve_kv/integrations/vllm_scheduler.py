@@ -128,7 +128,10 @@ class SchedulerSide:
         else:
             host, port = given.remote_host or "127.0.0.1", given.remote_port or 0
             ranks = given.remote_ranks or [(format_address(host, port + rank), "") for rank in range(num_ranks)]
-            return Source(str(given.transfer_id), tuple(ranks))
+            source = Source(str(given.transfer_id), tuple(ranks))
+            if all(each.source != source for each in self._incoming.values()):
+                return source
+            problem = "another request fetches the same KV, as the sequences of one request with `n` do"
         logger.warning("request %s is computed here, not fetched: %s", request.request_id, problem)
         return None
 
