@@ -52,11 +52,11 @@ OF_ONE_HOP = {
 }
 """Headers that are not passed on."""
 NOT_OF_REQUESTS = OF_ONE_HOP | {b"content-encoding"}
-"""What a client has compressed is read by aiohttp, and passed on as it was before."""
+"""Headers of a request that are not passed on: aiohttp has decompressed what a client has compressed."""
 FAILED = b"data: [DONE]", b'data: {"error"', b'data: {"object":"error"'
-"""How an answer that is streamed begins if the request has failed: with its end, or an error in place of a token."""
+"""Beginnings of a streamed answer if the request has failed: its end, or an error in place of a token."""
 BACKLOG = 2048
-"""Clients that may connect at the same moment; Linux allows `net.core.somaxconn` of them, 4096."""
+"""Number of clients that may connect at the same moment; Linux allows `net.core.somaxconn` of them, 4096."""
 MOST_UNSENT_BYTES = 1 << 16
 """How much of an answer its client may leave unread before the router stops reading from the server."""
 

@@ -38,7 +38,7 @@ class _Given(msgspec.Struct):
     do_remote_prefill: bool | None = None
     transfer_id: Name | int | None = None
     tp_size: Annotated[int, msgspec.Meta(ge=1, le=MOST_RANKS)] | None = None
-    """Of the side that prefills; without it, and without `remote_ranks`, it is this side's."""
+    """Number of ranks of the side that prefills; without it, and without `remote_ranks`, it is this side's number."""
     remote_num_tokens: int | None = None
     remote_ranks: Annotated[list[tuple[Name, Name]], msgspec.Meta(max_length=MOST_RANKS)] | None = None
     """Address and epoch of each rank there."""

@@ -45,10 +45,10 @@ PROTOCOL_VERSION = 10
 
 NotNegative = Annotated[int, msgspec.Meta(ge=0)]
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
-"""NaN and infinity are refused."""
+"""Time in seconds. NaN and infinity are refused."""
 MOST_CHARACTERS = 1 << 10
 Name = Annotated[str, msgspec.Meta(max_length=MOST_CHARACTERS, pattern=LINE)]
-"""As logs and messages may have it."""
+"""Name or id that logs and messages may show as it is."""
 MOST_RANKS = 1 << 10
 """Limit of ranks of one receiver: a sender connects to each of them."""
 MOST_UNITS = 1 << 22
@@ -126,7 +126,7 @@ class Handshake(msgspec.Struct, frozen=True, tag=True):
     """Transports that the sender can use, best first, each with its `describe()`."""
     link: Name
     name: Name = ""
-    """Of the sender's instance: a transfer may be granted to one instance by name, see
+    """Name of the sender's instance: a transfer may be granted to one instance by name, see
     `KVTransferManager.post_receive`."""
 
 
@@ -219,7 +219,7 @@ class AnnouncedPart(msgspec.Struct, frozen=True, array_like=True):
 
     @property
     def blocks(self) -> tuple[range, range | None]:
-        """Of those that were granted, and of which layers."""
+        """Positions among the granted blocks, and layers; None: all layers."""
         return range(self.first, self.end), self.layers and range(*self.layers)
 
 
@@ -265,7 +265,7 @@ class Keep(msgspec.Struct, frozen=True, tag=True):
 
     transfer_id: Name
     epoch: Name = ""
-    """Of the sender that has offered it; "" if it may be offered much later, by any life."""
+    """Life of the sender that has offered it; "" if it may be offered much later, by any life."""
     num_receivers: NotNegative = 1
     """How many ranks of the receiver fetch from this rank of the sender; 0: none needs it, and it may be dropped."""
 

@@ -232,15 +232,15 @@ class IncomingState(TransferState):
 
 
 class Coverage:
-    """Blocks of a transfer that were pushed, or announced; those that move layer by layer count when all layers
-    have."""
+    """Blocks of a transfer that were pushed, or announced. A block that moves layer by layer counts once all of its
+    layers have."""
 
     def __init__(self, num_layers: int) -> None:
         self._whole: set[int] = set()
         self._by_layer: list[set[int]] = [set() for _ in range(num_layers)]
 
     def add(self, places: range, layers: range | None = None) -> bool:
-        """False: some of these are among them already, be it in one layer, and nothing has changed."""
+        """Add blocks, and return True. If one of them is there already, be it in one layer, add none and return False."""
         if self.has_any(places, layers):
             return False
         if layers is None:
