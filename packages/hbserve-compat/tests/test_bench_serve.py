@@ -25,7 +25,7 @@ from hbserve.load.compare import Measured, Server, compare
 from hbserve.load.compare import lines as compared
 from hbserve.load.generator import Load, Watch
 from hbserve.load.http_stream import HttpClient
-from hbserve.load.report import Wanted, figures, goals_of, percentile
+from hbserve.load.report import Wanted, figures, goals_of, handoff_s, percentile
 from hbserve.server.http.http_server import HttpServer
 from hbserve.text.tokenizer import load_tokenizer
 from hbserve_rpc import InvalidRequest, PeerLost, RemoteError, RequestTimeout
@@ -329,6 +329,20 @@ def test_an_answer_that_comes_in_pieces_of_any_size_is_the_same():
         assert len(outcome.arrivals) == 3
 
 
+def test_each_choice_of_an_answer_has_its_own_second_token():
+    outcome = Outcome(0)
+    reader = AnswerReader(outcome)
+    for index, text in ((0, b"a"), (1, b"x"), (0, b"b"), (1, b"y")):
+        reader.feed(b'data: {"choices": [{"index": %d, "text": "%s"}]}\n\n' % (index, text))
+    reader.feed(b'data: {"choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": 4}}\n\n')
+    reader.end()
+    (a, b), (x, y) = outcome.by_choice[0], outcome.by_choice[1]
+    assert (outcome.text, outcome.arrivals) == ("abxy", [a, x, b, y])
+    assert outcome.itls_s == [b - a, y - x]
+    assert outcome.tpot_s == pytest.approx((b - a + y - x) / 2)
+    assert handoff_s(outcome) == b - a
+
+
 async def test_what_speaks_no_http_and_an_answer_cut_off_are_errors():
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         line = await reader.readline()
@@ -530,7 +544,8 @@ def outcome(ttft_s: float, gaps_s: list[float], tokens: int, error: str = "") ->
     arrivals = [100 + ttft_s]
     for gap in gaps_s:
         arrivals.append(arrivals[-1] + gap)
-    return Outcome(10, start_s=100, arrivals=arrivals, output_tokens=tokens, latency_s=arrivals[-1] - 100, error=error)
+    by_choice, latency_s = {0: arrivals}, arrivals[-1] - 100
+    return Outcome(10, start_s=100, by_choice=by_choice, output_tokens=tokens, latency_s=latency_s, error=error)
 
 
 def test_goodput_counts_requests_that_keep_all_goals_and_failures_keep_none():
@@ -556,7 +571,7 @@ def test_goodput_counts_requests_that_keep_all_goals_and_failures_keep_none():
 def test_peaks_are_of_the_busiest_second_since_the_first_request():
     def sent(start_s: float, arrivals: list[float]) -> Outcome:
         at = [start_s + each for each in arrivals]
-        return Outcome(10, start_s=start_s, arrivals=at, output_tokens=len(at), latency_s=arrivals[-1])
+        return Outcome(10, start_s=start_s, by_choice={0: at}, output_tokens=len(at), latency_s=arrivals[-1])
 
     # Tokens in the seconds from 100.3 on: 2, 1, 4 (3 of the second request and 1 of the third), 0, 1, 1.
     outcomes = [

@@ -318,13 +318,15 @@ def test_anchors_and_merge_keys_work(tmp_path: Path) -> None:
         ("scheduler: {max_queue_time_s: 1:30}\n", ["line 1: 1:30 is"]),
         ("scheduler: {max_queue_time_s: 1:30.5}\n", ["line 1: 1:30.5 is"]),
         ("modle: {}\n", ["modle: unknown key"]),
-        ("model: {path: 2020-99-99}\n", ["month must be in 1..12"]),
-        (f"engine: {{num_blocks: {'9' * 5000}}}\n", ["4300 digits"]),
+        ("model: {}\nengine:\n  on: 8\n", ["line 3: the key on is no text to YAML; write it in quotes"]),
+        ("model:\n  path: 2020-99-99\n", ["line 2: month must be in 1..12"]),
+        ("model: {}\nengine: {num_blocks: !!int eight}\n", ["line 2:", "'eight'"]),
+        (f"engine:\n  num_blocks: {'9' * 5000}\n", ["line 2:", "4300 digits"]),
         ("[" * 3000, ["nested too deep"]),
         (f"kv_transfer: {{buffer_size: {'9' * 400}GiB}}\n", ["kv_transfer.buffer_size=", "expected a number of bytes"]),
         ('model: {path: "\\ud83d"}\n', ["model.path: character 0", "not Unicode text"]),
         ("kv_transfer: {options: {a: [.nan]}}\n", ["kv_transfer.options.a[0]=nan: expected what JSON has"]),
-        ("kv_transfer: {options: {a: {1: 2}}}\n", ["kv_transfer.options.a: has the key 1; expected text as keys"]),
+        ("kv_transfer: {options: {a: {1: 2}}}\n", ["line 1: the key 1 is no text to YAML"]),
         (f"engine: {{num_blocks: {10**30}}}\n", ["engine.num_blocks=", "expected 1 to 4611686018427387904"]),
     ],
 )
@@ -337,6 +339,11 @@ def test_a_wrong_file_is_one_line_that_names_file_and_place(
     assert message.startswith(str(tmp_path / "deployment.yaml"))
     assert all(each in message for each in texts), message
     assert "\n" not in message
+
+
+def test_a_key_that_is_no_text_is_refused_in_plain_data_too() -> None:
+    with pytest.raises(ConfigError, match=r"kv_transfer\.options\.a: has the key 1; expected text as keys"):
+        convert({"kv_transfer": {"options": {"a": {1: 2}}}})
 
 
 @pytest.mark.parametrize(

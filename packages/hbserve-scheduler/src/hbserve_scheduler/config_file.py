@@ -14,6 +14,7 @@ from hbserve_scheduler.config_check import convert, sections
 from hbserve_scheduler.errors import ConfigError
 
 VARIABLE = re.compile(r"\$\{\w+[^\s}]*\}")
+KEYS = "tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"
 NOT_REPLACED = "variables of the environment are not replaced in this file"
 
 
@@ -21,12 +22,21 @@ class _Loader(yaml.SafeLoader):
     """YAML loader that refuses a key that is written twice, of which YAML would silently keep the last one, and a text
     with a NUL, which no path, address or name can have."""
 
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except ValueError as error:  # a date that there is not, an integer of more digits than Python reads
+            raise yaml.constructor.ConstructorError(None, None, str(error), node.start_mark) from None
+
 
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Hashable, Any]:
     seen = set()
     for key, _ in node.value:
         if not isinstance(key, yaml.ScalarNode):
             raise yaml.constructor.ConstructorError(None, None, "a key is a list or a mapping", key.start_mark)
+        if key.tag not in KEYS:
+            problem = f"the key {key.value} is no text to YAML; write it in quotes"
+            raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
         if key.value in seen:
             raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is written twice", key.start_mark)
         seen.add(key.value)
@@ -77,8 +87,6 @@ def load_config(path: str | Path) -> DeploymentConfig:
         raise ConfigError(f"{path}: character {error.position} is {error.character:#x}: {error.reason}") from None
     except RecursionError:
         raise ConfigError(f"{path}: lists or mappings are nested too deep") from None
-    except ValueError as error:  # a date that does not exist, or an integer with more digits than Python converts
-        raise ConfigError(f"{path}: {error}") from None
     if content is None:  # not taken for a deployment of defaults: a file that was cut short would start a demo
         raise ConfigError(f"{path}: the file is empty")
     try:

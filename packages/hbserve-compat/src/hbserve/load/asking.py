@@ -18,8 +18,7 @@ SHOWN = 60
 
 @dataclass
 class Outcome:
-    """The result of one request. Times are in seconds of `time.perf_counter`; `arrivals` are those of events with
-    text."""
+    """The result of one request. Times are in seconds of `time.perf_counter`."""
 
     prompt_len: int
     planned_s: float = 0.0
@@ -27,7 +26,8 @@ class Outcome:
     start_s: float = 0.0
     ready_s: float = 0.0
     """Time at which the request's task began. Because of `--max-concurrency`, it may then wait until `start_s`."""
-    arrivals: list[float] = field(default_factory=list)
+    by_choice: dict[int, list[float]] = field(default_factory=dict)
+    """Times at which events with text came, for each choice of the answer (`n`)."""
     text: str = ""
     output_tokens: int = 0
     latency_s: float = 0.0
@@ -40,17 +40,25 @@ class Outcome:
         return not self.error
 
     @property
+    def arrivals(self) -> list[float]:
+        """Those of all choices, in their order."""
+        return sorted(at_s for times in self.by_choice.values() for at_s in times)
+
+    @property
     def ttft_s(self) -> float:
-        return self.arrivals[0] - self.start_s if self.arrivals else 0.0
+        return min(times[0] for times in self.by_choice.values()) - self.start_s if self.by_choice else 0.0
 
     @property
     def itls_s(self) -> list[float]:
-        return [after - before for before, after in pairwise(self.arrivals)]
+        """Times between tokens of the same choice: another choice's first token is nobody's second."""
+        return [after - before for times in self.by_choice.values() for before, after in pairwise(times)]
 
     @property
     def tpot_s(self) -> float | None:
-        """Mean time per output token after the first; None if there is no second token."""
-        return (self.latency_s - self.ttft_s) / (self.output_tokens - 1) if self.output_tokens > 1 else None
+        """Mean time per output token after the first of its choice; None if there is no second token."""
+        num_later = self.output_tokens - len(self.by_choice)
+        spent_s = sum(times[-1] - times[0] for times in self.by_choice.values())
+        return spent_s / num_later if num_later > 0 else None
 
     @property
     def queue_s(self) -> float:
@@ -65,6 +73,7 @@ class _Delta(msgspec.Struct):
 
 
 class _Choice(msgspec.Struct):
+    index: int = 0
     text: str | None = None
     delta: _Delta | None = None
 
@@ -95,7 +104,7 @@ class AnswerReader:
     def __init__(self, outcome: Outcome) -> None:
         self._outcome = outcome
         self._events = EventData()
-        self._texts: list[str] = []
+        self._texts: dict[int, str] = {}
         self._last_s = 0.0
         self._has_events = False
         self._beginning = b""
@@ -118,22 +127,24 @@ class AnswerReader:
             outcome.prompt_len = event.usage.prompt_tokens or outcome.prompt_len
         if event.metrics:
             outcome.server = event.metrics
-        said = [choice.said() for choice in event.choices]
-        # A token may be half a character, or special. In /v1/completions an event with a choice is a token anyway.
-        if any(said) or any(choice.text is not None for choice in event.choices):
-            outcome.arrivals.append(now_s)
-            self._texts += said
+        for choice in event.choices:
+            said = choice.said()
+            # A token may be half a character, or special. In /v1/completions a choice of an event has one anyway.
+            if said or choice.text is not None:
+                outcome.by_choice.setdefault(choice.index, []).append(now_s)
+                self._texts[choice.index] = self._texts.get(choice.index, "") + said
 
     def end(self) -> None:
         """Complete the outcome at the end of the body."""
         outcome = self._outcome
-        outcome.text = "".join(self._texts)
-        if not outcome.arrivals and not outcome.error:
+        outcome.text = "".join(self._texts.values())
+        arrivals = outcome.arrivals
+        if not arrivals and not outcome.error:
             outcome.error = "the answer has ended without a token"
             if self._beginning and not self._has_events:
                 said = shown(self._beginning.decode(errors="replace"))
                 outcome.error += f": expected server-sent events, and it begins with {said}"
-        last_s = outcome.arrivals[-1] if outcome.arrivals else self._last_s
+        last_s = arrivals[-1] if arrivals else self._last_s
         outcome.latency_s = last_s - outcome.start_s
 
 

@@ -13,8 +13,8 @@ LINGER_S = 0.5
 """How long the polling thread stays when nothing is left. Starting one holds its starter until the new thread has had
 its turn of the interpreter: in the event loop of a busy instance, longer than polling takes."""
 GPU_PART_BYTES = 1 << 30
-"""`max_part_bytes` of transports that move GPU memory: to queue a part and hear of its end takes two switches of thread,
-in which more than 64 MiB could move."""
+"""`max_part_bytes` of transports that move GPU memory. To queue a part and hear of its end takes two switches of
+thread, in which more than 64 MiB could move."""
 COPY_PRIORITY = -1
 """Priority of CUDA streams that move blocks; lower is more urgent, and the computation's is 0. So a copy kernel gets
 the next multiprocessors that are free, and not those that a large matrix product leaves when its last tiles have

@@ -240,7 +240,7 @@ class Coverage:
         self._by_layer: list[set[int]] = [set() for _ in range(num_layers)]
 
     def add(self, places: range, layers: range | None = None) -> bool:
-        """Add blocks, and return True. If one of them is there already, be it in one layer, add none and return False."""
+        """Add blocks, and return True. If one is there already, be it in one layer, add none and return False."""
         if self.has_any(places, layers):
             return False
         if layers is None:
