@@ -140,10 +140,9 @@ async def test_find_says_by_name_that_nobody_answers():
     remote = RemoteScheduler(server.address)
     await remote.start()
     try:
-        with pytest.raises(
-            NotReady, match=rf"no scheduler at {server.address} within 0\.5 s: .* nothing .* listens there"
-        ):
+        with pytest.raises(NotReady, match=r"^no scheduler within 0\.5 s: .* nothing .* listens there$") as caught:
             await remote.find(0.5)
+        assert str(caught.value).count(server.address) == 1
     finally:
         await remote.stop()
 

@@ -82,7 +82,7 @@ class RemoteScheduler:
                 another protocol version.
         """
         deadline_s = asyncio.get_running_loop().time() + timeout_s
-        problem = "no answer"
+        problem = f"{self.address}: no answer"
         while (left_s := deadline_s - asyncio.get_running_loop().time()) > 0:
             try:
                 info = await self._client.call(SCHEDULER_INFO, Empty(), timeout_s=min(left_s, CALL_TIMEOUT_S))
@@ -94,7 +94,7 @@ class RemoteScheduler:
             except HBServeRpcError as error:
                 problem = str(error)
                 await asyncio.sleep(min(RETRY_S, max(0.0, deadline_s - asyncio.get_running_loop().time())))
-        raise NotReady(f"no scheduler at {self.address} within {timeout_s:g} s: {problem}")
+        raise NotReady(f"no scheduler within {timeout_s:g} s: {problem}")
 
     def submit(self, request: GenerateRequest) -> RpcStream[ClientEvent]:
         """Return a stream of TokenEvents, then a RequestFinished for each choice. Its first item raises what
