@@ -26,7 +26,7 @@ import hbserve.models.demo_model
 import hbserve_core
 from hbserve.__main__ import app
 from hbserve.commands.command import LogLevel, explaining
-from hbserve.output_file import writing
+from hbserve.output_file import require_writable, writing
 from hbserve.pd_disagg import DisaggregatedLLM
 from hbserve.plotting import figure_of
 from hbserve_core import BrokenTokenizer
@@ -317,6 +317,32 @@ def test_a_picture_that_does_not_fit_on_its_disk_is_named_and_nothing_is_left_of
     with no_file_longer_than(50), named, figure_of(cut, 1, 1, "then"):
         pass
     assert list(tmp_path.iterdir()) == [whole]
+
+
+@pytest.mark.parametrize("command", ["profile --output=PATH", "simulate --json=PATH", "plan --plot=PATH"])
+def test_a_file_that_cannot_be_written_is_refused_before_the_work(command, tmp_path, caplog, monkeypatch):
+    for worker in ("make_runner", "simulate", "make_plan"):
+        for module in ("measuring", "commands"):
+            monkeypatch.setattr(f"hbserve.simulator.{module}.{worker}", None, raising=False)
+    question = ""
+    if "plan" in command:
+        pytest.importorskip("matplotlib")
+        question = "--input-len=9 --output-len=9 --rate=1 --ttft-ms=1 --tpot-ms=1"
+    path = tmp_path / "file.png"
+    with no_file_longer_than(1):
+        said = invoke([*command.replace("PATH", str(path)).split(), *question.split()], caplog).stderr
+    assert said.splitlines()[-1].startswith(f"error: --{command.split('--')[1].split('=')[0]}={path}: File too large")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_is_there_is_kept_as_it_is_until_something_is_written(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("before")
+    require_writable("--json", path)
+    assert path.read_text() == "before"
+    require_writable("--json", Path("/dev/null"))
+    os.mkfifo(pipe := tmp_path / "pipe")
+    require_writable("--json", pipe)  # does not wait for its reader
 
 
 def test_what_is_written_in_parts_keeps_those_that_fit_and_what_was_not_opened_is_left_alone(tmp_path):

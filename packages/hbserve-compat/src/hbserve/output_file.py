@@ -1,5 +1,6 @@
 """Output files of commands: checks before the work whose result they get, and errors of writing them."""
 
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -7,13 +8,21 @@ from pathlib import Path
 from hbserve_rpc import InvalidRequest
 
 
-def require_folder_of(option: str, path: Path) -> None:
-    """Check the file that an option names. Raises FileNotFoundError if its folder does not exist, and InvalidRequest if
-    it is a folder itself."""
+def require_writable(option: str, path: Path) -> None:
+    """Check that the file that an option names can be written. Raises InvalidRequest or OSError: it is a folder, cannot
+    be written, or cannot be made, because its folder does not exist, may not be written, or is on a full disk."""
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{option}={path}: there is no folder {path.parent}")
     if path.is_dir():
         raise InvalidRequest(f"{option}={path}: is a folder; expected the name of a file")
+    try:
+        if path.is_file():
+            path.open("ab").close()
+        elif not path.exists():  # and no device or pipe, which are as their owners made them
+            with tempfile.TemporaryFile(dir=path.parent) as file:
+                file.write(b"a full disk takes no block for it")
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, f"{option}={path}") from None
 
 
 @contextmanager

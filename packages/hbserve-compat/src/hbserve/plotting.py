@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hbserve.output_file import require_folder_of, writing
+from hbserve.output_file import require_writable, writing
 from hbserve_rpc import InvalidRequest
 
 INCHES = 6.0, 3.6
@@ -30,7 +30,7 @@ def require_plotting(path: Path) -> None:
         raise PlottingUnavailable("plots need matplotlib: pip install 'hbserve-compat[plot]'") from error
     if path.suffix.removeprefix(".").lower() not in FigureCanvasBase.get_supported_filetypes():
         raise InvalidRequest(f"--plot={path}: expected a name that ends with .png or .svg")
-    require_folder_of("--plot", path)
+    require_writable("--plot", path)
 
 
 @contextlib.contextmanager

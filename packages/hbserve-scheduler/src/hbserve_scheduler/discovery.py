@@ -98,7 +98,7 @@ class Discovery:
                 found = await self.name.addresses()
         except (OSError, TimeoutError) as error:
             if self._failing.say_now(now_s):
-                why = str(error) or "no name server answers"
+                why = error.strerror or str(error) or "no name server answers"
                 logger.warning(
                     "%s cannot be looked up; still trying, and no instance leaves because of that: %s",
                     self.name.host,

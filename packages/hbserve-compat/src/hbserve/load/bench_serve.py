@@ -21,7 +21,7 @@ from hbserve.load.generator import Load, send_load
 from hbserve.load.http_stream import HttpClient
 from hbserve.load.prompts import Prompt, Vocabulary
 from hbserve.load.report import METRICS, Wanted, complaint, details, figures, goals_of, lines
-from hbserve.output_file import require_folder_of, writing
+from hbserve.output_file import require_writable, writing
 from hbserve.plotting import require_plotting
 from hbserve.progress import progress_bar
 from hbserve.text.tokenizer import encode, load_tokenizer
@@ -119,7 +119,7 @@ def _require_result_file(args: BenchServeArgs) -> None:
     if args.save_result or args.append_result:
         folder = args.result_dir or Path()
         folder.mkdir(parents=True, exist_ok=True)
-        require_folder_of("--result-filename", folder / (args.result_filename or "x.json"))
+        require_writable("--result-filename", folder / (args.result_filename or "x.json"))
 
 
 # ---- what is asked -----------------------------------------------------------------------------------------------

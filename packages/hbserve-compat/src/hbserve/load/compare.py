@@ -20,7 +20,7 @@ import msgspec
 from hbserve.load.args import BenchServeArgs, CompareArgs
 from hbserve.load.bench_serve import measure
 from hbserve.load.report import goals_of
-from hbserve.output_file import require_folder_of, writing
+from hbserve.output_file import require_writable, writing
 from hbserve.plotting import figure_of, require_plotting
 from hbserve_rpc import InvalidRequest
 from hbserve_rpc.messages import Role
@@ -59,7 +59,7 @@ async def compare(args: CompareArgs) -> None:
     if args.plot is not None:
         require_plotting(args.plot)
     if args.json is not None:
-        require_folder_of("--json", args.json)
+        require_writable("--json", args.json)
     base = load_config(args.config) if args.config is not None else DeploymentConfig()
     if args.model is not None:
         base = msgspec.structs.replace(base, model=msgspec.structs.replace(base.model, path=str(args.model.absolute())))

@@ -18,7 +18,7 @@ from typing import Any
 
 import msgspec
 
-from hbserve.output_file import require_folder_of, writing
+from hbserve.output_file import require_writable, writing
 from hbserve.remote import remote_scheduler
 from hbserve_rpc.records import AttemptRecord, RequestRecord
 from hbserve_scheduler import ConfigError
@@ -59,7 +59,7 @@ class TraceArgs:
 
 async def write_trace(args: TraceArgs) -> None:
     """Write a timeline to a file. Raises ConfigError, NotReady, OSError, and the scheduler's own errors."""
-    require_folder_of("--output", args.path)  # before the request, which may have to wait for an answer
+    require_writable("--output", args.path)  # before the request, which may have to wait for an answer
     async with remote_scheduler(args.connect, args.keys) as (scheduler, _):
         records = await scheduler.fetch_records(args.last_s, args.request_id)
     if args.request_id and not records:

@@ -15,7 +15,7 @@ from typer import Option
 from hbserve.load.args import Burstiness, tokens_option
 from hbserve.load.prompts import MOONCAKE_BLOCK, MOST_REQUESTS
 from hbserve.load.report import goals_of
-from hbserve.output_file import require_folder_of, writing
+from hbserve.output_file import require_writable, writing
 from hbserve.plotting import require_plotting
 from hbserve.simulator import plan_report, report, workload
 from hbserve.simulator.engine_limits import EngineLimits
@@ -189,7 +189,7 @@ class PlanArgs:
 def run_simulation(args: SimulateArgs) -> None:
     """Run `hbserve simulate`. Raises InvalidRequest, ConfigError, OSError."""
     if args.json is not None:
-        require_folder_of("--json", args.json)
+        require_writable("--json", args.json)
     deployment, goals_s = _deployment(args), goals_of(args.goodput or [])
     began_s = time.process_time()
     results = simulate(deployment, _requests(args), cells=args.cells)

@@ -12,7 +12,7 @@ import msgspec
 
 from hbserve.load.bench_engine import EngineUnderTest
 from hbserve.models.demo_model import model_folder
-from hbserve.output_file import require_folder_of, writing
+from hbserve.output_file import require_writable, writing
 from hbserve.progress import progress_bar
 from hbserve.simulator.commands import ProfileArgs
 from hbserve.simulator.profile import Profile
@@ -57,7 +57,7 @@ def measure_profile(args: ProfileArgs) -> None:
     contexts = _numbers("--contexts", args.contexts or usual.contexts)
     sizes = _numbers("--megabytes", args.megabytes)
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    require_folder_of("--output", args.output)
+    require_writable("--output", args.output)
     require_backend(args.kv_transfer_backend)
     config = sweep_config(str(folder), SweepPlan(batches, tuple(sorted({*contexts, *prompts}))), **engine.settings())
     num_parts = len(prompts) + len(batches) * len(contexts) + len(sizes) + 2
