@@ -240,6 +240,26 @@ def test_a_ctrl_c_while_the_command_line_is_imported_is_no_traceback(tmp_path):
     assert (process.returncode, said) == (-signal.SIGINT, b"")
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_an_instance_imports_torch_ends_it_at_once(tmp_path, small_model, number):
+    """It takes seconds, many of them on a busy host, in which no event loop looks at signals."""
+    (tmp_path / "torch.py").write_text("import os, signal\nos.write(1, b'importing')\nwhile True: signal.pause()\n")
+    config = tmp_path / "deployment.yaml"
+    instance = "{instance_id: h, instance_type: hybrid}"
+    config.write_text(f"model: {{path: {small_model('qwen3')}}}\ngpu_instances: [{instance}]\n")
+    command = [sys.executable, "-m", "hbserve", "instance", "--config", str(config), "--instance-id", "h"]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as process:
+        assert process.stdout is not None
+        try:
+            assert process.stdout.read(len("importing")) == b"importing", process.communicate(timeout=60)
+            process.send_signal(number)
+            _, said = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert (process.returncode, said) == (-number, b"")
+
+
 def test_an_engine_in_the_commands_own_process_waits_without_spinning_too(tmp_path):
     (tmp_path / "typer.py").write_text("import os\nos.write(1, os.environ['OMP_WAIT_POLICY'].encode())\nos._exit(0)\n")
     environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}

@@ -75,6 +75,18 @@ def end_at_once_by_ctrl_c() -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
+@contextlib.contextmanager
+def ending_at_once() -> Iterator[None]:
+    """Around what takes long, cannot be interrupted and has nothing to undo, as importing torch: a signal that ends the
+    process in order elsewhere ends it at once here. Must run in the main thread."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in ending_signals()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def freeze_heap() -> None:
     """Make the garbage collector skip all objects that exist now, which are mostly those of modules. Call it when
     everything is loaded: a full collection through torch's objects stops all threads for a tenth of a second or two, in

@@ -333,7 +333,8 @@ async def serve_instance(args: InstanceArgs) -> None:
     require_servable(folder, config.engine_settings(), {num_ranks(config, instance)}, 1)
     os.environ.setdefault(*QUIET_TORCH)  # torch reads it when it is imported
     os.environ.setdefault(*WAIT_POLITELY)
-    from hbserve_core import InstanceConfig, run_instance
+    with own_process.ending_at_once():
+        from hbserve_core import InstanceConfig, run_instance
 
     settings = instance_settings(config, instance, folder, log_level=args.log_level, keys=keys)
     await run_instance(msgspec.convert(settings | {"schedulers": args.schedulers}, InstanceConfig))
