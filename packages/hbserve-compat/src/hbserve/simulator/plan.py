@@ -136,8 +136,6 @@ def require_possible(question: Question) -> None:
                 f"{option}={1e3 * goal_s:g}: a decode step of one sequence takes {1e3 * step_s:.1f} ms "
                 f"on {question.profile.device}"
             )
-    if not math.isfinite(question.rate):
-        raise InvalidRequest(f"--rate={question.rate:g}: expected a number of requests a second")
     fewest = min(_fewest_prefills(question) + 1, _fewest_hybrids(question))
     if fewest > question.most_instances:
         raise InvalidRequest(
