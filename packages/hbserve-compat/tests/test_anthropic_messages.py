@@ -171,7 +171,10 @@ async def test_a_field_that_is_not_served_may_have_its_neutral_values_only(serve
         ({"messages": [{"role": "user", "content": [5]}]}, "messages[0].content[0]=5"),
         ({"messages": [*QUESTION, {"role": "assistant", "content": [CALL]}]}, "messages[1].content"),
         ({"system": [{"type": "image"}]}, "system[0].type='image'"),
-        ({"tools": [{"type": "bash_20250124", "name": "bash"}]}, "tools[0].type='bash_20250124'"),
+        (
+            {"tools": [{"type": "bash_20250124", "name": "bash"}]},
+            "tools[0].type='bash_20250124': is not served; expected none or custom",
+        ),
         ({"tool_choice": {"type": "any"}}, "tool_choice="),
         ({"max_tokens": None}, "max_tokens"),
         ({"max_tokens": 0}, "max_tokens=0"),
@@ -190,6 +193,8 @@ async def test_what_is_wrong_is_named_as_its_client_knows_it(server, body, messa
 
 async def test_errors_have_the_shape_of_anthropic_s(server):
     assert error_of(await ask(server, model="odd"), 404)["type"] == "not_found_error"
+    counted = await server.post("/v1/messages/count_tokens", messages=QUESTION, model="odd")
+    assert error_of(counted, 404)["type"] == "not_found_error"
     assert error_of(await server.client.get("/v1/messages"), 405)["type"] == "invalid_request_error"
     assert error_of(await server.client.post("/v1/messages", content=b"{"), 400)["message"].startswith(
         "the body is not"

@@ -43,9 +43,13 @@ async def test_a_chat_is_answered_whole(server):
         "prompt_tokens": len("<user>hi"), "completion_tokens": 12, "total_tokens": 20,
         "prompt_tokens_details": {"cached_tokens": 7},
     }  # fmt: skip
-    figures = answer["metrics"]
-    assert figures["time_to_first_token_ms"] == pytest.approx(2)
-    assert (figures["kv_bytes"], figures["prefill_instance"], figures["decode_instance"]) == (4096, "p0", "d0")
+    assert answer["metrics"] == {
+        "time_to_first_token_ms": pytest.approx(2), "generation_time_ms": pytest.approx(48),
+        "queue_time_ms": pytest.approx(1), "mean_itl_ms": pytest.approx(3),
+        "tokens_per_second": pytest.approx(11 / 0.048),
+        "handoff_ms": pytest.approx(4), "kv_transfer_time_ms": pytest.approx(4), "kv_bytes": 4096,
+        "prefill_instance": "p0", "decode_instance": "d0", "num_attempts": 1,
+    }  # fmt: skip
 
 
 async def test_a_streamed_chat_begins_with_its_role_and_ends_with_usage_if_that_is_asked_for(server):
