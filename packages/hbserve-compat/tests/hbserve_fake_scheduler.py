@@ -18,6 +18,7 @@ from hbserve_rpc.messages import (
     GenerateRequest,
     InstanceInfo,
     InstanceStats,
+    InstanceStatus,
     RequestFinished,
     SchedulerStats,
     ServiceInfo,
@@ -156,6 +157,7 @@ class FakeScheduler:
         """The `traceparent` of each request so far."""
         self.most_running = 1000
         self.role = "hybrid"
+        self.status: InstanceStatus = "ready"
         self.digest_block_size = 0
         self.figures = Figures()
         """Figures for tests to set; nothing here changes them."""
@@ -206,7 +208,7 @@ class FakeScheduler:
         instance = InstanceStats(
             "h0",
             self.role,  # type: ignore[arg-type]
-            "ready",
+            self.status,
             num_blocks=9,
             free_blocks=4,
             cached_blocks=1,

@@ -3,11 +3,12 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hbserve_fake_scheduler import FakeScheduler, FakeServer, chunks_of
+from hbserve_fake_scheduler import TEMPLATE, FakeScheduler, FakeServer, chunks_of
 
 from hbserve.server.answers.chat_choices import ChatChoices
 from hbserve.server.answers.completion_choices import CompletionChoices
@@ -351,6 +352,22 @@ async def test_texts_and_messages_become_tokens_and_tokens_text(server):
     assert text == {"prompt": "hi", "text": "hi"}
     info = (await server.client.get("/tokenizer_info")).json()
     assert (info["eos_token"], info["bos_token"], info["pad_token"]) == ("</s>", "<s>", None)
+    assert (info["tokenizer_class"], info["chat_template"]) == (type(server.tokenizer).__name__, TEMPLATE)
+    assert info["model_max_length"] == 512, "of the model, whose tokenizer could do more"
+    server.tokenizer.model_max_length = 100
+    assert (await server.client.get("/tokenizer_info")).json()["model_max_length"] == 100
+
+
+async def test_what_is_wrong_with_texts_and_tokens_is_named(server):
+    for body in ({}, {"prompt": "hi", "messages": [{"role": "user", "content": "hi"}]}):
+        response = await server.post("/tokenize", **body)
+        error = response.json()["error"]
+        assert (response.status_code, error["param"]) == (400, "prompt")
+        assert error["message"] == "prompt, messages: expected one of the two"
+    for path, given in (("/tokenize", {"prompt": "hi"}), ("/detokenize", {"tokens": [319]})):
+        response = await server.post(path, **given, odd=1)
+        assert (response.status_code, response.headers["x-hbserve-ignored"]) == (200, "odd")
+        assert (await server.post(path, **given, model="other")).status_code == 404
 
 
 async def test_tokens_by_another_chat_template_are_refused_and_not_those_of_the_models(server):
@@ -362,10 +379,15 @@ async def test_tokens_by_another_chat_template_are_refused_and_not_those_of_the_
 async def test_probes_answer_and_health_says_what_is_missing(server):
     for path in ("/health", "/ping", "/version", "/openapi.json", "/"):
         assert (await server.client.get(path)).status_code == 200, path
+    assert (await server.client.get("/version")).json() == {"version": version("hbserve-compat")}
     server.scheduler.role = "prefill"
     response = await server.client.get("/health")
     assert response.status_code == 503
     assert response.json()["error"]["message"] == "there is no decode instance"
+    server.scheduler.status = "lost"
+    down = (await server.client.get("/health")).json()["error"]
+    assert (down["message"], down["code"]) == ("h0 is lost, there is no decode instance", "not_ready")
+    server.scheduler.status = "ready"
     server.scheduler.role = "decode"
     assert (await server.client.get("/health")).status_code == 200, "as long as requests are served"
     server.service.model = None

@@ -10,7 +10,7 @@ from hbserve_fake_scheduler import FakeServer
 from prometheus_client.parser import text_string_to_metric_families
 
 from hbserve.text.tokenizer import load_tokenizer
-from hbserve_rpc.messages import InstanceStatus
+from hbserve_rpc.messages import InstanceStats, InstanceStatus, SchedulerStats
 from hbserve_rpc.records import AttemptRecord, RequestRecord
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -138,6 +138,35 @@ async def test_every_name_that_dashboards_for_vllm_use_resolves_under_its_model(
     found = await scrape(server)
     for name in DASHBOARDS:
         assert any(key.partition("{")[0] == name and 'model_name="small"' in key for key in found), name
+
+
+async def test_vllm_s_figures_are_sums_of_instances_or_those_of_each(server, monkeypatch):
+    """One of two instances has told nothing of itself yet."""
+    figures = {"prefill_tokens": 30, "cached_tokens": 12, "preemptions": 2, "num_blocks": 9, "free_blocks": 3}
+    there = InstanceStats("h0", "hybrid", "ready", **figures)
+    one_more = InstanceStats("h1", "hybrid", "starting", prefill_tokens=5, cached_tokens=1, preemptions=1)
+    stats = SchedulerStats(running_requests=4, waiting_requests=6, output_tokens=7, instances=[there, one_more])
+    monkeypatch.setattr(server.scheduler, "stats", lambda: stats)
+    found = await scrape(server)
+    of_all = {
+        "num_requests_running": 4, "num_requests_waiting": 6, "generation_tokens_total": 7,
+        "prompt_tokens_cached_total": 13, "prefix_cache_hits_total": 13, "prefix_cache_queries_total": 48,
+        "num_preemptions_total": 3,
+    }  # fmt: skip
+    expected = {f'vllm:{name}{{engine="0",model_name="small"}}': value for name, value in of_all.items()}
+    for name, label, values in (
+        ("num_requests_waiting_by_reason", "reason", {"capacity": 6, "deferred": 0}),
+        ("prompt_tokens_by_source_total", "source", {"local_compute": 35, "local_cache_hit": 13}),
+    ):
+        for of, value in values.items():
+            labels = sorted([f'{label}="{of}"', 'engine="0"', 'model_name="small"'])
+            expected[f"vllm:{name}{{{','.join(labels)}}}"] = value
+    for engine, usage, num_blocks in ((0, 1 - 3 / 9, 9), (1, 0, 0)):
+        of = f'engine="{engine}",model_name="small"'
+        expected[f"vllm:kv_cache_usage_perc{{{of}}}"] = usage
+        config = f'block_size="0",engine="{engine}",model_name="small",num_gpu_blocks="{num_blocks}"'
+        expected[f"vllm:cache_config_info{{{config}}}"] = 1
+    assert {name: found.get(name) for name in expected} == expected
 
 
 async def test_the_page_of_monitoring_names_every_metric_and_no_other(server):

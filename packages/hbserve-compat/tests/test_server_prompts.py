@@ -98,7 +98,9 @@ async def test_a_completion_s_prompt_has_special_tokens_unless_it_says_that_it_h
     monkeypatch.setattr(server.service.model.encoder, "text", noted)
     for value in (None, True, False):
         assert (await server.complete(add_special_tokens=value)).status_code == 200
-    assert seen == [True, True, False]
+    for value in (None, True, False):
+        assert (await server.post("/tokenize", prompt="hi", add_special_tokens=value)).status_code == 200
+    assert seen == [True, True, False] * 2
     assert (await server.chat(add_special_tokens=False)).status_code == 200
     assert error_of(await server.chat(add_special_tokens=True))["param"] == "add_special_tokens"
 
