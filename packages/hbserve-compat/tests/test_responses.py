@@ -4,7 +4,7 @@ import asyncio
 from typing import Any
 
 import pytest
-from hbserve_fake_scheduler import named_events_of, server_that_thinks
+from hbserve_fake_scheduler import THOUGHT_TEXT_AND_CALL, named_events_of, server_that_thinks
 
 from hbserve.server.endpoints.responses_fields import NOT_SERVED
 
@@ -83,6 +83,12 @@ async def test_events_come_in_their_order_and_make_the_same_response(server):
     for item, field in zip(whole["output"], ("reasoning_text", "output_text", "function_call_arguments"), strict=True):
         grown = "".join(each["delta"] for each in events if each["type"] == f"response.{field}.delta")
         assert grown == (item["arguments"] if "arguments" in item else item["content"][0]["text"])
+    ids = [item["id"] for item in whole["output"]]
+    assert ids == [f"{kind}_{whole['id'].removeprefix('resp_')}_{i}" for i, kind in enumerate(("rs", "msg", "fc"))]
+    assert all(each["item_id"] == ids[each["output_index"]] for each in events if "item_id" in each)
+    assert {each["item_id"] for each in events if "delta" in each} == set(ids)
+    assert {each["content_index"] for each in events if "content_index" in each} == {0}
+    assert [each["item"]["id"] for each in events if each["type"] == "response.output_item.added"] == ids
     assert events[0]["response"]["output"] == []
     assert events[0]["response"]["status"] == "in_progress"
 
@@ -116,6 +122,36 @@ async def test_log_probabilities_are_those_of_the_tokens_of_the_text(server):
     assert parts["response.content_part.added"]["logprobs"] == []
     assert parts["response.content_part.done"] == part
     assert events[-1]["response"]["output"][1]["content"] == [part]
+
+
+def told_of_text(events: list[Any], index: int) -> list[str]:
+    """Tokens whose log-probabilities the events of one text have had."""
+    ours = [each for each in events if each["type"] == "response.output_text.delta" and each["output_index"] == index]
+    return [entry["token"] for each in ours for entry in each["logprobs"]]
+
+
+async def test_log_probabilities_of_a_second_text_are_its_own(server):
+    server.answers("So", " be it.", '\n<tool_call>{"name": "f", "arguments": {}}</tool_call>', "\nAnd", " on.")
+    events = named_events_of(await ask(server, tools=[TOOL], stream=True, **LOGPROBS))
+    first, call, second = events[-1]["response"]["output"]
+    assert call["type"] == "function_call"
+    for index, item, text in ((0, first, "So be it."), (2, second, "\nAnd on.")):
+        assert "".join(told_of_text(events, index)) == item["content"][0]["text"] == text
+    assert all(each["delta"] for each in events if each["type"] == "response.output_text.delta")
+
+
+async def test_log_probabilities_of_the_token_that_ends_an_answer_are_its_text_s_if_it_has_one(server):
+    end = [server.tokenizer.eos_token_id]
+    server.answers(*THOUGHT_TEXT_AND_CALL[:5])
+    server.scheduler.steps.append(end)
+    whole = (await ask(server, **LOGPROBS)).json()
+    assert [each["token"] for each in whole["output"][1]["content"][0]["logprobs"]] == [*"So be it.", "</s>"]
+    events = named_events_of(await ask(server, stream=True, **LOGPROBS))
+    assert told_of_text(events, 1) == [*"So be it.", "</s>"]
+    server.scheduler.steps = [end]
+    assert (await ask(server, **LOGPROBS)).json()["output"] == []
+    events = named_events_of(await ask(server, stream=True, **LOGPROBS))
+    assert [each["type"].removeprefix("response.") for each in events] == ["created", "in_progress", "completed"]
 
 
 async def test_either_field_asks_for_log_probabilities_and_each_says_what_is_wrong_with_it(server):
