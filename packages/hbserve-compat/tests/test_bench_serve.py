@@ -177,15 +177,17 @@ async def test_an_extra_body_goes_before_what_the_load_would_send_as_in_vllm(scr
 
 
 async def test_chats_are_asked_with_text_and_their_deltas_are_read(scripted):
-    deltas: list[dict[str, str]] = [{"role": "assistant", "content": ""}, {"content": "x"}, {}]
+    deltas: list[dict[str, str]] = [
+        {"role": "assistant", "content": ""}, {"reasoning": "v"}, {"reasoning_content": "w"}, {"content": "x"}, {},
+    ]  # fmt: skip
     bodies = [json.dumps({"choices": [{"delta": each}]}) for each in deltas]
     scripted.answers = [[f"data: {body}\n\n".encode() for body in bodies]]
     result = await bench(scripted, backend=Backend.OPENAI_CHAT, save_detailed=True)
     assert "POST /v1/chat/completions" in scripted.heads[0]
     assert isinstance(scripted.asked[0]["messages"][0]["content"], str)
     assert scripted.asked[0]["max_completion_tokens"] == 3
-    assert result["generated_texts"] == ["x"] * 4
-    assert result["itls"] == [[]] * 4, "what says only whose turn it is is no token"
+    assert result["generated_texts"] == ["vwx"] * 4
+    assert [len(each) for each in result["itls"]] == [2] * 4, "what says only whose turn it is is no token"
 
 
 async def test_no_more_requests_run_than_are_allowed_and_their_wait_is_not_the_server_s(scripted):
@@ -327,6 +329,7 @@ def test_an_answer_that_comes_in_pieces_of_any_size_is_the_same():
         answering.end()
         assert (outcome.text, outcome.output_tokens, outcome.prompt_len, outcome.error) == ("ab", 3, 5, "")
         assert len(outcome.arrivals) == 3
+        assert outcome.latency_s == outcome.arrivals[-1], "what comes behind the last token is not waited for"
 
 
 def test_each_choice_of_an_answer_has_its_own_second_token():

@@ -394,6 +394,7 @@ async def test_probes_answer_and_health_says_what_is_missing(server):
     assert (await server.client.get("/ping")).status_code == 200
     starting = await server.chat()
     assert (starting.status_code, starting.headers["retry-after"]) == (503, "1")
+    assert starting.json()["error"]["message"] == "the model is being loaded"
 
 
 async def test_long_prompts_are_encoded_beside_the_event_loop(server):

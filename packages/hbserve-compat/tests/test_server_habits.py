@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 from hbserve_fake_scheduler import FakeServer
 
 from hbserve.text.tokenizer import load_tokenizer
+from hbserve_rpc.messages import InstanceInfo
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 
@@ -188,9 +190,14 @@ async def test_another_method_is_told_which_there_are(server):
     assert error_of(response, 405)["message"] == "GET /v1/chat/completions: Method Not Allowed; expected POST"
 
 
-async def test_tokens_that_no_model_here_has_are_no_empty_text(server):
+async def test_tokens_that_no_model_here_has_are_no_empty_text(server, monkeypatch):
     error = error_of(await server.post("/detokenize", tokens=[5, 320]), 400)
     assert (error["param"], error["message"]) == ("tokens[1]", "tokens[1]=320: is outside the vocabulary [0, 320)")
+    info = server.scheduler.info()
+    starting = msgspec.structs.replace(info, instances=[InstanceInfo("h1", "hybrid", "1", "starting"), *info.instances])
+    for told, status in ((starting, 400), (msgspec.structs.replace(info, instances=[]), 200)):
+        monkeypatch.setattr(server.scheduler, "info", lambda told=told: told)
+        assert (await server.post("/detokenize", tokens=[5, 320])).status_code == status
 
 
 @pytest.mark.parametrize("max_tokens", [0, 1])
