@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 from hbserve_fake_scheduler import FakeServer
@@ -142,7 +142,13 @@ async def test_every_name_that_dashboards_for_vllm_use_resolves_under_its_model(
 
 async def test_vllm_s_figures_are_sums_of_instances_or_those_of_each(server, monkeypatch):
     """One of two instances has told nothing of itself yet."""
-    figures = {"prefill_tokens": 30, "cached_tokens": 12, "preemptions": 2, "num_blocks": 9, "free_blocks": 3}
+    figures: dict[str, Any] = {
+        "prefill_tokens": 30,
+        "cached_tokens": 12,
+        "preemptions": 2,
+        "num_blocks": 9,
+        "free_blocks": 3,
+    }
     there = InstanceStats("h0", "hybrid", "ready", **figures)
     one_more = InstanceStats("h1", "hybrid", "starting", prefill_tokens=5, cached_tokens=1, preemptions=1)
     stats = SchedulerStats(running_requests=4, waiting_requests=6, output_tokens=7, instances=[there, one_more])
@@ -153,7 +159,9 @@ async def test_vllm_s_figures_are_sums_of_instances_or_those_of_each(server, mon
         "prompt_tokens_cached_total": 13, "prefix_cache_hits_total": 13, "prefix_cache_queries_total": 48,
         "num_preemptions_total": 3,
     }  # fmt: skip
-    expected = {f'vllm:{name}{{engine="0",model_name="small"}}': value for name, value in of_all.items()}
+    expected: dict[str, float] = {
+        f'vllm:{name}{{engine="0",model_name="small"}}': value for name, value in of_all.items()
+    }
     for name, label, values in (
         ("num_requests_waiting_by_reason", "reason", {"capacity": 6, "deferred": 0}),
         ("prompt_tokens_by_source_total", "source", {"local_compute": 35, "local_cache_hit": 13}),
