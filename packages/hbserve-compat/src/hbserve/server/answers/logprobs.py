@@ -1,5 +1,6 @@
 """Log-probabilities of an answer's tokens, as OpenAI's two endpoints show them."""
 
+import codecs
 from collections.abc import Sequence
 from itertools import islice
 from typing import Any
@@ -51,6 +52,8 @@ class CompletionLogprobs:
         """offset: number of characters before the first token."""
         self._names = names
         self._offset = offset
+        self._characters = codecs.getincrementaldecoder("utf-8")("replace")
+        """Counts one whose bytes are in several tokens once: where it begins is the place of them all."""
         self.whole: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
 
     def add(self, token_ids: list[int], found: Sequence[TokenLogprobs | None]) -> dict[str, list[Any]]:
@@ -59,7 +62,7 @@ class CompletionLogprobs:
         offsets = []
         for token_id in token_ids:
             offsets.append(self._offset)
-            self._offset += len(self._names.text_of(token_id))
+            self._offset += len(self._characters.decode(self._names.bytes_of(token_id)))
         new: dict[str, list[Any]] = {
             "tokens": [self._names.name_of(token_id) for token_id in token_ids],
             "token_logprobs": [

@@ -9,11 +9,15 @@ import msgspec
 
 _HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)')
 """A call up to its arguments, as nearly all models write it."""
-_NAMED = re.compile(r"\s*([^\s\[{]+)(?:\[CALL_ID\][^\[]*)?(?:\[ARGS\])?\s*(?=\{)")
+_NAMED = re.compile(r"\s*([^\s\[{]+)(?:\[CALL_ID\][^\[{]*)?(?:\[ARGS\])?\s*(?=\{)")
 """The same, as Mistral's newer models write it."""
+_NOT_NAMED = re.compile(r"\A\s*[^\s\[{]+\s+[^\s{]|\{|\[TOOL_CALLS\]")
+"""What is in a text that does not become such a call, and in none that still may: two words, or what is behind one."""
 _FUNCTION = re.compile(r"\s*<function=([^>\n]+)>\s*(?=<)")
 """The beginning of a call as Qwen3-Coder writes it."""
 _PARAMETER = re.compile(r"\s*<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>", re.S)
+_FUNCTION_END = re.compile(r"\s*(?:</parameter>\s*)?(?:</function>|(?=<function=))")
+"""Its end, or the beginning of the next one, if a model has left that out."""
 _WORDS = {"True": True, "False": False, "None": None}
 """What Python calls them, and so Qwen3-Coder."""
 
@@ -59,8 +63,11 @@ class Call:
         """As `feed`, of what has come behind `_sent`."""
         raise NotImplementedError
 
-    def end(self) -> tuple[list[dict[str, Any]], str]:
-        """No more text comes: what it is if it was written in another way, or the text that it is not."""
+    def end(self, *, is_cut: bool) -> tuple[list[dict[str, Any]], str]:
+        """No more text comes: what it is if it was written in another way, or the text that it is not.
+
+        is_cut: because that of the answer has ended; else its own end has come.
+        """
         return [], "" if self.is_known else self._text
 
     def _delta(self, name: str | None, arguments: str) -> dict[str, Any]:
@@ -96,11 +103,19 @@ class XmlCall(Call):
             deltas.append(self._delta(None, f"{', ' if self._num_arguments else '{'}{name}: {value}"))
             self._num_arguments += 1
             self._sent = parameter.end()
-        rest = self._text[self._sent :].lstrip()
-        self._is_complete = rest.startswith("</function>")
-        if not self._is_complete:
+        end = _FUNCTION_END.match(self._text, self._sent)
+        if end is None:
             return deltas, None
-        return [*deltas, self._delta(None, "}" if self._num_arguments else "{}")], rest.removeprefix("</function>")
+        self._is_complete = True
+        return [*deltas, self._delta(None, "}" if self._num_arguments else "{}")], self._text[end.end() :]
+
+    def end(self, *, is_cut: bool) -> tuple[list[dict[str, Any]], str]:
+        text = self._text
+        if is_cut or self._is_complete:
+            return super().end(is_cut=is_cut)
+        self._text = text.rstrip().removesuffix("</function>")  # what is open may be a parameter, too
+        deltas, _ = self.feed("</parameter></function>")
+        return deltas, "" if self.is_known else text
 
 
 def _value(text: str, schema: Any) -> Any:
@@ -133,24 +148,29 @@ class Nesting:
             self._is_escaped = character == "\\" and not self._is_escaped
             return False
         self._is_quoted = character == '"'
-        self._depth += {"{": 1, "[": 1, "}": -1, "]": -1}.get(character, 0)
-        return self._depth == 0
+        change = {"{": 1, "[": 1, "}": -1, "]": -1}.get(character, 0)
+        self._depth += change
+        return self._depth == 0 and change < 0
 
 
-class JsonCall(Call):
-    """One call as its JSON comes."""
+class NamedCall(Call):
+    """One call whose name is before the JSON of its arguments."""
 
-    head = _HEAD
+    head = _NAMED
 
     def __init__(self, index: int, id_length: int = 0) -> None:
         super().__init__(index, id_length)
         self._nesting = Nesting()
+        """Of its arguments."""
+
+    def feed(self, text: str) -> tuple[list[dict[str, Any]], str | None]:
+        deltas, rest = super().feed(text)
+        if not self.is_known and _NOT_NAMED.search(self._text):
+            self._text, rest = "", self._text
+        return deltas, rest
 
     def _name(self, written: str) -> str:
-        try:
-            return str(msgspec.json.decode(written))
-        except msgspec.DecodeError:  # an escape that there is not
-            return written[1:-1]
+        return written
 
     def _arguments(self) -> tuple[list[dict[str, Any]], str | None]:
         end = self._nesting.end_in(self._text, self._sent)
@@ -160,7 +180,28 @@ class JsonCall(Call):
         deltas = [self._delta(None, arguments)] if arguments else []
         return deltas, None if end is None else self._text[end:]
 
-    def end(self) -> tuple[list[dict[str, Any]], str]:
+
+class JsonCall(NamedCall):
+    """One call that is an object of JSON. What that has behind the arguments, such as Mistral's id, is left out."""
+
+    head = _HEAD
+
+    def __init__(self, index: int, id_length: int = 0) -> None:
+        super().__init__(index, id_length)
+        self._object = Nesting()
+
+    def feed(self, text: str) -> tuple[list[dict[str, Any]], str | None]:
+        end = self._object.end_in(text)
+        deltas, _ = Call.feed(self, text[:end])
+        return deltas, None if end is None else text[end:]
+
+    def _name(self, written: str) -> str:
+        try:
+            return str(msgspec.json.decode(written))
+        except msgspec.DecodeError:  # an escape that there is not
+            return written[1:-1]
+
+    def end(self, *, is_cut: bool) -> tuple[list[dict[str, Any]], str]:
         if self.is_known:
             return [], ""
         try:
@@ -172,12 +213,3 @@ class JsonCall(Call):
             return [], self._text
         plain = arguments if isinstance(arguments, str) else msgspec.json.encode(arguments).decode()
         return [self._delta(name, plain)], ""
-
-
-class NamedCall(JsonCall):
-    """One call whose name is before its JSON."""
-
-    head = _NAMED
-
-    def _name(self, written: str) -> str:
-        return written

@@ -1,20 +1,22 @@
 """Tools of a chat request: which are offered, and whether one must be called."""
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
 
 from hbserve.server.chat.message_parts import MessageParts, PlainText
-from hbserve.server.chat.tool_calls import ARGUMENTS, BEGINNINGS, READERS, Format
+from hbserve.server.chat.tool_calls import FORMATS, Format, Spelling, tag_tokens
 from hbserve.server.fields.request_fields import ChatBody
 from hbserve.server.http.api_error import ApiError
 from hbserve_rpc import StructuredOutputsParams
 from hbserve_rpc.plain_values import plain_text, shown
 
 MOST_TOOLS = 256
-_ANY_CALL = r"""start: (%s) /(.|\n)*/"""
+MOST_CALLS = 32
+"""Calls of one answer where there must be one: so no model makes them for ever."""
 
 
 @dataclass(frozen=True)
@@ -26,19 +28,21 @@ class ChatTools:
     beginning: str = ""
     most_calls: int | None = None
     grammar: StructuredOutputsParams | None = None
-    """What follows the beginning: one call, whose arguments are as the tool's schema says."""
+    """What follows the beginning: calls, whose arguments are as the tools' schemas say."""
+    shown_ids: frozenset[int] = frozenset()
+    """Tags of the format that are tokens: they are read, though they may be special ones."""
 
     def reader(self) -> MessageParts:
         """A reader of one answer, which has read its beginning."""
         if self.format is None:
             return PlainText()
-        reader = READERS[self.format](most_calls=self.most_calls, tools=self.offered or ())
+        reader = FORMATS[self.format].reader(most_calls=self.most_calls, tools=self.offered or ())
         if self.beginning:
             reader.feed(self.beginning, final=False)
         return reader
 
 
-def chat_tools(body: ChatBody, known: Format | None, *, is_structured: bool) -> ChatTools:
+def chat_tools(body: ChatBody, known: Format | None, tokenizer: Any, *, is_structured: bool) -> ChatTools:
     """What a request says of tools; `known` is the format of the model's calls, None if it knows none.
 
     is_structured: the answer has a format of its own.
@@ -59,26 +63,36 @@ def chat_tools(body: ChatBody, known: Format | None, *, is_structured: bool) -> 
             "tools: the model's chat template knows none in a format that is read here; give one with --chat-template"
         )
         raise ApiError(400, problem, param="tools")
+    spelling = FORMATS[known]
+    tags = tag_tokens(tokenizer, spelling.tags)
     most_calls = 1 if body.parallel_tool_calls is False else None
+    offered = ChatTools(body.tools, known, most_calls=most_calls, shown_ids=frozenset(tags.values()))
     if choice in (None, "auto"):
-        return ChatTools(body.tools, known, most_calls=most_calls)
+        return offered
     if is_structured:
         raise ApiError(400, f"tool_choice={shown(choice)}: not with a format of the answer", param="tool_choice")
     if choice == "required":
-        return ChatTools(body.tools, known, BEGINNINGS[known], most_calls, _grammar(body, known, names))
+        calls = replace(offered, beginning=spelling.beginning)
+        return replace(calls, grammar=_grammar(body, calls, names, tags))
     name = _chosen(choice)
     if name not in names:
         raise ApiError(400, f"tool_choice={shown(choice)}: expected one of {shown(names)}", param="tool_choice")
-    return ChatTools(body.tools, known, BEGINNINGS[known] + name + ARGUMENTS[known], 1, _grammar(body, known, [name]))
+    call = replace(offered, beginning=spelling.beginning + name + spelling.arguments, most_calls=1)
+    return replace(call, grammar=_grammar(body, call, [name], tags))
 
 
-def _grammar(body: ChatBody, known: Format, names: list[str]) -> StructuredOutputsParams | None:
-    """The rest of a call of one of these tools; of a single one, from its arguments on. None: it has another end."""
+def _grammar(
+    body: ChatBody, tools: ChatTools, names: list[str], tags: Mapping[str, int]
+) -> StructuredOutputsParams | None:
+    """The rest of a call of one of these tools, and more calls; of a single tool, one call from its arguments on.
+    None: it has another end."""
     if body.stop or body.stop_token_ids:
         return None
-    if known in ("qwen3_coder", "seed_oss"):  # what is between its tags no schema describes
-        heads = " | ".join(json.dumps(name + ARGUMENTS[known], ensure_ascii=False) for name in names)
-        return None if isinstance(body.tool_choice, dict) else StructuredOutputsParams(grammar=_ANY_CALL % heads)
+    assert tools.format is not None
+    spelling, is_named = FORMATS[tools.format], isinstance(body.tool_choice, dict)
+    if not spelling.between:  # what is between its tags no schema describes
+        heads = " | ".join(json.dumps(name + spelling.arguments, ensure_ascii=False) for name in names)
+        return None if is_named else StructuredOutputsParams(grammar=_any_call(heads, tags))
     schemas = {tool["function"]["name"]: tool["function"].get("parameters") for tool in body.tools or []}
     calls, rules = [], []
     for place, name in enumerate(names):
@@ -86,10 +100,26 @@ def _grammar(body: ChatBody, known: Format, names: list[str]) -> StructuredOutpu
         # As far as the schema can be followed: what is not served of it is the tool's to check.
         lenient = {**schema, "x-guidance": {"lenient": True, "whitespace_pattern": r"[ \n\r\t]{0,32}"}}
         rules.append(f"arguments_{place}: %json {msgspec.json.encode(lenient).decode()}")
-        begun = f"{json.dumps(name, ensure_ascii=False)[1:-1]}{ARGUMENTS[known]}"
-        head = "" if isinstance(body.tool_choice, dict) else f"{json.dumps(begun, ensure_ascii=False)} "
-        calls.append(f"{head}arguments_{place}" + ("" if known == "mistral" else ' "}"'))
-    return StructuredOutputsParams(grammar="\n".join([f"start: {' | '.join(calls)}", *rules]))
+        begun = "" if is_named else json.dumps(name, ensure_ascii=False)[1:-1] + spelling.arguments
+        terms = [spelling.terms(begun, tags), f"arguments_{place}", spelling.terms(spelling.closing, tags)]
+        calls.append(" ".join(filter(None, terms)))
+    rules.append(f"call: {' | '.join(calls)}")
+    return StructuredOutputsParams(grammar="\n".join([_start(spelling, tags, is_one=tools.most_calls == 1), *rules]))
+
+
+def _start(spelling: Spelling, tags: Mapping[str, int], *, is_one: bool) -> str:
+    """All calls of an answer, of the first one's name on. It may end behind each."""
+    if is_one:
+        return "start: call"
+    more = f"({spelling.terms(spelling.between, tags)} call){{0,{MOST_CALLS - 1}}}"
+    end = f" ({spelling.terms(spelling.end, tags)})?" if spelling.end else ""
+    return f"start: call {more}{end}"
+
+
+def _any_call(heads: str, tags: Mapping[str, int]) -> str:
+    """A name, and whatever may follow it. Tags are no text if they are special tokens."""
+    more = f" (({' | '.join(f'<[{each}]>' for each in tags.values())}) TEXT?)*" if tags else ""
+    return f"start: ({heads}) TEXT?{more}\nTEXT: /(.|\\n)+/"
 
 
 def _names(tools: list[dict[str, Any]]) -> list[str]:

@@ -1,21 +1,30 @@
-"""Reasoning of models that think before they answer: what they write between <think> and </think>, as its own field."""
+"""Reasoning of models that think before they answer: what they write between two tags, as its own field."""
 
 from typing import Any
 
 from hbserve.server.chat.message_parts import MessageParts, TagSearch
 
-BEGIN, END = "<think>", "</think>"
+Tags = tuple[str, str]
+THINK: Tags = "<think>", "</think>"
+SEED_THINK: Tags = "<seed:think>", "</seed:think>"
 
 
 class ReasoningSplit:
     """An answer of which the reasoning is told apart; its other text is read by `rest`."""
 
     def __init__(
-        self, rest: MessageParts, *, has_begun: bool, is_shown: bool = True, end_id: int | None = None
+        self,
+        rest: MessageParts,
+        *,
+        has_begun: bool,
+        is_shown: bool = True,
+        end_id: int | None = None,
+        tags: Tags = THINK,
     ) -> None:
         """`has_begun`: the prompt ends with <think>, as some templates have it; the model does not repeat that.
-        `end_id`: the token that is </think>, if one is."""
+        `end_id`: the token that is </think>, if one is. `tags`: what these two are."""
         self._rest = rest
+        self._begin_tag, self._end_tag = tags
         self._end_id = end_id
         self._num_undecided = 0
         """Tokens that are reasoning if what has come so far is its beginning."""
@@ -33,7 +42,7 @@ class ReasoningSplit:
         if self._state == "before":
             text = self._begin(text, final)
         if self._state == "reasoning":
-            before, after = self._search.feed(text, END, final=final)
+            before, after = self._search.feed(text, self._end_tag, final=final)
             deltas += self._reasoning(before)
             if after is None:
                 return deltas + (self._rest.feed("", final=True) if final else [])
@@ -63,10 +72,10 @@ class ReasoningSplit:
         """Decide whether the answer begins with reasoning; returns the text that follows the decision."""
         self._space += text
         begun = self._space.lstrip()
-        if begun.startswith(BEGIN):
-            self._state, text, self._space = "reasoning", begun[len(BEGIN) :], ""
+        if begun.startswith(self._begin_tag):
+            self._state, text, self._space = "reasoning", begun.removeprefix(self._begin_tag), ""
             return text
-        if not final and BEGIN.startswith(begun):
+        if not final and self._begin_tag.startswith(begun):
             return ""
         self._state, text, self._space = "plain", self._space, ""
         return text
@@ -85,15 +94,18 @@ class ReasoningSplit:
         return self._rest.reason(reason)
 
 
-def end_token(tokenizer: Any) -> int | None:
+def tags_of(chat_template: str | None) -> Tags | None:
+    """The tags between which a chat template has its model think; None: it does not."""
+    return next((tags for tags in (SEED_THINK, THINK) if tags[1] in (chat_template or "")), None)
+
+
+def end_token(tokenizer: Any, tags: Tags) -> int | None:
     """The token that ends reasoning; None: it is ended by several."""
-    ids = tokenizer.encode(END, add_special_tokens=False)
+    ids = tokenizer.encode(tags[1], add_special_tokens=False)
     return ids[0] if len(ids) == 1 else None
 
 
-def thinking_has_begun(chat_template: str | None, tokenizer: Any, prompt: tuple[int, ...]) -> bool | None:
-    """Whether a prompt of this template ends with <think>; None: its model does not think."""
-    if chat_template is None or END not in chat_template:
-        return None
+def thinking_has_begun(tags: Tags, tokenizer: Any, prompt: tuple[int, ...]) -> bool:
+    """Whether a prompt ends with the beginning of reasoning."""
     end: str = tokenizer.decode(prompt[-8:], skip_special_tokens=False)
-    return end.rstrip().endswith(BEGIN)
+    return end.rstrip().endswith(tags[0])

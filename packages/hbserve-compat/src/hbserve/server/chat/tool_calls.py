@@ -4,22 +4,27 @@ The formats: Hermes' (Qwen's too), `<tool_call>{"name": …, "arguments": {…}}
 Qwen3-Coder, with `<function=name><parameter=a>1</parameter></function>` between the same tags, and Seed-OSS', between
 `<seed:tool_call>` and its end; Llama 3's, an answer that is nothing but `{"name": …, "parameters": {…}}`, or several
 with `;` between; lists `[{"name": …, "arguments": {…}}, …]` behind Mistral's `[TOOL_CALLS]`, Granite's `<|tool_call|>`
-or Phi-4-mini's `functools`; and Mistral's newer `[TOOL_CALLS]name[ARGS]{…}`.
+or Phi-4-mini's `functools`; and Mistral's newer `[TOOL_CALLS]name[ARGS]{…}`. Two tags may have several calls between
+them. What is no call is text as it was written, but for tags that are no words.
 """
 
-from collections.abc import Callable, Sequence
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from hbserve.server.chat.call_parts import Call, JsonCall, NamedCall, Nesting, XmlCall
+from hbserve.server.chat.call_parts import Call, JsonCall, NamedCall, XmlCall
 from hbserve.server.chat.message_parts import MessageParts, TagSearch
 
 BEGIN, END = "<tool_call>", "</tool_call>"
-SEED_BEGIN, MISTRAL_BEGIN, GRANITE_BEGIN, PHI_BEGIN = "<seed:tool_call>", "[TOOL_CALLS]", "<|tool_call|>", "functools["
+SEED_BEGIN, SEED_END = "<seed:tool_call>", "</seed:tool_call>"
+MISTRAL_BEGIN, GRANITE_BEGIN, PHI_BEGIN = "[TOOL_CALLS]", "<|tool_call|>", "functools["
 Format = Literal["hermes", "llama3_json", "qwen3_coder", "seed_oss", "mistral", "mistral_json", "granite", "phi4_mini"]
 
 
 class _Calls:
-    """What all formats have in common: the calls so far, and how an answer with some ends."""
+    """What all formats have in common: the calls so far, one after the other, and how an answer with some ends."""
 
     id_length: ClassVar[int] = 0
     """Letters and digits of a call's id, where the model's template refuses others; 0: it takes any."""
@@ -30,21 +35,44 @@ class _Calls:
         """Calls after that are left out."""
         self._num_calls = 0
         self._call: Call | None = None
+        self._border = ""
+        """Characters that are left out before the next call: once there is one, what may be between two."""
 
-    def _begin(self) -> None:
-        self._call = JsonCall(self._num_calls, self.id_length)
+    def _begin(self) -> Call:
+        return JsonCall(self._num_calls, self.id_length)
+
+    def _read(self, text: str) -> list[dict[str, Any]]:
+        """Reads calls, and text that is none."""
+        deltas: list[dict[str, Any]] = []
+        rest: str | None = text
+        while rest:
+            if self._call is None:
+                rest = rest.lstrip(self._border)
+                if not rest:
+                    break
+                self._call = self._begin()
+            found, rest = self._call.feed(rest)
+            deltas += self._keep(found)
+            if rest is not None:
+                deltas += self._end(is_cut=False)
+        return deltas
 
     def _keep(self, deltas: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return deltas if self._most_calls is None or self._num_calls < self._most_calls else []
 
-    def _end(self) -> list[dict[str, Any]]:
+    def _end(self, *, is_cut: bool) -> list[dict[str, Any]]:
         if self._call is None:
             return []
-        deltas, text = self._call.end()
-        deltas = self._keep(deltas) or ([{"content": text}] if text.strip() else [])
+        deltas, text = self._call.end(is_cut=is_cut)
+        deltas = self._keep(deltas) + (self._no_call(text) if text else [])
+        self._border = "} \n\r\t,;" if self._call.is_known else ""
         self._num_calls += self._call.is_known
         self._call = None
         return deltas
+
+    def _no_call(self, text: str) -> list[dict[str, Any]]:
+        """Text that might have become a call."""
+        return [{"content": text}] if text.strip() or not self._num_calls else []
 
     def reason(self, reason: str | None) -> str | None:
         return "tool_calls" if reason == "stop" and self._num_calls else reason
@@ -58,12 +86,25 @@ class _CallsInText(_Calls):
         self._search = TagSearch()
         self._space = ""
         """White space of the text, which is left out where a call follows."""
+        self._unread = ""
+        """What is left out if a call follows, and is text if none does."""
 
     def _text(self, text: str, *, is_last: bool) -> list[dict[str, Any]]:
         text = self._space + text
         sure = text if is_last and not self._num_calls else text.rstrip()
         self._space = text[len(sure) :]
         return [{"content": sure}] if sure else []
+
+    def _end(self, *, is_cut: bool) -> list[dict[str, Any]]:
+        if self._call is not None and self._call.is_known:
+            self._unread = ""
+        deltas = super()._end(is_cut=is_cut)
+        self._space, self._unread = self._space + self._unread, ""
+        return deltas
+
+    def _no_call(self, text: str) -> list[dict[str, Any]]:
+        text, self._unread = self._unread + text, ""
+        return self._text(text, is_last=False)
 
 
 class HermesCalls(_CallsInText):
@@ -72,102 +113,112 @@ class HermesCalls(_CallsInText):
     begin: ClassVar[str] = BEGIN
     end: ClassVar[str] = END
 
+    def __init__(self, *, most_calls: int | None = None, tools: Sequence[dict[str, Any]] = ()) -> None:
+        super().__init__(most_calls=most_calls, tools=tools)
+        self._is_inside = False
+
     def feed(self, text: str, *, final: bool) -> list[dict[str, Any]]:
         deltas: list[dict[str, Any]] = []
         rest: str | None = text
         while rest is not None:
-            tag = self.begin if self._call is None else self.end
-            before, rest = self._search.feed(rest, tag, final=final)
-            if self._call is None:
-                deltas += self._text(before, is_last=final and rest is None)
-                if rest is not None:
-                    self._begin()
-                    self._space = ""
+            before, rest = self._search.feed(rest, self.end if self._is_inside else self.begin, final=final)
+            deltas += self._read(before) if self._is_inside else self._text(before, is_last=False)
+            if rest is None:
+                break
+            if self._is_inside:
+                deltas += self._end(is_cut=False)
             else:
-                deltas += self._keep(self._call.feed(before)[0])
-                if rest is not None:
-                    deltas += self._end()
-        return deltas + (self._end() if final else [])
+                self._unread, self._space, self._border = self._space, "", ""
+            self._is_inside = not self._is_inside
+        return deltas + (self._end(is_cut=True) + self._text("", is_last=True) if final else [])
 
 
 class XmlCalls(HermesCalls):
     """Reads calls in Qwen3-Coder's format, and the text around them."""
 
-    def _begin(self) -> None:
-        self._call = XmlCall(self._num_calls, self._tools)
+    def _begin(self) -> Call:
+        return XmlCall(self._num_calls, self._tools)
 
 
 class SeedCalls(XmlCalls):
     """Reads calls in Seed-OSS' format, and the text around them."""
 
     begin = SEED_BEGIN
-    end = "</seed:tool_call>"
+    end = SEED_END
 
 
 class ListCalls(_CallsInText):
     """Reads lists of calls behind tags, and the text around them."""
 
-    tags: ClassVar[tuple[str, ...]] = ("<|tool_call|>", "<tool_call>", "<|/tool_call|>")
-    after_tag: ClassVar[Literal["tag", "list"]] = "tag"
-    """list: the tag has the bracket with which the list begins."""
+    tags: ClassVar[tuple[str, ...]] = (GRANITE_BEGIN, BEGIN, "<|/tool_call|>")
+    opening: ClassVar[re.Pattern[str]] = re.compile(r"\s*(\[\s*)?(?=\{)")
+    """What is between a tag and the first call; its group is there if that is in a list."""
+    is_word: ClassVar[bool] = False
+    """Whether the tag is text if no call follows."""
 
     def __init__(self, *, most_calls: int | None = None, tools: Sequence[dict[str, Any]] = ()) -> None:
         super().__init__(most_calls=most_calls, tools=tools)
         self._place: Literal["text", "tag", "list"] = "text"
         """What was left last, where no call is being read."""
-        self._nesting: Nesting | None = None
-        """Of the list's member that is being read."""
+        self._held = ""
+        """What has come behind a tag, which may become the opening of a list."""
 
     def feed(self, text: str, *, final: bool) -> list[dict[str, Any]]:
         deltas: list[dict[str, Any]] = []
         rest: str | None = text
         while rest is not None:
             if self._call is not None:
-                found, rest = self._in_call(self._call, rest)
-                deltas += found
+                found, rest = self._call.feed(rest)
+                deltas += self._keep(found)
+                if rest is not None:
+                    deltas += self._end(is_cut=False)
             elif self._place == "text":
                 before, rest = self._search.feed(rest, *self.tags, final=final)
-                deltas += self._text(before, is_last=final and rest is None)
+                deltas += self._text(before, is_last=False)
                 if rest is not None:
-                    self._place, self._space = self.after_tag, ""
+                    self._place, self._space, self._unread = "tag", "", self._space + self.tags[0] * self.is_word
+            elif self._place == "tag":
+                rest = self._open(self._held + rest)
             else:
-                rest = self._begin_in(rest.lstrip())
-        return deltas + (self._end() if final else [])
+                rest = self._go_on(rest.lstrip(", \n\t\r"))
+        return deltas + (self._end(is_cut=True) + self._text(self._held, is_last=True) if final else [])
 
-    def _begin_in(self, text: str) -> str | None:
-        """What is left of text that is behind a tag, or between members of a list: a call begins, or text does."""
-        if self._place == "list":
-            text = text.lstrip(", \n\t\r")
+    def _open(self, text: str) -> str | None:
+        """What is left of all that is behind a tag: a call begins, or text does; None: neither is sure."""
+        self._held = ""
+        if opening := self.opening.match(text):
+            self._place = "text" if opening[1] is None else "list"
+            self._unread += text[: opening.end()]
+            self._call = self._begin()
+            return text[opening.end() :]
+        if re.fullmatch(r"\s*(\[\s*)?", text):
+            self._held = text
+            return None
+        return self._go_on(text)
+
+    def _go_on(self, text: str) -> str | None:
+        """What is left of a list behind one of its calls: the next one begins, or text does; None: neither is sure."""
         if not text:
             return None
-        if text[0] == "{":
-            self._nesting = Nesting()
-            self._begin()
-        elif self._place == "tag" and text[0] == "[":
-            self._place, text = "list", text[1:]
-        else:
-            text = text.removeprefix("]") if self._place == "list" else text
-            self._place = "text"
+        if self._place == "list" and text[0] == "{":
+            self._call = self._begin()
+            return text
+        self._space, self._unread = self._space + self._unread, ""
+        text = text.removeprefix("]") if self._place == "list" else text
+        self._place = "text"
         return text
 
-    def _in_call(self, call: Call, text: str) -> tuple[list[dict[str, Any]], str | None]:
-        if self._nesting is None:  # its name was before it
-            deltas, rest = call.feed(text)
-        else:  # what is behind its arguments, such as Mistral's id, is left out
-            end = self._nesting.end_in(text)
-            deltas, rest = call.feed(text[:end])[0], None if end is None else text[end:]
-        deltas = self._keep(deltas)
-        if rest is not None:
-            deltas += self._end()
-            self._place = "text" if self._place == "tag" else self._place
-        return deltas, rest
+    def _no_call(self, text: str) -> list[dict[str, Any]]:
+        self._place = "text"
+        return super()._no_call(text)
 
 
 class PhiCalls(ListCalls):
     """Reads lists of calls in Phi-4-mini's format, and the text around them."""
 
-    tags = (PHI_BEGIN,)
-    after_tag = "list"
+    tags = (PHI_BEGIN.removesuffix("["),)
+    opening = re.compile(r"(\[\s*)(?=\{)")
+    is_word = True
 
 
 class MistralCalls(ListCalls):
@@ -176,11 +227,12 @@ class MistralCalls(ListCalls):
     tags = (MISTRAL_BEGIN,)
     id_length = 9
 
-    def _begin_in(self, text: str) -> str | None:
-        if self._place == "tag" and text and text[0] not in "[{":
-            self._nesting, self._call = None, NamedCall(self._num_calls, self.id_length)
-            return text
-        return super()._begin_in(text)
+    def _open(self, text: str) -> str | None:
+        if text.lstrip()[:1] in ("", "[", "{"):
+            return super()._open(text)
+        self._held, self._place = "", "text"
+        self._call = NamedCall(self._num_calls, self.id_length)
+        return text
 
 
 class LlamaCalls(_Calls):
@@ -188,78 +240,78 @@ class LlamaCalls(_Calls):
 
     def __init__(self, *, most_calls: int | None = None, tools: Sequence[dict[str, Any]] = ()) -> None:
         super().__init__(most_calls=most_calls, tools=tools)
-        self._is_text = False
+        self._is_text: bool | None = None
+        """None: nothing but white space has come."""
         self._space = ""
-        """White space that has come before anything else: it belongs to a text."""
-        self._is_over = False
-        """Whether it went on with something else after its calls: all that follows is left out."""
 
     def feed(self, text: str, *, final: bool) -> list[dict[str, Any]]:
-        deltas: list[dict[str, Any]] = []
-        rest: str | None = self._space + text
-        self._space = ""
-        while rest and not (self._is_text or self._is_over):
-            if self._call is None:
-                # After a call, what is before the next one is its own last brace and the border between.
-                begun = rest.lstrip("} \n\t;" if self._num_calls else None)
-                if not begun:
-                    self._space = "" if self._num_calls else rest
-                    return deltas
-                if begun[0] != "{":
-                    self._is_text, self._is_over = not self._num_calls, self._num_calls > 0
-                    break
-                self._begin()
-                rest = begun
-            assert self._call is not None
-            found, rest = self._call.feed(rest)
-            deltas += self._keep(found)
-            if rest is not None:
-                deltas += self._end()
-        if self._is_text and rest:
-            deltas.append({"content": rest})
-        return deltas + (self._end() if final else [])
+        if self._is_text is None:
+            text, self._space = self._space + text, ""
+            begun = text.lstrip()
+            if not begun and not final:
+                self._space = text
+                return []
+            self._is_text = not begun.startswith("{")
+        if self._is_text:
+            return [{"content": text}] if text else []
+        return self._read(text) + (self._end(is_cut=True) if final else [])
 
 
-READERS: dict[Format, Callable[..., MessageParts]] = {
-    "hermes": HermesCalls,
-    "llama3_json": LlamaCalls,
-    "qwen3_coder": XmlCalls,
-    "seed_oss": SeedCalls,
-    "mistral": MistralCalls,
-    "mistral_json": MistralCalls,
-    "granite": ListCalls,
-    "phi4_mini": PhiCalls,
+@dataclass(frozen=True)
+class Spelling:
+    """A format: how its calls are read, and what a model writes of them."""
+
+    reader: Callable[..., MessageParts]
+    beginning: str
+    """Before the first call's name."""
+    arguments: str
+    """Between a call's name and its arguments."""
+    closing: str
+    """Behind a call's arguments."""
+    between: str
+    """Between a call and the next one's name."""
+    end: str
+    """Behind the last call, where a model may leave it out."""
+    tags: tuple[str, ...] = ()
+    """Those that may be special tokens of a model: these are read, and others are not shown."""
+
+    def terms(self, text: str, token_ids: Mapping[str, int]) -> str:
+        """A text of this format for a grammar, in which tags that are tokens are these."""
+        parts = re.split("({})".format("|".join(map(re.escape, token_ids))), text) if token_ids else [text]
+        return " ".join(
+            f"<[{token_ids[each]}]>" if each in token_ids else json.dumps(each, ensure_ascii=False)
+            for each in parts
+            if each
+        )
+
+
+_LIST = '", "arguments": ', "}", ', {"name": "', "]"
+FORMATS: dict[Format, Spelling] = {
+    "hermes": Spelling(
+        HermesCalls,
+        f'{BEGIN}\n{{"name": "',
+        '", "arguments": ',
+        "}",
+        f'\n{END}\n{BEGIN}\n{{"name": "',
+        f"\n{END}",
+        (BEGIN, END),
+    ),
+    "llama3_json": Spelling(LlamaCalls, '{"name": "', '", "parameters": ', "}", '; {"name": "', ""),
+    "qwen3_coder": Spelling(XmlCalls, f"{BEGIN}\n<function=", ">\n", "", "", "", (BEGIN, END)),
+    "seed_oss": Spelling(SeedCalls, f"{SEED_BEGIN}\n<function=", ">\n", "", "", "", (SEED_BEGIN, SEED_END)),
+    "mistral": Spelling(
+        MistralCalls, MISTRAL_BEGIN, "[ARGS]", "", MISTRAL_BEGIN, "", (MISTRAL_BEGIN, "[CALL_ID]", "[ARGS]")
+    ),
+    "mistral_json": Spelling(MistralCalls, MISTRAL_BEGIN + ' [{"name": "', *_LIST, (MISTRAL_BEGIN,)),
+    "granite": Spelling(ListCalls, GRANITE_BEGIN + '[{"name": "', *_LIST, ListCalls.tags),
+    "phi4_mini": Spelling(PhiCalls, PHI_BEGIN + '{"name": "', *_LIST),
 }
-BEGINNINGS: dict[Format, str] = {
-    "hermes": BEGIN + '\n{"name": "',
-    "llama3_json": '{"name": "',
-    "qwen3_coder": BEGIN + "\n<function=",
-    "seed_oss": SEED_BEGIN + "\n<function=",
-    "mistral": MISTRAL_BEGIN,
-    "mistral_json": MISTRAL_BEGIN + ' [{"name": "',
-    "granite": GRANITE_BEGIN + '[{"name": "',
-    "phi4_mini": PHI_BEGIN + '{"name": "',
-}
-"""How a model begins a call."""
-ARGUMENTS: dict[Format, str] = {
-    "hermes": '", "arguments": ',
-    "llama3_json": '", "parameters": ',
-    "qwen3_coder": ">\n",
-    "seed_oss": ">\n",
-    "mistral": "[ARGS]",
-    "mistral_json": '", "arguments": ',
-    "granite": '", "arguments": ',
-    "phi4_mini": '", "arguments": ',
-}
-"""What is between a call's name and its arguments."""
-SPECIAL = frozenset({BEGIN, END, SEED_BEGIN, SeedCalls.end, *ListCalls.tags, MISTRAL_BEGIN, "[CALL_ID]", "[ARGS]"})
-"""Tags that may be special tokens of a model: these are read, and others are not shown."""
 
 
-def tag_tokens(tokenizer: Any) -> frozenset[int]:
-    """Those tags that are one token each."""
-    found = {tokenizer.convert_tokens_to_ids(tag) for tag in SPECIAL}
-    return frozenset(found - {None, tokenizer.unk_token_id})
+def tag_tokens(tokenizer: Any, tags: Sequence[str]) -> dict[str, int]:
+    """Those tags that are one token each, and which."""
+    found = {tag: tokenizer.convert_tokens_to_ids(tag) for tag in tags}
+    return {tag: token_id for tag, token_id in found.items() if token_id not in (None, tokenizer.unk_token_id)}
 
 
 def format_of(chat_template: str | None) -> Format | None:

@@ -7,7 +7,7 @@ from typing import Any
 from hbserve.server.chat.chat_messages import plain_messages
 from hbserve.server.chat.chat_tools import chat_tools
 from hbserve.server.chat.message_parts import MessageParts
-from hbserve.server.chat.reasoning import END, ReasoningSplit, end_token, thinking_has_begun
+from hbserve.server.chat.reasoning import ReasoningSplit, end_token, tags_of, thinking_has_begun
 from hbserve.server.chat.tool_calls import format_of, tag_tokens
 from hbserve.server.fields.request_fields import ChatBody
 from hbserve.server.fields.sampling import sampling_params
@@ -29,7 +29,7 @@ class ChatPrompt:
     names: dict[str, str]
     """Names of fields in errors, with the names that a chat's client has for them."""
     shown_ids: frozenset[int]
-    """Special tokens that are not skipped, because they are tags of calls, which must be read."""
+    """Special tokens that are not skipped, because they are tags of calls or of reasoning, which must be read."""
 
 
 def _template_settings(service: Service, model: ServedModel, body: ChatBody) -> dict[str, Any]:
@@ -64,14 +64,16 @@ async def chat_prompt(
     settings = _template_settings(service, model, body)
     grammar = structured_outputs(body)
     is_structured = grammar is not None
-    tools = chat_tools(body, format_of(model.encoder.chat_template), is_structured=is_structured)
+    template, tokenizer = model.encoder.chat_template, model.encoder.tokenizer
+    tools = chat_tools(body, format_of(template), tokenizer, is_structured=is_structured)
     if tools.beginning and body.continue_final_message:
         problem = f"tool_choice={shown(body.tool_choice)}: not if the answer goes on with the last message"
         raise ApiError(400, problem, param="tool_choice")
     prompt = await model.encoder.messages(plain_messages(body.messages, paths), tools=tools.offered, **settings)
-    has_begun = thinking_has_begun(model.encoder.chat_template, model.encoder.tokenizer, prompt)
+    thinking = tags_of(template)
+    has_begun = thinking is not None and thinking_has_begun(thinking, tokenizer, prompt)
     # An answer that follows a grammar from its first token on can have no reasoning before it.
-    beginning = tools.beginning or (f"\n{END}\n\n" if is_structured and has_begun else "")
+    beginning = tools.beginning or (f"\n{thinking[1]}\n\n" if thinking and is_structured and has_begun else "")
     if beginning:
         prompt = prompt + await model.encoder.text(beginning, add_special_tokens=False)
     of_tools = {"structured_outputs.grammar": "tools", "structured_outputs": "tools"}
@@ -82,10 +84,10 @@ async def chat_prompt(
         params = sampling_params(body, model.room_for(prompt), grammar or tools.grammar, model.defaults)
 
     def make_parts() -> MessageParts:
-        if has_begun is None or tools.beginning or is_structured:
+        if thinking is None or tools.beginning or is_structured:
             return tools.reader()
-        is_shown, end_id = body.include_reasoning is not False, end_token(model.encoder.tokenizer)
-        return ReasoningSplit(tools.reader(), has_begun=has_begun, is_shown=is_shown, end_id=end_id)
+        is_shown, end_id = body.include_reasoning is not False, end_token(tokenizer, thinking)
+        return ReasoningSplit(tools.reader(), has_begun=has_begun, is_shown=is_shown, end_id=end_id, tags=thinking)
 
-    shown_ids = frozenset() if tools.format is None else tag_tokens(model.encoder.tokenizer)
+    shown_ids = tools.shown_ids.union(tag_tokens(tokenizer, thinking or ()).values())
     return ChatPrompt(prompt, params, make_parts, names, shown_ids)
