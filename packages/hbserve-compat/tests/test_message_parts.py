@@ -12,7 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from hbserve.server.chat.message_parts import MessageParts, PlainText, merged
-from hbserve.server.chat.reasoning import ReasoningSplit
+from hbserve.server.chat.reasoning import SEED_THINK, ReasoningSplit
 from hbserve.server.chat.tool_calls import (
     HermesCalls,
     ListCalls,
@@ -121,7 +121,53 @@ CASES: dict[str, tuple[Callable[[], MessageParts], str, dict[str, Any]]] = {
         MistralCalls, '[TOOL_CALLS]f{"a": "[TOOL_CALLS]"}',
         {"content": None, "calls": [("f", '{"a": "[TOOL_CALLS]"}')]},
     ),
-    "no call of Mistral": (MistralCalls, "[TOOL_CALLS] nonsense", {"content": "nonsense"}),
+    "no call of Mistral": (MistralCalls, "[TOOL_CALLS] nonsense", {"content": " nonsense"}),
+    "Mistral's call behind a tag that begins none": (
+        MistralCalls, "So [TOOL_CALLS] if it may be [TOOL_CALLS]time[ARGS]{}",
+        {"content": "So  if it may be", "calls": [("time", "{}")]},
+    ),
+    "a tag of Mistral's behind a word": (
+        MistralCalls, "[TOOL_CALLS]if[TOOL_CALLS]time[ARGS]{}", {"content": "if", "calls": [("time", "{}")]},
+    ),
+    "a list of Mistral's that has no calls": (
+        MistralCalls, 'a [TOOL_CALLS] [{"b": 1}, 2] c\n', {"content": 'a  [{"b": 1}, 2] c\n'},
+    ),
+    "text between Mistral's calls": (
+        MistralCalls, f"[TOOL_CALLS]time[ARGS]{{}} and [TOOL_CALLS][{TIME}] or",
+        {"content": " and or", "calls": [("time", "{}")] * 2},
+    ),
+    "several calls between Hermes' tags": (
+        HermesCalls, f"<tool_call>{TIME}\n{WEATHER}, {TIME}}}</tool_call>",
+        {"content": None, "calls": [("time", "{}"), ("weather", ARGUMENTS), ("time", "{}")]},
+    ),
+    "tags of Hermes that have no call": (
+        HermesCalls, 'a <tool_call>{"b": 1} c</tool_call> d', {"content": 'a {"b": 1} c d'},
+    ),
+    "several functions between Qwen3-Coder's tags": (
+        coder_calls, coder("edit", line="5").replace("</tool_call>", "") + coder("time").replace("<tool_call>", ""),
+        {"content": None, "calls": [("edit", '{"line": 5}'), ("time", "{}")]},
+    ),
+    "functions of Qwen3-Coder without their ends": (
+        coder_calls,
+        "<tool_call><function=edit><parameter=line>5</parameter><function=time>\n<function=edit>\n</tool_call>",
+        {"content": None, "calls": [("edit", '{"line": 5}'), ("time", "{}"), ("edit", "{}")]},
+    ),
+    "a function and a parameter that their tags end": (
+        coder_calls, "<tool_call><function=edit><parameter=line>\n5\n</function>\n</tool_call>",
+        {"content": None, "calls": [("edit", '{"line": 5}')]},
+    ),
+    "one of several functions": (
+        lambda: coder_calls(most_calls=1),
+        "<tool_call><function=time></function><function=edit></function></tool_call>",
+        {"content": None, "calls": [("time", "{}")]},
+    ),
+    "Seed-OSS' functions without their ends": (
+        lambda: SeedCalls(tools=CODER_TOOLS),
+        "<seed:tool_call><function=edit><parameter=line>5</parameter><function=time></seed:tool_call>",
+        {"content": None, "calls": [("edit", '{"line": 5}'), ("time", "{}")]},
+    ),
+    "white space in Llama's format": (LlamaCalls, " \n", {"content": " \n"}),
+    "Llama's JSON, twice": (LlamaCalls, '{"a": 5} {"b": 6}\n', {"content": '{"a": 5} {"b": 6}\n'}),
     "Granite's calls": (
         ListCalls, f"<|tool_call|>[{TIME}, {WEATHER}]",
         {"content": None, "calls": [("time", "{}"), ("weather", ARGUMENTS)]},
@@ -133,6 +179,13 @@ CASES: dict[str, tuple[Callable[[], MessageParts], str, dict[str, Any]]] = {
         PhiCalls, f"functools[{WEATHER},{TIME}]", {"content": None, "calls": [("weather", ARGUMENTS), ("time", "{}")]},
     ),
     "Phi-4-mini's text": (PhiCalls, "functools is Python's.", {"content": "functools is Python's."}),
+    "a word of Phi-4-mini's text": (
+        PhiCalls, "Use functools[a] or functools [b] or {functools[{1}]}",
+        {"content": "Use functools[a] or functools [b] or {functools[{1}]}"},
+    ),
+    "a word before Phi-4-mini's call": (
+        PhiCalls, f"Of functools functools[{TIME}]", {"content": "Of functools", "calls": [("time", "{}")]},
+    ),
     "one of a list's calls": (
         lambda: PhiCalls(most_calls=1), f"functools[{TIME}, {WEATHER}]", {"content": None, "calls": [("time", "{}")]},
     ),
@@ -165,6 +218,11 @@ CASES: dict[str, tuple[Callable[[], MessageParts], str, dict[str, Any]]] = {
     "reasoning that is not wanted": (
         lambda: ReasoningSplit(PlainText(), has_begun=False, is_shown=False), "<think>I</think>a", {"content": "a"},
     ),
+    "reasoning of Seed-OSS, and a call": (
+        lambda: ReasoningSplit(SeedCalls(), has_begun=False, tags=SEED_THINK),
+        "<seed:think>hm</think></seed:think>\n<seed:tool_call><function=time></function></seed:tool_call>",
+        {"reasoning_content": "hm</think>", "reasoning": "hm</think>", "content": None, "calls": [("time", "{}")]},
+    ),
     "reasoning and a call": (
         lambda: ReasoningSplit(HermesCalls(), has_begun=False), f"<think>hm</think>\n{hermes(TIME)}",
         {"reasoning_content": "hm", "reasoning": "hm", "content": None, "calls": [("time", "{}")]},
@@ -185,18 +243,27 @@ def test_a_message_is_the_same_in_whatever_pieces_its_text_comes(case, places):
 HEAD = '{"name": "f", "arguments": '
 
 
-TAGS = ["[TOOL_CALLS]", "[ARGS]", "functools[", "<|tool_call|>", "<seed:tool_call>", "</seed:tool_call>"]
+TAGS = ["[TOOL_CALLS]", "[ARGS]", "[CALL_ID]", "functools[", "<|tool_call|>", "<seed:tool_call>", "</seed:tool_call>"]
 XML = ["<function=time>", "<parameter=a>", "</parameter>", "</function>"]
+WRITTEN = ["<tool_call>", "</tool_call>", HEAD, *'{}"a\\[],; \nä𝄞', *TAGS, *XML, "functools", "<think>", "</think>"]
 
 
-@given(st.lists(st.sampled_from(["<tool_call>", "</tool_call>", HEAD, *'{}"a\\[], ', *TAGS, *XML])))
+@given(st.lists(st.sampled_from(WRITTEN)))
 @example([HEAD, HEAD, "}", "<tool_call>", HEAD])  # what looks like a call after what is none
+@example(["[TOOL_CALLS]", "a", "[CALL_ID]", "a", "{", "[ARGS]", "{", "}"])
+@example(["<tool_call>", "<tool_call>", HEAD, "{", "}", "}", "}", HEAD])
 def test_whatever_a_model_writes_becomes_a_message(pieces):
     readers = (HermesCalls, LlamaCalls, coder_calls, ListCalls, PhiCalls, MistralCalls, SeedCalls)
     for make in (*readers, lambda: ReasoningSplit(HermesCalls(), has_begun=True)):
         whole, _ = read(make, "".join(pieces))
         cut, _ = read(make, "".join(pieces), list(range(len("".join(pieces)))))
         assert whole == cut
+
+
+@pytest.mark.parametrize("make", [HermesCalls, LlamaCalls, ListCalls, PhiCalls, MistralCalls, coder_calls, SeedCalls])
+@given(st.lists(st.sampled_from(["{", "}", '"', "a", " ", "\n", "[", "]", ",", "functools", "<", "tool", "ä"])))
+def test_text_without_a_call_is_returned_as_it_was_written(make, pieces):
+    assert read(make, "".join(pieces), list(range(len("".join(pieces)))))[0] == {"content": "".join(pieces)}
 
 
 # ---- over HTTP ---------------------------------------------------------------------------------------------------
@@ -332,6 +399,26 @@ async def test_tags_of_calls_that_are_special_tokens_are_read_and_others_are_not
     message = (await server.chat(tools=TOOLS)).json()["choices"][0]["message"]
     assert (message["content"], message["tool_calls"][0]["function"]) == ("So.", {"name": "time", "arguments": "{}"})
     assert (await server.chat()).json()["choices"][0]["message"]["content"] == "So.time{}"
+
+
+async def test_tags_of_other_formats_that_are_special_tokens_are_not_shown(small_model):
+    tokenizer = load_tokenizer(small_model("qwen3"))
+    tokenizer.add_tokens(["[TOOL_CALLS]", "<tool_call>"], special_tokens=True)
+    server = FakeServer(tokenizer, chat_template=HERMES)
+    server.answers("So.[TOOL_CALLS]<tool_call>" + TIME)
+    message = (await server.chat(tools=TOOLS)).json()["choices"][0]["message"]
+    assert (message["content"], message["tool_calls"][0]["function"]["name"]) == ("So.", "time")
+
+
+async def test_reasoning_of_seed_oss_is_read_where_its_tags_are_special_tokens(small_model):
+    tokenizer = load_tokenizer(small_model("qwen3"))
+    tokenizer.add_tokens(["<seed:think>", "</seed:think>"], special_tokens=True)
+    server = FakeServer(tokenizer, chat_template=MESSAGES + "{{ end }}{# <seed:think></seed:think> #}")
+    for begun, text in (("", "<seed:think>hm</seed:think>yes"), ("<seed:think>", "hm</seed:think>yes")):
+        server.answers(text)
+        answer = (await server.chat(chat_template_kwargs={"end": begun})).json()
+        message = answer["choices"][0]["message"]
+        assert message == {"role": "assistant", "content": "yes", "reasoning_content": "hm", "reasoning": "hm"}
 
 
 @pytest.mark.parametrize(

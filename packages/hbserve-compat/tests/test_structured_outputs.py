@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from hbserve import LLM, SamplingParams
 from hbserve.sampling_params import StructuredOutputsParams
+from hbserve.server.chat.tool_calls import FORMATS, Format
 from hbserve.text.tokenizer import load_tokenizer
 from hbserve_core.grammars.compiler import GrammarCompiler
 from hbserve_core.grammars.trials import Trials
@@ -273,6 +274,53 @@ async def test_a_call_that_must_be_made_follows_the_tools_schema(small_model, ch
     for text in does_not_fit:
         with pytest.raises(InvalidRequest, match="do not follow"):
             grammars.matcher(params, tokenizer.encode(text))
+
+
+SHOWN: dict[Format, str] = {
+    "hermes": "<tool_call>",
+    "llama3_json": '"parameters"',
+    "mistral": "[TOOL_CALLS] [ARGS]",
+    "mistral_json": "[TOOL_CALLS]",
+    "granite": "<|tool_call|>",
+    "phi4_mini": "functools[",
+}
+"""What a template shows of a format."""
+
+
+@pytest.mark.parametrize("name", SHOWN)
+async def test_an_answer_that_must_call_may_call_several_times_and_end_after_each(small_model, tmp_path, name):
+    tokenizer = load_tokenizer(small_model("qwen3"))
+    tokenizer.add_tokens(["[TOOL_CALLS]", "[ARGS]", "<tool_call>", "</tool_call>"], special_tokens=True)
+    tokenizer.save_pretrained(tmp_path)
+    server = FakeServer(tokenizer, chat_template="{{ messages }}{{ tools }}{# " + SHOWN[name] + " #}")
+    server.answers("{}")
+    named = {"type": "function", "function": {"name": "look"}}
+    for more in ({}, {"parallel_tool_calls": False}, {"tool_choice": named}):
+        response = await server.chat(**{"tools": TOOLS, "tool_choice": "required", **more})
+        assert response.status_code == 200, response.text
+    several, one, of_name = [params for _, params in server.scheduler.asked]
+    begun, closing, between, end = (getattr(FORMATS[name], part) for part in ("arguments", "closing", "between", "end"))
+    call, other = f'look{begun}{{"a": 5}}{closing}', f'look{begun}{{"a": 6}}{closing}'
+    grammars = GrammarCompiler(str(tmp_path), len(tokenizer), [2])
+
+    def is_whole(params: SamplingParams, text: str) -> bool:
+        matcher = present(grammars.matcher(params, tokenizer.encode(text, add_special_tokens=False)))
+        return bool(matcher._matcher.is_accepting())
+
+    for text in (call, call + end, call + between + other, between.join([other] * 32) + end):
+        assert is_whole(several, text), text
+    assert is_whole(one, call)
+    assert is_whole(of_name, call.removeprefix(f"look{begun}"))
+    for params, text in (
+        (several, between.join([call] * 33)), (one, call + between), (several, call + between + "see"),
+        (of_name, call.removeprefix(f"look{begun}") + between),
+    ):  # fmt: skip
+        with pytest.raises(InvalidRequest, match="do not follow"):
+            is_whole(params, text)
+    if name == "mistral":  # a special token, and not its letters
+        spelt = [each for letter in "look[ARGS]" for each in tokenizer.encode(letter, add_special_tokens=False)]
+        with pytest.raises(InvalidRequest, match="do not follow"):
+            grammars.matcher(several, spelt)
 
 
 async def test_a_call_in_qwen3_coders_format_that_must_be_made_is_of_a_tool_that_there_is(small_model):
