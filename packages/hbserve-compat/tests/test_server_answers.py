@@ -246,6 +246,15 @@ async def test_logprobs_of_a_completion_are_four_lists_with_a_place_for_each_tok
     assert (await server.complete(logprobs=None)).json()["choices"][0]["logprobs"] is None
 
 
+async def test_tokens_of_one_character_have_one_offset_in_the_text(server):
+    server.answers("a𝄞b", "é", "c")
+    choice = (await server.complete(logprobs=1)).json()["choices"][0]
+    found = choice["logprobs"]
+    assert len(found["tokens"]) > len(choice["text"]), "characters are of several tokens here"
+    expected = [place for place, each in enumerate("a𝄞béc") for _ in server.tokenizer.encode(each)]
+    assert found["text_offset"] == expected
+
+
 @pytest.mark.parametrize("max_tokens", [0, 1, 16])
 async def test_echo_with_logprobs_begins_with_those_of_the_prompt(server, max_tokens):
     body = {"prompt": "hi ", "echo": True, "logprobs": 1, "max_tokens": max_tokens}
