@@ -71,7 +71,7 @@ def test_a_module_says_what_it_is_and_does_not_begin_with_a_question_word(trees)
 
 
 def test_no_docstring_begins_in_the_middle_of_a_sentence(trees):
-    """Also those of attributes: they can be understood without the name before them."""
+    """A docstring of an attribute, too, can be understood without the name before it."""
     middle = re.compile(
         r"(Of|By|As|For|From|With|Without|In|At|On|To|Up|After|Before|Until|Since|While|Where|When|If|So|Not|Also|Else"
         r"|Only|And|But|Its|Their|Those|These|That)\b"
@@ -80,7 +80,8 @@ def test_no_docstring_begins_in_the_middle_of_a_sentence(trees):
         f"{source}:{each.lineno}: {each.value.value.strip().splitlines()[0]}"
         for source, tree in trees.items()
         for node in ast.walk(tree)
-        for each in getattr(node, "body", None) or []
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        for each in node.body
         if isinstance(each, ast.Expr)
         and isinstance(each.value, ast.Constant)
         and isinstance(each.value.value, str)

@@ -133,8 +133,7 @@ class AbortRequest(msgspec.Struct, frozen=True, tag=True):
 
 
 class EndChoice(msgspec.Struct, frozen=True, tag=True):
-    """Notice that one of several choices is no longer wanted; the stream goes on with the others. Has no effect if
-    there is no such request (any more)."""
+    """Notice that one of several choices is no longer wanted. Has no effect if there is no such request (any more)."""
 
     request_id: Id
     choice: int

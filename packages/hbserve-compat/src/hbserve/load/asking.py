@@ -41,7 +41,7 @@ class Outcome:
 
     @property
     def arrivals(self) -> list[float]:
-        """Those of all choices, in their order."""
+        """Times at which events with text came, of all choices, in order."""
         return sorted(at_s for times in self.by_choice.values() for at_s in times)
 
     @property

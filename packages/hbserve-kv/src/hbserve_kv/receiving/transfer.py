@@ -203,7 +203,7 @@ class IncomingTransfer:
         self._has_failed = False
         self._changed = asyncio.Event()
         self._announced: dict[str, Coverage] = {}
-        """Those of `units` that are under way or have landed, by link; two-sided transports only."""
+        """Units that are under way or have landed, by link; two-sided transports only."""
         self._taking_s: dict[str, float] = {}
         """Seconds during which parts were taken, by link; two-sided transports only."""
         self._committed: list[TransferResult] = []

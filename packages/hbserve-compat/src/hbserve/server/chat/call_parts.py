@@ -8,40 +8,40 @@ from typing import Any, ClassVar
 import msgspec
 
 _HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)')
-"""A call up to its arguments, as nearly all models write it."""
+"""Beginning of a call up to its arguments, as nearly all models write it."""
 _NAMED = re.compile(r"\s*([^\s\[{]+)(?:\[CALL_ID\][^\[{]*)?(?:\[ARGS\])?\s*(?=\{)")
-"""The same, as Mistral's newer models write it."""
+"""Beginning of a call up to its arguments, as Mistral's newer models write it."""
 _NOT_NAMED = re.compile(r"\A\s*[^\s\[{]+\s+[^\s{]|\{|\[TOOL_CALLS\]")
-"""What is in a text that does not become such a call, and in none that still may: two words, or what is behind one."""
+"""Parts of a text that can no longer become such a call: a second word, or something that cannot follow a name."""
 _FUNCTION = re.compile(r"\s*<function=([^>\n]+)>\s*(?=<)")
-"""The beginning of a call as Qwen3-Coder writes it."""
+"""Beginning of a call as Qwen3-Coder writes it."""
 _PARAMETER = re.compile(r"\s*<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>", re.S)
 _FUNCTION_END = re.compile(r"\s*(?:</parameter>\s*)?(?:</function>|(?=<function=))")
-"""Its end, or the beginning of the next one, if a model has left that out."""
+"""End of such a call, or the beginning of the next one, if the model has left the end out."""
 _WORDS = {"True": True, "False": False, "None": None}
-"""What Python calls them, and so Qwen3-Coder."""
+"""Constants as Python writes them, and so does Qwen3-Coder."""
 
 
 class Call:
-    """One call as it comes. A subclass reads its format."""
+    """Reader of one call as its text comes. A subclass reads one format."""
 
     head: ClassVar[re.Pattern[str]]
-    """What a call begins with: its first group has the name."""
+    """Pattern of a call's beginning; its first group is the name."""
 
     def __init__(self, index: int, id_length: int = 0) -> None:
-        """id_length: letters and digits of its id, where the model wants so many."""
+        """id_length: number of letters and digits of the call's id, if the model's template wants so many."""
         self._index = index
         self._id = uuid.uuid4().hex[:id_length] if id_length else f"call_{uuid.uuid4().hex[:24]}"
         self._text = ""
         self._sent = 0
-        """Place in the text up to which its arguments were given out; 0: not even its name was."""
+        """Place in the text up to which arguments were returned; 0: not even the name was."""
         self.is_known = False
-        """Whether its name was given out."""
+        """Whether the call's name was returned."""
         self._is_complete = False
-        """So were all its arguments."""
+        """Whether all of the call's arguments were returned."""
 
     def feed(self, text: str) -> tuple[list[dict[str, Any]], str | None]:
-        """What is sure now; and once the arguments are complete, the text after them."""
+        """Add text. Return deltas of what is certain now, and the text after the arguments once these are complete."""
         if self._is_complete:
             return [], text
         self._text += text
@@ -56,17 +56,17 @@ class Call:
         return [named, *deltas], rest
 
     def _name(self, written: str) -> str:
-        """The name, of how it is written."""
+        """Return the name from how the model has written it."""
         raise NotImplementedError
 
     def _arguments(self) -> tuple[list[dict[str, Any]], str | None]:
-        """As `feed`, of what has come behind `_sent`."""
+        """Return what `feed` does, for the text from `_sent` on."""
         raise NotImplementedError
 
     def end(self, *, is_cut: bool) -> tuple[list[dict[str, Any]], str]:
-        """No more text comes: what it is if it was written in another way, or the text that it is not.
+        """Handle the end of the text. Return deltas of a call that is written in another way, and text that is no call.
 
-        is_cut: because that of the answer has ended; else its own end has come.
+        is_cut: whether the text ends because the answer does; else the call's own end has come.
         """
         return [], "" if self.is_known else self._text
 
@@ -79,7 +79,7 @@ class Call:
 
 
 class XmlCall(Call):
-    """One call whose parameters are texts between tags. Its arguments come one by one."""
+    """Reader of a call whose parameters are texts between tags. It returns the arguments one by one."""
 
     head = _FUNCTION
 
@@ -119,7 +119,7 @@ class XmlCall(Call):
 
 
 def _value(text: str, schema: Any) -> Any:
-    """A parameter's value: a text, unless its schema asks for something else, and it is that."""
+    """Return a parameter's value: the text, unless its schema asks for something else and the text is that."""
     kinds = schema.get("type") if isinstance(schema, dict) else None
     kinds = {kinds} if isinstance(kinds, str) else {str(each) for each in kinds} if isinstance(kinds, list) else set()
     if "string" in kinds and not (text in ("null", "None") and "null" in kinds):
@@ -132,14 +132,15 @@ def _value(text: str, schema: Any) -> Any:
 
 
 class Nesting:
-    """Where an object of JSON ends, character by character."""
+    """Search for the end of a JSON object in text that comes in pieces."""
 
     def __init__(self) -> None:
         self._depth = 0
         self._is_quoted = self._is_escaped = False
 
     def end_in(self, text: str, begin: int = 0) -> int | None:
-        """The place behind its end; None: it is not in this text, which is the next part of it."""
+        """Read the next piece of text, from `begin` on. Return the place behind the object's end, or None if it is not
+        in this piece."""
         return next((place + 1 for place in range(begin, len(text)) if self._closes(text[place])), None)
 
     def _closes(self, character: str) -> bool:
@@ -154,14 +155,14 @@ class Nesting:
 
 
 class NamedCall(Call):
-    """One call whose name is before the JSON of its arguments."""
+    """Reader of a call whose name comes before the JSON of its arguments."""
 
     head = _NAMED
 
     def __init__(self, index: int, id_length: int = 0) -> None:
         super().__init__(index, id_length)
         self._nesting = Nesting()
-        """Of its arguments."""
+        """Search for the end of the arguments."""
 
     def feed(self, text: str) -> tuple[list[dict[str, Any]], str | None]:
         deltas, rest = super().feed(text)
@@ -182,7 +183,7 @@ class NamedCall(Call):
 
 
 class JsonCall(NamedCall):
-    """One call that is an object of JSON. What that has behind the arguments, such as Mistral's id, is left out."""
+    """Reader of a call that is a JSON object. What follows the arguments in it, such as Mistral's id, is left out."""
 
     head = _HEAD
 
@@ -198,7 +199,7 @@ class JsonCall(NamedCall):
     def _name(self, written: str) -> str:
         try:
             return str(msgspec.json.decode(written))
-        except msgspec.DecodeError:  # an escape that there is not
+        except msgspec.DecodeError:  # an escape that does not exist
             return written[1:-1]
 
     def end(self, *, is_cut: bool) -> tuple[list[dict[str, Any]], str]:

@@ -10,15 +10,16 @@ from hbserve_rpc.plain_values import plain_text, shown
 
 ROLES = ("assistant", "developer", "system", "tool", "user")
 SPEAKERS = {"developer", "system", "user"}
-"""Who says something in each message. A tool may have nothing to say, and an assistant may call one instead."""
+"""Roles whose messages must have a content. A tool may have nothing to say, and an assistant may call one instead."""
 MOST_MESSAGES = 4096
 PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
-"""Types of a content's parts, and the field that has the text of each. Two are of the Responses API, as vLLM takes
-them in chats too; so are parts that are nothing but a string."""
+"""Field that has the text of a content's part, by the part's type. Two types are of the Responses API; vLLM takes them
+in chats too, and parts that are only a string."""
 
 
 def plain_messages(messages: list[dict[str, Any]], paths: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    """Messages with their content as one text, whatever form it had; the rest of each as it is. `paths` names them.
+    """Return the messages with their content as one text, whatever form it had, and the rest unchanged. `paths` names
+    them in errors.
 
     Raises:
         ApiError: 400, names the message and its field.
@@ -55,7 +56,7 @@ def _plain(path: str, message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _text(path: str, content: Any) -> str:
-    """The text of a content that is one, or is made of parts."""
+    """Return the text of a content that is a text, or consists of parts."""
     if content is None:
         return ""
     if not isinstance(content, list):
@@ -74,7 +75,7 @@ def _part(path: str, part: Any) -> str:
 
 
 def _tool_calls(path: str, calls: Any) -> list[dict[str, Any]]:
-    """Calls of an earlier answer, with their arguments as the objects that templates expect."""
+    """Return the calls of an earlier answer, with their arguments as the objects that templates expect."""
     if not isinstance(calls, list):
         raise ApiError(400, f"{path}={shown(calls)}: expected a list", param=path)
     plain = []
@@ -88,7 +89,7 @@ def _tool_calls(path: str, calls: Any) -> list[dict[str, Any]]:
 
 
 def _arguments(arguments: Any) -> Any:
-    """What a model wrote as arguments is not always JSON; then it stays text."""
+    """Return arguments as an object, or as the text that a model wrote if that is not JSON."""
     if not isinstance(arguments, str):
         return {} if arguments is None else arguments
     try:

@@ -16,7 +16,7 @@ from hbserve_rpc.plain_values import plain_text, shown
 
 MOST_TOOLS = 256
 MOST_CALLS = 32
-"""Calls of one answer where there must be one: so no model makes them for ever."""
+"""Limit of calls in one answer that must have a call, so that no model makes them for ever."""
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,12 @@ class ChatTools:
     beginning: str = ""
     most_calls: int | None = None
     grammar: StructuredOutputsParams | None = None
-    """What follows the beginning: calls, whose arguments are as the tools' schemas say."""
+    """Grammar of what follows the beginning: calls whose arguments fit the tools' schemas."""
     shown_ids: frozenset[int] = frozenset()
-    """Tags of the format that are tokens: they are read, though they may be special ones."""
+    """Tags of the format that are tokens. They are read, although they may be special tokens."""
 
     def reader(self) -> MessageParts:
-        """A reader of one answer, which has read its beginning."""
+        """Make a reader of one answer, which has read the beginning already."""
         if self.format is None:
             return PlainText()
         reader = FORMATS[self.format].reader(most_calls=self.most_calls, tools=self.offered or ())
@@ -43,9 +43,9 @@ class ChatTools:
 
 
 def chat_tools(body: ChatBody, known: Format | None, tokenizer: Any, *, is_structured: bool) -> ChatTools:
-    """What a request says of tools; `known` is the format of the model's calls, None if it knows none.
+    """Return what a request says of tools; `known` is the format of the model's calls, None if it knows none.
 
-    is_structured: the answer has a format of its own.
+    is_structured: whether the answer has a format of its own.
 
     Raises:
         ApiError: 400, names what is wrong.
@@ -84,8 +84,8 @@ def chat_tools(body: ChatBody, known: Format | None, tokenizer: Any, *, is_struc
 def _grammar(
     body: ChatBody, tools: ChatTools, names: list[str], tags: Mapping[str, int]
 ) -> StructuredOutputsParams | None:
-    """The rest of a call of one of these tools, and more calls; of a single tool, one call from its arguments on.
-    None: it has another end."""
+    """Return a grammar of the rest of a call of one of these tools, and of more calls; for a single tool, of one call
+    from its arguments on. None if the request ends its answer otherwise, by stop strings or tokens."""
     if body.stop or body.stop_token_ids:
         return None
     assert tools.format is not None
@@ -108,7 +108,7 @@ def _grammar(
 
 
 def _start(spelling: Spelling, tags: Mapping[str, int], *, is_one: bool) -> str:
-    """All calls of an answer, of the first one's name on. It may end behind each."""
+    """Return the rule for all calls of an answer, from the first one's name on. The answer may end behind each call."""
     if is_one:
         return "start: call"
     more = f"({spelling.terms(spelling.between, tags)} call){{0,{MOST_CALLS - 1}}}"
@@ -117,7 +117,7 @@ def _start(spelling: Spelling, tags: Mapping[str, int], *, is_one: bool) -> str:
 
 
 def _any_call(heads: str, tags: Mapping[str, int]) -> str:
-    """A name, and whatever may follow it. Tags are no text if they are special tokens."""
+    """Return a grammar of a name and whatever may follow it. Tags that are special tokens are not part of text."""
     more = f" (({' | '.join(f'<[{each}]>' for each in tags.values())}) TEXT?)*" if tags else ""
     return f"start: ({heads}) TEXT?{more}\nTEXT: /(.|\\n)+/"
 

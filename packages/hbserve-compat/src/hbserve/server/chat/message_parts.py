@@ -4,17 +4,17 @@ from typing import Any, Protocol
 
 
 class MessageParts(Protocol):
-    """A reader of one answer's text as it comes."""
+    """Reader of one answer's text as it comes."""
 
     def feed(self, text: str, *, final: bool) -> list[dict[str, Any]]:
-        """Add text; returns what is sure now, as `delta` of a chunk has it."""
+        """Add text, and return what is certain now, each as the `delta` of a chunk."""
 
     def reason(self, reason: str | None) -> str | None:
-        """How the answer ended, in a client's words; None as long as it has not."""
+        """Return the finish reason that clients see, for the one that the answer has; None as long as it has none."""
 
 
 class PlainText:
-    """An answer that is text and nothing else."""
+    """Reader of an answer that is nothing but text."""
 
     def feed(self, text: str, *, final: bool) -> list[dict[str, Any]]:
         return [{"content": text}] if text else []
@@ -24,15 +24,15 @@ class PlainText:
 
 
 class TagSearch:
-    """Looks for a tag, or the first of several, in a text that comes in pieces."""
+    """Search for a tag, or the first of several, in a text that comes in pieces."""
 
     def __init__(self) -> None:
         self._held = ""
 
     def feed(self, text: str, *tags: str, final: bool) -> tuple[str, str | None]:
-        """Text before the tag that is sure, and what follows the tag, if that has come.
+        """Add text. Return the text that is certainly before the tag, and the text behind the tag if that has come.
 
-        What may be a tag's beginning is held until the next call, which may look for another one.
+        A possible beginning of a tag is kept until the next call, which may search for another tag.
         """
         text, self._held = self._held + text, ""
         tag = min((tag for tag in tags if tag in text), key=text.index, default=None)
@@ -49,7 +49,7 @@ class TagSearch:
 
 
 def merged(deltas: list[dict[str, Any]]) -> dict[str, Any]:
-    """All deltas of an answer, as a whole message has them."""
+    """Merge all deltas of an answer into one message."""
     texts: dict[str, list[str]] = {"content": []}
     calls: list[dict[str, Any]] = []
     for delta in deltas:

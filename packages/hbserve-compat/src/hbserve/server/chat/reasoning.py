@@ -10,7 +10,7 @@ SEED_THINK: Tags = "<seed:think>", "</seed:think>"
 
 
 class ReasoningSplit:
-    """An answer of which the reasoning is told apart; its other text is read by `rest`."""
+    """Reader that separates an answer's reasoning from its other text, which `rest` reads."""
 
     def __init__(
         self,
@@ -21,21 +21,24 @@ class ReasoningSplit:
         end_id: int | None = None,
         tags: Tags = THINK,
     ) -> None:
-        """`has_begun`: the prompt ends with <think>, as some templates have it; the model does not repeat that.
-        `end_id`: the token that is </think>, if one is. `tags`: what these two are."""
+        """Make a reader of one answer.
+
+        has_begun: whether the prompt ends with <think>, as in some templates; the model does not repeat it then.
+        end_id: the token that is </think>, if a single one is. tags: the two tags, for models that have others.
+        """
         self._rest = rest
         self._begin_tag, self._end_tag = tags
         self._end_id = end_id
         self._num_undecided = 0
-        """Tokens that are reasoning if what has come so far is its beginning."""
+        """Number of tokens that are reasoning if the text so far is its beginning."""
         self._is_counted = False
         self._is_shown = is_shown
         self._search = TagSearch()
         self._state = "reasoning" if has_begun else "before"
         self._space = ""
-        """White space that is left out if nothing but a tag is on its other side."""
+        """White space that is left out if only a tag is on its other side."""
         self._is_empty = True
-        """Whether nothing but white space of this part has come."""
+        """Whether only white space of this part has come."""
 
     def feed(self, text: str, *, final: bool) -> list[dict[str, Any]]:
         deltas: list[dict[str, Any]] = []
@@ -55,8 +58,8 @@ class ReasoningSplit:
         return deltas
 
     def num_reasoning(self, token_ids: list[int]) -> int:
-        """How many more tokens are known to be reasoning, of these, whose text `feed` has just had, and earlier ones.
-        Its tags are part of it."""
+        """Return how many more tokens are now known to be reasoning: of these, whose text `feed` has just read, and of
+        earlier ones. Tags are part of the reasoning."""
         if self._state == "before":
             self._num_undecided += len(token_ids)
         if self._state in ("before", "plain") or self._is_counted:
@@ -69,7 +72,7 @@ class ReasoningSplit:
         return undecided + num_new
 
     def _begin(self, text: str, final: bool) -> str:
-        """Decide whether the answer begins with reasoning; returns the text that follows the decision."""
+        """Decide whether the answer begins with reasoning, and return the text that follows the decision."""
         self._space += text
         begun = self._space.lstrip()
         if begun.startswith(self._begin_tag):
@@ -95,12 +98,12 @@ class ReasoningSplit:
 
 
 def tags_of(chat_template: str | None) -> Tags | None:
-    """The tags between which a chat template has its model think; None: it does not."""
+    """Return the tags between which a chat template has its model think, or None if it does not."""
     return next((tags for tags in (SEED_THINK, THINK) if tags[1] in (chat_template or "")), None)
 
 
 def end_token(tokenizer: Any, tags: Tags) -> int | None:
-    """The token that ends reasoning; None: it is ended by several."""
+    """Return the token that ends reasoning, or None if several tokens do."""
     ids = tokenizer.encode(tags[1], add_special_tokens=False)
     return ids[0] if len(ids) == 1 else None
 

@@ -24,25 +24,25 @@ Format = Literal["hermes", "llama3_json", "qwen3_coder", "seed_oss", "mistral", 
 
 
 class _Calls:
-    """What all formats have in common: the calls so far, one after the other, and how an answer with some ends."""
+    """Base of the readers of all formats: reads calls one after the other, and knows how an answer with calls ends."""
 
     id_length: ClassVar[int] = 0
-    """Letters and digits of a call's id, where the model's template refuses others; 0: it takes any."""
+    """Number of letters and digits of a call's id, if the model's template refuses others; 0: it takes any id."""
 
     def __init__(self, *, most_calls: int | None = None, tools: Sequence[dict[str, Any]] = ()) -> None:
         self._tools = tools
         self._most_calls = most_calls
-        """Calls after that are left out."""
+        """Number of calls after which further calls are left out; None: no limit."""
         self._num_calls = 0
         self._call: Call | None = None
         self._border = ""
-        """Characters that are left out before the next call: once there is one, what may be between two."""
+        """Characters that are left out before the next call; after a call, those that may be between two calls."""
 
     def _begin(self) -> Call:
         return JsonCall(self._num_calls, self.id_length)
 
     def _read(self, text: str) -> list[dict[str, Any]]:
-        """Reads calls, and text that is none."""
+        """Read calls, and text that is none."""
         deltas: list[dict[str, Any]] = []
         rest: str | None = text
         while rest:
@@ -71,7 +71,7 @@ class _Calls:
         return deltas
 
     def _no_call(self, text: str) -> list[dict[str, Any]]:
-        """Text that might have become a call."""
+        """Return deltas of text that might have become a call, and has not."""
         return [{"content": text}] if text.strip() or not self._num_calls else []
 
     def reason(self, reason: str | None) -> str | None:
@@ -79,15 +79,15 @@ class _Calls:
 
 
 class _CallsInText(_Calls):
-    """Calls behind tags, and the text around them."""
+    """Base of readers of calls behind tags, and of the text around them."""
 
     def __init__(self, *, most_calls: int | None = None, tools: Sequence[dict[str, Any]] = ()) -> None:
         super().__init__(most_calls=most_calls, tools=tools)
         self._search = TagSearch()
         self._space = ""
-        """White space of the text, which is left out where a call follows."""
+        """White space at the end of the text, which is left out if a call follows."""
         self._unread = ""
-        """What is left out if a call follows, and is text if none does."""
+        """Text behind a tag that is left out if a call follows, and is content if none does."""
 
     def _text(self, text: str, *, is_last: bool) -> list[dict[str, Any]]:
         text = self._space + text
@@ -108,7 +108,7 @@ class _CallsInText(_Calls):
 
 
 class HermesCalls(_CallsInText):
-    """Reads calls in Hermes' format, and the text around them."""
+    """Reader of calls in Hermes' format, and of the text around them."""
 
     begin: ClassVar[str] = BEGIN
     end: ClassVar[str] = END
@@ -134,34 +134,34 @@ class HermesCalls(_CallsInText):
 
 
 class XmlCalls(HermesCalls):
-    """Reads calls in Qwen3-Coder's format, and the text around them."""
+    """Reader of calls in Qwen3-Coder's format, and of the text around them."""
 
     def _begin(self) -> Call:
         return XmlCall(self._num_calls, self._tools)
 
 
 class SeedCalls(XmlCalls):
-    """Reads calls in Seed-OSS' format, and the text around them."""
+    """Reader of calls in Seed-OSS' format, and of the text around them."""
 
     begin = SEED_BEGIN
     end = SEED_END
 
 
 class ListCalls(_CallsInText):
-    """Reads lists of calls behind tags, and the text around them."""
+    """Reader of lists of calls behind tags, and of the text around them."""
 
     tags: ClassVar[tuple[str, ...]] = (GRANITE_BEGIN, BEGIN, "<|/tool_call|>")
     opening: ClassVar[re.Pattern[str]] = re.compile(r"\s*(\[\s*)?(?=\{)")
-    """What is between a tag and the first call; its group is there if that is in a list."""
+    """Pattern of what is between a tag and the first call; its group matches if that call is in a list."""
     is_word: ClassVar[bool] = False
-    """Whether the tag is text if no call follows."""
+    """Whether the tag is content if no call follows."""
 
     def __init__(self, *, most_calls: int | None = None, tools: Sequence[dict[str, Any]] = ()) -> None:
         super().__init__(most_calls=most_calls, tools=tools)
         self._place: Literal["text", "tag", "list"] = "text"
-        """What was left last, where no call is being read."""
+        """Place of the reader while it reads no call: in text, behind a tag, or in a list behind a call."""
         self._held = ""
-        """What has come behind a tag, which may become the opening of a list."""
+        """Text behind a tag that may become the opening of a list."""
 
     def feed(self, text: str, *, final: bool) -> list[dict[str, Any]]:
         deltas: list[dict[str, Any]] = []
@@ -184,7 +184,8 @@ class ListCalls(_CallsInText):
         return deltas + (self._end(is_cut=True) + self._text(self._held, is_last=True) if final else [])
 
     def _open(self, text: str) -> str | None:
-        """What is left of all that is behind a tag: a call begins, or text does; None: neither is sure."""
+        """Decide from the text behind a tag whether a call or text begins. Return what is left to read, or None if
+        neither is certain."""
         self._held = ""
         if opening := self.opening.match(text):
             self._place = "text" if opening[1] is None else "list"
@@ -197,7 +198,8 @@ class ListCalls(_CallsInText):
         return self._go_on(text)
 
     def _go_on(self, text: str) -> str | None:
-        """What is left of a list behind one of its calls: the next one begins, or text does; None: neither is sure."""
+        """Decide whether the next call of a list begins, or text. Return what is left to read, or None if neither is
+        certain."""
         if not text:
             return None
         if self._place == "list" and text[0] == "{":
@@ -214,7 +216,7 @@ class ListCalls(_CallsInText):
 
 
 class PhiCalls(ListCalls):
-    """Reads lists of calls in Phi-4-mini's format, and the text around them."""
+    """Reader of lists of calls in Phi-4-mini's format, and of the text around them."""
 
     tags = (PHI_BEGIN.removesuffix("["),)
     opening = re.compile(r"(\[\s*)(?=\{)")
@@ -222,7 +224,7 @@ class PhiCalls(ListCalls):
 
 
 class MistralCalls(ListCalls):
-    """Reads calls in both of Mistral's formats, and the text around them."""
+    """Reader of calls in both of Mistral's formats, and of the text around them."""
 
     tags = (MISTRAL_BEGIN,)
     id_length = 9
@@ -236,12 +238,12 @@ class MistralCalls(ListCalls):
 
 
 class LlamaCalls(_Calls):
-    """Reads an answer in Llama 3's format, which is calls from its first character on, or text."""
+    """Reader of an answer in Llama 3's format, which is either calls from its first character on, or text."""
 
     def __init__(self, *, most_calls: int | None = None, tools: Sequence[dict[str, Any]] = ()) -> None:
         super().__init__(most_calls=most_calls, tools=tools)
         self._is_text: bool | None = None
-        """None: nothing but white space has come."""
+        """Whether the answer is text; None: only white space has come."""
         self._space = ""
 
     def feed(self, text: str, *, final: bool) -> list[dict[str, Any]]:
@@ -259,24 +261,24 @@ class LlamaCalls(_Calls):
 
 @dataclass(frozen=True)
 class Spelling:
-    """A format: how its calls are read, and what a model writes of them."""
+    """A format of calls: its reader, and the fixed parts of what a model writes."""
 
     reader: Callable[..., MessageParts]
     beginning: str
-    """Before the first call's name."""
+    """Text before the first call's name."""
     arguments: str
-    """Between a call's name and its arguments."""
+    """Text between a call's name and its arguments."""
     closing: str
-    """Behind a call's arguments."""
+    """Text behind a call's arguments."""
     between: str
-    """Between a call and the next one's name."""
+    """Text between a call and the next one's name; "" if there is no fixed text."""
     end: str
-    """Behind the last call, where a model may leave it out."""
+    """Text behind the last call, which a model may leave out."""
     tags: tuple[str, ...] = ()
-    """Those that may be special tokens of a model: these are read, and others are not shown."""
+    """Tags that may be special tokens of a model. They are read; other special tokens are not shown."""
 
     def terms(self, text: str, token_ids: Mapping[str, int]) -> str:
-        """A text of this format for a grammar, in which tags that are tokens are these."""
+        """Return a text of this format as terms of a Lark grammar, in which a tag that is one token is that token."""
         parts = re.split("({})".format("|".join(map(re.escape, token_ids))), text) if token_ids else [text]
         return " ".join(
             f"<[{token_ids[each]}]>" if each in token_ids else json.dumps(each, ensure_ascii=False)
@@ -309,13 +311,13 @@ FORMATS: dict[Format, Spelling] = {
 
 
 def tag_tokens(tokenizer: Any, tags: Sequence[str]) -> dict[str, int]:
-    """Those tags that are one token each, and which."""
+    """Return the token of each tag that is a single token."""
     found = {tag: tokenizer.convert_tokens_to_ids(tag) for tag in tags}
     return {tag: token_id for tag, token_id in found.items() if token_id not in (None, tokenizer.unk_token_id)}
 
 
 def format_of(chat_template: str | None) -> Format | None:
-    """The format that a chat template asks of its model; None: it knows no tools."""
+    """Return the format that a chat template asks of its model, or None if it knows no tools."""
     if chat_template is None or "tools" not in chat_template:
         return None
     if MISTRAL_BEGIN in chat_template:
