@@ -544,7 +544,8 @@ async def test_a_grant_of_a_decode_instance_that_has_died_fails_the_prefill_and_
         dying.process.kill()
         await dying.process.wait()
         p.grant("r", granted.grant)
-        with pytest.raises(RemoteError, match=r"KV transfer t-r failed: .*no connection to"):
+        # Its port may be another test's by then, whose receiver refuses.
+        with pytest.raises(RemoteError, match=r"KV transfer t-r failed: .*(no connection to|refuses)"):
             await first
     await until(p.is_empty)
 
