@@ -35,9 +35,9 @@ HISTOGRAMS = {
     "inter_token_latency_seconds": "Time between two messages with tokens of one request.",
     "request_time_per_output_token_seconds": "Mean time per token of a request after its first.",
     "e2e_request_latency_seconds": "Time from submission to the end.",
-    "request_queue_time_seconds": "Time from submission until the scheduler first gave the request to instances.",
-    "request_inference_time_seconds": "Time from then to the end.",
-    "request_prefill_time_seconds": "Time from then to the first token.",
+    "request_queue_time_seconds": "Time from submission until the request was first given to instances.",
+    "request_inference_time_seconds": "Time from when the request was first given to instances to the end.",
+    "request_prefill_time_seconds": "Time from when the request was first given to instances to the first token.",
     "request_decode_time_seconds": "Time from the first token to the end.",
     "request_prompt_tokens": "Tokens of a prompt.",
     "request_generation_tokens": "Tokens of an answer; with n, of all answers to one prompt.",
@@ -73,12 +73,12 @@ def _of_requests(stats: SchedulerStats) -> Iterator[Family]:
     labelled: dict[str, tuple[str, str, Mapping[str, float]]] = {
         "request_success": (
             "finished_reason",
-            "Requests that have ended, by finish reason; error if they failed.",
+            "Requests that have ended, by finish reason; it is error if they failed.",
             stats.ended_requests,
         ),
         "request_attempts_failed": (
             "cause",
-            "Attempts that have failed, those that were followed by another one included.",
+            "Attempts that have failed, by cause, including those that were tried again.",
             stats.failed_attempts,
         ),
         "request_delay_seconds": ("cause", "Seconds for which requests were held up, by cause.", stats.delay_s),
