@@ -10,8 +10,9 @@ from hbserve_rpc import RemoteError
 from hbserve_rpc.messages import TokenEvent
 from hbserve_rpc.records import AttemptRecord, RequestRecord
 from hbserve_rpc.trace_context import in_trace
-from hbserve_scheduler import RequestFailed
+from hbserve_scheduler import CpuScheduler, RequestFailed
 from hbserve_scheduler.figures import FEW_LINKS, MOST_RECORDS, Figures
+from hbserve_scheduler.metrics import HISTOGRAMS, deployment_metrics
 from hbserve_scheduler.request import ScheduledRequest
 from hbserve_scheduler.server import SchedulerServer
 
@@ -167,6 +168,13 @@ def test_snapshots_do_not_change_and_records_are_bounded():
     assert not any(sum(each.counts) for each in before["histograms"].values())
     assert sum(figures.snapshot()["histograms"]["e2e_request_latency_seconds"].counts) == MOST_RECORDS + 1
     assert all(each.bounds == sorted(set(each.bounds)) for each in figures.histograms.values())
+
+
+def test_every_histogram_is_described_also_one_of_another_version():
+    stats = CpuScheduler().stats()
+    assert set(HISTOGRAMS) == set(stats.histograms)
+    stats.histograms["of_tomorrow"] = stats.histograms["request_attempts"]
+    assert any(each.name == "hbserve:of_tomorrow" for each in deployment_metrics(stats))
 
 
 def test_links_of_instances_that_have_left_are_forgotten_once_nothing_moves_over_them():

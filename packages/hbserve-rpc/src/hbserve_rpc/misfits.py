@@ -44,20 +44,20 @@ def describe_misfit(error: msgspec.ValidationError, content: Any, kind: type[msg
     value = content
     for name, index in keys:
         value = value[name] if name else value[int(index)]
-    return f"{path or whole}={shown(value)}: {_detail(error, _type_at(kind, path) if path else None)}"
+    return f"{path or whole}={shown(value)}: {_detail(what, place, _type_at(kind, path) if path else None)}"
 
 
 def describe_value_misfit(error: msgspec.ValidationError, name: str, value: Any, kind: Any) -> str:
     """Describe, in one line, that the value named `name` is not of the type `kind`."""
-    for index in re.findall(r"\[(\d+)\]", what_and_where(error)[1]):
+    what, place = what_and_where(error)
+    for index in re.findall(r"\[(\d+)\]", place):
         name, value = f"{name}[{index}]", value[int(index)]
         (kind,) = getattr(kind, "__args__", [None])[:1]
-    return f"{name}={shown(value)}: {_detail(error, kind)}"
+    return f"{name}={shown(value)}: {_detail(what, place, kind)}"
 
 
-def _detail(error: msgspec.ValidationError, kind: Any) -> str:
+def _detail(what: str, place: str, kind: Any) -> str:
     """Return what is allowed. The words for a mapping's type are about its keys, and used only for them."""
-    what, place = what_and_where(error)
     has_words = getattr(kind, "__origin__", None) is not dict or "`key`" in place
     for of_json, of_yaml in (("`object`", "a mapping"), ("`array`", "a list")):
         what = what.replace(of_json, of_yaml)

@@ -52,6 +52,11 @@ HISTOGRAMS = {
 """Descriptions of the histograms. All but the second and the last have a value for each completed request."""
 
 
+def describe_histogram(name: str) -> str:
+    """Return the description of a histogram, or its name if a scheduler of another version has it."""
+    return HISTOGRAMS.get(name, name)
+
+
 def deployment_metrics(stats: SchedulerStats) -> Iterator[Family]:
     yield from _of_requests(stats)
     yield from instance_metrics(stats.instances)
@@ -93,7 +98,7 @@ def _of_requests(stats: SchedulerStats) -> Iterator[Family]:
         family.add_each(values)
         yield family
     for name, histogram in stats.histograms.items():
-        family = Family(f"hbserve:{name}", "histogram", HISTOGRAMS[name])
+        family = Family(f"hbserve:{name}", "histogram", describe_histogram(name))
         family.add_histogram(histogram)
         yield family
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from hbserve_core import BrokenTokenizer
 from hbserve_rpc import InvalidRequest
-from hbserve_rpc.plain_values import plain_text, shown
+from hbserve_rpc.plain_values import one_line, plain_text, shown
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +30,8 @@ def load_tokenizer(folder: str | Path) -> Any:
         tokenizer = _read(path)
         tokenizer.decode(tokenizer.encode("a"))  # some of its settings are looked at only now
     except Exception as error:  # any kind: each format is read by another library, which has its own errors
-        reason = " ".join(str(error).split())
-        raise BrokenTokenizer(f"{path}: its tokenizer cannot be read: {type(error).__name__}: {reason}") from error
+        reason = f"{type(error).__name__}: {one_line(str(error))}"
+        raise BrokenTokenizer(f"{path}: its tokenizer cannot be read: {reason}") from error
     if len(tokenizer) <= len(tokenizer.added_tokens_decoder):  # transformers takes a missing vocabulary as empty
         raise BrokenTokenizer(f"{path}: its tokenizer has no vocabulary; is tokenizer.json missing, or cut off?")
     named = tokenizer.chat_template or {}

@@ -15,7 +15,7 @@ from hbserve.server.http.http_figures import http_metrics
 from hbserve.server.service import ServedModel, Service
 from hbserve_rpc.messages import InstanceInfo, SchedulerStats
 from hbserve_rpc.metrics_text import CONTENT_TYPE, Family, text_of
-from hbserve_scheduler.metrics import HISTOGRAMS, deployment_metrics
+from hbserve_scheduler.metrics import deployment_metrics, describe_histogram
 
 ONLY_OURS = ("kv_", "reservation_", "request_attempts", "event_loop_")
 """Prefixes of the names of histograms that vLLM does not have."""
@@ -53,7 +53,7 @@ class _Aliases:
         yield from self._counters()
         for name, histogram in self._stats.histograms.items():
             if not name.startswith(ONLY_OURS):
-                family = Family(f"vllm:{name}", "histogram", HISTOGRAMS[name], OF_VLLM)
+                family = Family(f"vllm:{name}", "histogram", describe_histogram(name), OF_VLLM)
                 family.add_histogram(histogram, *self._labels(0))
                 yield family
 
