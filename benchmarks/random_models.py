@@ -55,6 +55,8 @@ WINDOWED = ("gemma2", "gemma3", "mistral", "mixtral", "phi3", "starcoder2")
 MAX_MODEL_LEN = 2048
 NARROW = (None, None, "fp8 block", "fp8 row", "fp8 tensor", "awq", "gptq")
 QUANTILES = (0.5, 0.9, 0.99)
+FEW = 20
+"""Number of differences below which their quantiles are left to chance, so that only the largest is judged."""
 ROUNDING, EIGHT_BIT_ROUNDING = 2.0, 9.0
 """Allowed multiple of the plain runner's differences, and, if activations become 8-bit floats too, of those of
 bfloat16."""
@@ -344,7 +346,10 @@ def run_case(number: int, ranks: int, folder: Path) -> tuple[str, str]:
              for a, b in zip(x, y, strict=True)]  # fmt: skip
     ours = [each for answer, right in zip(given, exact, strict=True) for each in differences(requests, answer, right)]
     found, allowed = quantiles(ours), case.allowed(quantiles(noise))
-    is_right = all(each <= most for each, most in zip(found, allowed, strict=False))
+    if len(ours) < FEW:
+        is_right = max(ours, default=0.0) <= allowed[-1]
+    else:
+        is_right = all(each <= most for each, most in zip(found, allowed, strict=False))
     return "same" if is_right else "DIFFERS", f"{len(ours)} differences {found}, allowed {allowed}: {case}"
 
 
