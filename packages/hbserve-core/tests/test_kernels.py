@@ -378,17 +378,20 @@ def test_pieces_are_of_similar_length_and_cover_each_context_once():
             contexts = random.integers(1, 5000, rows).astype(np.int32)
             row, part, parts, first, last, position = pieces.cut(contexts)
             assert len(row) <= pieces.most(rows)
-            assert (np.bincount(row) == parts[part == 0]).all()
+            assert (np.bincount(row)[row] == parts).all()
             assert (part < parts).all()
             assert (position == contexts[row] - 1).all()
             assert (first % TILE == 0).all()
             # Parts follow each other, from the first token to the one before the new one.
             assert (first[part == 0] == 0).all()
             assert (first[part > 0] == last[:-1][part[1:] > 0]).all()
-            assert (last[part == parts - 1] == contexts - 1).all()
+            assert (last == position)[part == parts - 1].all()
             for each in range(rows):
                 lengths = (last - first)[row == each][:-1]
                 assert (lengths == lengths.max(initial=0)).all()
+            # Long pieces begin first.
+            longest = (last - first)[part == 0]
+            assert (longest[1:] <= longest[:-1]).all()
 
 
 def test_one_long_context_among_short_ones_is_cut_and_they_are_not():

@@ -129,30 +129,30 @@ class SplitKV:
         return rows + min(self._wanted, (_MOST_PARTS - 1) * rows)
 
     def cut(self, contexts: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
-        """Return pieces (6, P): row, which part of it, number of its parts, first and last (exclusive) position taken
-        from the pool, the new token's position. A row's parts are adjacent, and the last one has the new token.
+        """Return pieces (6, P): row, part, number of parts, first and last (exclusive) position taken from the pool, the
+        new token's position. A row's parts are adjacent, and the last one has the new token. Rows of long parts come
+        first: the device takes pieces in this order, and what it takes last should be short.
 
         contexts: length of each row's context, at least 1.
 
-        With 8 pieces wanted, contexts of 1000, 40 and 130 tokens, 1170 together, ask for pieces of 1170 / 8 = 147
-        tokens. The first row would be 7 of them; 7 equal parts in whole tiles are of 3 tiles, 192 tokens; of these it
-        takes 6. The others are shorter than a piece.
-            row         0    0    0    0    0    0   1    2
+        With 8 pieces wanted, contexts of 1000, 40 and 130 tokens ask for pieces of 1170 / 8 = 147 tokens. The first row
+        would be 7 of them; 7 equal parts in whole tiles are of 3 tiles, 192 tokens; of these it takes 6.
+            row         0    0    0    0    0    0   2    1
             part of   0/6  1/6  2/6  3/6  4/6  5/6 0/1  0/1
             first       0  192  384  576  768  960   0    0
-            last      192  384  576  768  960  999  39  129
+            last      192  384  576  768  960  999 129   39
         """
         wanted_length = max(TILE, _ceil_div(int(contexts.sum()), self._wanted))
         length = max(wanted_length, _ceil_div(int(contexts.max()), _MOST_PARTS))
         tiles = _ceil_div(contexts, _ceil_div(contexts, length) * TILE)
         spans = tiles * TILE
-        parts = _ceil_div(contexts, spans)
-        rows = np.repeat(np.arange(len(contexts)), parts)
-        places = np.arange(len(rows)) - (np.cumsum(parts) - parts)[rows]
-        positions = contexts[rows] - 1
+        order = np.argsort(-np.minimum(spans, contexts - 1), kind="stable")
+        parts = _ceil_div(contexts, spans)[order]
+        rows, begins = np.repeat(order, parts), np.repeat(np.cumsum(parts) - parts, parts)
+        places, positions = np.arange(len(rows)) - begins, contexts[rows] - 1
         firsts = places * spans[rows]
         lasts = np.minimum(firsts + spans[rows], positions)
-        return np.stack((rows, places, parts[rows], firsts, lasts, positions)).astype(np.int32)
+        return np.stack((rows, places, np.repeat(parts, parts), firsts, lasts, positions)).astype(np.int32)
 
 
 def decode_buckets(max_num_seqs: int) -> list[int]:
