@@ -1,6 +1,7 @@
 """Reasoning and tool calls in an answer's text, in whatever pieces that comes."""
 
 import json
+import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -156,6 +157,26 @@ CASES: dict[str, tuple[Callable[[], MessageParts], str, dict[str, Any]]] = {
         coder_calls, "<tool_call><function=edit><parameter=line>\n5\n</function>\n</tool_call>",
         {"content": None, "calls": [("edit", '{"line": 5}')]},
     ),
+    "a parameter that the next one ends, and one that the next function ends": (
+        coder_calls,
+        "<tool_call><function=edit><parameter=path>\na\n\n<parameter=line>5<parameter=all>\nTrue\n</function>\n"
+        "<function=edit><parameter=to>b<function=time></tool_call>",
+        {"content": None, "calls": [
+            ("edit", '{"path": "a\\n", "line": 5, "all": true}'), ("edit", '{"to": "b"}'), ("time", "{}"),
+        ]},
+    ),
+    "tags in a parameter that are part of its value": (
+        coder_calls,
+        coder("edit", line="5", to="</function><function=f><parameter=line><parameter=f> <parameter=to>\n</function>"),
+        {"content": None, "calls": [(
+            "edit",
+            '{"line": 5, "to": "</function><function=f><parameter=line><parameter=f> <parameter=to>\\n</function>"}',
+        )]},
+    ),
+    "parameters of a function without a schema that end one another": (
+        coder_calls, "<tool_call><function=time><parameter=a>1<parameter=b>[2]</function></tool_call>",
+        {"content": None, "calls": [("time", '{"a": "1", "b": [2]}')]},
+    ),
     "one of several functions": (
         lambda: coder_calls(most_calls=1),
         "<tool_call><function=time></function><function=edit></function></tool_call>",
@@ -165,6 +186,11 @@ CASES: dict[str, tuple[Callable[[], MessageParts], str, dict[str, Any]]] = {
         lambda: SeedCalls(tools=CODER_TOOLS),
         "<seed:tool_call><function=edit><parameter=line>5</parameter><function=time></seed:tool_call>",
         {"content": None, "calls": [("edit", '{"line": 5}'), ("time", "{}")]},
+    ),
+    "Seed-OSS' parameters without their ends": (
+        lambda: SeedCalls(tools=CODER_TOOLS),
+        "<seed:tool_call><function=edit><parameter=path>a<parameter=line>5</function></seed:tool_call>",
+        {"content": None, "calls": [("edit", '{"path": "a", "line": 5}')]},
     ),
     "white space in Llama's format": (LlamaCalls, " \n", {"content": " \n"}),
     "Llama's JSON, twice": (LlamaCalls, '{"a": 5} {"b": 6}\n', {"content": '{"a": 5} {"b": 6}\n'}),
@@ -240,11 +266,23 @@ def test_a_message_is_the_same_in_whatever_pieces_its_text_comes(case, places):
     assert read(make, text, list(range(len(text)))) == (message, reason)
 
 
+def test_a_long_argument_of_qwen3_coder_is_read_as_quickly_as_one_of_hermes():
+    def taken_s(reader: MessageParts, *pieces: str) -> float:
+        begun = time.process_time()
+        for piece in pieces:
+            reader.feed(piece, final=False)
+        return time.process_time() - begun
+
+    value = ["words of a file\\n"] * 8000
+    as_json = taken_s(HermesCalls(), '<tool_call>{"name": "edit", "arguments": {"path": "', *value)
+    assert taken_s(coder_calls(), "<tool_call><function=edit><parameter=path>", *value) < 20 * as_json
+
+
 HEAD = '{"name": "f", "arguments": '
 
 
 TAGS = ["[TOOL_CALLS]", "[ARGS]", "[CALL_ID]", "functools[", "<|tool_call|>", "<seed:tool_call>", "</seed:tool_call>"]
-XML = ["<function=time>", "<parameter=a>", "</parameter>", "</function>"]
+XML = ["<function=time>", "<function=", "<parameter=a>", "<parameter=b>", "b>", "</parameter>", "</function>"]
 WRITTEN = ["<tool_call>", "</tool_call>", HEAD, *'{}"a\\[],; \nä𝄞', *TAGS, *XML, "functools", "<think>", "</think>"]
 
 

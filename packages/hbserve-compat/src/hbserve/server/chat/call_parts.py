@@ -15,7 +15,10 @@ _NOT_NAMED = re.compile(r"\A\s*[^\s\[{]+\s+[^\s{]|\{|\[TOOL_CALLS\]")
 """Parts of a text that can no longer become such a call: a second word, or something that cannot follow a name."""
 _FUNCTION = re.compile(r"\s*<function=([^>\n]+)>\s*(?=<)")
 """Beginning of a call as Qwen3-Coder writes it."""
-_PARAMETER = re.compile(r"\s*<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>", re.S)
+_PARAMETER = re.compile(r"\s*<parameter=([^>\n]+)>\n?")
+"""Beginning of a parameter up to its value."""
+_VALUE_END = re.compile(r"</parameter>|(?=<(parameter|function)=([^<>\n]+)>)")
+"""End of a value, or a tag that may end it if the model has left the end out. It has no `<` but its first character."""
 _FUNCTION_END = re.compile(r"\s*(?:</parameter>\s*)?(?:</function>|(?=<function=))")
 """End of such a call, or the beginning of the next one, if the model has left the end out."""
 _WORDS = {"True": True, "False": False, "None": None}
@@ -79,7 +82,11 @@ class Call:
 
 
 class XmlCall(Call):
-    """Reader of a call whose parameters are texts between tags. It returns the arguments one by one."""
+    """Reader of a call whose parameters are texts between tags. It returns the arguments one by one.
+
+    A value whose end is left out ends where the next parameter or call begins: one that the tools have, and, of
+    parameters, one that this call has not had. Other tags are part of the value, as those of a file about such calls.
+    """
 
     head = _FUNCTION
 
@@ -87,7 +94,10 @@ class XmlCall(Call):
         super().__init__(index)
         self._schemas = {tool["function"]["name"]: tool["function"].get("parameters") for tool in tools}
         self._properties: dict[str, Any] = {}
-        self._num_arguments = 0
+        self._given: set[str] = set()
+        """Names of the parameters whose values were returned."""
+        self._searched = 0
+        """Place in the text before which no value ends that has not ended yet."""
 
     def _name(self, written: str) -> str:
         schema = self._schemas.get(written)
@@ -96,18 +106,39 @@ class XmlCall(Call):
         return written
 
     def _arguments(self) -> tuple[list[dict[str, Any]], str | None]:
-        deltas = []
+        deltas: list[dict[str, Any]] = []
         while parameter := _PARAMETER.match(self._text, self._sent):
-            value = msgspec.json.encode(_value(parameter[2], self._properties.get(parameter[1]))).decode()
+            value = self._value(parameter[1], parameter.end())
+            if value is None:
+                return deltas, None
             name = msgspec.json.encode(parameter[1]).decode()
-            deltas.append(self._delta(None, f"{', ' if self._num_arguments else '{'}{name}: {value}"))
-            self._num_arguments += 1
-            self._sent = parameter.end()
+            plain = msgspec.json.encode(_typed(value, self._properties.get(parameter[1]))).decode()
+            deltas.append(self._delta(None, f"{', ' if self._given else '{'}{name}: {plain}"))
+            self._given.add(parameter[1])
         end = _FUNCTION_END.match(self._text, self._sent)
         if end is None:
             return deltas, None
         self._is_complete = True
-        return [*deltas, self._delta(None, "}" if self._num_arguments else "{}")], self._text[end.end() :]
+        return [*deltas, self._delta(None, "}" if self._given else "{}")], self._text[end.end() :]
+
+    def _value(self, name: str, begin: int) -> str | None:
+        """Return the value of a parameter, and move `_sent` behind it; None if its end has not come yet."""
+        for end in _VALUE_END.finditer(self._text, max(begin, self._searched)):
+            if end[1] is None or self._may_follow(name, *end.groups()):
+                value = self._text[begin : end.start()]
+                if end[1] == "function":
+                    value = value.rstrip().removesuffix("</function>")
+                self._sent = end.end() if end[1] is None else begin + len(value)
+                return value.removesuffix("\n")
+        last = self._text.rfind("<", max(begin, self._searched))
+        self._searched = last if last >= 0 else len(self._text)
+        return None
+
+    def _may_follow(self, name: str, kind: str, other: str) -> bool:
+        """Whether a tag of this kind and with this other name may come behind the parameter `name`."""
+        if kind == "function":
+            return other in self._schemas
+        return other not in {*self._given, name} and (other in self._properties or not self._properties)
 
     def end(self, *, is_cut: bool) -> tuple[list[dict[str, Any]], str]:
         text = self._text
@@ -118,7 +149,7 @@ class XmlCall(Call):
         return deltas, "" if self.is_known else text
 
 
-def _value(text: str, schema: Any) -> Any:
+def _typed(text: str, schema: Any) -> Any:
     """Return a parameter's value: the text, unless its schema asks for something else and the text is that."""
     kinds = schema.get("type") if isinstance(schema, dict) else None
     kinds = {kinds} if isinstance(kinds, str) else {str(each) for each in kinds} if isinstance(kinds, list) else set()
