@@ -11,7 +11,7 @@ import pytest
 
 from hbserve_core import InstanceConfig
 from hbserve_kv import KVTransferConfig
-from hbserve_rpc import RemoteError, SamplingParams
+from hbserve_rpc import KVTransferFailed, RemoteError, SamplingParams
 from hbserve_rpc.messages import DESCRIBE, Empty, Granted, Role, TokenEvent
 from hbserve_testing.instances import InstanceClient, start_process, tokens_of
 from hbserve_testing.narrowing import of_type
@@ -134,7 +134,7 @@ async def test_a_decode_instance_killed_in_mid_transfer_ends_the_prefill_with_an
             await until(p.sends_what_it_has)
             await d.killed()
             p.process.send_signal(signal.SIGUSR1)
-            with pytest.raises(RemoteError, match="KV transfer t-r failed: "):
+            with pytest.raises(KVTransferFailed, match="KV transfer t-r failed: "):
                 await prefilling
     await until(p.is_empty)
     await assert_a_request_succeeds(p, other)
@@ -149,7 +149,7 @@ async def test_a_prefill_instance_killed_in_mid_transfer_ends_the_decode_with_an
             await until(p.sends_what_it_has)
             assert (await d.stats()).free_blocks == NUM_BLOCKS - NUM_HELD
             await p.killed()
-            with pytest.raises(RemoteError, match="KV transfer failed: "):
+            with pytest.raises(KVTransferFailed, match="KV transfer failed: "):
                 await anext(decoding)
     await until(d.is_empty)
     await assert_a_request_succeeds(other, d)
@@ -165,11 +165,11 @@ async def test_a_decode_instance_frozen_in_mid_transfer_ends_the_prefill_and_ser
             await until(p.sends_what_it_has)
             os.kill(d.process.pid, signal.SIGSTOP)
             p.process.send_signal(signal.SIGUSR1)
-            with pytest.raises(RemoteError, match="KV transfer t-r failed: "):
+            with pytest.raises(KVTransferFailed, match="KV transfer t-r failed: "):
                 await prefilling
         await until(p.is_empty)
         os.kill(d.process.pid, signal.SIGCONT)
-        with pytest.raises(RemoteError, match="KV transfer failed: "):
+        with pytest.raises(KVTransferFailed, match="KV transfer failed: "):
             await anext(decoding)
     await assert_a_request_succeeds(p, d)
 

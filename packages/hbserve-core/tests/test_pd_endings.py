@@ -13,7 +13,7 @@ import pytest
 from hbserve_core import GpuInstance, InstanceConfig
 from hbserve_core.instance.handover import FirstToken, Handover, Inbox, PrefillSend, wait_for_kv
 from hbserve_kv import KVTransferConfig, Outcome, TransferResult
-from hbserve_rpc import LogitsNotFinite, RemoteError, RequestTimeout, SamplingParams
+from hbserve_rpc import KVTransferFailed, LogitsNotFinite, RequestTimeout, SamplingParams
 from hbserve_rpc.messages import (
     CACHED_PREFIXES,
     DECODE,
@@ -277,7 +277,7 @@ async def test_chunks_that_were_sent_before_there_were_no_numbers_are_nobodys(st
         with pytest.raises(LogitsNotFinite, match="not finite at output token 0"):
             async for _ in p.prefill("broken", [*begin, *model.prompt], granted.grant):
                 pass
-        with pytest.raises(RemoteError, match="KV transfer failed: the request has ended"):
+        with pytest.raises(KVTransferFailed, match="KV transfer failed: the request has ended"):
             await anext(decoding)
     tokens, _ = await apart(p, d, "sound", begin, SamplingParams(0, 1, ignore_eos=True))
     assert len(tokens) == 1
@@ -311,13 +311,13 @@ REFUSED = {
 @pytest.mark.parametrize("why", REFUSED)
 async def test_a_handover_that_the_request_cannot_go_on_with_is_refused_by_the_decode_side(why):
     request = DecodeRequest("r", "t", (5,) * 40, LONG)
-    with pytest.raises(RemoteError, match=f"^KV transfer failed: {why}"):
+    with pytest.raises(KVTransferFailed, match=f"^KV transfer failed: {why}"):
         await wait_for_kv(committed(REFUSED[why]), Inbox(), request, vocab_size=320)
 
 
 async def test_decode_goes_on_without_blocks_only_where_there_is_nothing_to_decode():
     request = DecodeRequest("r", "t", (5,) * 40, LONG)
-    with pytest.raises(RemoteError, match="without all blocks that were granted"):
+    with pytest.raises(KVTransferFailed, match="without all blocks that were granted"):
         await wait_for_kv(committed(packed(40, 5), is_partial=True), Inbox(), request, vocab_size=320)
     done = committed(packed(40, 5, "stop"), is_partial=True)
     handover, is_trusted = await wait_for_kv(done, Inbox(), request, vocab_size=320)
@@ -329,7 +329,7 @@ async def test_a_prefill_instance_that_commits_without_its_blocks_ends_that_requ
     p, d = await start("prefill"), await start("decode")
     with monkeypatch.context() as patched:
         patched.setattr(PrefillSend, "_push", lambda self: None)
-        with pytest.raises(RemoteError, match="without all blocks that were granted"):
+        with pytest.raises(KVTransferFailed, match="without all blocks that were granted"):
             await apart(p, d, "hollow", prompt(40), LONG)
     tokens, _ = await apart(p, d, "whole", prompt(40), SamplingParams(0, 4, ignore_eos=True))
     assert len(tokens) == 4
@@ -367,10 +367,10 @@ async def test_who_leaves_in_mid_transfer_gets_no_block_back_before_nobody_reads
             assert (stats.active_requests, stats.free_blocks) == (1, 100 - 9), "a part is under way between these"
         gate.is_open.set()
         if leaves == "decode":
-            with pytest.raises(RemoteError, match="KV transfer t-r failed: cancelled by the receiver"):
+            with pytest.raises(KVTransferFailed, match="KV transfer t-r failed: cancelled by the receiver"):
                 await prefilling
         if leaves == "prefill":
-            with pytest.raises(RemoteError, match="KV transfer failed: the request has ended"):
+            with pytest.raises(KVTransferFailed, match="KV transfer failed: the request has ended"):
                 await anext(decoding)
 
 
@@ -382,7 +382,7 @@ async def test_a_client_that_leaves_before_the_prefill_begins_leaves_nothing_and
     async with d.decode("r", prompt(70)) as decoding:
         granted = await anext(decoding)
     await until(d.is_empty)
-    with pytest.raises(RemoteError, match=r"KV transfer t-r failed: .*given up, or never granted"):
+    with pytest.raises(KVTransferFailed, match=r"KV transfer t-r failed: .*given up, or never granted"):
         async for _ in p.prefill("r", prompt(70), granted.grant):
             pass
     await until(p.is_empty)

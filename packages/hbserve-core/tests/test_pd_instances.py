@@ -12,7 +12,7 @@ from hbserve_core import GpuInstance, InstanceConfig
 from hbserve_core.engine.step import StepOutput
 from hbserve_core.instance.handover import Inbox, PrefillSend
 from hbserve_kv import KVTransferConfig
-from hbserve_rpc import InvalidRequest, Overloaded, RemoteError, SamplingParams
+from hbserve_rpc import InvalidRequest, KVTransferFailed, Overloaded, SamplingParams
 from hbserve_rpc.members import INSTANCE_FLIP, FlipRequest
 from hbserve_rpc.messages import (
     CONNECT,
@@ -201,7 +201,7 @@ async def test_8_bit_kv_moves_as_it_is_and_only_to_a_pool_of_the_same(start, bac
     wide = await start("decode", backend=backend)
     async with wide.decode("w", ids) as decoding:
         granted = await anext(decoding)
-        with pytest.raises(RemoteError, match=r"(block_bytes_per_head|dtype) is .* on rank"):
+        with pytest.raises(KVTransferFailed, match=r"(block_bytes_per_head|dtype) is .* on rank"):
             async for _ in p.prefill("w", ids, granted.grant):
                 pass
 
@@ -215,7 +215,7 @@ async def test_a_grant_of_blocks_that_no_layer_sees_fails_the_prefill():
     sending = PrefillSend(open_send, request, BLOCK, inbox)
     await asyncio.sleep(0.01)
     inbox.put_nowait(StepOutput("r", None, 0, num_computed_tokens=2 * BLOCK, block_table=[-1, 5, 6]))
-    with pytest.raises(RemoteError, match="no layer of the model sees any more"):
+    with pytest.raises(KVTransferFailed, match="no layer of the model sees any more"):
         await sending.follow()
 
 
@@ -253,7 +253,7 @@ async def test_an_instance_that_cannot_connect_to_another_says_why_and_stays_rea
     p = await start("prefill", model_path=str(model_folder("qwen3-wide-heads")))
     d = await start("decode")
     endpoint = (await d.client.call(DESCRIBE, Empty(), timeout_s=DEADLINE_S)).kv_endpoint
-    with pytest.raises(RemoteError, match=r"(block_bytes_per_head|head_dim|model) is .* on rank 0 and .* on"):
+    with pytest.raises(KVTransferFailed, match=r"(block_bytes_per_head|head_dim|model) is .* on rank 0 and .* on"):
         await p.client.call(CONNECT, ConnectRequest(endpoint), timeout_s=DEADLINE_S)
     assert await p.is_ready()
 
@@ -373,7 +373,7 @@ async def test_kv_of_another_model_is_refused_by_name(start, prompt, model_folde
     d = await start("decode")
     async with d.decode("r", prompt(20)) as decoding:
         granted = await anext(decoding)
-        with pytest.raises(RemoteError, match=r"(block_bytes_per_head|head_dim|model) is .* on rank 0 and .* on"):
+        with pytest.raises(KVTransferFailed, match=r"(block_bytes_per_head|head_dim|model) is .* on rank 0 and .* on"):
             async for _ in p.prefill("r", prompt(20), granted.grant):
                 pass
 
@@ -545,7 +545,7 @@ async def test_a_grant_of_a_decode_instance_that_has_died_fails_the_prefill_and_
         await dying.process.wait()
         p.grant("r", granted.grant)
         # Its port may be another test's by then, whose receiver refuses.
-        with pytest.raises(RemoteError, match=r"KV transfer t-r failed: .*(no connection to|refuses)"):
+        with pytest.raises(KVTransferFailed, match=r"KV transfer t-r failed: .*(no connection to|refuses)"):
             await first
     await until(p.is_empty)
 

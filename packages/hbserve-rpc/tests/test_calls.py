@@ -9,7 +9,9 @@ import zmq.asyncio
 
 from hbserve_rpc import (
     AddressInUse,
+    EngineFailed,
     InvalidRequest,
+    KVTransferFailed,
     LogitsNotFinite,
     Overloaded,
     ProtocolMismatch,
@@ -41,11 +43,11 @@ async def test_many_calls_at_once_get_their_own_replies(rpc, start, connect):
     "error",
     [
         InvalidRequest("x=3: expected 4"), LogitsNotFinite("token 3"), Overloaded("full", 2.5), RequestTimeout("late"),
-        Unavailable("nobody"),
+        Unavailable("nobody"), EngineFailed("CUDA error"), KVTransferFailed("d0 is lost"),
     ],
     ids=lambda e: e.code,
 )  # fmt: skip
-async def test_what_says_whether_to_try_again_crosses_as_itself(rpc, start, connect, error):
+async def test_what_says_whether_to_try_again_or_what_to_blame_crosses_as_itself(rpc, start, connect, error):
     async def refuse(ask):
         raise error
 

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from hbserve_rpc import RemoteError
+from hbserve_rpc import KVTransferFailed, RemoteError
 from hbserve_rpc.messages import TokenEvent
 from hbserve_rpc.records import AttemptRecord, RequestRecord
 from hbserve_rpc.trace_context import in_trace
@@ -80,8 +80,8 @@ async def test_what_is_told_of_a_request_is_its_figures_by_phase_and_its_retries
 ):
     caplog.set_level(logging.INFO, "hbserve_scheduler.figures")
     instances = [await make_instance(role, f"{role[0]}{i}") for role in ("prefill", "decode") for i in range(2)]
-    for prefill in instances[:2]:
-        prefill.fail["first"] = [RemoteError("out of luck")]
+    for prefill, kind in zip(instances, (RemoteError, KVTransferFailed), strict=False):
+        prefill.fail["first"] = [kind("out of luck")]
     scheduler = await make_scheduler(*instances)
     await collect(scheduler.submit(ask("r1")))
     (line,) = [each.getMessage() for each in caplog.records if each.name == "hbserve_scheduler.figures"]
@@ -90,7 +90,7 @@ async def test_what_is_told_of_a_request_is_its_figures_by_phase_and_its_retries
         assert phase in line
     assert "length after attempt 1: p" in line
     assert line.count("out of luck") == 2
-    assert scheduler.stats().failed_attempts == {"RemoteError": 2}
+    assert scheduler.stats().failed_attempts == {"RemoteError": 1, "KVTransferFailed": 1}
     assert counts(scheduler)["request_attempts"] == 1
 
 

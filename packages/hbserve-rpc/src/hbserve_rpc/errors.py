@@ -14,6 +14,7 @@ HBServeRpcError
 ├── ProtocolMismatch                     the peer speaks another protocol version
 └── RemoteError                          the peer's handler failed; its message is kept
     ├── EngineFailed                     the engine can compute nothing any more, for any request
+    ├── KVTransferFailed                 the KV of a request did not get from one instance to the other
     ├── RequestTimeout (TimeoutError)    the request did not end before the deadline that the deployment sets
     └── Unavailable                      nobody is there who could serve the request; later somebody may be
 """
@@ -83,6 +84,10 @@ class RemoteError(HBServeRpcError):
 
 class EngineFailed(RemoteError):
     code = "engine_failed"
+
+
+class KVTransferFailed(RemoteError):
+    code = "kv_transfer_failed"
 
 
 class RequestTimeout(RemoteError, TimeoutError):

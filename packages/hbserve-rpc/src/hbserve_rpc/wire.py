@@ -31,6 +31,7 @@ from hbserve_rpc.errors import (
     EngineFailed,
     HBServeRpcError,
     InvalidRequest,
+    KVTransferFailed,
     LogitsNotFinite,
     Overloaded,
     RemoteError,
@@ -168,7 +169,8 @@ UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 thousands deep, even in a field that nobody reads."""
 
 _CROSS_UNCHANGED: dict[str, type[HBServeRpcError]] = {
-    error.code: error for error in (EngineFailed, InvalidRequest, LogitsNotFinite, RequestTimeout, Unavailable)
+    error.code: error
+    for error in (EngineFailed, InvalidRequest, KVTransferFailed, LogitsNotFinite, RequestTimeout, Unavailable)
 }
 LONGEST_RETRY_S = 3600.0
 """Largest `retry_after_s` accepted from a peer. Longer times are cut to this, and invalid ones count as 0."""
@@ -213,8 +215,8 @@ def _sendable(text: str) -> str:
 
 
 def revive_error(failed: Failed) -> HBServeRpcError:
-    """Return the caller's error for a Failed, the inverse of `describe_error`. Errors that decide whether to try again
-    keep their class; any other becomes a RemoteError. Its message is one line."""
+    """Return the caller's error for a Failed, the inverse of `describe_error`. Errors that decide what to do,
+    or what to blame, keep their class; any other becomes a RemoteError. Its message is one line."""
     message = one_line(failed.message)
     if failed.code == Overloaded.code:
         after_s = failed.retry_after_s if failed.retry_after_s > 0 else 0.0

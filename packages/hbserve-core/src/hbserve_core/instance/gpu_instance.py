@@ -19,11 +19,11 @@ from hbserve_core.engine.engine import Engine
 from hbserve_core.engine.step import EngineStats, Runner
 from hbserve_core.errors import EngineStopped, InstanceFailed
 from hbserve_core.instance.engine_thread import EngineEvent, EngineThread
-from hbserve_core.instance.handover import GRANT_PATIENCE_S, Inbox, PrefillSend, event_of, wait_for_kv
+from hbserve_core.instance.handover import GRANT_PATIENCE_S, Inbox, PrefillSend, as_rpc_error, event_of, wait_for_kv
 from hbserve_core.instance.reports import Reports
 from hbserve_core.ranks.make_runner import make_runner
 from hbserve_core.transfers.instance_transfers import InstanceTransfers, JointReceive
-from hbserve_kv import FingerprintMismatch, Outcome, PostedReceive, TransferFailed
+from hbserve_kv import Outcome, PostedReceive
 from hbserve_rpc import EngineFailed, InvalidRequest, Overloaded, RemoteError, RpcServer
 from hbserve_rpc.health_port import HealthPort
 from hbserve_rpc.instance_metrics import instance_metrics
@@ -345,7 +345,8 @@ class GpuInstance:
             reservation = await inbox.next()
             num_blocks = len(reservation.block_ids)
             receive = request.transfer_id, reservation.block_ids, request.prefill_instance
-            posted = await self._require_transfers().post_receive(*receive)
+            with as_rpc_error():
+                posted = await self._require_transfers().post_receive(*receive)
             yield Granted(posted.grant, reservation.num_cached_tokens)
             assert self.runner is not None, "a ready instance has it"
             handover, is_trusted = await wait_for_kv(posted, inbox, request, self.runner.model_config.vocab_size)
@@ -374,10 +375,8 @@ class GpuInstance:
     async def _connect(self, request: ConnectRequest) -> Empty:
         """Connect to a receiver. Readiness does not depend on peers: a link concerns only the two that it connects."""
         self._require_ready()
-        try:
+        with as_rpc_error():
             await self._require_transfers().open_link(request.kv_endpoint)
-        except (TransferFailed, FingerprintMismatch) as error:
-            raise RemoteError(str(error)) from error
         return Empty()
 
     async def _flip(self, request: FlipRequest) -> InstanceInfo:

@@ -3,7 +3,8 @@ sides."""
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import msgspec
@@ -11,8 +12,8 @@ import msgspec
 from hbserve_core.engine.block_manager import NO_BLOCK
 from hbserve_core.engine.step import Reservation, StepOutput
 from hbserve_core.transfers.instance_transfers import JointReceive, JointSend
-from hbserve_kv import Outcome, PostedReceive, SendTransfer, TransferResult
-from hbserve_rpc import RemoteError, RequestTimeout
+from hbserve_kv import FingerprintMismatch, Outcome, PostedReceive, SendTransfer, TransferFailed, TransferResult
+from hbserve_rpc import KVTransferFailed, RequestTimeout
 from hbserve_rpc.messages import (
     DecodeRequest,
     FinishReason,
@@ -31,6 +32,15 @@ for these blocks, and their decode instance has room again once they are done.""
 
 OpenSend = Callable[[str, bytes], Awaitable[SendTransfer | JointSend]]
 """Function that opens a transfer, given its id and its grant: see `InstanceTransfers.open_send`."""
+
+
+@contextmanager
+def as_rpc_error() -> Iterator[None]:
+    """Raise what hbserve_kv finds wrong with a peer as a KVTransferFailed, which the caller is told as such."""
+    try:
+        yield
+    except (TransferFailed, FingerprintMismatch) as error:
+        raise KVTransferFailed(str(error)) from error
 
 
 class FirstToken(msgspec.Struct, frozen=True):
@@ -156,7 +166,7 @@ class PrefillSend:
         self._inbox = inbox
         self._transfer: SendTransfer | JointSend | None = None
         self._is_committing = self._is_aborted = False
-        self._error = RemoteError(f"KV transfer {request.transfer_id} failed: it was given up")
+        self._error = KVTransferFailed(f"KV transfer {request.transfer_id} failed: it was given up")
         self._opening: asyncio.Task[None] | None = None
         self.is_granted = False
         """Whether the grant has come, so that it is known what is to be moved, which may be nothing."""
@@ -193,7 +203,7 @@ class PrefillSend:
             self._push()
 
     def _fail(self, why: str) -> None:
-        self._error = RemoteError(f"KV transfer {self._transfer_id} failed: {why}")
+        self._error = KVTransferFailed(f"KV transfer {self._transfer_id} failed: {why}")
         self._inbox.put_nowait(self._error)
 
     async def follow(self) -> list[StepOutput]:
@@ -203,7 +213,7 @@ class PrefillSend:
 
         Raises:
             LogitsNotFinite: there is no first token.
-            RemoteError: the transfer has failed.
+            KVTransferFailed: the transfer has failed.
         """
         first: list[StepOutput] = []
         while len(first) < self._num_choices:
@@ -228,7 +238,8 @@ class PrefillSend:
         not pushed any more.
 
         Raises:
-            RemoteError: the transfer, or the engine, has failed, or the request's deadline has passed.
+            KVTransferFailed: the transfer has failed.
+            EngineFailed, RequestTimeout: the engine has failed, or the request's deadline has passed.
         """
         try:
             async with asyncio.timeout(timeout_s) as patience:
@@ -263,7 +274,7 @@ class PrefillSend:
         failure. Returns None if nothing was to be moved.
 
         Raises:
-            RemoteError: the transfer has failed.
+            KVTransferFailed: the transfer has failed.
         """
         await self.wait_for_grant(None)
         if self._opening is None:
@@ -277,7 +288,7 @@ class PrefillSend:
         self._is_committing = True
         result = await self._transfer.commit(msgspec.msgpack.encode(Handover(self._num_tokens, first)))
         if result.outcome is not Outcome.COMPLETED:
-            raise RemoteError(f"KV transfer {self._transfer_id} failed: {result.error}")
+            raise KVTransferFailed(f"KV transfer {self._transfer_id} failed: {result.error}")
         computed, pushed = map(_ages, (self._computed_at, self._pushed_at))
         return TransferDone(
             result.num_bytes, result.num_parts, result.time_s, outputs[0].num_cached_tokens, computed, pushed
@@ -319,19 +330,19 @@ async def wait_for_kv(
     handover, and whether it is known who sent the blocks: see `TransferResult.is_trusted`.
 
     Raises:
-        RemoteError: the transfer has failed, or did not bring what it should. Exception: what was put into the inbox
-        meanwhile, for example because the engine has failed.
+        KVTransferFailed: the transfer has failed, or did not bring what it should.
+        Exception: what was put into the inbox meanwhile, for example because the engine has failed.
     """
     posted.when_ended(inbox.put_nowait)
     result: TransferResult = await inbox.next()
     if result.outcome is not Outcome.COMPLETED:
-        raise RemoteError(f"KV transfer failed: {result.error}")
+        raise KVTransferFailed(f"KV transfer failed: {result.error}")
     try:
         handover = msgspec.msgpack.decode(result.payload, type=Handover)
     except UNREADABLE as error:
-        raise RemoteError(f"KV transfer failed: what was committed is not a handover: {error}") from error
+        raise KVTransferFailed(f"KV transfer failed: what was committed is not a handover: {error}") from error
     if problem := _problem(handover, request, vocab_size, is_partial=result.is_partial):
-        raise RemoteError(f"KV transfer failed: {problem}")
+        raise KVTransferFailed(f"KV transfer failed: {problem}")
     return handover, result.is_trusted
 
 
