@@ -9,9 +9,12 @@ from typing import Any
 
 import pytest
 from hbserve_fake_scheduler import TEMPLATE, FakeScheduler, FakeServer, chunks_of
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from hbserve.server.answers.chat_choices import ChatChoices
 from hbserve.server.answers.completion_choices import CompletionChoices
+from hbserve.server.answers.logprobs import CompletionLogprobs, TokenNames
 from hbserve.server.fields.sampling import model_defaults
 from hbserve.text.text_request import answer_all
 from hbserve.text.tokenizer import load_tokenizer
@@ -253,6 +256,43 @@ async def test_tokens_of_one_character_have_one_offset_in_the_text(server):
     assert len(found["tokens"]) > len(choice["text"]), "characters are of several tokens here"
     expected = [place for place, each in enumerate("a𝄞béc") for _ in server.tokenizer.encode(each)]
     assert found["text_offset"] == expected
+
+
+@pytest.mark.parametrize("prompt", ["hi", "hi<eos>", [TOKEN_OF_EOS, 0]])
+@pytest.mark.parametrize("shows_special", [False, True])
+async def test_offsets_are_those_in_the_text_with_special_tokens_only_where_these_are_shown(
+    server, prompt, shows_special
+):
+    eos = server.tokenizer.decode([TOKEN_OF_EOS])
+    prompt = prompt.replace("<eos>", eos) if isinstance(prompt, str) else prompt
+    server.answers("a", eos, "bc", eos)
+    body = {"prompt": prompt, "skip_special_tokens": not shows_special, "logprobs": 1, "echo": True}
+    choice = (await server.complete(**body)).json()["choices"][0]
+    assert choice["text"].endswith(f"a{eos}bc{eos}" if shows_special else "abc")
+    found = choice["logprobs"]
+    ends = [*found["text_offset"][1:], len(choice["text"])]
+    spelt = [choice["text"][begin:end] for begin, end in zip(found["text_offset"], ends, strict=True)]
+    num_prompt = len(found["tokens"]) - 5
+    shown = [*found["tokens"][:num_prompt], "a", eos * shows_special, "b", "c", eos * shows_special]
+    assert spelt == shown
+
+
+def test_a_special_token_that_was_added_to_a_prompt_has_no_place_in_its_text(server):
+    names = TokenNames(server.tokenizer)
+    token_ids = [TOKEN_OF_EOS, *server.tokenizer.encode("hi", add_special_tokens=False), TOKEN_OF_EOS]
+    for echoed, offsets in (("hi", [0, 0, 1, 2]), ("hi" + names.text_of(TOKEN_OF_EOS), [0, 0, 1, 2])):
+        logprobs = CompletionLogprobs(names, echoed)
+        assert logprobs.add(token_ids, [None] * 4, num_prompt=4)["text_offset"] == offsets
+        assert logprobs.add(token_ids[1:2], [None])["text_offset"] == [len(echoed)]
+
+
+def test_offsets_are_those_in_the_text_of_a_tokenizer_that_writes_spaces_before_words():
+    vocab = {"<unk>": 0, "▁one": 1, "▁two": 2}
+    model = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    model.decoder = decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=model)
+    found = CompletionLogprobs(TokenNames(tokenizer), "one two").add([1, 2, 1, 2], [None] * 4, num_prompt=2)
+    assert found["text_offset"] == [0, 3, 7, 10]
 
 
 @pytest.mark.parametrize("max_tokens", [0, 1, 16])

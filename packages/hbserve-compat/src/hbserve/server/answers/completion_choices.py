@@ -23,7 +23,8 @@ class CompletionChoices:
         """Whether the prompt is repeated with its log-probabilities, which come with the first token."""
         self._shows_prompt_logprobs = body.prompt_logprobs is not None
         with_token_ids = bool(body.return_token_ids)
-        self._logprobs = [CompletionLogprobs(names, 0 if self._is_scored else len(text)) for text in echoed]
+        hidden_ids = frozenset[int]() if body.skip_special_tokens is False else names.special_ids
+        self._logprobs = [CompletionLogprobs(names, text, hidden_ids) for text in echoed]
         self._prompts = prompts
         self._echoed = echoed
         self._with_token_ids = with_token_ids
@@ -57,9 +58,11 @@ class CompletionChoices:
             if self._is_scored:
                 scored += zip(self._prompts[index], of_its_prompt, strict=True)
                 text = self._echoed[index] + text
+        num_prompt = len(scored)
         scored += zip(delta["token_ids"], delta["logprobs"] or [], strict=False)
         if scored:
-            more["logprobs"] = self._logprobs[index].add([token for token, _ in scored], [found for _, found in scored])
+            tokens, found = [token for token, _ in scored], [each for _, each in scored]
+            more["logprobs"] = self._logprobs[index].add(tokens, found, num_prompt)
         return [self._choice(index, text, reason, more)] if text or reason or more else []
 
     def beside(self, index: int, delta: GenerationDelta) -> dict[str, Any]:

@@ -1,11 +1,11 @@
 """Log-probabilities of an answer's tokens, as OpenAI's two endpoints show them."""
 
-import codecs
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
 from hbserve.text.detokenizer import decoder_of
+from hbserve.text.token_text import NoText, TokenText
 from hbserve_rpc.messages import TokenLogprobs
 
 LEAST = -9999.0
@@ -19,6 +19,11 @@ class TokenNames:
         """as_ids: whether tokens are named `token_id:5` and so on, by which each differs from all others."""
         self._decoder = None if tokenizer is None else decoder_of(tokenizer)
         self._as_ids = as_ids
+        self.special_ids: frozenset[int] = frozenset() if self._decoder is None else self._decoder.special_ids
+
+    def text(self) -> TokenText:
+        """Begin the text of a sequence of tokens; without a tokenizer, it is empty."""
+        return NoText() if self._decoder is None else self._decoder.text()
 
     def bytes_of(self, token_id: int) -> bytes:
         """Return the bytes of a token; without a tokenizer, those of its number."""
@@ -46,23 +51,42 @@ def _entry(names: TokenNames, token_id: int, logprob: float) -> dict[str, Any]:
 
 
 class CompletionLogprobs:
-    """`logprobs` of a completion: four lists with an element for each token."""
+    """`logprobs` of a completion: four lists with an element for each token.
 
-    def __init__(self, names: TokenNames, offset: int) -> None:
-        """offset: number of characters before the first token."""
+    A token's offset is where its text begins in the text that is returned; if several tokens are one character, where
+    that begins, and of a token that is not shown, where the next one's text begins.
+    """
+
+    def __init__(self, names: TokenNames, echoed: str, hidden_ids: frozenset[int] = frozenset()) -> None:
+        """echoed: text before the answer; hidden_ids: tokens of the answer that are not shown."""
         self._names = names
-        self._offset = offset
-        self._characters = codecs.getincrementaldecoder("utf-8")("replace")
-        """Counts one whose bytes are in several tokens once: where it begins is the place of them all."""
+        self._echoed = echoed
+        self._hidden_ids = hidden_ids
+        self._text = names.text()
+        self._offset = len(echoed)
         self.whole: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
 
-    def add(self, token_ids: list[int], found: Sequence[TokenLogprobs | None]) -> dict[str, list[Any]]:
-        """Add more tokens to `whole`, and return the lists for them alone. `found` is None for a prompt's first token,
-        which has no log-probability."""
-        offsets = []
+    def _places_in_prompt(self, token_ids: Sequence[int]) -> Iterator[int]:
+        text, offset = self._names.text(), 0
         for token_id in token_ids:
-            offsets.append(self._offset)
-            self._offset += len(self._characters.decode(self._names.bytes_of(token_id)))
+            yield offset
+            # A special token may have been added to the prompt, which is repeated as it was sent.
+            spelt = self._names.text_of(token_id) if token_id in self._names.special_ids else ""
+            if self._echoed.startswith(spelt, offset):
+                offset += len(text.feed(token_id))
+
+    def _places_in_answer(self, token_ids: Sequence[int]) -> Iterator[int]:
+        for token_id in token_ids:
+            yield self._offset
+            if token_id not in self._hidden_ids:
+                self._offset += len(self._text.feed(token_id))
+
+    def add(
+        self, token_ids: list[int], found: Sequence[TokenLogprobs | None], num_prompt: int = 0
+    ) -> dict[str, list[Any]]:
+        """Add more tokens to `whole`, and return the lists for them alone. The first `num_prompt` are those of the
+        prompt. `found` is None for the first of these, which has no log-probability."""
+        offsets = [*self._places_in_prompt(token_ids[:num_prompt]), *self._places_in_answer(token_ids[num_prompt:])]
         new: dict[str, list[Any]] = {
             "tokens": [self._names.name_of(token_id) for token_id in token_ids],
             "token_logprobs": [
