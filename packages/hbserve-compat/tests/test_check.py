@@ -20,6 +20,7 @@ from hbserve.check.network import check_network, own_address, places
 from hbserve.check.this_host import Gpu, check_host
 from hbserve_rpc.keys import make_keys, save_keys
 from hbserve_scheduler import DeploymentConfig, convert
+from hbserve_scheduler.discovery import DnsName
 
 
 def deployment(*instances: dict[str, Any], **sections: Any) -> DeploymentConfig:
@@ -93,6 +94,28 @@ async def test_other_hosts_are_reached_or_it_is_said_why_not(monkeypatch):
     monkeypatch.setattr(asyncio, "open_connection", never)
     silent = of("p0", await check_network(deployment({"port": 9}, {"port": 10})))
     assert silent == Finding("FAIL", "p0", "127.0.0.1:9: no answer in 0.05 s: a firewall, or a host that is off")
+
+
+async def test_names_by_which_instances_are_found_are_looked_up(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+        discovered = [f"dns:localhost:{port}", "dns:nobody.invalid:5600"]
+        config = convert({"gpu_instances": [{"instance_type": "hybrid", "discover": each} for each in discovered]})
+        findings = await check_network(config)
+    found = [each for each in findings if each.subject == discovered[0]]
+    here = [each for each in found if each.text.startswith(f"127.0.0.1:{port} ")]
+    assert here == [Finding("ok", discovered[0], f"127.0.0.1:{port} is reached from 127.0.0.1; somebody listens there")]
+    unknown = of(discovered[1], findings)
+    assert unknown.verdict == "note", "a name of Kubernetes has no addresses before its first pod"
+    assert unknown.text.startswith("gpu_instances[1].discover='dns:nobody.invalid:5600': no name server knows it: ")
+
+    async def never(*_: Any, **__: Any) -> Any:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(network, "DISCOVERY_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(DnsName, "addresses", never)
+    (silent,) = await network._check_name("gpu_instances[0]", "dns:name:5600")
+    assert (silent.verdict, silent.text.count("no name server answers")) == ("note", 1)
 
 
 def test_the_address_that_a_peer_would_see_is_known_without_a_packet():

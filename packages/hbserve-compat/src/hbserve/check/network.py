@@ -10,8 +10,10 @@ from dataclasses import dataclass
 
 from hbserve.check.finding import Finding
 from hbserve_rpc import AddressInUse
-from hbserve_rpc.address import format_address, is_here, is_wildcard, look_up
+from hbserve_rpc.address import format_address, is_here, is_wildcard, look_up, parse_address
 from hbserve_scheduler import ConfigError, DeploymentConfig
+from hbserve_scheduler.discovery import TIMEOUT_S as DISCOVERY_TIMEOUT_S
+from hbserve_scheduler.discovery import DnsName
 
 REACH_TIMEOUT_S = 3.0
 FIREWALL = "a firewall, or a host that is off"
@@ -47,7 +49,7 @@ def places(config: DeploymentConfig) -> Iterator[Place]:
     kv, health_port = config.kv_transfer, config.engine_settings().health_port
     for number, each in enumerate(config.gpu_instances):
         if each.discover is not None:
-            continue  # instances that are found by a name report their own addresses
+            continue  # its addresses are those that the name has, see `_check_name`
         own = f"gpu_instances[{number}].host", each.host
         yield Place(each.instance_id, *own, f"gpu_instances[{number}].port", each.port)
         if each.instance_type != "hybrid" and kv.port:
@@ -79,8 +81,12 @@ def require_places(config: DeploymentConfig, *, but: Collection[str]) -> None:
 
 
 async def check_network(config: DeploymentConfig) -> list[Finding]:
-    """One finding for each address, in the file's order. All are checked at the same time."""
-    return list(await asyncio.gather(*(_check(place) for place in places(config))))
+    """One finding for each address, in the file's order, and then those of names by which instances are found. All are
+    checked at the same time."""
+    discovered = [(number, each.discover) for number, each in enumerate(config.gpu_instances) if each.discover]
+    of_names = asyncio.gather(*(_check_name(f"gpu_instances[{number}]", name) for number, name in discovered))
+    found = await asyncio.gather(*(_check(place) for place in places(config)))
+    return [*found, *(each for several in await of_names for each in several)]
 
 
 def _may_be_here(host: str) -> bool:
@@ -100,6 +106,21 @@ async def _check(place: Place) -> Finding:
         text = f"{place.port_key}=0 on another host: nobody here could know which one the system chooses; give one"
         return Finding("FAIL", place.subject, text)
     return await _reach(place, address)
+
+
+async def _check_name(entry: str, discover: str) -> list[Finding]:
+    """Look up a name by which instances are found, and check each of its addresses. A name without any is only noted:
+    one of Kubernetes has none before its first pod, and the scheduler goes on asking."""
+    name, key = DnsName.of(discover), f"{entry}.discover"
+    try:
+        async with asyncio.timeout(DISCOVERY_TIMEOUT_S):
+            found = await name.addresses()
+    except (OSError, TimeoutError) as error:
+        why = error.strerror or "no name server answers"
+        text = f"{key}={discover!r}: no name server knows it: {why}; the scheduler goes on asking"
+        return [Finding("note", discover, text)]
+    hosts = [parse_address(address)[0] for address in sorted(found)]
+    return list(await asyncio.gather(*(_reach(Place(discover, key, host, key, name.port), host) for host in hosts)))
 
 
 def _bind(place: Place) -> Finding:
