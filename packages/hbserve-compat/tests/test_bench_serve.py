@@ -4,6 +4,8 @@ import asyncio
 import contextlib
 import json
 import math
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -29,6 +31,7 @@ from hbserve.load.report import Wanted, figures, goals_of, handoff_s, percentile
 from hbserve.server.http.http_server import HttpServer
 from hbserve.text.tokenizer import load_tokenizer
 from hbserve_rpc import InvalidRequest, PeerLost, RemoteError, RequestTimeout
+from hbserve_testing.waits import until
 
 VLLM_KEYS = """
 date endpoint_type backend label model_id tokenizer_id num_prompts request_rate burstiness max_concurrency duration
@@ -215,6 +218,35 @@ async def test_one_that_is_cut_short_tells_of_the_requests_that_have_ended(scrip
     result = json.loads((tmp_path / "r.json").read_text())
     assert (result["was_cut"], result["completed"], result["failed"], result["num_prompts"]) == (True, 2, 0, 9)
     assert result["total_output_tokens"] == 6
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_one_that_still_makes_its_prompts_ends_at_once_by_a_signal(scripted, tmp_path, number):
+    dataset = tmp_path / "never_written"
+    os.mkfifo(dataset)
+    command = [sys.executable, "-m", "hbserve", "bench", "serve", "--dataset-name", "custom"]
+    async with scripted.serving() as url:
+        options = ["--base-url", url, "--dataset-path", str(dataset)]
+        process = await asyncio.create_subprocess_exec(*command, *options, stderr=asyncio.subprocess.PIPE)
+        writer: list[int] = []
+
+        def is_read() -> bool:
+            with contextlib.suppress(OSError):  # nobody has opened the other end
+                writer.append(os.open(dataset, os.O_WRONLY | os.O_NONBLOCK))
+            return bool(writer) or process.returncode is not None
+
+        try:
+            await until(is_read)
+            process.send_signal(number)
+            async with asyncio.timeout(30):
+                _, errors = await process.communicate()
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
+            for each in writer:
+                os.close(each)
+    assert (process.returncode, errors) == (-number, b"")
 
 
 async def test_what_fails_is_counted_and_said_and_is_in_no_latency(scripted, capsys):

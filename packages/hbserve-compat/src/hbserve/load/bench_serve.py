@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from hbserve.output_file import require_writable, writing
 from hbserve.plotting import require_plotting
 from hbserve.progress import progress_bar
 from hbserve.text.tokenizer import encode, load_tokenizer
-from hbserve_rpc import InvalidRequest, PeerLost, RemoteError, RequestTimeout
+from hbserve_rpc import InvalidRequest, PeerLost, RemoteError, RequestTimeout, own_process
 from hbserve_rpc.plain_values import shown
 
 RETRY_S = 1.0
@@ -39,12 +40,12 @@ async def bench_serve(args: BenchServeArgs) -> dict[str, Any]:
     """Send a load, print its report, and write the files that were asked for. Returns the content of the JSON file.
 
     After a cancellation, the report covers the requests that have ended, and the file has `was_cut`. The cancellation
-    is then raised again.
+    is then raised again. While prompts are made, a signal ends the process at once. Must run in the main thread.
 
     Raises:
         RemoteError: not one request was answered; the file is written all the same. Also raises what `measure` does.
     """
-    result, load, wanted = await measure(args)
+    result, load, wanted = await measure(args, own_process.ending_at_once())
     if load.was_cut:
         result["was_cut"] = True
         sys.stderr.write(f"cut short: of {result['num_prompts']} requests {len(load.outcomes)} have ended; of these:\n")
@@ -61,9 +62,13 @@ async def bench_serve(args: BenchServeArgs) -> dict[str, Any]:
     return result
 
 
-async def measure(args: BenchServeArgs) -> tuple[dict[str, Any], Load, Wanted]:
+async def measure(
+    args: BenchServeArgs, preparing: AbstractContextManager[object] | None = None
+) -> tuple[dict[str, Any], Load, Wanted]:
     """Send a load. Returns its figures, the result of each request, and what the report is to contain. If a
     cancellation cut the load short, the caller must raise it again.
+
+    preparing: context in which a tokenizer is imported and prompts are made, for which the event loop waits.
 
     Raises:
         InvalidRequest: the options contradict each other, or a dataset cannot be read.
@@ -77,9 +82,10 @@ async def measure(args: BenchServeArgs) -> tuple[dict[str, Any], Load, Wanted]:
         model, root = await _find_model(client, args.ready_check_timeout_sec)
         body = {"model": args.served_model_name or args.model or model, **body}
         folder = args.tokenizer or Path(root)
-        found, tokenizer = _prompts(args, folder)
-        times = _times(args, found)
-        bodies = [_request(args, each, tokenizer, body) for each in found]
+        with preparing or nullcontext():
+            found, tokenizer = _prompts(args, folder)
+            times = _times(args, found)
+            bodies = [_request(args, each, tokenizer, body) for each in found]
         await _warm_up(client, args, bodies[: max(1, args.num_warmups)])
         load = await _send(client, args, found, bodies, times)
     finally:
