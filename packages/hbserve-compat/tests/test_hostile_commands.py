@@ -5,10 +5,12 @@ start processes, or use a deployment that runs already.
 """
 
 import errno
+import json
 import os
 import resource
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ import hbserve.models.demo_model
 import hbserve_core
 from hbserve.__main__ import app
 from hbserve.commands.command import LogLevel, explaining
-from hbserve.output_file import require_writable, writing
+from hbserve.output_file import require_writable, write_results, writing
 from hbserve.pd_disagg import DisaggregatedLLM
 from hbserve.plotting import figure_of
 from hbserve_core import BrokenTokenizer
@@ -302,9 +304,13 @@ def test_too_few_files_are_told_with_their_cure(capsys, error, told):
 )
 def test_a_file_that_does_not_fit_on_its_disk_is_named_and_nothing_is_left_of_it(command, tmp_path, caplog):
     with no_file_longer_than(50):
-        said = invoke([each.replace("PATH", str(tmp_path / "file")) for each in command.split()], caplog).stderr
+        done = invoke([each.replace("PATH", str(tmp_path / "file")) for each in command.split()], caplog)
+    said = done.stderr
     assert said.splitlines()[-1].startswith(f"error: {tmp_path}/file")
-    assert said.endswith(": File too large: this process may write files of 50 bytes; raise `ulimit -f`\n")
+    assert said.endswith(": this process may write files of 50 bytes; raise `ulimit -f`\n")
+    if "simulate" in command:
+        assert ": File too large; the results are on stdout instead: " in said
+        assert json.loads(done.stdout.splitlines()[-1])["completed"] == 20
     assert not [each for each in tmp_path.rglob("*") if each.is_file()]
 
 
@@ -319,11 +325,15 @@ def test_a_picture_that_does_not_fit_on_its_disk_is_named_and_nothing_is_left_of
     assert list(tmp_path.iterdir()) == [whole]
 
 
-@pytest.mark.parametrize("command", ["profile --output=PATH", "simulate --json=PATH", "plan --plot=PATH"])
+@pytest.mark.parametrize(
+    "command",
+    ["profile --output=PATH", "simulate --json=PATH", "plan --plot=PATH", "bench engine --json=PATH --sweep"],
+)
 def test_a_file_that_cannot_be_written_is_refused_before_the_work(command, tmp_path, caplog, monkeypatch):
     for worker in ("make_runner", "simulate", "make_plan"):
         for module in ("measuring", "commands"):
             monkeypatch.setattr(f"hbserve.simulator.{module}.{worker}", None, raising=False)
+    monkeypatch.setattr("hbserve.load.bench_engine.run_sweep", None)
     question = ""
     if "plan" in command:
         pytest.importorskip("matplotlib")
@@ -343,6 +353,45 @@ def test_a_file_that_is_there_is_kept_as_it_is_until_something_is_written(tmp_pa
     require_writable("--json", Path("/dev/null"))
     os.mkfifo(pipe := tmp_path / "pipe")
     require_writable("--json", pipe)  # does not wait for its reader
+
+
+def test_a_full_disk_is_told_before_the_work_although_the_file_is_there(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("before")
+    link = tmp_path / "link"
+    link.symlink_to(path)
+    for each in (path, link):
+        with no_file_longer_than(6), pytest.raises(OSError, match=f"File too large: '--json={each}'"):
+            require_writable("--json", each)
+    assert path.read_text() == "before"
+
+
+def test_a_file_in_a_folder_that_takes_no_new_files_may_be_written(tmp_path, monkeypatch):
+    def refused(**_: object) -> None:  # as whoever is not root is
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refused)
+    path = tmp_path / "file"
+    with pytest.raises(PermissionError, match=f"Permission denied: '--json={path}'"):
+        require_writable("--json", path)
+    path.write_text("before")
+    require_writable("--json", path)
+
+
+def test_results_that_no_file_takes_are_printed_and_those_before_them_stay(tmp_path, capsys):
+    path = tmp_path / "file"
+    told = r"File too large; the results are on stdout instead: '.*file'"
+    with no_file_longer_than(10), pytest.raises(OSError, match=told):
+        write_results(path, "a long line\n", append=True)
+    assert not path.exists()
+    write_results(path, "before\n", append=True)
+    with no_file_longer_than(10), pytest.raises(OSError, match=told):
+        write_results(path, "a long line\n", append=True)
+    assert path.read_text() == "before\n"
+    assert capsys.readouterr().out == "a long line\n" * 2
+    with pytest.raises(OSError, match="the results are on stdout instead"):
+        write_results(tmp_path / "none" / "file", "of a folder that is gone\n")
+    assert capsys.readouterr().out == "of a folder that is gone\n"
 
 
 def test_what_is_written_in_parts_keeps_those_that_fit_and_what_was_not_opened_is_left_alone(tmp_path):

@@ -10,7 +10,7 @@ from typing import Any
 import typer
 
 from hbserve.models.demo_model import model_folder
-from hbserve.output_file import writing
+from hbserve.output_file import require_writable, writing
 from hbserve_core import InstanceConfig
 from hbserve_core.bench.batch_sweep import BATCH_SIZES, SweepPlan, SweepRow, run_sweep, sweep_config
 from hbserve_core.bench.workloads import Sizes, bench_config, run_bench
@@ -67,6 +67,8 @@ def sweep_engine(
 
     Raises what `InstanceConfig` and `make_runner` raise, and OSError if the file cannot be written.
     """
+    if rows_file is not None:
+        require_writable("--json", rows_file)
     folder = model_folder(engine.model)
     usual = _ON_A_GPU if engine.is_on_a_gpu(folder) else _ON_A_CPU
     plan = SweepPlan(batch_sizes or usual.batch_sizes, contexts or usual.contexts)

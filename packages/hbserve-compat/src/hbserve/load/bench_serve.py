@@ -22,7 +22,7 @@ from hbserve.load.generator import Load, send_load
 from hbserve.load.http_stream import HttpClient
 from hbserve.load.prompts import Prompt, Vocabulary
 from hbserve.load.report import METRICS, Wanted, complaint, details, figures, goals_of, lines
-from hbserve.output_file import require_writable, writing
+from hbserve.output_file import require_writable, write_results
 from hbserve.plotting import require_plotting
 from hbserve.progress import progress_bar
 from hbserve.text.tokenizer import encode, load_tokenizer
@@ -357,9 +357,7 @@ def _write(args: BenchServeArgs, result: dict[str, Any], load: Load, wanted: Wan
         label = (args.label or args.backend.value).replace("/", "-")
         usual = f"{label}-{args.request_rate}qps{concurrency}-{model}-{result['date']}.json"
         path = (args.result_dir or Path()) / (args.result_filename or usual)
-        with writing(path, in_parts=args.append_result), path.open("a" if args.append_result else "w") as file:
-            json.dump(result, file)
-            file.write("\n")
+        write_results(path, json.dumps(result) + "\n", append=args.append_result)
     if args.plot is not None:
         from hbserve.load.plots import plot_load
 

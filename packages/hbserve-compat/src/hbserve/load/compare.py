@@ -20,7 +20,7 @@ import msgspec
 from hbserve.load.args import BenchServeArgs, CompareArgs
 from hbserve.load.bench_serve import measure
 from hbserve.load.report import goals_of
-from hbserve.output_file import require_writable, writing
+from hbserve.output_file import require_writable, write_results
 from hbserve.plotting import figure_of, require_plotting
 from hbserve_rpc import InvalidRequest
 from hbserve_rpc.messages import Role
@@ -71,8 +71,7 @@ async def compare(args: CompareArgs) -> None:
                 found.append(Measured(name, rate, await server.during(_load(args, server.url, rate, seed))))
     sys.stdout.writelines(f"{line}\n" for line in lines(found))
     if args.json is not None:
-        with writing(args.json):
-            args.json.write_text(json.dumps([{"layout": each.layout, **each.figures} for each in found]) + "\n")
+        write_results(args.json, json.dumps([{"layout": each.layout, **each.figures} for each in found]) + "\n")
     if args.plot is not None:
         _plot(args.plot, found)
 

@@ -15,7 +15,7 @@ from typer import Option
 from hbserve.load.args import Burstiness, tokens_option
 from hbserve.load.prompts import MOONCAKE_BLOCK, MOST_REQUESTS
 from hbserve.load.report import goals_of
-from hbserve.output_file import require_writable, writing
+from hbserve.output_file import require_writable, write_results
 from hbserve.plotting import require_plotting
 from hbserve.simulator import plan_report, report, workload
 from hbserve.simulator.engine_limits import EngineLimits
@@ -197,8 +197,7 @@ def run_simulation(args: SimulateArgs) -> None:
     sys.stdout.writelines(f"{line}\n" for line in report.lines(found))
     sys.stderr.write(f"simulated in {time.process_time() - began_s:.1f} s of processor time\n")
     if args.json is not None:
-        with writing(args.json):
-            args.json.write_text(json.dumps(found) + "\n", encoding="utf-8")
+        write_results(args.json, json.dumps(found) + "\n")
 
 
 def _deployment(args: SimulateArgs) -> Deployment:

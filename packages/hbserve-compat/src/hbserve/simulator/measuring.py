@@ -12,7 +12,7 @@ import msgspec
 
 from hbserve.load.bench_engine import EngineUnderTest
 from hbserve.models.demo_model import model_folder
-from hbserve.output_file import require_writable, writing
+from hbserve.output_file import require_writable, write_results
 from hbserve.progress import progress_bar
 from hbserve.simulator.commands import ProfileArgs
 from hbserve.simulator.profile import Profile
@@ -76,8 +76,7 @@ def measure_profile(args: ProfileArgs) -> None:
         message_s=message_s,
         **of_engine,
     )
-    with writing(args.output):
-        args.output.write_bytes(msgspec.json.format(msgspec.json.encode(profile)) + b"\n")
+    write_results(args.output, msgspec.json.format(msgspec.json.encode(profile)).decode() + "\n")
     done = f"{len(profile.prefill)} prompts, {len(profile.decode)} decode steps, {len(moving)} transfers"
     sys.stdout.write(f"{args.output}: {done}\n")
 
