@@ -158,9 +158,9 @@ async def test_blocks_that_are_none_are_named(block_ids, message):
 
 async def test_layers_payloads_ids_and_leases_that_are_none_are_named():
     async with manager() as receiver, manager(rank=1) as sender:
-        for transfer_id in (None, 3, b"t", "\ud800"):
+        for transfer_id in (None, 3, b"t", "", "\ud800"):
             for call in (lambda: receiver.post_receive(transfer_id, [1]), lambda: sender.offer(transfer_id)):  # noqa: B023
-                with pytest.raises((TypeError, ValueError), match=r"transfer_id=.*: expected"):
+                with pytest.raises(ValueError, match=r"transfer_id(=.*: expected a string|: character 0)"):
                     call()
         for lease_s in (float("nan"), -1, float("inf"), "x", True):
             with pytest.raises(ValueError, match=r"lease_s=.*: expected seconds, 0 or more"):

@@ -141,10 +141,10 @@ def plain_text(name: str, text: object) -> str:
     return text
 
 
-def plain_id(name: str, value: object) -> str:
-    """Return a plain id. Raises InvalidRequest if it is not one line of 1 to MAX_ID_LENGTH Unicode characters."""
-    if not isinstance(value, str) or not 0 < len(value) <= MAX_ID_LENGTH:
-        raise InvalidRequest(f"{name}={shown(value)}: expected a string of 1 to {MAX_ID_LENGTH} characters")
+def plain_id(name: str, value: object, most: int = MAX_ID_LENGTH) -> str:
+    """Return a plain id. Raises InvalidRequest if it is not one line of 1 to `most` Unicode characters."""
+    if not isinstance(value, str) or not 0 < len(value) <= most:
+        raise InvalidRequest(f"{name}={shown(value)}: expected a string of 1 to {most} characters")
     if re.match(LINE, value) is None:
         raise InvalidRequest(f"{name}={shown(value)}: expected one line, without control characters")
     return plain_text(name, value)

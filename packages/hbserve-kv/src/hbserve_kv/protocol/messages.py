@@ -28,7 +28,6 @@ What was announced is sent, and what is sent over a two-sided transport must be 
 cannot take ends the link. The receiver says why by Cancelled, and ends the stream, so that the sender ends its send.
 """
 
-import re
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -38,7 +37,7 @@ from hbserve_kv.errors import TransferFailed
 from hbserve_kv.memory.layout import HeadRange, Layout, Side
 from hbserve_kv.memory.memory import Region
 from hbserve_rpc import Method, Notification, StreamMethod
-from hbserve_rpc.plain_values import LINE, shown
+from hbserve_rpc.plain_values import LINE, plain_id
 from hbserve_rpc.wire import UNREADABLE
 
 PROTOCOL_VERSION = 10
@@ -90,17 +89,8 @@ def read_grants(grant: bytes) -> list[Grant]:
 
 
 def checked_id(transfer_id: object) -> str:
-    """Return the id. Raises TypeError or ValueError if it cannot be sent to a peer."""
-    if not isinstance(transfer_id, str):
-        raise TypeError(f"transfer_id={transfer_id!r}: expected a string")
-    if len(transfer_id) > MOST_CHARACTERS or re.match(LINE, transfer_id) is None:
-        raise ValueError(f"transfer_id={shown(transfer_id)}: expected one line of at most {MOST_CHARACTERS} characters")
-    if not transfer_id.isascii():
-        try:
-            transfer_id.encode()
-        except UnicodeEncodeError:
-            raise ValueError(f"transfer_id={transfer_id!r}: expected text that UTF-8 can encode") from None
-    return transfer_id
+    """Return the id as a plain str. Raises InvalidRequest, a ValueError, unless it is a Name that is not empty."""
+    return plain_id("transfer_id", transfer_id, MOST_CHARACTERS)
 
 
 def checked_payload(payload: object) -> bytes:

@@ -239,17 +239,15 @@ class Coverage:
         self._whole: set[int] = set()
         self._by_layer: list[set[int]] = [set() for _ in range(num_layers)]
 
-    def add(self, places: range, layers: range | None = None) -> bool:
-        """Add blocks, and return True. If one is there already, be it in one layer, add none and return False."""
-        if self.has_any(places, layers):
-            return False
+    def add(self, places: range, layers: range | None = None) -> None:
+        """Add blocks, none of which is there: see `has_any`."""
         if layers is None:
             self._whole.update(places)
         for layer in layers or ():
             self._by_layer[layer].update(places)
-        return True
 
     def has_any(self, places: range, layers: range | None = None) -> bool:
+        """Whether one of the blocks is there already, be it in one of the layers."""
         by_layer = self._by_layer if layers is None else self._by_layer[layers.start : layers.stop]
         return not all(each.isdisjoint(places) for each in (self._whole, *by_layer))
 

@@ -261,9 +261,13 @@ class IncomingTransfer:
             if not (0 <= part.first < part.end <= num_units and 0 <= first_layer < end_layer <= num_layers):
                 return f"{what} is outside what was granted: {part}"
         announced, coming = self._announced.setdefault(key, Coverage(num_layers)), Coverage(num_layers)
-        is_new = all(not announced.has_any(*part.blocks) and coming.add(*part.blocks) for part in parts)
-        if not is_new or not self._state.start_parts(key, *(part.index for part in parts)):
-            return f"{what} is late or was sent twice"
+        refused = f"{what} is late or was sent twice"
+        for part in parts:
+            if announced.has_any(*part.blocks) or coming.has_any(*part.blocks):
+                return refused
+            coming.add(*part.blocks)
+        if not self._state.start_parts(key, *(part.index for part in parts)):
+            return refused
         for part in parts:
             announced.add(*part.blocks)
         return ""
