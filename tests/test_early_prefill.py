@@ -9,6 +9,7 @@ import pytest
 from hbserve import LLM, SamplingParams
 from hbserve.pd_disagg import DisaggregatedLLM, PdDisaggConfig
 from hbserve_testing.narrowing import present
+from hbserve_testing.processes import freeze
 from hbserve_testing.waits import until
 
 PARAMS = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
@@ -33,7 +34,7 @@ async def test_a_decode_instance_that_dies_before_it_grants_costs_the_last_block
         handles = llm.scheduler.fleet.handles
         pids = {name: present(handles[name].info).pid for name in roles}
         for name in ("decode-0", "decode-1"):
-            os.kill(pids[name], signal.SIGSTOP)
+            freeze(pids[name])
         answering = asyncio.create_task(llm.generate([prompt], PARAMS))
         await until(lambda: llm.scheduler.running_requests)
         await until(lambda: present(handles["prefill-0"].last_stats).prefill_tokens == len(prompt))

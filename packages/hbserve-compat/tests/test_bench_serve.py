@@ -793,6 +793,12 @@ async def test_a_server_that_ends_by_itself_ends_the_comparison():
     await server.end()
 
 
+async def test_a_server_that_has_ended_unnoticed_is_ended_without_an_error():
+    process = await asyncio.create_subprocess_exec("true")
+    await process.wait()
+    await Server("http://127.0.0.1:1", process).end()
+
+
 @pytest.mark.parametrize(
     ("options", "problem"),
     [({"rates": "1,nan,2"}, "--rates='1,nan,2'"),

@@ -18,7 +18,7 @@ import yaml
 from hbserve import LLM, SamplingParams
 from hbserve.models.demo_model import find_model_folder
 from hbserve.progress import progress_bar
-from hbserve_testing.processes import alive, children_of
+from hbserve_testing.processes import alive, children_of, freeze
 
 DEADLINE_S = 90
 SHADOWS = ["torch", "random", "types", "json", "logging", "transformers", "hbserve", "zmq/__init__", "hbserve_core/a"]
@@ -128,7 +128,7 @@ def test_a_command_that_is_stopped_for_longer_than_heartbeats_may_be_silent_goes
     content["scheduler"] |= {"heartbeat_interval_s": 0.3, "heartbeat_timeout_s": 3}
     config.write_text(yaml.safe_dump(content))
     client, _ = start(config, num_tokens=400)
-    client.send_signal(signal.SIGSTOP)
+    freeze(client.pid)
     time.sleep(5)
     client.send_signal(signal.SIGCONT)
     out, errors = client.communicate(timeout=DEADLINE_S)

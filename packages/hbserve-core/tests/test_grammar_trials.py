@@ -16,6 +16,7 @@ from hbserve_core.grammars.compiler import GrammarCompiler
 from hbserve_core.grammars.matcher import Matcher
 from hbserve_rpc import InvalidRequest, Overloaded, SamplingParams, StructuredOutputsParams
 from hbserve_testing.narrowing import present
+from hbserve_testing.processes import freeze
 
 pytestmark = pytest.mark.warm
 ARRAYS = range(9973, 10673)
@@ -118,7 +119,7 @@ def test_the_process_of_the_trials_is_started_for_the_first_one_and_again_when_i
 def test_a_process_of_the_trials_that_is_frozen_is_replaced(grammars, monkeypatch):
     assert grammars.matcher(wanting({"regex": "a"})) is not None
     frozen = present(grammars._trials._process)
-    os.kill(frozen.pid, signal.SIGSTOP)
+    freeze(frozen.pid)
     took_up, patience_s = grammars._trials._hand_over, trials._PATIENCE_S
 
     def with_patience(trial: Any) -> Any:

@@ -15,7 +15,7 @@ from hbserve_rpc import KVTransferFailed, RemoteError, SamplingParams
 from hbserve_rpc.messages import DESCRIBE, Empty, Granted, Role, TokenEvent
 from hbserve_testing.instances import InstanceClient, start_process, tokens_of
 from hbserve_testing.narrowing import of_type
-from hbserve_testing.processes import children_of
+from hbserve_testing.processes import children_of, freeze
 from hbserve_testing.waits import reading, until
 
 pytestmark = pytest.mark.warm
@@ -163,7 +163,7 @@ async def test_a_decode_instance_frozen_in_mid_transfer_ends_the_prefill_and_ser
         granted = await anext(decoding)
         async with reading(p.prefill("r", PROMPT, granted.grant)) as prefilling:
             await until(p.sends_what_it_has)
-            os.kill(d.process.pid, signal.SIGSTOP)
+            freeze(d.process.pid)
             p.process.send_signal(signal.SIGUSR1)
             with pytest.raises(KVTransferFailed, match="KV transfer t-r failed: "):
                 await prefilling
@@ -182,7 +182,7 @@ async def test_blocks_to_which_a_frozen_prefill_instance_may_write_are_used_by_n
         granted = await anext(decoding)
         async with reading(p.prefill("r", PROMPT, granted.grant)):
             await until(p.sends_what_it_has)
-            os.kill(p.process.pid, signal.SIGSTOP)
+            freeze(p.process.pid)
             await decoding.aclose()
             # Two-sided transfers need the receiver for every byte; one-sided ones may go on behind its back.
             if backend == TWO_SIDED:

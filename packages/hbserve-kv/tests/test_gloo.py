@@ -23,6 +23,7 @@ from hbserve_kv.transports.base import Link, disconnect
 from hbserve_kv.transports.nccl import LONGEST_BYTES, PACKED_BYTES, RECEIVER, SENDER, _pieces
 from hbserve_kv.transports.own_sockets import _own_sockets
 from hbserve_rpc.address import is_own_address
+from hbserve_testing.processes import freeze
 
 
 def test_a_large_block_is_a_message_of_its_own_whatever_its_neighbours_are():
@@ -198,7 +199,7 @@ async def test_who_waits_for_a_half_written_message_to_a_dead_or_frozen_process_
     try:
         gloo = await asyncio.to_thread(victims.make_gloo, store, SENDER)
         assert await asyncio.to_thread(mine.poll, victims.DEADLINE_S)
-        os.kill(peer.pid, signal.SIGSTOP)
+        freeze(peer.pid)
         sending = gloo.send([torch.empty(num_bytes, dtype=torch.uint8)], RECEIVER, 0)
         group = nccl._Group(gloo, nothing, on_gpu=False, stream=None, link=link)
         waiting = asyncio.create_task(link.run(nccl._wait, group, [sending]))

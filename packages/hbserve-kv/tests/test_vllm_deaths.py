@@ -11,6 +11,7 @@ import pytest
 from hbserve_kv_victims import start_process
 
 from hbserve_testing.narrowing import present
+from hbserve_testing.processes import freeze
 
 DEADLINE_S = 60.0
 TIMEOUT_S = 2.0
@@ -49,7 +50,10 @@ class Server:
         return self.ask()[0][name]
 
     def signal(self, number):
-        os.kill(present(self.process.pid), number)
+        if number == signal.SIGSTOP:
+            freeze(present(self.process.pid))
+        else:
+            os.kill(present(self.process.pid), number)
 
     def end(self):
         self.process.kill()

@@ -12,6 +12,7 @@ import time
 import pytest
 
 from hbserve_rpc import PeerLost, RpcClient, RpcServer, wire
+from hbserve_testing.processes import freeze
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
@@ -20,7 +21,10 @@ async def test_a_killed_or_frozen_server_loses_what_waits_for_it(rpc, serve, con
     client = await connect(f"127.0.0.1:{port}")
     stream = client.stream(rpc.STREAM, rpc.Ask(1))
     await anext(stream)
-    os.kill(process.pid, number)
+    if number == signal.SIGSTOP:
+        freeze(process.pid)
+    else:
+        os.kill(process.pid, number)
     async with asyncio.timeout(30):
         with pytest.raises(PeerLost, match=f"127.0.0.1:{port}"):
             await anext(stream)
@@ -105,7 +109,7 @@ async def test_a_server_that_thaws_ends_what_its_client_has_given_up(rpc, serve,
     client = await connect(f"127.0.0.1:{port}", heartbeat_timeout_s=2.0)
     stream = client.stream(rpc.STREAM, rpc.Ask(1))
     await anext(stream)
-    os.kill(process.pid, signal.SIGSTOP)
+    freeze(process.pid)
     async with asyncio.timeout(30):
         with pytest.raises(PeerLost, match="silent"):
             await anext(stream)

@@ -5,8 +5,9 @@ import os
 import resource
 import signal
 import sys
+import time
 from collections.abc import Coroutine, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -63,10 +64,18 @@ def state_of(pid: int) -> str:
 
 
 def freeze(pid: int) -> None:
-    """Send SIGSTOP to a child, and wait until it has stopped. The signal reaches each of its threads only when that
-    thread next runs; until then the child may still answer."""
+    """Send SIGSTOP to a process, and wait until it has stopped. The signal reaches each of its threads only when that
+    thread next runs; until then the process may still answer."""
     os.kill(pid, signal.SIGSTOP)
-    os.waitid(os.P_PID, pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+    while set(_states_of_threads(pid)) - {"T", "Z", "X"}:
+        time.sleep(0.001)
+
+
+def _states_of_threads(pid: int) -> Iterator[str]:
+    """Yield the state of each thread: see `state_of`. Yields nothing for a process that does not exist."""
+    for thread in Path(f"/proc/{pid}/task").glob("*"):
+        with suppress(OSError):  # it has ended
+            yield (thread / "stat").read_text(errors="replace").rpartition(")")[2].split()[0]
 
 
 def alive(pid: int) -> bool:

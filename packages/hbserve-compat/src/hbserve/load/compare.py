@@ -147,7 +147,8 @@ class Server:
     async def end(self) -> None:
         for number in (signal.SIGTERM, signal.SIGKILL):
             if not self._ended.done():
-                self._process.send_signal(number)
+                with contextlib.suppress(ProcessLookupError):  # it has ended, and nobody has heard of it yet
+                    self._process.send_signal(number)
                 await asyncio.wait([self._ended], timeout=STOP_TIMEOUT_S)
 
 
