@@ -1,8 +1,11 @@
 """Settings are defined once, in hbserve_rpc.settings: the file, PdDisaggConfig and instances take them from there."""
 
+import ast
+import inspect
 import re
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -30,13 +33,15 @@ SIZES = ("buffer_size", "max_body_size")
 KV_FIELDS = {field.name: field for field in msgspec.structs.fields(KVTransferSettings)}
 
 
+def structs() -> list[tuple[str, type[msgspec.Struct]]]:
+    """Return the struct of each section of the file, with the section's name."""
+    fields = msgspec.structs.fields(DeploymentConfig)
+    return [(each.name, get_args(each.type)[0] if get_origin(each.type) is list else each.type) for each in fields]
+
+
 def sections() -> dict[str, dict[str, Any]]:
     """Return the keys of each section of the file."""
-    found = {}
-    for field in msgspec.structs.fields(DeploymentConfig):
-        struct = get_args(field.type)[0] if get_origin(field.type) is list else field.type
-        found[field.name] = {key.name: key for key in msgspec.structs.fields(struct)}
-    return found
+    return {name: {key.name: key for key in msgspec.structs.fields(struct)} for name, struct in structs()}
 
 
 def plain_type(field: Any) -> Any:
@@ -180,6 +185,30 @@ def test_a_new_key_written_in_one_place_is_in_the_file_in_pd_disagg_config_and_i
         "cuda_graph_warmup='many': expected `int`, got `str`",
         "cuda_graph_warmup=0: expected at least 1",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "struct",
+    [*(struct for _, struct in structs()), DeploymentConfig, EngineSettings, KVTransferSettings,
+     KVTransferConfig, InstanceConfig, PdDisaggConfig, *PdDisaggConfig.__bases__],
+    ids=lambda struct: struct.__name__,
+)  # fmt: skip
+def test_a_setting_says_where_it_is_defined_what_it_means(struct):
+    path = inspect.getsourcefile(struct)
+    assert path is not None
+    (found,) = [
+        each
+        for each in ast.parse(Path(path).read_text()).body
+        if isinstance(each, ast.ClassDef) and each.name == struct.__name__
+    ]
+    assert ast.get_docstring(found)
+    for field, following in pairwise([*found.body, ast.Pass()]):
+        if isinstance(field, ast.AnnAssign):
+            name = ast.unparse(field.target)
+            is_told = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
+            is_told_elsewhere = name.startswith("kv_") and struct in PdDisaggConfig.__bases__
+            is_section = struct is DeploymentConfig and name in dict(structs())
+            assert is_told or is_told_elsewhere or is_section, name
 
 
 # ---- docs/configuration.md ---------------------------------------------------------------------------------------

@@ -26,7 +26,9 @@ class InstanceConfig(  # type: ignore[misc]  # EngineSettings are not frozen, be
     """
 
     instance_id: str = "hybrid-0"
+    """Name of the instance."""
     role: Role = "hybrid"
+    """What the instance computes: prompts (prefill), the tokens after the first one (decode), or both (hybrid)."""
     model_path: str
     """Path of a Hugging Face model folder."""
     gpu_id: int | None = None
@@ -42,11 +44,14 @@ class InstanceConfig(  # type: ignore[misc]  # EngineSettings are not frozen, be
     schedulers: tuple[str, ...] = ()
     """Schedulers, as `host:port`, with which the instance registers itself once it serves."""
     kv_rank: Annotated[int, NOT_NEGATIVE] = 0
+    """Number of the instance, by which it differs from all others of its deployment."""
     kv_transfer: KVTransferConfig = msgspec.field(default_factory=KVTransferConfig)
+    """How and where the instance moves KV. A hybrid one moves none."""
     keys: Keys | None = None
     """Keys of an instance, for everything that it serves and dials. With them, only schedulers that have keys reach its
     RPC."""
     log_level: str = "INFO"
+    """Lowest level of what the instance's process logs, one of LOG_LEVELS."""
 
     def __post_init__(self) -> None:
         for name, problem in misfits(self):

@@ -91,9 +91,12 @@ class CudaGraphSection(Section, frozen=True, kw_only=True):
 
 
 class InstanceSection(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Settings of one instance, or of all those that are found by one name."""
+
     instance_id: str = ""
     """Name of the instance; required unless `discover` is given, and empty with it."""
     instance_type: Role
+    """What the instance computes: prompts (prefill), the tokens after the first one (decode), or both (hybrid)."""
     discover: str | None = None
     """DNS name in the form dns:NAME:PORT. The entry then stands for all instances of this type that answer at an
     address of this name; they have ids of their own."""
@@ -103,7 +106,10 @@ class InstanceSection(Section, frozen=True, kw_only=True, forbid_unknown_fields=
     """Address at which the instance listens, and at which the scheduler and its peers connect to it: an IP address of
     its machine, or a name."""
     port: Annotated[int, PORT] = 0
+    """Port of the instance's RPC server; 0 lets the OS choose."""
     kv_rank: Annotated[int, NOT_NEGATIVE] = 0
+    """Number of the instance, by which it differs from all others. It is added to `kv_transfer.port` and
+    `engine.health_port`, and without `gpu_id` it assigns devices."""
     tensor_parallel_size: Annotated[int | None, POSITIVE] = None
     """Number of ranks of this instance, on GPUs from `gpu_id` on; None is `model.tensor_parallel_size`."""
 
@@ -119,6 +125,7 @@ class SchedulerConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=
     host: str = "127.0.0.1"
     """Address at which the scheduler listens for clients; 0.0.0.0 and :: are every address of its machine."""
     port: Annotated[int, PORT] = 5550
+    """Port of the scheduler's RPC server; 0 lets the OS choose."""
     health_port: Annotated[int | None, PORT] = None
     """HTTP port for /health, /ready and /metrics; 0 lets the OS choose, None opens no such port."""
     prefill_policy: str = "auto"
@@ -144,7 +151,9 @@ class SchedulerConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=
     instance_wait_s: Annotated[float, Bounds(0.1)] = 30.0
     """Longest time that requests wait while there is no instance of a role that they need."""
     heartbeat_interval_s: Annotated[float, Bounds(0.05)] = 1.0
+    """Time between two heartbeats to an instance."""
     heartbeat_timeout_s: Annotated[float, Bounds(0.1)] = 10.0
+    """Time of silence after which an instance counts as lost."""
     max_pending_reservations: Annotated[int, POSITIVE] = 8
     """Largest number of requests that wait for room on one decode instance. Others wait in the scheduler, where their
     order can still change. It is also the largest number of prompts computed before the instance has granted room."""
@@ -167,6 +176,7 @@ class ServerSection(Section, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Settings of the OpenAI server of `hbserve serve`; docs/openai-server.md says what it serves."""
 
     enabled: bool = True
+    """Whether `hbserve serve` has the OpenAI server. Otherwise it opens only the scheduler's RPC port."""
     host: str = "127.0.0.1"
     """Address at which the server listens for clients; 0.0.0.0 and :: are every address of its machine."""
     port: Annotated[int, PORT] = 8000
@@ -242,6 +252,7 @@ class DeploymentConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields
     chunked_prefill: ChunkedPrefillSection = ChunkedPrefillSection()
     cuda_graph: CudaGraphSection = CudaGraphSection()
     gpu_instances: list[InstanceSection] = msgspec.field(default_factory=default_instances)
+    """Instances, one by one or by the name at which they are found."""
     engine: EngineSection = EngineSection()
     scheduler: SchedulerConfig = SchedulerConfig()
     server: ServerSection = ServerSection()

@@ -33,6 +33,7 @@ class _Keywords(EngineSettings, kw_only=True):
     keys: str | None = None
     """Folder that `hbserve keys` has made. None: instances that this process starts get keys of their own."""
     allow_insecure: bool = False
+    """Whether processes without keys may listen at addresses that other hosts can reach."""
 
 
 class PdDisaggConfig(_Keywords):
