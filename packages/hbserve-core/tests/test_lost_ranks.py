@@ -19,7 +19,7 @@ from hbserve_core.model.shard import Shard
 from hbserve_core.ranks import distributed_group
 from hbserve_core.ranks.distributed_group import DistributedRankGroup, host_store
 from hbserve_core.ranks.workers import Workers
-from hbserve_testing.processes import freeze, state_of
+from hbserve_testing.processes import state_of, strike
 from hbserve_testing.waits import until
 
 pytestmark = pytest.mark.warm
@@ -65,10 +65,7 @@ async def test_a_wait_for_a_rank_that_ended_in_the_middle_of_a_message_ends_with
         await asyncio.to_thread(group.connect)
         waiting = asyncio.create_task(asyncio.to_thread(group.from_first, torch.ones(NUM_FLOATS)))
         await until(lambda: state_of(follower.pid) == "T")
-        if end == signal.SIGSTOP:
-            freeze(follower.pid)
-        else:
-            follower.kill()
+        strike(follower.pid, end)
         begin_s = time.monotonic()
         group.close()
         with pytest.raises(RankFailed):

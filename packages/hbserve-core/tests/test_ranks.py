@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -37,7 +36,7 @@ from hbserve_rpc.messages import (
 )
 from hbserve_testing.instances import tokens_of
 from hbserve_testing.narrowing import of_type, present
-from hbserve_testing.processes import alive, children_of, freeze
+from hbserve_testing.processes import alive, children_of, strike
 
 pytestmark = pytest.mark.warm
 
@@ -111,10 +110,7 @@ async def test_a_rank_that_is_lost_ends_the_instance_with_one_error(model_folder
         if busy:
             await anext(events)
         (pid,) = of_type(TensorParallelRunner, instance.runner).workers.pids
-        if number == signal.SIGSTOP:
-            freeze(pid)
-        else:
-            os.kill(pid, number)
+        strike(pid, number)
         begin_s = time.monotonic()
         async with asyncio.timeout(DEADLINE_S):
             error = await instance.wait_failed()
@@ -299,10 +295,7 @@ def test_a_rank_that_is_lost_on_a_gpu_ends_the_step(model_folder, prompt, graphs
         for _ in range(5):
             engine.step()
         (pid,) = runner.workers.pids
-        if number == signal.SIGSTOP:
-            freeze(pid)
-        else:
-            os.kill(pid, number)
+        strike(pid, number)
         begin_s = time.monotonic()
         with pytest.raises(RankFailed, match=rf"rank 1 of 2 \(pid {pid}\)"):
             run_out(engine)

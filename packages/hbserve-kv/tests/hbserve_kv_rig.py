@@ -3,7 +3,6 @@
 import asyncio
 import itertools
 import multiprocessing
-import os
 import signal
 import statistics
 import time
@@ -15,7 +14,7 @@ import pytest
 from hbserve_kv_victims import BACKWARDS, DEADLINE_S, IS_FREE, NUM_BLOCKS
 
 from hbserve_kv.testing import is_empty
-from hbserve_testing.processes import freeze
+from hbserve_testing.processes import strike
 
 TIMEOUT_S = 3.0
 HEARTBEAT_S = TIMEOUT_S / 4
@@ -63,10 +62,7 @@ class Victim:
 
     def signal(self, number: signal.Signals) -> None:
         assert self.process.pid is not None
-        if number == signal.SIGSTOP:
-            freeze(self.process.pid)
-        else:
-            os.kill(self.process.pid, number)
+        strike(self.process.pid, number)
 
     async def closes_in_order(self) -> None:
         self.tell("close")

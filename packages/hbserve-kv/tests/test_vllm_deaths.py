@@ -2,7 +2,6 @@
 
 import itertools
 import multiprocessing
-import os
 import signal
 import time
 
@@ -11,7 +10,7 @@ import pytest
 from hbserve_kv_victims import start_process
 
 from hbserve_testing.narrowing import present
-from hbserve_testing.processes import freeze
+from hbserve_testing.processes import strike
 
 DEADLINE_S = 60.0
 TIMEOUT_S = 2.0
@@ -50,10 +49,7 @@ class Server:
         return self.ask()[0][name]
 
     def signal(self, number):
-        if number == signal.SIGSTOP:
-            freeze(present(self.process.pid))
-        else:
-            os.kill(present(self.process.pid), number)
+        strike(present(self.process.pid), number)
 
     def end(self):
         self.process.kill()

@@ -12,7 +12,7 @@ import time
 import pytest
 
 from hbserve_rpc import PeerLost, RpcClient, RpcServer, wire
-from hbserve_testing.processes import freeze
+from hbserve_testing.processes import freeze, strike
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
@@ -21,10 +21,7 @@ async def test_a_killed_or_frozen_server_loses_what_waits_for_it(rpc, serve, con
     client = await connect(f"127.0.0.1:{port}")
     stream = client.stream(rpc.STREAM, rpc.Ask(1))
     await anext(stream)
-    if number == signal.SIGSTOP:
-        freeze(process.pid)
-    else:
-        os.kill(process.pid, number)
+    strike(process.pid, number)
     async with asyncio.timeout(30):
         with pytest.raises(PeerLost, match=f"127.0.0.1:{port}"):
             await anext(stream)

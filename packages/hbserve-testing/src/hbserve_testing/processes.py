@@ -71,6 +71,14 @@ def freeze(pid: int) -> None:
         time.sleep(0.001)
 
 
+def strike(pid: int, number: signal.Signals) -> None:
+    """Send a signal to a process. After SIGSTOP wait until it has stopped, as `freeze` does."""
+    if number == signal.SIGSTOP:
+        freeze(pid)
+    else:
+        os.kill(pid, number)
+
+
 def _states_of_threads(pid: int) -> Iterator[str]:
     """Yield the state of each thread: see `state_of`. Yields nothing for a process that does not exist."""
     for thread in Path(f"/proc/{pid}/task").glob("*"):

@@ -129,9 +129,9 @@ class SplitKV:
         return rows + min(self._wanted, (_MOST_PARTS - 1) * rows)
 
     def cut(self, contexts: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
-        """Return pieces (6, P): row, part, number of parts, first and last (exclusive) position taken from the pool, the
-        new token's position. A row's parts are adjacent, and the last one has the new token. Rows of long parts come
-        first: the device takes pieces in this order, and what it takes last should be short.
+        """Return pieces (6, P): row, part, number of parts, first and last (exclusive) position taken from the pool,
+        the new token's position. A row's parts are adjacent, and the last one has the new token. Rows of long parts
+        come first: the device takes pieces in this order, and what it takes last should be short.
 
         contexts: length of each row's context, at least 1.
 
