@@ -41,7 +41,7 @@ async def server(small_model: Callable[[str], Path]) -> AsyncIterator[FakeServer
 
 
 async def texts(client: ChatClient) -> list[str]:
-    return [text async for text in client.answer([{"role": "user", "content": "hi"}]) if text]
+    return [text async for text, _ in client.answer([{"role": "user", "content": "hi"}]) if text]
 
 
 async def test_an_answer_comes_in_pieces_from_a_url_with_or_without_v1(server):
@@ -101,6 +101,14 @@ def test_the_command_asks_its_server_before_it_invites_a_question():
     assert done.stderr.startswith("error: --url: no server at")
 
 
+async def test_characters_that_stdout_cannot_show_are_shown_as_their_numbers(server):
+    server.answers("é")
+    command = [*COMMAND, "--url", server.url, "--api-key", "k"]
+    env = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = await asyncio.to_thread(subprocess.run, command, input=b"hi\n", capture_output=True, env=env, timeout=90)
+    assert (done.returncode, done.stdout) == (0, b"\\xe9\n\n"), done.stderr
+
+
 async def test_a_conversation_goes_with_each_question_and_ends_with_its_input(monkeypatch, capsys):
     reading, writing = os.pipe()
     os.write(writing, "one\n\nzwö".encode())
@@ -108,10 +116,10 @@ async def test_a_conversation_goes_with_each_question_and_ends_with_its_input(mo
     monkeypatch.setattr(sys, "stdin", os.fdopen(reading))
     asked = []
 
-    async def answer(messages: list[dict[str, str]]) -> AsyncIterator[str]:
+    async def answer(messages: list[dict[str, str]]) -> AsyncIterator[tuple[str, str | None]]:
         asked.append([each["content"] for each in messages])
-        yield "an"
-        yield "swer"
+        yield "an", None
+        yield "swer", "stop"
 
     await Conversation(answer).run()
     assert asked == [["one"], ["one", "answer", "zwö"]]
@@ -126,9 +134,9 @@ async def test_sigterm_ends_the_conversation_and_not_only_an_answer(monkeypatch,
     monkeypatch.setattr(sys, "stdin", os.fdopen(reading))
     asked = []
 
-    async def answer(messages: list[dict[str, str]]) -> AsyncIterator[str]:
+    async def answer(messages: list[dict[str, str]]) -> AsyncIterator[tuple[str, str | None]]:
         asked.append(messages[-1]["content"])
-        yield "an"
+        yield "an", None
         await asyncio.Event().wait()
 
     talking = asyncio.create_task(until_signalled(Conversation(answer).run()))

@@ -1,19 +1,24 @@
 """A client of any server's /v1/chat/completions, which `hbserve chat --url` uses."""
 
 import asyncio
+import contextlib
 import json
 import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from hbserve.client.event_data import EventData
 from hbserve.client.server_url import parse_url, require_header
 from hbserve_rpc import PeerLost, RemoteError
+from hbserve_rpc.plain_values import shown
 
 CONNECT_TIMEOUT_S = 10.0
 ANSWER_TIMEOUT_S = 10.0
 """How long a server may take to answer the first check. The answer to a chat has no such limit: it may be queued."""
+SHOWN = 200
+"""Number of bytes of an unexpected answer that are shown."""
 
 
 def why_not_connected(address: str, error: Exception) -> str:
@@ -22,7 +27,18 @@ def why_not_connected(address: str, error: Exception) -> str:
     if isinstance(error, ssl.SSLCertVerificationError):
         cure = "SSL_CERT_FILE names a file of certificates that are"
         return f"the certificate of {address} is not trusted: {error.verify_message}; {cure}"
+    if isinstance(error, ssl.SSLError):
+        return f"the server at {address} does not speak TLS as asked for ({error.reason}); is its URL http://?"
     return f"no server at {address}: {error or 'no answer'}"
+
+
+@dataclass(frozen=True)
+class _Head:
+    """The head of an answer."""
+
+    status: int
+    fields: dict[str, str]
+    """Values of the header, by names in lower case."""
 
 
 class ChatClient:
@@ -44,34 +60,53 @@ class ChatClient:
             RemoteError: the server does not accept the key, or does not speak HTTP.
         """
         try:
-            async with asyncio.timeout(ANSWER_TIMEOUT_S), self._asked("GET", "/v1/models") as (status, parts):
+            async with asyncio.timeout(ANSWER_TIMEOUT_S), self._asked("GET", "/v1/models") as (head, parts):
                 # Any other status is left to the first question: the server may be loading, or have no such list.
-                if status in (401, 403):
-                    raise RemoteError(_message(status, b"".join([part async for part in parts])))
+                if head.status in (401, 403):
+                    raise RemoteError(_message(head, b"".join([part async for part in parts])))
         except TimeoutError:
             raise PeerLost(
                 f"--url: {self._url.authority} accepts connections, but did not answer within {ANSWER_TIMEOUT_S:g} s"
             ) from None
 
-    async def answer(self, messages: list[dict[str, str]]) -> AsyncIterator[str]:
-        """Yield the text of an answer as it comes.
+    async def answer(self, messages: list[dict[str, str]]) -> AsyncIterator[tuple[str, str | None]]:
+        """Yield the text of an answer as it comes, and with its last piece the reason why it ended.
 
         Raises:
-            PeerLost: there is no server at the address, or the connection has ended.
-            RemoteError: the server refused or failed; has the server's message.
+            PeerLost: there is no server at the address, or the connection or the answer has ended too early.
+            RemoteError: the server refused or failed, with its message; or it does not answer as OpenAI's API does.
         """
         body = json.dumps({"messages": messages, "stream": True, **self._parameters}).encode()
-        async with self._asked("POST", "/v1/chat/completions", body) as (status, parts):
-            if status != 200:
-                raise RemoteError(_message(status, b"".join([part async for part in parts])))
-            async for text in _texts(parts):
-                yield text
+        async with self._asked("POST", "/v1/chat/completions", body) as (head, parts):
+            if head.status != 200:
+                raise RemoteError(_message(head, b"".join([part async for part in parts])))
+            async for text, reason in self._texts(parts):
+                yield text, reason
+
+    async def _texts(self, parts: AsyncIterator[bytes]) -> AsyncIterator[tuple[str, str | None]]:
+        """Yield the content of the events of a stream."""
+        events, beginning, has_ended = EventData(), b"", False
+        async for part in parts:
+            beginning = (beginning + part)[:SHOWN]
+            for event in events.feed(part):
+                chunk = json.loads(event)
+                if chunk.get("error"):
+                    raise RemoteError(_error_of(chunk) or f"--url: the server failed: {shown(chunk)}")
+                for choice in chunk["choices"]:
+                    reason = choice.get("finish_reason")
+                    has_ended = has_ended or reason is not None
+                    yield choice["delta"].get("content") or "", reason
+        if not has_ended and not events.are_done:
+            if not events.any:
+                begins = f"its answer begins with {shown(beginning.decode(errors='replace'))}"
+                raise RemoteError(f"--url: the server there answers without server-sent events: {begins}")
+            raise asyncio.IncompleteReadError(b"", None)
 
     @asynccontextmanager
     async def _asked(
         self, method: str, path: str, body: bytes = b""
-    ) -> AsyncIterator[tuple[int, AsyncIterator[bytes]]]:
-        """Yield the status and the body of an answer. Errors of the connection, here and in the block, become ours."""
+    ) -> AsyncIterator[tuple["_Head", AsyncIterator[bytes]]]:
+        """Yield the head and the body of an answer. Errors of the connection, here and in the block, become ours."""
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
                 context = ssl.create_default_context() if self._url.is_secure else None
@@ -82,10 +117,10 @@ class ChatClient:
             raise PeerLost(f"--url: {why_not_connected(self._url.authority, error)}") from None
         try:
             writer.write(self._head(method, path, len(body)) + body)
-            status, is_chunked = await _read_head(reader)
-            yield status, _chunked(reader) if is_chunked else _plain(reader)
+            head = await _read_head(reader)
+            yield head, _body(head, reader)
         except (asyncio.IncompleteReadError, ConnectionError) as error:
-            raise PeerLost(f"--url: {self._url.authority} has closed the connection") from error
+            raise PeerLost(f"--url: {self._url.authority} has ended its answer too early") from error
         except (ValueError, LookupError, TypeError, AttributeError, asyncio.LimitOverrunError) as error:
             raise RemoteError(f"--url: the server there does not answer as OpenAI's API does: {error!r}") from error
         finally:
@@ -104,44 +139,51 @@ class ChatClient:
         return "\r\n".join([*lines, "", ""]).encode()
 
 
-async def _read_head(reader: asyncio.StreamReader) -> tuple[int, bool]:
-    """Return the status, and whether the body is in chunked transfer coding."""
+async def _read_head(reader: asyncio.StreamReader) -> _Head:
+    """Read the head of an answer, and of all interim ones (100 Continue) before it."""
     begin = await reader.readexactly(5)
     if begin != b"HTTP/":  # a server of another protocol, such as HBServe's RPC, may never send a whole head
         raise RemoteError(f"--url: the server there does not speak HTTP: {begin!r}")
-    first, *lines = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower().split("\r\n")
+    first, *lines = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
     words = first.split()
     if len(words) < 2 or not words[1].isdecimal():
         raise RemoteError(f"--url: the server there does not speak HTTP: {first[:80]!r}")
-    return int(words[1]), "transfer-encoding: chunked" in lines
+    if 100 <= int(words[1]) < 200:
+        return await _read_head(reader)
+    pairs = (line.partition(":") for line in lines)
+    return _Head(int(words[1]), {name.strip().lower(): value.strip() for name, _, value in pairs})
 
 
-async def _chunked(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
-    while size := int((await reader.readline()).split(b";")[0], 16):
-        yield await reader.readexactly(size)
-        await reader.readline()
+async def _body(head: _Head, reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
+    """Yield the body of an answer. Raises IncompleteReadError if the connection ends before it does."""
+    if head.fields.get("transfer-encoding", "").lower() == "chunked":
+        while size := int((await reader.readuntil(b"\n")).split(b";")[0], 16):
+            yield await reader.readexactly(size)
+            await reader.readuntil(b"\n")
+    elif (length := head.fields.get("content-length")) is not None:
+        left = int(length)
+        while left > 0:
+            if not (part := await reader.read(min(left, 1 << 16))):
+                raise asyncio.IncompleteReadError(b"", left)
+            left -= len(part)
+            yield part
+    else:
+        while part := await reader.read(1 << 16):
+            yield part
 
 
-async def _plain(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
-    while part := await reader.read(1 << 16):
-        yield part
+def _message(head: _Head, body: bytes) -> str:
+    cure = "; --api-key or HBSERVE_API_KEY sends one" if head.status == 401 else ""
+    with contextlib.suppress(ValueError):
+        if (text := _error_of(json.loads(body))) is not None:
+            return text + cure
+    if (place := head.fields.get("location")) is not None:
+        cure = f"; it points to {shown(place)}"
+    return f"--url: the server answered {head.status}: {shown(body[:SHOWN].decode(errors='replace'))}{cure}"
 
 
-async def _texts(parts: AsyncIterator[bytes]) -> AsyncIterator[str]:
-    """Yield the content of the events of a stream."""
-    events = EventData()
-    async for part in parts:
-        for event in events.feed(part):
-            chunk = json.loads(event)
-            if "error" in chunk:
-                raise RemoteError(chunk["error"]["message"])
-            for choice in chunk["choices"]:
-                yield choice["delta"].get("content") or ""
-
-
-def _message(status: int, body: bytes) -> str:
-    cure = "; --api-key or HBSERVE_API_KEY sends one" if status == 401 else ""
-    try:
-        return str(json.loads(body)["error"]["message"]) + cure
-    except (ValueError, KeyError, TypeError):
-        return f"--url: the server answered {status}: {body[:200]!r}"
+def _error_of(answer: Any) -> str | None:
+    """Return the message of an error as OpenAI's API sends it, or of one that is only a text, as of other servers."""
+    error = answer.get("error") if isinstance(answer, dict) else None
+    text = error.get("message") if isinstance(error, dict) else error
+    return text if isinstance(text, str) else None

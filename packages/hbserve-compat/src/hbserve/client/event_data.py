@@ -6,8 +6,15 @@ class EventData:
 
     def __init__(self) -> None:
         self._held = b""
+        self.any = False
+        """Whether there was an event yet."""
+        self.are_done = False
+        """Whether `[DONE]` has come, after which no event is to be expected."""
 
     def feed(self, piece: bytes) -> list[bytes]:
         """Return the data of each event that this piece of the body completes. The space after `data:` is optional."""
         *lines, self._held = (self._held + piece).split(b"\n")
-        return [data for line in lines if line.startswith(b"data:") and (data := line[5:].strip()) != b"[DONE]"]
+        found = [line[5:].strip() for line in lines if line.startswith(b"data:")]
+        self.any = self.any or bool(found)
+        self.are_done = self.are_done or b"[DONE]" in found
+        return [data for data in found if data != b"[DONE]"]

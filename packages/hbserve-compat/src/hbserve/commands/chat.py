@@ -1,6 +1,7 @@
 """`hbserve chat`: a conversation in the terminal, with a deployment that it starts here or with a server at a URL."""
 
 import asyncio
+import io
 import os
 import signal
 import sys
@@ -15,13 +16,17 @@ from hbserve.models.demo_model import find_model_folder
 from hbserve.processes.start_notice import telling_at_terminal
 from hbserve.text.text_request import TextRequest
 from hbserve.text.tokenizer import encode_messages, require_tokenizer_of
-from hbserve_rpc import SamplingParams, own_process
+from hbserve_rpc import HBServeRpcError, SamplingParams, own_process
+from hbserve_rpc.plain_values import one_line
 from hbserve_scheduler import ConfigError, load_config
 
 Message = dict[str, str]
-Answer = Callable[[list[Message]], AsyncIterator[str]]
-"""Streams the text of an answer to a conversation."""
-HELP = "Ctrl-C stops an answer; Ctrl-D, or Ctrl-C where there is none, ends.\n"
+Answer = Callable[[list[Message]], AsyncIterator[tuple[str, str | None]]]
+"""Streams the text of an answer to a conversation; its last piece comes with the reason why it ended."""
+QUOTES = '"""'
+HELP = f"Ctrl-C stops an answer; Ctrl-D, or Ctrl-C where there is none, ends; {QUOTES} begins and ends several lines.\n"
+MOST_OF_LINE = 4095
+"""Number of bytes that a terminal's driver keeps of one line. It loses the others, and tells nobody."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,8 @@ async def chat(args: ChatArgs) -> None:
     """Run a conversation. Raises, if possible, whatever is wrong before anything is started."""
     if sys.stdin is None:
         raise OSError("stdin is closed: there is nobody to talk to")
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that cannot show a character shows its number
+        sys.stdout.reconfigure(errors="backslashreplace")
     async with AsyncExitStack() as stack:
         answer = await _asking(args) if args.url is not None else await _starting(args, stack)
         sys.stderr.write(HELP)
@@ -71,11 +78,11 @@ async def _starting(args: ChatArgs, stack: AsyncExitStack) -> Answer:
     async with telling_at_terminal(llm.waiting_for):
         await llm.start(lambda tokenizer: _try_template(tokenizer, args.system))
 
-    async def answer(messages: list[Message]) -> AsyncIterator[str]:
+    async def answer(messages: list[Message]) -> AsyncIterator[tuple[str, str | None]]:
         prompt = encode_messages(llm.tokenizer, messages)
         async with aclosing(aiter(TextRequest(llm.scheduler, llm.tokenizer, prompt, params))) as deltas:
             async for delta in deltas:
-                yield delta["text"]
+                yield delta["text"], delta["finish_reason"]
 
     return answer
 
@@ -96,7 +103,7 @@ class Conversation:
     def __init__(self, answer: Answer, system: str | None = None) -> None:
         self._answer = answer
         self._messages = _first(system)
-        self._answering: asyncio.Task[None] | None = None
+        self._answering: asyncio.Task[str | None] | None = None
         self._is_shown = sys.stdin.isatty()
         self._held = b""
         """Input that was read, but not asked yet."""
@@ -113,18 +120,33 @@ class Conversation:
 
         try:
             with own_process.on_signals([signal.SIGINT], interrupt):
-                while (line := await self._read()) is not None:
-                    if line.strip():
-                        await self._ask(line.strip())
+                while (question := await self._question()) is not None:
+                    if question:
+                        await self._ask(question)
         except asyncio.CancelledError:
             if not is_left:  # another signal, or the caller, has cancelled this
                 raise
         sys.stdout.write("\n")
 
-    async def _read(self) -> str | None:
+    async def _question(self) -> str | None:
+        """Return a line, or what stands between triple quotes, or None at the end of the input."""
+        if (text := await self._read("> ")) is None:
+            return None
+        if text.lstrip().startswith(QUOTES):
+            text = text.lstrip().removeprefix(QUOTES)
+            while not text.rstrip().endswith(QUOTES) and (line := await self._read(". ")) is not None:
+                text += f"\n{line}"
+            text = text.rstrip().removesuffix(QUOTES)
+        if self._is_shown and any(len(line.encode()) >= MOST_OF_LINE for line in text.split("\n")):
+            cure = f"use shorter lines, between {QUOTES}, or a pipe"
+            sys.stderr.write(f"error: a terminal loses what exceeds {MOST_OF_LINE} bytes of a line: {cure}\n")
+            return ""
+        return text.strip()
+
+    async def _read(self, prompt: str) -> str | None:
         """Return the next line, or None at the end of the input."""
         if self._is_shown:
-            sys.stdout.write("> ")
+            sys.stdout.write(prompt)
             sys.stdout.flush()
         while b"\n" not in self._held:
             await _readable(sys.stdin)
@@ -135,27 +157,44 @@ class Conversation:
         return line.decode(errors="replace") if line or end else None
 
     async def _ask(self, question: str) -> None:
+        """Show the answer to a question. At a terminal an error ends this question, which is forgotten; elsewhere it
+        ends the conversation, since nobody is there who could ask again."""
         self._messages.append({"role": "user", "content": question})
         parts: list[str] = []
         self._answering = asyncio.create_task(self._show(parts))
+        reason = None
         try:
-            await self._answering
+            reason = await self._answering
         except asyncio.CancelledError:
             if (task := asyncio.current_task()) is not None and task.cancelling():  # not only the answer was cancelled
                 raise
             sys.stdout.write(" [stopped]")
+        except HBServeRpcError as error:
+            sys.stdout.write("\n" * bool(parts))
+            if not self._is_shown:
+                raise
+            del self._messages[-1]
+            sys.stderr.write(f"error: {one_line(str(error))}\n")
+            return
         finally:
             self._answering = None
         sys.stdout.write("\n")
+        sys.stdout.flush()
+        if reason == "length":
+            sys.stderr.write("hbserve: the answer is cut here: --max-tokens, or the model's length, allows no more\n")
         self._messages.append({"role": "assistant", "content": "".join(parts)})
 
-    async def _show(self, parts: list[str]) -> None:
+    async def _show(self, parts: list[str]) -> str | None:
+        """Write an answer as it comes, and return why it ended."""
         answer: Any = self._answer(self._messages)
+        end: str | None = None
         async with aclosing(answer):
-            async for text in answer:
+            async for text, reason in answer:
                 parts.append(text)
                 sys.stdout.write(text)
                 sys.stdout.flush()
+                end = reason or end
+        return end
 
 
 async def _readable(file: TextIO) -> None:
