@@ -29,7 +29,10 @@ COUNTERS = {
     "kv_bytes_received": ("kv_bytes_received", "Bytes of KV that the instance has received."),
     "kv_transfer_busy_seconds": ("kv_transfer_time_s", "Seconds that KV transfers took, added over transfers."),
     "kv_transfers_failed": ("failed_transfers", "KV transfers that failed, those of aborted requests included."),
-    "kv_messages_dropped": ("dropped_messages", "Messages about transfers that were dropped: late, sent twice, or of an unknown transfer or life."),
+    "kv_messages_dropped": (
+        "dropped_messages",
+        "Messages about KV transfers that came late, twice or from an earlier life.",
+    ),
     "instance_rpc_frames_dropped": (
         "rpc.dropped_frames",
         "RPC messages that were unreadable, or of a client that is not known.",
