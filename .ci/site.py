@@ -40,7 +40,16 @@ def page(source: Path, home: str) -> str:
             return f"]({home}/blob/main/{target.as_posix()}{found[2]})"
         return f"]({'../' * (len(own.parts) - 1)}{there}{found[2]})"
 
-    return LINK.sub(lead, (ROOT / source).read_text(encoding="utf-8"))
+    return nested_by_four(LINK.sub(lead, (ROOT / source).read_text(encoding="utf-8")))
+
+
+def nested_by_four(text: str) -> str:
+    """Double the indentation of all lines outside of code blocks: lists are nested by two spaces in the repository, and
+    Python-Markdown, which both tools use, takes those for one flat list."""
+    parts = re.split(r"(^```.*?^```$)", text, flags=re.DOTALL | re.MULTILINE)
+    return "".join(
+        part if part.startswith("```") else re.sub(r"^ +", r"\g<0>\g<0>", part, flags=re.MULTILINE) for part in parts
+    )
 
 
 def write_pages(home: str) -> None:
