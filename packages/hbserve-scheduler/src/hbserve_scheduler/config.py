@@ -149,7 +149,8 @@ class SchedulerConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=
     request_timeout_s: Annotated[float | None, Bounds(0.001)] = None
     """Time after which a request ends with an error; None is never."""
     instance_wait_s: Annotated[float, Bounds(0.1)] = 30.0
-    """Longest time that requests wait while there is no instance of a role that they need."""
+    """Longest time that requests wait while there is no instance of a role that they need, not even one that loads its
+    model. Requests between two attempts wait as long."""
     heartbeat_interval_s: Annotated[float, Bounds(0.05)] = 1.0
     """Time between two heartbeats to an instance."""
     heartbeat_timeout_s: Annotated[float, Bounds(0.1)] = 10.0

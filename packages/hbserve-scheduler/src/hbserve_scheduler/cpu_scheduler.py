@@ -277,16 +277,19 @@ class CpuScheduler:
         self._drop(entry)
 
     def _fail_hopeless(self) -> None:
-        """Fail waiting requests when the instances that they need have been missing for too long."""
+        """Fail requests that wait, new ones and those between attempts, when instances that they need have been missing
+        for too long."""
         now_s = asyncio.get_running_loop().time()
-        if not self.waiting_requests or self.fleet.may_serve(soon=True):
+        if not (self.waiting_requests or self.retries.waiting) or self.fleet.may_serve(soon=True):
             self._missing_since_s = None
         elif self._missing_since_s is None:
             self._missing_since_s = now_s
         elif now_s - self._missing_since_s > self.config.instance_wait_s:
+            why = self.fleet.why_nobody()
             for entry in list(self.waiting_requests):
                 self.waiting_requests.remove(entry)
-                entry.fail(Unavailable(self.fleet.why_nobody()))
+                entry.fail(Unavailable(why))
+            self.retries.give_up(Unavailable(why))
 
     async def _follow(self, entry: ScheduledRequest, placement: Placement) -> None:
         TRACEPARENT.set(entry.traceparent)  # for this task
@@ -322,10 +325,10 @@ class CpuScheduler:
             placement = await self._next_placement(entry, problems)
 
     async def _next_placement(self, entry: ScheduledRequest, problems: Collection[str]) -> Placement:
-        placement = await self.retries.wait_for_place(entry, self.config.instance_wait_s)
-        if placement is None:
-            raise Unavailable("; ".join([*problems, self.fleet.why_nobody()]))
-        return placement
+        try:
+            return await self.retries.wait_for_place(entry)
+        except Unavailable as error:
+            raise Unavailable("; ".join([*problems, str(error)])) from None
 
     async def _choices_apart(self, entry: ScheduledRequest, problems: Collection[str]) -> None:
         """Make further attempts at each unfinished choice, from where it was. If one fails, the request fails."""

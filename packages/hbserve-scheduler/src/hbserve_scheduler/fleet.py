@@ -290,8 +290,7 @@ class Fleet:
         return self._roles_there[soon]
 
     def why_nobody(self) -> str:
-        problems = "; ".join(self.problems()) or "all are busy"
-        return f"no instances for {self._config.instance_wait_s:g} s: {problems}"
+        return f"no instances for {self._config.instance_wait_s:g} s: {'; '.join(self.problems())}"
 
     def problems(self) -> list[str]:
         """Describe what may keep the fleet from serving: instances that are not ready, and roles without instances."""

@@ -5,7 +5,7 @@ import logging
 from collections import deque
 from collections.abc import Callable
 
-from hbserve_rpc import HBServeRpcError, InvalidRequest, LogitsNotFinite, Overloaded, RequestTimeout
+from hbserve_rpc import HBServeRpcError, InvalidRequest, LogitsNotFinite, Overloaded, RequestTimeout, Unavailable
 from hbserve_scheduler.errors import RequestFailed
 from hbserve_scheduler.fleet import Fleet
 from hbserve_scheduler.instances import Placement
@@ -53,24 +53,29 @@ class Retries:
     def _is_held_back(self, entry: ScheduledRequest) -> bool:
         return len(self._on_trial) >= MOST_SUSPECTS and entry.is_suspect
 
-    async def wait_for_place(self, entry: ScheduledRequest, timeout_s: float) -> Placement | None:
-        """Return a place, on instances that have not failed if there are others; None if there is no place in time."""
+    def give_up(self, error: Unavailable) -> None:
+        """Let nobody wait any longer: each gets this error in place of a place."""
+        while self.waiting:
+            _, place = self.waiting.popleft()
+            place.set_exception(error)
+
+    async def wait_for_place(self, entry: ScheduledRequest) -> Placement:
+        """Return a place, on instances that have not failed if there are others. Raises what `give_up` is given."""
         if entry in self._on_trial:  # it is not, until it has its next place
             self._on_trial.remove(entry)
         place: asyncio.Future[Placement] = asyncio.get_running_loop().create_future()
         self.waiting.append((entry, place))
         self._on_change()
         try:
-            while not (await asyncio.wait([place], timeout=timeout_s))[0] and self._is_held_back(entry):
-                pass  # no instance is missing: others are on trial, and their attempts have deadlines of their own
+            await asyncio.wait([place])
         except asyncio.CancelledError:
-            if place.done():
+            if place.done() and place.exception() is None:
                 place.result().end()
             raise
         finally:
             if not place.done():
                 self.waiting.remove((entry, place))
-        return place.result() if place.done() else None
+        return place.result()
 
 
 def require_another_attempt(entry: ScheduledRequest, error: HBServeRpcError, problems: list[str], most: int) -> None:
