@@ -18,17 +18,17 @@ NOT_SERVED: dict[str, tuple[Any, ...]] = {
 }
 """Fields that are not served, with the values that they may have besides null."""
 IGNORED = {
-    "metadata": "nothing is kept of a user",
-    "service_tier": "there is one",
-    "cache_control": "prefixes are found by their tokens",
-    "context_management": "messages are taken whole",
-    "inference_geo": "it is where the server is",
-    "diagnostics": "there are none",
-    "user_profile_id": "nothing is kept of a user",
-    "workspace_id": "there is one",
-    "fallbacks": "no model declines",
-    "fallback_credit_token": "there is no bill",
-    "billing_policy": "there is no bill",
+    "metadata": "nothing is stored about users",
+    "service_tier": "there is only one service tier",
+    "cache_control": "cached prefixes are found by their tokens",
+    "context_management": "messages are never shortened",
+    "inference_geo": "requests are computed where the server is",
+    "diagnostics": "there are no diagnostics",
+    "user_profile_id": "nothing is stored about users",
+    "workspace_id": "there is only one workspace",
+    "fallbacks": "there is only one model, which does not decline",
+    "fallback_credit_token": "nothing is billed",
+    "billing_policy": "nothing is billed",
 }
 """Fields that clients are known to send and that have no effect, with the reason. Unlisted fields have none either."""
 

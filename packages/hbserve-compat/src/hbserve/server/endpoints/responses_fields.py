@@ -29,13 +29,13 @@ NOT_SERVED: dict[str, tuple[Any, ...]] = {
 cannot refer to anything."""
 IGNORED = {
     "metadata": "nothing is stored",
-    "user": "nothing is kept of a user",
-    "safety_identifier": "nothing is kept of a user",
-    "service_tier": "there is one",
+    "user": "nothing is stored about users",
+    "safety_identifier": "nothing is stored about users",
+    "service_tier": "there is only one service tier",
     "stream_options": "nothing is obfuscated",
-    "prompt_cache_key": "prefixes are found by their tokens",
-    "prompt_cache_options": "prefixes are found by their tokens",
-    "prompt_cache_retention": "prefixes stay as long as there is room",
+    "prompt_cache_key": "cached prefixes are found by their tokens",
+    "prompt_cache_options": "cached prefixes are found by their tokens",
+    "prompt_cache_retention": "cached prefixes stay as long as there is room",
 }
 """Fields that clients are known to send and that have no effect, with the reason. Unlisted fields have none either."""
 AS_IN_A_CHAT = [
