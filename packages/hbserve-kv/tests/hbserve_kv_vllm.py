@@ -425,7 +425,7 @@ class Engine:
             num_hit = 0 if request.is_resumed else request.num_hit
             num_wanted, is_async = self.scheduler.get_num_new_matched_tokens(request, num_hit)
             assert is_async is (num_wanted > 0)
-        num_tokens = num_hit + (num_wanted or min(CHUNK, len(request.prompt_token_ids) - num_hit))
+        num_tokens = num_hit + (num_wanted or min(CHUNK, len(request.token_ids) - num_hit))
         if -(-num_tokens // BLOCK_SIZE) - len(request.block_ids) > len(self.free):
             return False
         self._allocate(request, num_tokens)
