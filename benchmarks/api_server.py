@@ -1,21 +1,20 @@
-"""The OpenAI server alone: one process of it, beside a mock engine that costs nothing, streamed to by many clients.
+"""The rate of one OpenAI server process, with a mock engine that costs nothing, streamed to by many clients.
 
-    python benchmarks/api_server.py                     256 streams: as many tokens/s as are taken, and TTFT
-    python benchmarks/api_server.py --rate 25600        so many tokens/s are offered, in steps
-    python benchmarks/api_server.py --by-step [--chat]  one token for each stream and step: each an event of its own
+    python benchmarks/api_server.py                     256 streams: as many tokens/s as the server takes, and TTFT
+    python benchmarks/api_server.py --rate 25600        this many tokens/s are offered, in steps
+    python benchmarks/api_server.py --by-step [--chat]  one token for each stream and step, each an event of its own
     python benchmarks/api_server.py --cores 0 1         the server on core 0, engine and clients on core 1
-    python benchmarks/api_server.py --api-servers 1 4   so many front ends, with as many engines and client processes
+    python benchmarks/api_server.py --api-servers 1 4   several front ends, each with an engine and a client process
 
+The engine is a process that speaks the instances' RPC. It gives a request its next token as soon as the last one is
+taken. Tokens that come faster than the server sends them are merged into fewer and larger events; tokens and events are
+both printed. This happens without --rate. At a rate that the server keeps up with, each token is an event of its own.
+With --by-step no token waits, however busy the machine is: the engine's next step is requested when the clients have
+all events of the last one. With --api-servers, streams and rate are those of each front end.
 
-The engine is a process that speaks the instances' RPC, and gives each request a token as soon as the last one is taken.
-Tokens that come faster than the server sends them wait together, and become fewer and larger events; both numbers are
-printed. This happens without --rate; at a rate that the server keeps up with, each token is an event of its own. With
---by-step no token waits, however busy the machine is: the engine's next step is asked for when the clients have all
-events of the last one. With --api-servers, streams and rate are those of each front end.
-
-"TTFT added" is the time from writing a request to its first token, while the engine takes no time: one client at a
-time, alone and then beside all the streams at 25 tokens/s each. The engine and the clients may be slower than the
-server, whose processor time says what it alone could do.
+"TTFT added" is the time from writing a request to its first token, while the engine takes no time. One client at a time
+measures it: alone, and then beside all the streams at 25 tokens/s each. If the engine or the clients are slower than
+the server, look at the server's processor time: it says what the server alone could do.
 """
 
 import argparse

@@ -1,13 +1,12 @@
-"""Time to first token by chunk size, over prompts of mixed lengths that come at random to one engine.
+"""Time to first token by chunk size, over prompts of mixed lengths that arrive at random at one engine.
 
     uv run python benchmarks/chunk_sizes.py                      # on a simulated H100, by its own clock
     uv run python benchmarks/chunk_sizes.py --model FOLDER       # on this machine's device
 
-
-Lengths are log-uniform from --shortest to --longest. Arrivals are Poisson, at the share --load of what the engine
-computes in chunks of 2048. Each size serves the same requests. "left" is the number of tokens in a prompt's last chunk,
-whose KV can only move after the first token. With --decodes N, the instance also generates: N sequences decode all the
-time, and the time between their tokens is printed; --itl-target-ms then bounds it for `auto`.
+Lengths are log-uniform from --shortest to --longest. Arrivals are Poisson. The rate is --load times what the engine
+computes in chunks of 2048. Each chunk size serves the same requests. "left" is the number of tokens in a prompt's last
+chunk, whose KV can only move after the first token. With --decodes N, N sequences decode all the time on the same
+instance, and the time between their tokens is printed; --itl-target-ms bounds this time for `auto`.
 """
 
 import argparse

@@ -1,15 +1,16 @@
-"""The products of a step on CUDA: our kernels and cuBLAS beside each other, and whether `choose` takes the fastest.
+"""Time of each product of a step on CUDA, by our kernels and by cuBLAS, and whether `choose` takes the fastest.
 
     python benchmarks/cuda_products.py --model Qwen3-8B --rows 1 8 64
 
-For each of a layer's four products and the head: microseconds by small_linear, skinny_linear and cuBLAS, each with the
-norm, gate or addition that belongs to it, as CudaProducts computes it; what the weights' bytes take at the rate of
-a pure read, measured in the same run; and which of them `choose` takes, marked where another is over 5 % faster. A
-`skinny` product of normed rows gets them half normed by the product before it, whose time has that in it; of several
-ranks, whose sums are between the two, it does not. The sum itself is not in these times.
+For each of a layer's four products and the head, the table has:
+microseconds by small_linear, skinny_linear and cuBLAS, each with the norm, gate or addition that belongs to it, as
+CudaProducts computes it; the time of the weights' bytes at the rate of a pure read, measured in the same run; and the
+kernel that `choose` takes, marked where another is over 5 % faster.
+A `skinny` product of normed rows gets them half normed by the product before it, whose time includes that. With several
+ranks it does not, because a sum is between the two. That sum is not in these times.
 One time is the median of seven replays of a CUDA graph. Its calls take turns with different weights, together several
-times what the second-level cache holds. Each result is compared with a product in float32. Random bfloat16 weights, no
-biases.
+times what the second-level cache holds. Each result is compared with a product in float32. The weights are random
+bfloat16 numbers, without biases.
 """
 
 import argparse

@@ -3,14 +3,16 @@
     python benchmarks/deployment_chaos.py
     python benchmarks/deployment_chaos.py --gpus --backend ipc
 
-Two prefill and two decode instances and a scheduler, each a process of its own, of a small random model; each step
-takes as long as it is told, so that the cores are not what is measured. Half of the requests are greedy, half sampled
-with a seed, all in float32, so that no token depends on which others share its step. Each must have exactly the tokens
-that it has undisturbed, each of them once, or one error. For each event: how soon the scheduler said that the instance
-is not ready any more, how requests ended, and the 99th percentile of those that were on other instances from the
-beginning, beside that of the slice before anything happened. At the end nothing may be left.
+The deployment has two prefill and two decode instances and a scheduler, each a process, with a small random model. Each
+step takes a fixed time, so that the cores are not what is measured. Half of the requests are greedy and half are
+sampled with a seed. All are in float32, so that no token depends on which other requests share its step. Each request
+must end with exactly its undisturbed tokens, each of them once, or with one error.
 
-With `--gpus` prefill instances share the first GPU and decode instances the second, so that NCCL moves all KV.
+For each event the table has: how soon the scheduler said that the instance is not ready any more, how requests ended,
+and the 99th percentile of requests on other instances, compared with the slice before anything happened. At the end
+nothing may be left.
+
+With `--gpus` prefill instances share the first GPU and decode instances the second, so that all KV moves between GPUs.
 """
 
 import argparse

@@ -1,12 +1,12 @@
-"""A burst of requests on several hybrid instances behind 1, 2 and 4 front ends: tokens/s beside one instance's, and
-which process is full.
+"""Tokens/s of a burst on several hybrid instances behind 1, 2 and 4 front ends, compared with one instance, and which
+process is full.
 
-    python benchmarks/front_ends.py --model FOLDER                                  # one instance beside eight, on GPUs
+    python benchmarks/front_ends.py --model FOLDER                                  # one instance and eight, on GPUs
     python benchmarks/front_ends.py --instances 2 --requests 16 --input 16 --output 8 --api-servers 1 2   # on the CPU
 
 The burst comes from `--clients` processes of `hbserve bench serve`. "busy" is the processor time of the busiest process
-of each kind, in the two seconds in which it was busiest: at 100 % it is full, unless it has several threads at work.
-The limit is one instance's rate times the instances.
+of each kind, in the two seconds in which it was busiest. At 100 % it is full, unless several of its threads work. The
+limit is one instance's rate times the number of instances.
 """
 
 import argparse

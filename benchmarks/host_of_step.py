@@ -1,18 +1,17 @@
-"""What the host does for a step, with nothing in place of the device.
+"""Processor time of the host for one step, part by part, with nothing in place of the device.
 
     python benchmarks/host_of_step.py
     python benchmarks/host_of_step.py --batch-sizes 64 256 --prompts 128 2048 --tree ../before
 
+The bounds differ. For a decode step, the host has as much time as the step before takes on the device. A prompt that
+comes alone waits for all parts except "count", which is done while the device computes.
 
-For a decode step, the host has as much time as the step before takes. A prompt that comes alone waits for all parts
-except "count", which is done while the device computes.
+The output is milliseconds of processor time of the engine's thread, the median of a hundred steps. The parts are:
+choosing what is computed, telling the other rank, packing, and taking tokens in; and what the other rank does before it
+can launch, reading and packing. The launch of a step is not included.
 
-Printed are milliseconds of processor time of the engine's thread, by part: choosing what is computed, telling the other
-rank, packing, and taking tokens in; and what the other rank does before it can launch: reading and packing. Each is the
-median of a hundred steps. The launch of a step is not included.
-
-Prompts that come alone also go through the engine's thread, as in an instance: printed are the microseconds from the
-call in the event loop to the first token there, without those of the device.
+Prompts that come alone also go through the engine's thread, as in an instance. For these the output is microseconds
+from the call in the event loop to the first token there, without the device's time.
 With --tree, another checkout of this repository is measured too, in turns, for a before and an after.
 """
 

@@ -1,12 +1,11 @@
-"""A burst of requests over HTTP on deployments that are there already: output tokens a second of each, by turns.
+"""Output tokens a second of deployments that are already running, in a burst of HTTP requests, by turns.
 
     python benchmarks/http_burst.py "two vLLM servers=8100,8200" "two hybrids=8000"
 
-
-Each argument is a name, and the ports of its servers on this host, which take requests in turn. The others are compared
-with the first. A burst is `--requests` prompts of 100 to 1024 random tokens, each for 100 to 1024 tokens, as in
-nano-vllm's own benchmark. The clients are four processes. All servers keep their memory while others get requests, so
-give each a part of the GPUs.
+Each argument is a name and the ports of its servers on this host; the servers take requests in turn. The first
+deployment is the one with which the others are compared. A burst is `--requests` prompts of 100 to 1024 random tokens,
+each for 100 to 1024 tokens, as in nano-vllm's own benchmark. The clients are four processes. All servers keep their
+memory while others get requests, so give each of them a part of the GPUs.
 """
 
 import argparse

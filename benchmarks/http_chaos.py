@@ -1,9 +1,9 @@
 """10,000 requests to `hbserve serve` that are wrong, or whose clients go away, in slices of each kind.
 
-python benchmarks/http_chaos.py
+    python benchmarks/http_chaos.py
 
-The server runs in this process, on a Unix domain socket, before a prefill and a decode instance of a small random
-model. After each slice: which statuses there were, and whether queues, blocks, tasks and file descriptors are back.
+The server runs in this process, on a Unix domain socket. It uses a prefill and a decode instance of a small random
+model. After each slice it prints the HTTP statuses, and whether queues, blocks, tasks and file descriptors are back.
 """
 
 import argparse

@@ -1,9 +1,10 @@
-"""One hybrid engine beside transformers' `generate`: the same model, prompts, threads and number of tokens, in one run.
+"""Tokens a second of one hybrid engine and of transformers' `generate`: the same model, prompts, threads and number of
+tokens, in one run.
 
     uv run python benchmarks/hybrid_vs_transformers.py --model FOLDER --batch-sizes 1 16
 
-Without --model, the demo model. The two take turns, so that another load on the machine hits both; the best of the
-rounds counts. The limit is what the machine's memory allows: each decode step reads every weight once.
+Without --model, the demo model is used. The two take turns, so that another load on the machine hits both; the best
+round of each counts. The limit is what the machine's memory allows: each decode step reads every weight once.
 """
 
 import argparse

@@ -1,7 +1,8 @@
-"""10,000 KV transfers while everything goes wrong, over a one-sided transport and as many over a two-sided one, in
-slices, with the memory of this process after each.
+"""10,000 KV transfers over a one-sided transport and as many over a two-sided one, while everything goes wrong.
 
-python benchmarks/kv_chaos.py
+The output has the memory of this process after each slice.
+
+    python benchmarks/kv_chaos.py
 """
 
 import argparse

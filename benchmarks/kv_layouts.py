@@ -1,11 +1,11 @@
-"""Layer-major pools beside block-major ones: the same bytes between two processes, over each backend, in one run.
+"""Transfer rate of layer-major and of block-major pools: the same bytes between two processes, over each backend.
 
     python benchmarks/kv_layouts.py                                                 # CPU
     python benchmarks/kv_layouts.py --device cuda:0 --peer-device cuda:1 --backends ipc nccl
 
-Rounds of both alternate, so that what else the machine does hits both; the table has medians, of blocks in random
-order. "limit" is a plain copy of as many bytes in one process: from one GPU to the other if they are two, within the
-GPU if it is one, else memcpy. A block of 72 pieces of 32 KB is 16 tokens of an 8B model in 36 layers.
+Rounds of both alternate, so that other work on the machine hits both. The table has medians, of blocks in random order.
+"limit" is a plain copy of as many bytes in one process: from one GPU to the other if there are two, within the GPU if
+there is one, and memcpy otherwise. A block of 72 pieces of 32 KB is 16 tokens of an 8B model with 36 layers.
 """
 
 import argparse

@@ -1,12 +1,13 @@
-"""What healthy pairs of instances notice when another peer of theirs dies: the time of their transfers alone, beside a
-peer that is well, and beside one that is killed, frozen, thawed and restarted all the time. Real processes, on the CPU.
+"""Effect of a dying peer on the transfers of healthy pairs of instances, in real processes on the CPU.
 
     python benchmarks/kv_peer_death.py
 
-One manager here sends to a healthy process and receives from it, one transfer at a time each way, and does the same
-with the other peer, though more rarely; its transfers so are hit in any state. Rounds of all kinds alternate, so that
-what else the machine does hits all. Bar: p99 beside deaths under 1.5 times that beside a peer that is well, which is
-the same load; beside it, what that load itself costs.
+The table compares the time of healthy transfers in three cases: alone; beside a peer that is well; and beside a peer
+that is killed, frozen, thawed and restarted all the time.
+One manager here sends to a healthy process and receives from it, one transfer at a time each way. It does the same with
+the other peer, though more rarely, so that deaths hit transfers in any state. Rounds of all cases alternate, so that
+other work on the machine hits all. The bar is a p99 beside deaths of less than 1.5 times that beside a peer that is
+well, which is the same load. The table also has what that load itself costs.
 """
 
 import argparse

@@ -1,12 +1,11 @@
-"""The effect of rounding keys and values to 8 bits on a model's answers, by format, and by what has a scale of its own.
+"""Effect of rounding keys and values to 8 bits on a model's answers, by format, and by what has a scale of its own.
 
     uv run benchmarks/kv_rounding.py [--model FOLDER] [--texts FILE ...] [--tokens 512]
 
-
 transformers reads texts in float32; only the content of its cache is rounded. A place is one token of a text. "same" is
 the share of places at which the likeliest next token is the same as without rounding. "gap" is, at the other places,
-the largest difference between the log-probabilities of the two likeliest tokens. Then follow, for the pool's own way
-and for the best one, relative errors of keys and values by layer.
+the largest difference between the log-probabilities of the two likeliest tokens. Then follow relative errors of keys
+and values by layer, for the way of the engine's own pool and for the best one.
 """
 
 import argparse

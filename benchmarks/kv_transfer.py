@@ -1,20 +1,19 @@
-"""Each KV transport beside its bare peer, in one run: a whole transfer of `hbserve_kv` between two processes, and the
-same bytes by the call that it is made of.
+"""Rate of each KV transport, compared with the bare call that it is made of: a whole transfer of `hbserve_kv` between
+two processes, and the same bytes by that call, in one run.
 
     python benchmarks/kv_transfer.py                  # CPU: ipc | memcpy, mooncake | engine call, nccl | Gloo send/recv
     python benchmarks/kv_transfer.py --device cuda    # two processes on one GPU; for nccl under MPS with NCCL >= 2.30:
         LD_PRELOAD=…/libnccl.so.2 NCCL_MULTI_RANK_GPU_ENABLE=1 python benchmarks/kv_transfer.py --device cuda
     python benchmarks/kv_transfer.py --device cuda:0 --peer-device cuda:1           # two GPUs
-
     python benchmarks/kv_transfer.py --beside --device cuda:0 --peer-device cuda:1  # copies beside computation
 
-Rounds of both alternate, so that what else the machine does hits both; the table has medians. "limit" is a plain copy
+Rounds of both alternate, so that other work on the machine hits both; the table has medians. "limit" is a plain copy
 inside one process: of the device for ipc on a GPU (bytes read and written per second), from one GPU to the other if
-they are two, memcpy else.
+there are two, and memcpy otherwise.
 
---beside measures the ways to copy that there are, while the sender computes products of a prefill and the receiver
-reads memory as a decode step does: how fast the KV of 2048 tokens moves then, how much longer the products and the
-steps take while it does, and how much of the products' time a GB costs.
+--beside measures each way to copy while the sender computes products of a prefill and the receiver reads memory as a
+decode step does. It prints how fast the KV of 2048 tokens moves then, how much longer the products and the steps take
+meanwhile, and how much of the products' time a GB costs.
 """
 
 import argparse

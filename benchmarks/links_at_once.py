@@ -1,13 +1,13 @@
-"""All pairs of several prefill and several decode instances moving KV at once, beside the sum of bare copies; then one
-decode instance is killed, and what the others' transfers take is compared with before.
+"""Rate of all pairs of several prefill and decode instances that move KV at once, compared with bare copies. Then one
+decode instance is killed, and the others' transfer times are compared with those before.
 
     python benchmarks/links_at_once.py                                         # 4 + 4 processes on the CPU
     python benchmarks/links_at_once.py --device cuda --mib 64                  # eight GPUs
     python benchmarks/links_at_once.py --device cuda --senders 1 --receivers 1 # two GPUs
 
-With --device cuda sender i is on GPU i and receiver j on GPU senders + j, modulo the GPUs that there are. A bare copy
-is memcpy on the CPU, and a copy from GPU to GPU else: by each sender at the same time, to each receiver's device in
-turn.
+With --device cuda sender i is on GPU i and receiver j on GPU senders + j, modulo the number of GPUs. The limit is the
+sum of bare copies: memcpy on the CPU, else copies from GPU to GPU, by each sender at the same time, to each receiver's
+device in turn.
 """
 
 import argparse

@@ -1,11 +1,11 @@
-"""`hbserve bench serve` beside `vllm bench serve`: the same load on the same server, in turns.
+"""Figures of `hbserve bench serve` and of `vllm bench serve`: the same load on the same server, in turns.
 
     python benchmarks/load_beside_vllm.py --vllm VENV/bin/vllm --tokenizer FOLDER
     python benchmarks/load_beside_vllm.py --vllm VENV/bin/vllm --tokenizer FOLDER --url http://127.0.0.1:8000
 
-Without --url the server is in this process: its first token comes after 50 ms, and 31 more, one each 10 ms, whatever is
-asked. What differs between the figures of the two then is their own. `vllm` needs no GPU for this:
-`pip install --no-deps vllm` with torch for the CPU, and what its imports ask for.
+Without --url the server is in this process. Its first token comes after 50 ms, and 31 more follow, one each 10 ms,
+whatever is requested; so any difference between the two sets of figures comes from the generators. `vllm` needs no GPU
+for this: install it by `pip install --no-deps vllm`, with torch for the CPU and whatever its imports ask for.
 """
 
 import argparse

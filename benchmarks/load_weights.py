@@ -1,12 +1,13 @@
-"""Loading weights beside its limits, in one run: a model of a given size, from safetensors files and invented.
+"""Rate of loading weights, compared with its limits in the same run: a model of a given size, from safetensors files
+and invented.
 
     python benchmarks/load_weights.py --gigabytes 16 --device cuda
     python benchmarks/load_weights.py --gigabytes 1 --device cpu
     python benchmarks/load_weights.py --gigabytes 8 --device cuda --experts
 
-Writes a model of random numbers to a temporary folder (`--folder` says where), loads it twice, and compares what was
-loaded with what was written. The files are in the system's page cache then, so the limits are those of memory: reading
-the files into small buffers, and copying from the host to the device. The peer is safetensors' own
+The script writes a model of random numbers to a temporary folder (`--folder` says where), loads it twice, and compares
+what was loaded with what was written. The files are in the system's page cache then, so the limits are those of memory:
+reading the files into small buffers, and copying from the host to the device. The peer is safetensors' own
 `load_file(path, device)`. With --ranks, the part of the last of so many ranks is loaded too.
 With --experts the model is a mixture of experts in 8-bit floats, whose tensors are many and small: 384 weights and as
 many tensors of scales a layer.

@@ -1,15 +1,15 @@
-"""A mixture of experts on vLLM and on HBServe's engine, on the same GPUs: the four workloads of `bench engine`.
+"""Rates of a mixture of experts on vLLM and on HBServe, on the same GPUs, in the four workloads of `bench engine`.
 
     pip install vllm==0.24.0; python benchmarks/mixture_beside_vllm.py --folder /dev/shm/mixture
     python benchmarks/mixture_beside_vllm.py --folder /dev/shm/mixture --layers 12 --ranks 2
 
-Writes a checkpoint of Qwen3-30B-A3B's shape with random numbers in 8-bit floats to `--folder`, unless there is one,
-and runs both engines on it, one after the other: both have the same weights and sample tokens at random, so that rows
-choose as different experts. Both runs of a workload are printed; the first may compile on the way. The physical limit
-of each is what `bench engine` prints.
-Routers are in 16 bits, as published checkpoints have them and their config.json says (`modules_to_not_convert`).
-Without that, and with `load_format: dummy` too, vLLM takes a router for 8-bit floats whose scales nothing has set: its
-choices are no numbers, all rows have the same eight experts, and a step takes two thirds of the time.
+The script writes a checkpoint of Qwen3-30B-A3B's shape with random numbers in 8-bit floats to `--folder`, unless there
+is one, and runs both engines on it, one after the other. Both have the same weights and sample tokens at random, so
+that rows choose different experts. Both runs of a workload are printed; the first may compile on the way. The physical
+limit of each is what `bench engine` prints.
+Routers are in 16 bits, as in published checkpoints, and config.json says so (`modules_to_not_convert`). Without that,
+and with `load_format: dummy` too, vLLM takes a router for 8-bit floats whose scales nothing has set. Its choices then
+are not numbers, all rows have the same eight experts, and a step takes two thirds of the time.
 """
 
 import argparse

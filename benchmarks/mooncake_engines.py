@@ -1,9 +1,8 @@
-"""What one Mooncake engine costs, and which of its calls stop Python: uv run python benchmarks/mooncake_engines.py
+"""Cost of one Mooncake engine, and the calls of it that stop Python: uv run python benchmarks/mooncake_engines.py
 
-
-docs/rationale.md says why links share engines, and why an engine's socket is told to wait for less long. Runs over TCP
-on this host. "The longest pause" is that of a thread that wants to run every half millisecond, while the call is under
-way. The last calls are made while the peer is frozen in the middle of a write.
+docs/rationale.md says why links share engines, and why an engine's socket is told to wait for less long. The script
+runs over TCP on this host. "The longest pause" is that of a thread that wants to run every half millisecond, while the
+call is under way. The last calls are made while the peer is frozen in the middle of a write.
 """
 
 import argparse

@@ -1,14 +1,15 @@
-"""The products of a step with weights of 8 and 4 bits on CUDA, beside those of 16 bits in the same run.
+"""Time of each product of a step on CUDA with weights of 8 and 4 bits, compared with 16 bits in the same run.
 
     python benchmarks/narrow_products.py --model Qwen3-8B --bits 8 4 --rows 1 16 64 256 2048
 
-For each of a layer's four products: microseconds of the 16-bit product that `choose` takes, and of the narrow one that
-CudaProducts computes, with the norm, gate or addition that belongs to each; the narrow one's ratio to the 16-bit one;
-and the share that its bytes (weights, scales and zeros), at the rate of a pure read measured in the same run, are of
-its time. For more rows than a skinny product has: microseconds of every way that there is, tiles of 16-bit rows, tiles
-of 8-bit rows, and weights that are widened for cuBLAS, of 16-bit rows alone and without what belongs to the product.
-Times are taken as in cuda_products.py. Random weights; blocks of 128 x 128, groups of 128. Each result is compared with
-a float32 product of the widened weights; rows in 8 bits may be further from it.
+For each of a layer's four products the table has: microseconds of the 16-bit product that `choose` takes, and of the
+narrow one that CudaProducts computes, each with the norm, gate or addition that belongs to it; the ratio of the two;
+and the share of the narrow one's time that its bytes (weights, scales and zeros) need, at the rate of a pure read
+measured in the same run.
+For more rows than a skinny product takes, it has microseconds of every other way: tiles of 16-bit rows, tiles of 8-bit
+rows, and weights that are widened for cuBLAS, of 16-bit rows alone and without what belongs to the product.
+Times are taken as in cuda_products.py. Weights are random, with blocks of 128 x 128 and groups of 128. Each result is
+compared with a float32 product of the widened weights; rows in 8 bits may be further from it.
 """
 
 import argparse

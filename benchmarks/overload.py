@@ -1,16 +1,17 @@
-"""Twice the load that a deployment sustains, over HTTP with default settings: who is refused, how soon, and who waits.
+"""Twice the load that a deployment sustains, over HTTP with default settings: the requests that are refused, how soon,
+and how long the others wait.
 
     python benchmarks/overload.py                       60 s at twice the load
     python benchmarks/overload.py --load 4 --seconds 30 --max-queue-time 10
 
-The front end of `hbserve serve` is a process; a prefill and a decode instance are another one, in which steps take the
-time that is set here and nothing is computed. Requests come by chance (Poisson), whether others are answered or not.
+The front end of `hbserve serve` is a process. A prefill and a decode instance are another one, in which a step takes a
+fixed time and nothing is computed. Requests arrive at random (Poisson), whether others are answered or not.
 
-    refused      from a request's first byte to the answer 503; what is allowed is 50 ms at p99
-    TTFT         of those that are accepted, to the first token; allowed is max_queue_time_s and the prefill at p99.
-                 "prefill" is as long as the prompts take that may be with a prefill instance, and one's own
-    normal       from the end of the load until requests, one after the other, have the TTFT of an idle deployment
-                 again, twice that at most; allowed is max_queue_time_s + 2 s
+    refused      time from a request's first byte to the answer 503; the bar is 50 ms at p99
+    TTFT         time to the first token of accepted requests; the bar at p99 is max_queue_time_s and "prefill", which
+                 is the time of the prompts that a prefill instance may have at once, and of the request's own
+    normal       time from the end of the load until requests, one after the other, have at most twice the TTFT of an
+                 idle deployment again; the bar is max_queue_time_s + 2 s
 """
 
 import argparse

@@ -1,18 +1,18 @@
-"""The time of a hand-off: from a request's first token, which comes from the prefill instance, to its second one, which
-is the decode instance's first.
+"""Time of a hand-off: from a request's first token, which comes from the prefill instance, to its second one, which is
+the decode instance's first.
 
     uv run python benchmarks/pd_handoff.py --model FOLDER --backend ipc --input 2048
     uv run python benchmarks/pd_handoff.py --model FOLDER --backend ipc --input 2048 --output 128 --rate 8
     uv run python benchmarks/pd_handoff.py --model FOLDER --hybrid 2 --input 2048 --output 128 --rate 8
     uv run python benchmarks/pd_handoff.py --model FOLDER --backend nccl --input 2048 --pairs 7
 
-
-With `--rate`, requests arrive at random (Poisson), so many a second, whether or not others have ended. Without it, one
-comes after the other. Each has another prompt. `--hybrid N`, the baseline, runs N hybrid instances in place of one
-prefill and one decode instance. Printed are, as the client sees them: the time to the first token; the hand-off; the
-time between later tokens, which is a step of the batch and its way to the client; and the hand-off in steps of the
-batch that was joined, which is a request's hand-off divided by the mean of its next gaps. With `--pairs`, the figures
-are of the first requests of so many deployments, each of which is started when the one before has ended.
+With `--rate`, requests arrive at random (Poisson), that many a second, whether or not others have ended. Without it,
+one comes after the other. Each has a different prompt. `--hybrid N`, the baseline, runs N hybrid instances in place of
+one prefill and one decode instance.
+The output has, as the client sees them: the time to the first token; the hand-off; the time between later tokens, which
+is a step of the batch and its way to the client; and the hand-off in steps of the batch that was joined, which is a
+request's hand-off divided by the mean of its next gaps. With `--pairs`, the figures are those of the first requests of
+that many deployments, each of which is started when the one before has ended.
 
 Without `--rate` and `--hybrid`, and with chunks of a fixed size, the script also prints how much of the KV had moved
 when the last of n chunks started to compute. It should be at least (n-2)/(n-1) of that of the chunks before, because

@@ -1,13 +1,14 @@
-"""What prefill spends its time on besides products of cuBLAS, kernel by kernel, and what the device could do.
+"""Time of prefill besides cuBLAS's products, kernel by kernel, and what the device could do.
 
     python benchmarks/prefill_kernels.py --model Qwen3-8B
 
-Attention of several batches of prompts by either of our kernels, from paged keys, queries rotated on the way; and by
-cuDNN, for prompts of equal lengths that lie one after the other, already rotated. Operations are those that a causal
-mask leaves. Then, for several numbers of rows, gates and ups: the product by cuBLAS, with `gate_mul` behind it, and
-with the gates in it; and what reads and writes rows only: norms, and keys and values into blocks.
-One time is the median of seven replays of a CUDA graph of several calls. Whether results are right is for
-packages/hbserve-core/tests/test_kernels.py. Random bfloat16 numbers.
+Attention of several batches of prompts is computed in three ways: by either of our kernels, from paged keys, with
+queries rotated on the way; and by cuDNN, for prompts of equal lengths that lie one after the other, already rotated.
+Operations are those that a causal mask leaves.
+Then follow, for several numbers of rows: gates and ups (the product by cuBLAS, with `gate_mul` behind it, and with the
+gates in it); and what only reads and writes rows (norms, and keys and values into blocks).
+One time is the median of seven replays of a CUDA graph of several calls. Numbers are random bfloat16.
+packages/hbserve-core/tests/test_kernels.py tests whether results are right.
 """
 
 import argparse

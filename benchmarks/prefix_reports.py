@@ -1,11 +1,11 @@
-"""The cost, each second, of the scheduler's knowledge of the prefixes that an instance has cached: the engine's thread
-makes a report, between two steps, and the scheduler's event loop takes it in, between two tokens.
+"""Cost, each second, of the scheduler's knowledge of the prefixes that an instance has cached: the engine's thread
+makes a report between two steps, and the scheduler's event loop reads it between two tokens.
 
     python benchmarks/prefix_reports.py
     python benchmarks/prefix_reports.py --blocks 65536 --changed 0 1000 5120
 
-Times are processor time. One block is 16 tokens: 40 requests a second with prompts of 2048 tokens change 5,120 blocks
-of the cache in each second.
+Times are processor time. One block is 16 tokens. So 40 requests a second with prompts of 2048 tokens change 5,120
+blocks of the cache in each second.
 """
 
 import argparse

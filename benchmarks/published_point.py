@@ -1,16 +1,16 @@
-"""The simulator beside a published comparison: DistServe's (OSDI '24), of OPT-13B on A100s, with ShareGPT's lengths. It
-compares vLLM of that time with prefill and decode apart, at the same rates for each GPU.
+"""The simulator compared with a published result: DistServe's (OSDI '24), of OPT-13B on A100s, with ShareGPT's lengths.
+
+That result compares the vLLM of that time with prefill and decode apart, at the same rates for each GPU.
 
     python benchmarks/published_point.py          # half a minute of a core, no GPU
 
+Their artifact (github.com/LLMServe/DistServe) publishes the times of prompts and decode steps, fitted to measurements
+of each engine; and the share of requests that keep 200 ms to the first token and 100 ms for each further one, by their
+simulator, for 100 requests for each GPU, at 1 to 5 requests a second for each GPU.
 
-Published, in their artifact (github.com/LLMServe/DistServe), are the times of prompts and decode steps, fitted to
-measurements of each engine; and the share of requests that keep 200 ms to the first token and 100 ms for each further
-one, by their simulator, for 100 requests for each GPU, at 1 to 5 requests a second for each GPU.
-
-Assumed are lengths, drawn independently, whose deciles are those of one of their traces; 25 GB/s for KV; and that
-decodes are computed in the step of a prompt, while that vLLM had separate steps for prompts and for decodes. Their
-simulator computes all waiting prompts in one step, and has room for all KV, and this one is set to do the same.
+This script assumes three things: lengths are drawn independently, with the deciles of one of their traces; KV moves at
+25 GB/s; and decodes are computed in the step of a prompt, while that vLLM had separate steps for prompts and decodes.
+Their simulator computes all waiting prompts in one step, and has room for all KV; this one is set to do the same.
 """
 
 import argparse

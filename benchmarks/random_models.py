@@ -1,16 +1,15 @@
-"""Random models, settings and requests on a GPU: are CudaRunner's numbers those of the plain runner?
+"""Random models, settings and requests on a GPU, to compare CudaRunner's numbers with those of the plain runner.
 
     uv run python benchmarks/random_models.py --seconds 300 --processes 14
 
-
-Each case has a small model of some family, of usual and of other sizes, in 32 or 16 bits, or with weights in 8 or 4; an
-engine with random settings; and random requests. These come in waves, and then once more, now with cached prefixes, and
-with other requests beside them. The log-probability of each token is compared with that of the plain runner in float32,
-and the differences with those of the plain runner in the case's dtype, which are due to rounding alone.
+Each case has a small model of some family, of usual and of other sizes, in 32 or 16 bits or with weights in 8 or 4; an
+engine with random settings; and random requests. The requests come in waves, and then once more, with cached prefixes
+and beside other requests. The log-probability of each token is compared with the plain runner's in float32. The bar is
+the difference of the plain runner in the case's dtype, which is due to rounding alone.
 
 Many processes should share the device. They hold each other up, so that programs and warps of a kernel differ in speed,
-and one that does not wait for another is found. Prints each case that differs by more than rounding explains, or fails;
-`--first N --cases 1` repeats case N. With --ranks 2, the model is split among two GPUs.
+which finds one that does not wait for another. A case that fails, or differs by more than rounding explains, is
+printed; `--first N --cases 1` repeats case N. With --ranks 2, the model is split over two GPUs.
 """
 
 import argparse

@@ -1,14 +1,15 @@
-"""Sums over two ranks on two GPUs of this host, as a step has them: by our kernels and by NCCL, each in a CUDA graph.
+"""Time of sums over two ranks on two GPUs of this host, by our kernels and by NCCL, each in a CUDA graph.
 
     python benchmarks/rank_sums.py
     python benchmarks/rank_sums.py --rows 1 256 2048 --hidden 4096
 
-By numbers of rows: microseconds of one sum that is added to the residual stream and normed, by NCCL and the kernels
-that follow it then, by our kernel for few rows and by that for many; of NCCL's sum alone; and what the bytes take that
-a rank must send, at the rate of a copy between the two GPUs, measured in the same run. One time is the median of seven
-replays of a graph of 40 sums. All of our results are compared, bit for bit, with a sum in float32 that is rounded once.
-Then, for --prefill-rows: of a rank's output and down products of one layer of an 8B model, alone, and with the sums
-behind them by NCCL, and by our kernel, in parts where they are more than one place has room for. bfloat16.
+For each number of rows the table has microseconds of one sum that is added to the residual stream and normed: by NCCL
+and the kernels that follow it then, by our kernel for few rows, and by ours for many. It also has NCCL's sum alone, and
+the time of the bytes that a rank must send, at the rate of a copy between the two GPUs, measured in the same run.
+One time is the median of seven replays of a graph of 40 sums. All of our results are compared, bit for bit, with a sum
+in float32 that is rounded once.
+Then, for --prefill-rows, it has a rank's output and down products of one layer of an 8B model: alone; with the sums
+behind them by NCCL; and with those by our kernel, in parts where one place has no room for all. Numbers are bfloat16.
 """
 
 import argparse

@@ -1,17 +1,16 @@
-"""What Ray costs the tokens of a request: `hbserve serve --ray ADDRESS` beside `hbserve serve`, in turns, same sizes.
+"""Cost of Ray for the tokens of a request: `hbserve serve --ray ADDRESS` and `hbserve serve`, in turns, same sizes.
 
     UV_PROJECT_ENVIRONMENT=.venv-ray uv run --locked --group ray python benchmarks/ray_path.py
 
+Both deployments run all the time, with a cluster of one node, and one at a time has a load. The order changes from pair
+to pair. Each ratio is Ray's figure divided by the plain launcher's, of one pair. The output has their median, and the
+interval in which the median of many more pairs is (95 %). If others use the machine too, look at the processor time: a
+token takes the same if it goes the same way. What a deployment takes without requests is subtracted, because it does
+not belong to tokens: the server's process has a client of Ray.
 
-Both deployments run all the time, with a cluster of one node beside them, and one at a time has a load. Which is first
-changes from pair to pair. Each ratio is Ray's figure divided by the plain launcher's, of one pair; printed are the
-median, and the interval in which the median of many more pairs is (95 %). If others use the machine too, look at the
-processor time: a token takes the same if it goes the same way. What a path takes without requests is subtracted,
-because it does not belong to tokens: the server's process has a client of Ray.
-
-The script also shows that no process of Ray is on that way: what these compute, and what goes through their TCP
-sockets, in a second, without requests, while the plain deployment answers, and while Ray's does; and which sockets the
-instances have with them.
+The script also shows that no process of Ray is on that way. It prints what these compute, and what goes through their
+TCP sockets, in a second: without requests, while the plain deployment answers, and while Ray's does. It also prints the
+sockets that the instances have with them.
 """
 
 import argparse

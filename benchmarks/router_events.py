@@ -1,11 +1,11 @@
-"""The router for vLLM servers, alone: its processor time for a request, and for an event of a stream.
+"""Processor time of the router for vLLM servers, alone: for a request, and for an event of a stream.
 
     python benchmarks/router_events.py [--before FOLDER]
 
-Its servers are one process, which speaks as little HTTP as it must. A step is one event for each of the streams, and
-the next one begins when the clients have all of it: none are merged, on however busy a machine. `--before`: a folder
-with another state of this project's packages, in turns with this one. Beside it, the limit: what a process takes for an
-event that only reads from one socket and writes to another.
+Its servers are one process, which speaks as little HTTP as it must. A step is one event for each of the streams. The
+next step begins when the clients have all of it, so no events are merged, however busy the machine is. `--before`
+names a folder with another state of this project's packages, which takes turns with this one. The limit is what a
+process takes for an event that it only reads from one socket and writes to another.
 """
 
 import argparse

@@ -1,8 +1,8 @@
-"""What many idle peers cost: processor time, files and threads of a process with a client for each of many servers.
+"""Cost of many idle peers: processor time, files and threads of a process with a client for each of many servers.
 
     python benchmarks/rpc_idle.py
 
-As a scheduler has them: a heartbeat a second, and, where a kind says so, what each instance tells or is asked in a
+The clients are those of a scheduler: each has a heartbeat a second, and in some rows also a message or calls each
 second. The servers are one process, and each client has a connection of its own. The bar is a tenth of a core for 1,000
 idle instances.
 """

@@ -1,13 +1,18 @@
-"""Echo over hbserve_rpc beside the same over bare sockets: pyzmq and msgspec over the event loop's add_reader.
+"""Time of an echo over hbserve_rpc, compared with the same over bare sockets: pyzmq and msgspec over the event loop's
+add_reader.
 
     python benchmarks/rpc_round_trip.py
 
-Both sides of each are a process, and kinds take turns, so that what else runs on the machine is the same for all.
-"one": one call at a time, the median and the 99th percentile. "idle": likewise, but the server has slept for 10 ms
-before each, as that of a KV transfer has; its processor must wake up first. "calls/s": 64 are on their way.
-"bare" does the least that an RPC does: an id and a method with each message, typed structs, a future for each call; no
-deadline, heartbeat, bound or cancellation. "keyed" is hbserve_rpc with CURVE. "limit": two threads that do nothing but
-wait in ZeroMQ.
+Client and server are a process each, and kinds take turns, so that other work on the machine is the same for all.
+
+    one          one call at a time, the median and the 99th percentile
+    idle         likewise, but the server has slept for 10 ms before each call, as that of a KV transfer has; its
+                 processor must wake up first
+    calls/s      64 calls are on their way
+
+"bare" does the least that an RPC does: an id and a method with each message, typed structs, and a future for each call.
+It has no deadline, heartbeat, bound or cancellation. "keyed" is hbserve_rpc with CURVE. "limit" is two threads that do
+nothing but wait in ZeroMQ.
 """
 
 import argparse

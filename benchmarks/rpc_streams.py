@@ -2,9 +2,9 @@
 
     python benchmarks/rpc_streams.py --streams 1 16 256
 
-For the server and for the client: tokens for each second of its processor time, which on one core is its limit, and
-which other work on the machine does not change. "limit": the same bytes of a step in one ZeroMQ message, and nobody to
-tell.
+For the server and for the client, the table has tokens for each second of processor time. On one core this is the rate
+that is possible, and other work on the machine does not change it. "limit" is the same bytes of a step in one ZeroMQ
+message, with nobody to tell.
 """
 
 import argparse

@@ -1,9 +1,9 @@
-"""Time of the scheduler itself: to take in, abort and refuse requests, and to bring one through.
+"""Processor time of the scheduler itself: to take in, abort and refuse requests, and to bring one through.
 
     python benchmarks/scheduler_cost.py
 
-Nothing else runs: instances are objects that answer at once, in the same event loop, so what is measured is the
-scheduler's own work and that of the event loop for it.
+Instances are objects that answer at once, in the same event loop. So the figures are the scheduler's own work, and that
+of the event loop for it.
 """
 
 import argparse

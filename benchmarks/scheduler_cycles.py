@@ -1,10 +1,10 @@
-"""Requests that are left at once, in the middle and by a deadline, and clients that vanish: what a scheduler keeps.
+"""Memory of a scheduler whose clients leave at once, in the middle or by a deadline, or vanish.
 
     python benchmarks/scheduler_cycles.py [--cycles 50000] [--disconnects 3000]
 
-The scheduler and an instance that answers at once are one process. Clients submit and leave: before the first token,
-after it, by a request's own deadline, or without a word, as a process that is killed does.
-Memory, files, threads and tasks of that process are to be as before: the first fifth is for what is made once.
+The scheduler and an instance that answers at once are one process. Clients submit a request and leave: before the first
+token, after it, by the request's own deadline, or without a word, as a killed process does. Memory, files, threads and
+tasks of that process must be as before. The first fifth of the cycles is not counted: it makes what is made once.
 """
 
 import argparse

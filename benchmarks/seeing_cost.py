@@ -1,11 +1,11 @@
-"""Cost of records, figures and the log line of each request: by token, by request, and for 256 streams.
+"""Cost of records, metrics and the log line of each request: by token, by request, and for 256 streams.
 
     python benchmarks/seeing_cost.py
 
 The streams go through a scheduler whose instances answer at once (see scheduler_cost.py), with all of it on and with
-none of it, in turn: the ratio is of the scheduler's own processor time, which is a small part of a server's.
-Then they go through two API servers (see api_server.py) over one mock engine, one that sees and one that does not, in
-turn: the ratio of their processor times is what a client pays; 1.01 is allowed.
+none of it, in turn. The ratio is of the scheduler's own processor time, which is a small part of a server's.
+Then they go through two API servers (see api_server.py) over one mock engine, one with all of it and one with none, in
+turn. The ratio of their processor times is what a client pays; the bar is 1.01.
 """
 
 import argparse

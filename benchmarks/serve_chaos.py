@@ -3,12 +3,13 @@
     python benchmarks/serve_chaos.py --seconds 600 --seed 1
     python benchmarks/serve_chaos.py --small                    a small random model: more events in the same time
 
-Two front ends, two prefill and two decode instances. Each round: clients ask, streamed or not, all of it greedy; at a
-random moment one or two processes get SIGKILL, SIGTERM, or SIGSTOP for some seconds, the one that was started among
-them. Every answer that is whole must be the undisturbed one, what is cut off a beginning of it, and every error of a
-documented kind; a connection may be lost only where a front end was hit. Then the clients pause, and nothing may be
-left: no request, block, transfer or connection, no process that was not there before, and no file descriptor for each.
-A server that was itself killed or ended must leave no process, and can be started again at its port at once.
+There are two front ends, two prefill and two decode instances. In each round clients send greedy requests, streamed or
+not. At a random moment one or two processes, the parent among them, get SIGKILL or SIGTERM, or SIGSTOP for some
+seconds. Every complete answer must be the undisturbed one, a cut-off one must be the beginning of it, and every error
+must be of a documented kind. A connection may be lost only where a front end was hit.
+Then the clients pause, and nothing may be left: no request, block, transfer or connection, no process that was not
+there before, and no file descriptors that grow with rounds. A server that was itself killed or ended must leave no
+process, and must start again at its port at once.
 """
 
 import argparse

@@ -1,5 +1,5 @@
 """Processor time and memory of a simulation, by default of 1,000 instances and 1,000,000 requests of Mooncake's
-conversation shape; and what cells cost.
+conversation shape, and the cost of cells.
 
     python benchmarks/simulate_scale.py
     python benchmarks/simulate_scale.py --instances 2000 --requests 60000 --cells 1 10 --rate 2

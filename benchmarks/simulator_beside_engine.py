@@ -1,13 +1,13 @@
-"""The simulator's hybrid instance beside the real engine: the same requests and step times, and noise only on demand.
+"""Times of the simulator's hybrid instance and of the real engine: the same requests and step times, and noise only on
+request.
 
     python benchmarks/simulator_beside_engine.py
     python benchmarks/simulator_beside_engine.py --noise 0.01 --prompt-launch-ms 8
 
-
-Both launch a step some time before the end of the one before it; a request that comes later is in the step after it.
-That time is printed as "slack": the engine learns it, and the model gets the engine's last value. Steps take the
-profile's times, multiplied by a number around 1 that varies by --noise. A launch takes the host --launch-ms, and one
-with prompts --prompt-launch-ms.
+Both launch a step some time before the end of the one before it; a request that comes later is in the next step. This
+time is printed as "slack": the engine learns it, and the model gets the engine's last value. Steps take the profile's
+times, multiplied by a number around 1 that varies by --noise. A launch takes the host --launch-ms, and one with prompts
+--prompt-launch-ms.
 """
 
 import argparse

@@ -1,15 +1,15 @@
-"""The simulator beside what it simulates: `hbserve serve` with every layout at every rate, by a profile that was
-measured first; and how near the layout that it takes comes to the best of those that were measured.
+"""The simulator compared with what it simulates: `hbserve serve` with every layout at every rate, by a profile that is
+measured first. The last line says how near the chosen layout comes to the best of the measured ones.
 
     python benchmarks/simulator_beside_measured.py                       # a small random model on 8 cores: 3 minutes
     python benchmarks/simulator_beside_measured.py --model FOLDER --rates 0.5 1 2 --goodput ttft:2000 tpot:300
-    python benchmarks/simulator_beside_measured.py --shape config.json --config deployment.yaml --layouts 1P1D,2H \\
+    python benchmarks/simulator_beside_measured.py --shape config.json --config deployment.yaml --layouts 1P1D,2H \
         --profile h100-qwen3-8b --rates 8 16 20 24 --input 2048 --output 128 --goodput ttft:300 tpot:15  # two GPUs
 
---shape is a model's config.json: the weights are invented. Without --rates, they are parts of what one prefill instance
-computes alone; without --goodput, a first token in three times what its prompt takes alone, and a token each two steps
-of one sequence. On CPUs each instance has --threads cores, with which it was measured: the machine needs as many, and
-some for the server and the load. Nothing else may run meanwhile.
+--shape is a model's config.json: the weights are invented. Without --rates, the rates are parts of what one prefill
+instance computes alone. Without --goodput, a request must have its first token in three times what its prompt takes
+alone, and a token each two steps of one sequence. On CPUs each instance has --threads cores, with which it was
+measured; the machine needs as many, and some for the server and the load. Nothing else may run meanwhile.
 """
 
 import argparse

@@ -1,13 +1,13 @@
-"""Text of many streams in one client process: its scheduler, its connection to an instance, and its detokenizers.
+"""Rate of text of many streams in one client process: its scheduler, connection to an instance, and detokenizers.
 
     python benchmarks/text_streams.py                   256 streams of the demo model's tokenizer
     python benchmarks/text_streams.py --each            each token given as it comes, as the OpenAI server takes them
     python benchmarks/text_streams.py --streams 16 256 --profile
 
-The instance is another process, which computes nothing: at each step it gives every stream a token, as an engine does,
-when the client has asked for the step. So none wait for each other, and each is an event of its own. Said are tokens
-for each second of the client's processor time, which on one core is its limit, and which other work on the machine
-makes smaller, if at all. Of the quickest steps it makes little smaller.
+The instance is another process, which computes nothing. At each step it gives every stream a token, as an engine does,
+when the client has asked for the step. So no token waits, and each is an event of its own. The output has tokens for
+each second of the client's processor time, which on one core is its limit. Other work on the machine makes this
+smaller, and least of all for the fastest tenth of the steps, which is printed too.
 """
 
 import argparse

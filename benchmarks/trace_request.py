@@ -1,17 +1,16 @@
-"""The way of one request: the files, classes and functions of HBServe that it goes through, and the tasks it makes.
+"""Path of one request: the files, classes and functions of HBServe that it goes through, and the tasks that it makes.
 
     uv run python benchmarks/trace_request.py
     uv run python benchmarks/trace_request.py --first --calls
 
-
 A scheduler, a prefill and a decode instance run in this process, on the CPU, one rank each, with a small model whose
 weights are invented. One request is traced, from `submit` to its last event and until its blocks are back. By default
-it is the second one of the pair, which finds a link; with --first, the one that opens the link, which the scheduler
-then does not let the instances open earlier; with --connected, the first one of a pair whose link is open already.
+it is the second one of the pair, which finds a link. With --first it is the one that opens the link, because the
+scheduler does not let the instances open it earlier; with --connected, the first one of a pair whose link is open.
 
 Lambdas, comprehensions, imports and other packages are not counted, and the scheduler's heartbeats are too rare to be.
-Three parts of it are counted as flows too, by where the files are: see FLOWS. `--json` prints their files, all
-that ran, and what the tasks run, which tests/test_flows.py compares with its lists and bars, and with the drawing in
+Three parts of the path are also counted as flows, by where the files are: see FLOWS. `--json` prints their files, all
+that ran, and what the tasks run. tests/test_flows.py compares it with its lists and bars, and with the drawing in
 docs/architecture.md.
 """
 

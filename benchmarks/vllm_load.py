@@ -1,5 +1,5 @@
 """Loads for vllm_servers.py and http_burst.py: requests from several processes, at random moments or all at once, and
-what their clients see.
+what their clients see. This is not a benchmark itself.
 """
 
 import asyncio

@@ -1,11 +1,12 @@
-"""The vLLM connector with vLLM's own scheduler and block manager: what CI has only an imitation of.
+"""The vLLM connector with vLLM's own scheduler and block manager, of which CI has only an imitation.
 
     pip install vllm hbserve-kv; python benchmarks/vllm_scheduler.py    # 0.24.0, 0.33.0
 
-Two schedulers of vLLM, one that prefills and one that decodes, each with a worker that is this connector's own side and
-a model that is a function: the KV of a place is a number of the tokens up to it, on CPU tensors of vLLM's shape. After
-each scene every request has what one server would have answered, from the right KV, and all blocks are free by vLLM's
-own count. No GPU and no weights; vllm itself must be importable, which asks for libcuda.so.1 at least.
+There are two schedulers of vLLM, one that prefills and one that decodes. Each has a worker that is this connector's own
+side, and a model that is a function: the KV of a place is a number of the tokens up to it, on CPU tensors of vLLM's
+shape. After each scene every request must have what one server would have answered, from the right KV, and all blocks
+must be free by vLLM's own count. No GPU and no weights are needed, but vllm must be importable (also for --help), which
+requires libcuda.so.1 at least.
 """
 
 import argparse

@@ -1,14 +1,19 @@
-"""vLLM's own servers on two GPUs: prefill and decode apart, over hbserve-kv and its router, beside two plain servers.
+"""vLLM's own servers on two GPUs: prefill and decode apart, over hbserve-kv and its router, compared with two plain
+servers.
 
     pip install vllm==0.24.0 'hbserve-kv[router]'; python benchmarks/vllm_servers.py --model FOLDER
 
-Servers share two cards: a plain one and the one that prefills on the first, a plain one and the one that decodes on the
-second; a phase asks one pair only. Tokens: greedy ones of prompts around block borders, apart and of one server, and as
-a measure of what batches alone change, of one server and the other in wider batches; where two differ, by how much the
-first choice of the reference led its second. Loads: what clients see, and what vLLM's own counters say of each server.
-Deaths: with two servers of each kind, the first that prefills and the first that decodes are frozen, go on, are killed
-and restarted under a load; who is not served, and vLLM's own counters. `--before`: a folder with another state of this
-project's packages, whose connector and router serve the loads too.
+Servers share two cards: a plain one and the one that prefills are on the first, a plain one and the one that decodes on
+the second. A phase asks only one pair. `--phases` chooses among three:
+
+    tokens       greedy answers to prompts around block borders, apart and of one server; and, as a measure of what
+                 batches alone change, of one server and the other in wider batches. Where two differ, the output says
+                 by how much the reference's first choice led its second
+    loads        what clients see, and what vLLM's own counters say of each server
+    deaths       with two servers of each kind, the first that prefills and the first that decodes are frozen, go on,
+                 are killed and restarted under a load; the output says who is not served, and vLLM's own counters
+
+`--before` names a folder with another state of this project's packages, whose connector and router serve the loads too.
 """
 
 import argparse

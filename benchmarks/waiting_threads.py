@@ -2,9 +2,10 @@
 
     uv run python benchmarks/waiting_threads.py [--model FOLDER] [--threads 2] [--busy 1] [--rounds 3]
 
-Each round starts a process for each way, in turns, so that another load on the machine hits all: `OMP_WAIT_POLICY` not
-set, PASSIVE, which instances have, and ACTIVE. Without --model, the demo model; of a folder without weights, which has
-only a config.json, they are invented. Takes a minute and a half: each process generates for --seconds.
+Each round starts a process for each way, in turns, so that another load on the machine hits all. The ways are
+`OMP_WAIT_POLICY` not set, PASSIVE (which instances have), and ACTIVE. Without --model, the demo model is used; if the
+folder has only a config.json, the weights are invented. The script takes a minute and a half; each process generates
+for --seconds.
 """
 
 import argparse

@@ -1,11 +1,10 @@
-"""Hostile frames on every port of a scheduler and of two KV managers, beside a good client and transfers that go on.
+"""Hostile frames on every port of a scheduler and of two KV managers, while a good client and transfers go on.
 
     python benchmarks/wires.py [--frames 200000] [--half-open 1000] [--backend nccl] [--keyed]
 
-
-Sends malformed, truncated, oversized, mutated and replayed messages, and forged LINKs, BEGINs, COMMITs and grants, and
-makes connections that stay half open or send a byte now and then. Without keys, every peer that reaches a port is
-heard, so that is the hard case; with --keyed, strangers get no further than the handshake.
+The script sends malformed, truncated, oversized, mutated and replayed messages, and forged LINKs, BEGINs, COMMITs and
+grants. It also makes connections that stay half open or send a byte now and then. Without keys, every peer that reaches
+a port is heard, so that is the hard case. With --keyed, strangers get no further than the handshake.
 
 The exit status says whether it went well: nothing crashes or hangs, every transfer brings what was sent, memory and
 files are as before, and the good client waits less than 100 ms at the 99th percentile.
