@@ -264,3 +264,29 @@ async def test_a_tensor_without_numbers_and_one_without_dimensions_arrive_as_the
     received = await receiver.receive_kv_cache("r", 0)
     assert (received.shape, received.dtype) == (torch.Size(shape), torch.float32)
     assert torch.equal(received, torch.ones(shape))
+
+
+async def test_a_send_that_is_cancelled_gives_its_room_back_only_when_nothing_reads_it_any_more(pair, monkeypatch):
+    """Another tensor would be put there, and the receiver would take it for the first."""
+    sender, receiver = await pair(buffer_size=4 * 1536)
+    transport = next(iter(sender._transports.values()))
+    push, may_go_on, is_pushing = transport.push, asyncio.Event(), asyncio.Event()
+
+    async def wait_and_push(link, part):
+        is_pushing.set()
+        await may_go_on.wait()
+        return await push(link, part)
+
+    monkeypatch.setattr(transport, "push", wait_and_push)
+    first = asyncio.create_task(sender.send_kv_cache("first", torch.ones(4 * 384), 1))
+    await is_pushing.wait()
+    first.cancel()
+    await asyncio.wait([first], timeout=0.3)
+    assert sender.stats().buffered_bytes == 4 * 1536, "the part that is moving still reads it"
+    may_go_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await first
+    async with asyncio.timeout(20):
+        while receiver.stats().buffered_bytes or sender.stats().buffered_bytes:
+            await asyncio.sleep(0.01)
+    assert "first" not in receiver._buffer

@@ -343,7 +343,7 @@ class KVTransferManager(KVTransferBase):
                 arena[block_id, : piece.numel()].copy_(piece)
             transfer = await self._open(Begin(request_id, "", flat.numel()), [(self._addresses[target_rank], "")])
             transfer.push(block_ids, 0)
-            result = await transfer.commit(shape_of(kv_buffer))
+            result = await transfer.commit_and_drain(shape_of(kv_buffer))
         finally:
             await self._buffer.free(block_ids)
         if result.outcome is not Outcome.COMPLETED:

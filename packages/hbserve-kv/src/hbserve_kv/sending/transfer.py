@@ -196,6 +196,15 @@ class SendTransfer:
         self.state.commit(checked_payload(payload))
         return await self.wait()
 
+    async def commit_and_drain(self, payload: bytes = b"") -> TransferResult:
+        """Commit, and return the result once no block is read any more, so that the caller may give the blocks back
+        whatever happens. If it is cancelled, the transfer fails: its receiver must not take what is put there next."""
+        try:
+            return await self.commit(payload)
+        finally:
+            self.state.fail("the sender was cancelled")  # does nothing if it has ended
+            await self._drained.wait()
+
     async def abort(self, reason: str) -> Outcome:
         """Stop sending. Returns once no block is read any more, or with UNKNOWN. Does nothing if the transfer has
         ended."""
