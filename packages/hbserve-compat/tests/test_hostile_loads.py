@@ -245,6 +245,22 @@ def test_whatever_a_simulation_is_given_is_figures_or_one_line(options, caplog):
 
 
 @pytest.mark.parametrize(
+    ("options", "said"),
+    [("--trace=PATH --rate=5", "--rate=5: has no effect with --trace"),
+     ("--trace=PATH --num-requests=7", "--num-requests=7: has no effect with --trace"),
+     ("--conversations --input-len=9", "--input-len=9: has no effect with --conversations"),
+     ("--conversations --repeat=2", "--repeat=2: has no effect with --conversations"),
+     ("--speed=0.5", "--speed=0.5: has no effect without --trace"),
+     ("--trace=PATH --conversations", "--trace and --conversations: expected one of them")],
+)  # fmt: skip
+def test_an_option_of_another_load_is_refused(options, said, caplog, tmp_path):
+    path = tmp_path / "trace.jsonl"
+    path.write_text('{"timestamp": 0, "input_length": 9, "output_length": 5}\n')
+    result = invoke(["simulate", *options.replace("PATH", str(path)).split(" ")], caplog)
+    assert (result.exit_code, result.stderr) == (2, f"error: {said}\n")
+
+
+@pytest.mark.parametrize(
     "words",
     ["bench serve --num-prompts", "bench compare --rates=1 --num-prompts", "simulate --num-requests",
      "simulate --prefill", "simulate --decode", "simulate --hybrid", "simulate --cells", "simulate --repeat"],

@@ -186,6 +186,14 @@ class PlanArgs:
     seed: Annotated[int, Option(help="Seed of lengths and arrival times.")] = 0
 
 
+_OF_LOAD = {
+    "": ("num_requests", "rate", "burstiness", "input_len", "output_len", "spread"),
+    "--conversations": ("num_requests", "rate"),
+    "--trace": ("speed", "repeat"),
+}
+"""Options of each load, by the option that chooses it."""
+
+
 def run_simulation(args: SimulateArgs) -> None:
     """Run `hbserve simulate`. Raises InvalidRequest, ConfigError, OSError."""
     if args.json is not None:
@@ -233,7 +241,18 @@ def _faults(args: SimulateArgs) -> tuple[Fault, ...]:
     return tuple(faults)
 
 
+def _require_no_other(args: SimulateArgs, load: str) -> None:
+    """Check that no option of another load is set, because it would have no effect. Raises InvalidRequest."""
+    for name in {each for options in _OF_LOAD.values() for each in options}.difference(_OF_LOAD[load]):
+        if (value := getattr(args, name)) != getattr(SimulateArgs, name):
+            where = f"with {load}" if load else "without --trace"
+            raise InvalidRequest(f"--{name.replace('_', '-')}={value:g}: has no effect {where}")
+
+
 def _requests(args: SimulateArgs) -> Iterator[SimulatedRequest]:
+    if args.trace is not None and args.conversations:
+        raise InvalidRequest("--trace and --conversations: expected one of them")
+    _require_no_other(args, "--trace" if args.trace is not None else "--conversations" if args.conversations else "")
     if args.trace is not None:
         return workload.trace(args.trace, block_size=MOONCAKE_BLOCK, unit_s=1e-3, speed=args.speed, repeat=args.repeat)
     if args.conversations:
