@@ -5,7 +5,7 @@
 Each case has a small model of some family, of usual and of other sizes, in 32 or 16 bits or with weights in 8 or 4; an
 engine with random settings; and random requests. The requests come in waves, and then once more, with cached prefixes
 and beside other requests. The log-probability of each token is compared with the plain runner's in float32. The bar is
-the difference of the plain runner in the case's dtype, which is due to rounding alone.
+a multiple of the plain runner's own differences in the case's dtype, which are due to rounding alone.
 
 Many processes should share the device. They hold each other up, so that programs and warps of a kernel differ in speed,
 which finds one that does not wait for another. A case that fails, or differs by more than rounding explains, is

@@ -1,9 +1,9 @@
 """The simulator compared with what it simulates: `hbserve serve` with every layout at every rate, by a profile that is
-measured first. The last line says how near the chosen layout comes to the best of the measured ones.
+measured first. The output also says how near the chosen layout comes to the best of the measured ones.
 
     python benchmarks/simulator_beside_measured.py                       # a small random model on 8 cores: 3 minutes
     python benchmarks/simulator_beside_measured.py --model FOLDER --rates 0.5 1 2 --goodput ttft:2000 tpot:300
-    python benchmarks/simulator_beside_measured.py --shape config.json --config deployment.yaml --layouts 1P1D,2H \
+    python benchmarks/simulator_beside_measured.py --shape config.json --config deployment.yaml --layouts 1P1D,2H \\
         --profile h100-qwen3-8b --rates 8 16 20 24 --input 2048 --output 128 --goodput ttft:300 tpot:15  # two GPUs
 
 --shape is a model's config.json: the weights are invented. Without --rates, the rates are parts of what one prefill
