@@ -2,10 +2,10 @@
 
     python benchmarks/decode_attention.py --heads 32,8 16,4
 
-Contexts are equal, random, or short with two long ones among them. One column has the pieces in the order of rows, the
-other one longest first, as SplitKV orders them. `--tilings` also measures other tilings of the kernel, with pieces
-longest first: tokens of a tile, stages of the pipeline and warps of a program. Which one is fastest depends on how many
-programs fit on the device at once, and on how many there are.
+Contexts are equal, random, or short with two long ones among them, the longest first, as a step has them. The columns
+have 2, 3 and 4 pieces for each multiprocessor, and SplitKV's own number, with its share of the limit. `--tilings` also
+measures other tilings of the kernel: tokens of a tile, stages of the pipeline and warps of a program. Which number and
+which tiling is fastest depends on how many programs fit on the device at once, and on how many there are.
 One time is the median of seven replays of a CUDA graph of ten layers. Whether results are right is for
 packages/hbserve-core/tests/test_kernels.py. Random bfloat16 numbers, or 8-bit floats in the pool with `--narrow`.
 """
@@ -22,6 +22,7 @@ import torch
 import triton
 
 from hbserve_core.bench.device_limits import measure_limits
+from hbserve_core.cuda_runner import step_packer
 from hbserve_core.cuda_runner.kernels import decode_attention as kernel
 from hbserve_core.cuda_runner.kernels.attention_parts import Scores
 from hbserve_core.cuda_runner.kernels.dependent_launch import num_processors
@@ -32,7 +33,7 @@ Tiling = tuple[int, int, int]
 TILINGS: list[Tiling] = [(64, 2, 2), (64, 5, 2), (32, 4, 1), (32, 5, 1), (32, 4, 2), (128, 2, 4)]
 EQUAL = {540: (1, 8, 16, 32, 64, 80, 96, 128, 192, 256), 1150: (16, 64, 96, 128, 256), 5000: (4, 16), 16000: (1, 4, 12)}
 """Numbers of rows, by the length of their contexts."""
-OTHERS = (16, 32, 64, 100, 128, 200, 256)
+OTHERS = (8, 16, 32, 48, 64, 80, 100, 128, 200)
 
 
 def main() -> int:
@@ -48,31 +49,36 @@ def main() -> int:
     limits = measure_limits(torch.device("cuda"), torch.bfloat16)
     print(f"torch {torch.__version__}, Triton {triton.__version__}, {torch.cuda.get_device_name()}\n{limits}")
     tilings = TILINGS if arguments.tilings else []
-    print("us a layer:     bytes  by row  longest first, share", *("x".join(map(str, each)) for each in tilings))
+    names = ["x".join(map(str, each)) for each in tilings]
+    print("us a layer:          bytes       2       3       4   own, share", *names)
     for heads in arguments.heads:
         num_heads, num_kv_heads = map(int, heads.split(","))
         step = Step(num_heads, num_kv_heads, torch.float8_e4m3fn if arguments.narrow else torch.bfloat16)
         for name, contexts in workloads():
             needed_us = 1e6 * step.bytes_of(contexts) / limits.read_bytes_per_s
-            cut = step.split.cut(contexts)
-            by_row, longest_first = (step.microseconds(contexts, each) for each in (in_order_of_rows(cut), cut))
-            others = [f"{step.microseconds(contexts, cut, each):7.1f}" for each in tilings]
-            share = needed_us / longest_first
-            print(f"{heads:5} {name:9} {needed_us:6.1f} {by_row:7.1f} {longest_first:7.1f} {share:5.2f}", *others)
+            found = [step.microseconds(contexts, number) for number in (2, 3, 4)]
+            own = step.microseconds(contexts)
+            others = [f"{step.microseconds(contexts, tiling=each):7.1f}" for each in tilings]
+            columns = " ".join(f"{each:7.1f}" for each in [needed_us, *found, own])
+            print(f"{heads:5} {name:13} {columns} {needed_us / own:5.2f}", *others)
             sys.stdout.flush()
     return 0
 
 
 def workloads() -> list[tuple[str, npt.NDArray[np.int32]]]:
     """Return names and contexts of steps."""
-    equal = [(f"{length}x{rows}", [length] * rows) for length, counts in EQUAL.items() for rows in counts]
-    mixed = [(f"mixed {rows}", np.random.default_rng(rows).integers(60, 1900, rows)) for rows in OTHERS]
-    skewed = [(f"skewed {rows}", [300] * (rows - 2) + [8000] * 2) for rows in OTHERS]
-    return [(name, np.array(contexts, dtype=np.int32)) for name, contexts in [*equal, *mixed, *skewed]]
+    equal = [(f"{length}x{rows}", np.full(rows, length)) for length, counts in EQUAL.items() for rows in counts]
+    uniform = [(f"60-1900 {rows}", np.random.default_rng(rows).integers(60, 1900, rows)) for rows in OTHERS]
+    skewed = [(f"lognormal {rows}", lognormal(rows)) for rows in OTHERS]
+    two_long = [(f"two long {rows}", np.array([300] * (rows - 2) + [8000] * 2)) for rows in OTHERS]
+    found = [*equal, *uniform, *skewed, *two_long]
+    return [(name, np.sort(contexts)[::-1].astype(np.int32)) for name, contexts in found]
 
 
-def in_order_of_rows(cut: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
-    return cut[:, np.lexsort((cut[1], cut[0]))]
+def lognormal(rows: int) -> npt.NDArray[np.float64]:
+    """Return contexts of 30 to 16,000 tokens; half of them have fewer than 900."""
+    lengths: npt.NDArray[np.float64] = np.exp(np.random.default_rng(rows).normal(np.log(900), 1, rows)).clip(30, 16000)
+    return lengths
 
 
 class Step:
@@ -91,11 +97,14 @@ class Step:
         return int(contexts.sum()) * 2 * self._heads[1] * HEAD_DIM * self._pool.dtype.itemsize
 
     def microseconds(
-        self, contexts: npt.NDArray[np.int32], cut: npt.NDArray[np.int32], tiling: Tiling | None = None
+        self, contexts: npt.NDArray[np.int32], number: int | None = None, tiling: Tiling | None = None
     ) -> float:
-        """Return how long one layer takes. tiling: None for the kernel's own choice."""
+        """Return how long one layer takes. number: pieces for each multiprocessor; it and tiling: None for our own."""
+        chosen = step_packer._PIECES if number is None else ((float("inf"), number, 0.0),)
+        with patch.object(step_packer, "_PIECES", chosen):
+            cut = self.split.cut(contexts)
         num_heads, num_kv_heads, _ = self._heads
-        rows, most = len(contexts), self.split.most(len(contexts))
+        rows, most = len(contexts), max(self.split.most(len(contexts)), cut.shape[1])
         pieces = np.full((6, -(-most // 4) * 4), -1, dtype=np.int32)
         pieces[:, : cut.shape[1]] = cut
         tables = block_tables(contexts)

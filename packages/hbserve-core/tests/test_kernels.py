@@ -179,7 +179,7 @@ SCORES = [(0.2, 70, 0.0), (0.2, 3, 2.0), (0.3, 0, 2.0), (0.3, 70, 0.0, 0.7, 0.02
 def test_decode_attention_sees_its_window_by_capped_scores(scores, dtype):
     from hbserve_core.cuda_runner.kernels.attention_parts import Scores
 
-    contexts = [1, 5 * TILE + 1, 2 * TILE]
+    contexts = [1, 6 * TILE + 1, 2 * TILE]
     paged = Paged((4, 2, 16), dtype, contexts, [1] * len(contexts), scores=Scores(*scores), narrow=len(scores) > 3)
     paged.check(decode(paged, dtype), dtype)
 
@@ -188,7 +188,7 @@ def test_queries_beyond_float16_see_8_bit_keys_as_others_do():
     from hbserve_core.cuda_runner.kernels.attention_parts import Scores
 
     scores, many, dtype = Scores(0.2, key_scale=0.7, value_scale=0.02), 2.0**20, torch.bfloat16
-    paged = Paged((4, 2, 16), dtype, [5 * TILE + 1, TILE], [1, 1], with_norm=False, scores=scores, narrow=True)
+    paged = Paged((4, 2, 16), dtype, [6 * TILE + 1, 2 * TILE], [1, 1], with_norm=False, scores=scores, narrow=True)
     expected = decode(paged, dtype)
     paged.qkv[:, : 4 * 16] *= many
     paged.scores = scores._replace(scale=scores.scale / many)
@@ -374,24 +374,42 @@ def test_pieces_are_of_similar_length_and_cover_each_context_once():
     random = np.random.default_rng(1)
     for num_kv_heads, processors in ((8, 132), (1, 132), (3, 1)):
         pieces = SplitKV(num_kv_heads, processors)
-        for rows in (1, 3, 64, 256):
+        for rows in (1, 3, 16, 17, 64, 66, 67, 256):
             contexts = random.integers(1, 5000, rows).astype(np.int32)
             row, part, parts, first, last, position = pieces.cut(contexts)
-            assert len(row) <= pieces.most(rows)
-            assert (np.bincount(row)[row] == parts).all()
+            assert len(row) <= pieces.most(rows) <= pieces.most(rows + 1)
+            assert (np.bincount(row) == parts[part == 0]).all()
             assert (part < parts).all()
             assert (position == contexts[row] - 1).all()
             assert (first % TILE == 0).all()
             # Parts follow each other, from the first token to the one before the new one.
             assert (first[part == 0] == 0).all()
             assert (first[part > 0] == last[:-1][part[1:] > 0]).all()
-            assert (last == position)[part == parts - 1].all()
+            assert (last[part == parts - 1] == contexts - 1).all()
             for each in range(rows):
                 lengths = (last - first)[row == each][:-1]
                 assert (lengths == lengths.max(initial=0)).all()
-            # Long pieces begin first.
-            longest = (last - first)[part == 0]
-            assert (longest[1:] <= longest[:-1]).all()
+
+
+@pytest.mark.parametrize("rows", [1, 8, 16, 17, 40, 66, 67, 128, 256])
+def test_no_piece_takes_much_longer_than_all_of_them_would_on_a_full_device(rows):
+    """Three programs fit on a multiprocessor at once if they are few, otherwise four."""
+    contexts = np.exp(np.random.default_rng(rows).normal(np.log(2000), 1, rows)).astype(np.int32) + 1
+    row, _, _, first, last, _ = SplitKV(8, 132).cut(contexts)
+    at_once = (3 if rows <= 16 else 4) * 132 / 8
+    share = max(TILE, contexts.max() / 64, contexts.sum() / at_once)
+    assert (last - first).max() <= 1.55 * share + TILE
+    # Unless there are more rows than fit, few pieces have to wait for others to end.
+    assert len(row) <= max(rows, at_once) * 1.5
+
+
+@pytest.mark.parametrize("length", [200, 540, 5000])
+def test_contexts_of_similar_length_are_cut_only_if_all_pieces_fit_at_once(length):
+    pieces = SplitKV(8, 132)
+    for rows in range(1, 200):
+        contexts = np.linspace(length, length * 1.2, rows).astype(np.int32)
+        assert pieces.cut(contexts).shape[1] <= max(rows, 4 * 132 // 8)
+    assert pieces.cut(np.full(33, length, dtype=np.int32)).shape[1] == 66
 
 
 def test_one_long_context_among_short_ones_is_cut_and_they_are_not():

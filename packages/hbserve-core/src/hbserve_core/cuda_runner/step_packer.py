@@ -45,7 +45,19 @@ _KERNELS_DIFFER = (32, 64, 128, 256, 512, 1024)
 """Numbers of rows of steps with prompts, one from each range in which the same kernels are chosen."""
 TILE = 64
 """Number of tokens of which the length of a piece of a decode's context is a multiple."""
-_MOST_PARTS, _PIECES_PER_PROCESSOR = 64, 2
+_MOST_PARTS = 64
+_AT_ONCE = 4
+"""Number of programs of decode attention that fit on a multiprocessor at once. Three do while they are few, because
+each of them then has more reads in flight."""
+_PIECES = ((1, 2.5, 1 / 4), (_AT_ONCE, 3, 1 / 8), (float("inf"), _AT_ONCE, 1 / 8))
+"""Numbers of pieces that are wanted: up to how many rows, how many pieces, and by which part of a piece a row may be
+longer before it is cut once more. Rows and pieces are those for each multiprocessor, where a row counts once for each
+key head, as programs do.
+
+With fewer pieces a long context ends alone; with more, some pieces begin after all others. Measured in
+docs/performance-kernels.md, "Attention of a decode step"."""
+_SIMILAR = 1.25
+"""Ratio of the longest context to the mean up to which contexts stay whole if their parts would not all fit at once."""
 
 
 def _aligned(count: int) -> int:
@@ -115,44 +127,54 @@ class StepView:
 class SplitKV:
     """Split-KV: division of a step's decodes into pieces of similar length, for kernels/decode_attention.py.
 
-    There are enough pieces for several programs on every multiprocessor, and none is longer than that requires, so that
-    neither a few long sequences among short ones nor a single one leaves multiprocessors idle. The number of pieces is
-    bounded by the number of rows, so a graph has room for all.
+    A program takes one piece and one key head. If the rows are few, there are nearly as many pieces as programs fit on
+    the device at once; if they are many, no piece is longer than one of that many would be. So neither a few long
+    sequences among short ones nor a single one leaves multiprocessors idle. The number of pieces is bounded by the
+    number of rows, so a graph has room for all.
     """
 
     def __init__(self, num_kv_heads: int, num_processors: int) -> None:
-        """Choose the number of wanted pieces, given that a program takes one piece and one key head."""
-        self._wanted = max(1, _PIECES_PER_PROCESSOR * num_processors // num_kv_heads)
+        self._rows_per_processor = num_kv_heads / num_processors
+
+    def _wanted(self, rows: int) -> tuple[int, float]:
+        """Return the number of pieces that this many rows ask for, and what a row's last one may be longer; see
+        `_PIECES`."""
+        load = rows * self._rows_per_processor
+        _, per_processor, rest = next(each for each in _PIECES if load <= each[0])
+        return max(1, int(per_processor / self._rows_per_processor)), rest
 
     def most(self, rows: int) -> int:
-        """Return the largest number of pieces that this many rows may have."""
-        return rows + min(self._wanted, (_MOST_PARTS - 1) * rows)
+        """Return the largest number of pieces that this many rows, or fewer, may have."""
+        return rows + min(self._wanted(rows)[0], (_MOST_PARTS - 1) * rows)
 
     def cut(self, contexts: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
-        """Return pieces (6, P): row, part, number of parts, first and last (exclusive) position taken from the pool,
-        the new token's position. A row's parts are adjacent, and the last one has the new token. Rows of long parts
-        come first: the device takes pieces in this order, and what it takes last should be short.
+        """Return pieces (6, P), by row and part: row, part, number of parts, first and last (exclusive) position taken
+        from the pool, the new token's position. A row's last part has the new token.
 
-        contexts: length of each row's context, at least 1.
+        contexts: length of each row's context, at least 1. The device takes pieces in their order, so long contexts
+        should come first.
 
-        With 8 pieces wanted, contexts of 1000, 40 and 130 tokens ask for pieces of 1170 / 8 = 147 tokens. The first row
+        With 8 pieces wanted, contexts of 1000, 130 and 40 tokens ask for pieces of 1170 / 8 = 147 tokens. The first row
         would be 7 of them; 7 equal parts in whole tiles are of 3 tiles, 192 tokens; of these it takes 6.
-            row         0    0    0    0    0    0   2    1
+            row         0    0    0    0    0    0   1    2
             part of   0/6  1/6  2/6  3/6  4/6  5/6 0/1  0/1
             first       0  192  384  576  768  960   0    0
             last      192  384  576  768  960  999 129   39
         """
-        wanted_length = max(TILE, _ceil_div(int(contexts.sum()), self._wanted))
-        length = max(wanted_length, _ceil_div(int(contexts.max()), _MOST_PARTS))
-        tiles = _ceil_div(contexts, _ceil_div(contexts, length) * TILE)
-        spans = tiles * TILE
-        order = np.argsort(-np.minimum(spans, contexts - 1), kind="stable")
-        parts = _ceil_div(contexts, spans)[order]
-        rows, begins = np.repeat(order, parts), np.repeat(np.cumsum(parts) - parts, parts)
-        places, positions = np.arange(len(rows)) - begins, contexts[rows] - 1
+        wanted, rest = self._wanted(len(contexts))
+        length = max(TILE, _ceil_div(int(contexts.sum()), wanted), _ceil_div(int(contexts.max()), _MOST_PARTS))
+        counts = np.maximum(1, _ceil_div(contexts - int(rest * length), length))
+        is_similar = int(contexts.max()) * len(contexts) <= _SIMILAR * int(contexts.sum())
+        if is_similar and counts.sum() > _AT_ONCE / self._rows_per_processor:
+            counts[:] = 1
+        spans = _ceil_div(contexts, counts * TILE) * TILE
+        parts = _ceil_div(contexts, spans)
+        rows = np.repeat(np.arange(len(contexts)), parts)
+        places = np.arange(len(rows)) - (np.cumsum(parts) - parts)[rows]
+        positions = contexts[rows] - 1
         firsts = places * spans[rows]
         lasts = np.minimum(firsts + spans[rows], positions)
-        return np.stack((rows, places, np.repeat(parts, parts), firsts, lasts, positions)).astype(np.int32)
+        return np.stack((rows, places, parts[rows], firsts, lasts, positions)).astype(np.int32)
 
 
 def decode_buckets(max_num_seqs: int) -> list[int]:

@@ -30,8 +30,9 @@ from hbserve_core.cuda_runner.kernels.attention_parts import (
 )
 from hbserve_core.cuda_runner.kernels.dependent_launch import LAUNCH, begin, num_processors
 
-_FEW_PROGRAMS = 3
-"""Number of programs per multiprocessor up to which they are too few to hide the latency of each one's reads."""
+_FEW_PROGRAMS = 3.5
+"""Number of programs per multiprocessor, with those of unused pieces, up to which they are too few to hide the latency
+of each one's reads. One row for each, and the pieces that SplitKV wants beside so few."""
 _JOINED_AT_ONCE = 4096
 """Number of elements of several parts that are combined at once."""
 
