@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate
 from operator import attrgetter
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -35,38 +35,23 @@ from hbserve_core.logits.rows import LogitsRow, special_rows
 from hbserve_rpc import SamplingParams
 from hbserve_rpc.settings import ROWS_PER_SEQUENCE
 
-_Integers = TypeVar("_Integers", int, npt.NDArray[np.int32])
-
-_ALIGNMENT = 4
-_SMALLEST_PREFILL, _LARGEST_PREFILL_STEP = 32, 128
+_ALIGNMENT, _SMALLEST_PREFILL, _LARGEST_PREFILL_STEP = 4, 32, 128
 _MOST_ALONE = 256
 """Most rows of a step with prompts for which there is another graph without decodes: leaving them out is worthwhile."""
 _KERNELS_DIFFER = (32, 64, 128, 256, 512, 1024)
 """Numbers of rows of steps with prompts, one from each range in which the same kernels are chosen."""
 TILE = 64
 """Number of tokens of which the length of a piece of a decode's context is a multiple."""
-_MOST_PARTS = 64
-_AT_ONCE = 4
-"""Number of programs of decode attention that fit on a multiprocessor at once. Three do while they are few, because
-each of them then has more reads in flight."""
+_MOST_PARTS, _AT_ONCE, _SIMILAR = 64, 4, 1.25
 _PIECES = ((1, 2.5, 1 / 4), (_AT_ONCE, 3, 1 / 8), (float("inf"), _AT_ONCE, 1 / 8))
-"""Numbers of pieces that are wanted: up to how many rows, how many pieces, and by which part of a piece a row may be
-longer before it is cut once more. Rows and pieces are those for each multiprocessor, where a row counts once for each
-key head, as programs do.
-
-With fewer pieces a long context ends alone; with more, some pieces begin after all others. Measured in
+"""Numbers of pieces that are wanted: up to how many rows, how many, and by which part of one a row may be longer before
+it is cut once more. Rows and pieces count once for each key head, and are those for each multiprocessor, which holds
+`_AT_ONCE` programs. With fewer pieces a long context ends alone, with more some begin after all others. Measured in
 docs/performance-kernels.md, "Attention of a decode step"."""
-_SIMILAR = 1.25
-"""Ratio of the longest context to the mean up to which contexts stay whole if their parts would not all fit at once."""
 
 
-def _aligned(count: int) -> int:
-    return _ceil_div(count, _ALIGNMENT) * _ALIGNMENT
-
-
-def _ceil_div(dividend: _Integers, divisor: Any) -> _Integers:
-    result: _Integers = -(-dividend // divisor)
-    return result
+def _ceil_div(dividend: Any, divisor: Any) -> Any:
+    return -(-dividend // divisor)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,12 +65,7 @@ class StepShape:
 
     def fits(self, other: "StepShape") -> bool:
         """Return whether a step of this shape can be padded to the other."""
-        return (
-            self.rows <= other.rows
-            and self.sequences <= other.sequences
-            and self.pieces <= other.pieces
-            and self.tiles <= other.tiles
-        )
+        return all(getattr(self, size) <= getattr(other, size) for size in self.__slots__)
 
     @property
     def fixed_size(self) -> int:
@@ -99,7 +79,7 @@ def _parts(shape: StepShape) -> list[tuple[int, int, int, int]]:
     columns = (1, shape.rows, shape.sequences, shape.pieces, shape.tiles, shape.sequences, shape.sequences)
     found, first = [], 0
     for rows, count in zip((1, 4, 3, 6, 2, 2, 7), columns, strict=True):
-        end = first + rows * _aligned(count)
+        end = first + rows * _ceil_div(count, _ALIGNMENT) * _ALIGNMENT
         found.append((first, end, rows, count))
         first = end
     return found
@@ -125,20 +105,18 @@ class StepView:
 
 
 class SplitKV:
-    """Split-KV: division of a step's decodes into pieces of similar length, for kernels/decode_attention.py.
+    """Split-KV: division of a step's decodes into pieces, for kernels/decode_attention.py, whose programs take one
+    piece and one key head each.
 
-    A program takes one piece and one key head. If the rows are few, there are nearly as many pieces as programs fit on
-    the device at once; if they are many, no piece is longer than one of that many would be. So neither a few long
-    sequences among short ones nor a single one leaves multiprocessors idle. The number of pieces is bounded by the
-    number of rows, so a graph has room for all.
+    No piece takes much longer than the whole device takes for all, so neither a few long contexts among short ones nor
+    a single one leaves multiprocessors idle. The number of rows bounds that of pieces, so a graph has room for all.
     """
 
     def __init__(self, num_kv_heads: int, num_processors: int) -> None:
         self._rows_per_processor = num_kv_heads / num_processors
 
     def _wanted(self, rows: int) -> tuple[int, float]:
-        """Return the number of pieces that this many rows ask for, and what a row's last one may be longer; see
-        `_PIECES`."""
+        """Return how many pieces are wanted, and by which part of one a row may be longer; see `_PIECES`."""
         load = rows * self._rows_per_processor
         _, per_processor, rest = next(each for each in _PIECES if load <= each[0])
         return max(1, int(per_processor / self._rows_per_processor)), rest
