@@ -259,16 +259,31 @@ def test_every_failure_that_is_known_elsewhere_has_a_test_that_cites_it():
             assert any(number in sources[test] for test in tests), f"{published}: no test cites {number}"
 
 
+def test_every_failure_that_a_test_cites_is_on_the_page_of_known_failures():
+    page = (ROOT / "docs/known-failures.md").read_text()
+    known = set(re.findall(r"#\d+", page))
+    cited = {
+        (path.name, number)
+        for path in [*ROOT.glob("packages/*/tests/*.py"), *ROOT.glob("tests/*.py")]
+        for number in re.findall(r"[\w,] (#\d+)", path.read_text())
+    }
+    assert len(cited) > 150
+    assert {each for each in cited if each[1] not in known} == set()
+
+
 def known_failures() -> list[tuple[str, str]]:
     """Return the issues and the tests of each entry of docs/known-failures.md, without the last section, whose entries
     need no tests."""
-    answered, _ = (ROOT / "docs/known-failures.md").read_text().split("\n## What does not apply")
+    _, sections = (ROOT / "docs/known-failures.md").read_text().split("\n## ", 1)  # what is before it are contents
+    answered, _ = sections.split("\n## What does not apply")
     entries = []
     for entry in re.findall(r"^- (.*?)(?=^\S|\Z)", answered, re.M | re.S):
-        published, there, here, shown_by = (" ".join(part.split()) for part in entry.split("\n  - "))
-        assert re.search(r"#\d+", published), f"{published}: names no issue"
-        assert there.startswith("what happens there: "), published
-        assert here.startswith("what HBServe does: "), published
-        assert shown_by.startswith("shown by: "), published
-        entries.append((published, shown_by))
+        there, seen_in, here, shown_by = (" ".join(part.split()) for part in entry.split("\n  - "))
+        assert "#" not in there, f"{there}: its issues belong under `seen in`"
+        assert re.match(r"seen in: .*#\d+", seen_in), f"{there}: names no issue"
+        assert here.startswith("HBServe: "), there
+        assert shown_by.startswith("shown by: "), there
+        entries.append((seen_in.removeprefix("seen in: "), shown_by))
+    issues = re.findall(r"#\d+", answered)
+    assert issues == [each for published, _ in entries for each in re.findall(r"#\d+", published)], "not in an entry"
     return entries

@@ -198,7 +198,7 @@ def test_an_answer_follows_its_schema_and_what_cannot_be_followed_is_a_400(serve
 
 
 def test_clients_that_go_away_while_their_answers_come_leave_nothing(server):
-    # Known elsewhere: vLLM #50425, #18491.
+    # Known elsewhere: vLLM #50425.
     body = {"prompt": "Once", "max_tokens": 4000, "ignore_eos": True, "stream": True, "n": 3}
     for num_chunks in (0, 1, 5):
         with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as response:

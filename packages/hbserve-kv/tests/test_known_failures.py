@@ -157,6 +157,6 @@ def test_some_heads_of_a_block_are_a_piece_for_each_place_and_no_other_byte():
 
 @pytest.mark.parametrize("num_ranks", [3, 8])
 def test_ranks_that_the_heads_cannot_be_cut_into_are_refused_with_both_numbers(num_ranks):
-    """More ranks than KV heads were an assertion in the midst of a request: vLLM #45330, SGLang #15674."""
+    """More ranks than KV heads were an assertion when the two sides met: vLLM #45330."""
     with pytest.raises(ValueError, match=f"4 heads cannot be split into {num_ranks} equal parts"):
         HeadRange.of_rank(0, num_ranks, 4)

@@ -144,6 +144,7 @@ async def route():
 
 
 async def test_the_prefill_server_is_asked_first_and_the_decode_server_gets_what_it_says(servers, route):
+    # Known elsewhere: vLLM #16705.
     prefill, decode = await servers("p", "d")
     client = await route([prefill], [decode])
     decode.goes_on.clear()
@@ -179,7 +180,6 @@ async def test_both_servers_are_asked_at_once_where_the_connectors_port_is_known
 
 @pytest.mark.parametrize("kv_port", ["", ",7100"])
 async def test_what_the_prefill_server_refuses_is_the_clients_answer(servers, route, kv_port):
-    # Known elsewhere: vLLM #16705.
     prefill, decode = await servers("p", "d")
     client = await route([prefill], [decode], kv_port)
     prefill.status = 400
