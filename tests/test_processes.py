@@ -138,7 +138,7 @@ def test_everything_works_over_ipv6_and_the_scheduler_may_listen_on_every_addres
 
 @pytest.mark.parametrize("fallback", [False, True])
 def test_a_killed_instance_is_named_or_done_without_and_its_restart_serves_again(deploy, fallback):
-    # Known elsewhere: vLLM #58063, #49238, SGLang #28596, #27039, #9926.
+    # Known elsewhere: vLLM #58063, #49238, SGLang #28596, #27039.
     deployment = deploy(["prefill-0", "decode-0"], instance_wait_s=3, local_prefill_fallback=fallback)
     for name in ["scheduler", "prefill-0", "decode-0"]:
         deployment.start(name)

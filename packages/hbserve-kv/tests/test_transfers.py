@@ -175,7 +175,7 @@ async def test_more_blocks_than_granted_are_refused(managers):
 
 
 async def test_a_grant_of_an_earlier_life_is_refused(managers):
-    # Known elsewhere: vLLM #58063, #49238, SGLang #28596, #27039, #9926.
+    # Known elsewhere: vLLM #58063, #49238, SGLang #28596, #27039.
     sender, receiver = await managers(0, "nccl"), await managers(1, "nccl")
     posted = receiver.post_receive("t", [1])
     port = int(receiver.address.rpartition(":")[2])

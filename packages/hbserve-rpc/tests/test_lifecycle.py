@@ -155,7 +155,7 @@ async def test_a_call_made_after_a_restart_is_not_lost_to_answers_to_messages_be
 
 
 async def test_frames_of_an_earlier_life_are_dropped(rpc, start, connect):
-    # Known elsewhere: vLLM #58063, #49238, SGLang #28596, #27039, #9926.
+    # Known elsewhere: vLLM #58063, #49238, SGLang #28596, #27039.
     async def echo(ask):
         return ask
 

@@ -35,6 +35,7 @@ async def roomy_pair(roomy) -> tuple[Any, Any]:
 async def test_where_there_is_room_the_prompt_is_computed_while_the_decode_instance_still_grants(
     make_scheduler, roomy_pair, journal, ask, collect, until
 ):
+    # Known elsewhere: SGLang #26780.
     prefill, decode = roomy_pair
     decode.hold = {"grant"}
     scheduler = await make_scheduler(*roomy_pair)

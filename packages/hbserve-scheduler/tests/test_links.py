@@ -104,6 +104,7 @@ async def test_a_peer_that_cannot_be_connected_is_asked_for_ever_more_rarely_and
 
 
 async def test_a_link_is_looked_at_again_although_nobody_uses_it(make_scheduler, pair, journal, until, monkeypatch):
+    # Known elsewhere: SGLang #9926.
     monkeypatch.setattr(links, "CHECK_S", 0.05)
     pair[0].fail["connect d0"] = []
     scheduler = await make_scheduler(*pair)

@@ -91,7 +91,7 @@ async def test_a_busy_instance_computes_no_prompt_for_its_cache(make_scheduler, 
 async def test_where_no_prefill_instance_is_left_decode_instances_compute_prompts_until_one_is_back(
     make_scheduler, three, collect, until
 ):
-    # Known elsewhere: dynamo #14284.
+    # Known elsewhere: SGLang #14284.
     prefill, *decodes = three
     scheduler = await make_scheduler(*three)
     await collect(scheduler.submit(request("with it")))

@@ -21,7 +21,7 @@ from hbserve_testing.narrowing import of_type
 async def test_the_decode_instance_reserves_before_the_prefill_begins(
     make_scheduler, pair, journal, ask, collect, until
 ):
-    # Known elsewhere: vLLM #42839; SGLang #26780, #40703, #25063.
+    # Known elsewhere: vLLM #42839; SGLang #25063.
     prefill, decode = pair
     decode.hold = {"grant"}
     scheduler = await make_scheduler(*pair)
