@@ -33,8 +33,8 @@ from typing import IO
 
 import yaml
 
+from hbserve.client.http_stream import HttpClient
 from hbserve.load.asking import Outcome, ask
-from hbserve.load.http_stream import HttpClient
 from hbserve_testing.narrowing import present
 from hbserve_testing.processes import children_of, command_of
 from hbserve_testing.small_models import write_small_model

@@ -18,6 +18,7 @@ from hbserve_fake_scheduler import FakeServer
 from typer.testing import CliRunner
 
 from hbserve.__main__ import app
+from hbserve.client.http_stream import HttpClient
 from hbserve.load import prompts
 from hbserve.load.args import Backend, BenchServeArgs, CompareArgs, Dataset
 from hbserve.load.arrivals import arrival_times
@@ -26,7 +27,6 @@ from hbserve.load.bench_serve import bench_serve
 from hbserve.load.compare import Measured, Server, compare
 from hbserve.load.compare import lines as compared
 from hbserve.load.generator import Load, Watch
-from hbserve.load.http_stream import HttpClient
 from hbserve.load.report import Wanted, figures, goals_of, handoff_s, percentile
 from hbserve.server.http.http_server import HttpServer
 from hbserve.text.tokenizer import load_tokenizer
@@ -257,7 +257,7 @@ async def test_what_fails_is_counted_and_said_and_is_in_no_latency(scripted, cap
     result = await bench(scripted, num_prompts=5, max_concurrency=1, save_detailed=True)  # after the first, alone
     assert (result["completed"], result["failed"]) == (1, 4)
     errors = capsys.readouterr().err
-    for said in ("the connection has ended", "HTTP 429", "it died", "JSON"):
+    for said in ("ended its answer too early", "HTTP 429", "it died", "JSON"):
         assert said in errors
     assert result["output_lens"] == [0, 0, 0, 0, 3]
 
@@ -386,9 +386,9 @@ async def test_what_speaks_no_http_and_an_answer_cut_off_are_errors():
 
     async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
         client = HttpClient(f"127.0.0.1:{server.sockets[0].getsockname()[1]}", {})
-        with pytest.raises(PeerLost, match="does not speak HTTP"):
+        with pytest.raises(RemoteError, match="does not speak HTTP"):
             await client.request("GET", "/hello")
-        with pytest.raises(PeerLost, match="has ended before the answer"):
+        with pytest.raises(PeerLost, match="has ended its answer too early"):
             await client.request("GET", "/cut-off")
         client.close()
 

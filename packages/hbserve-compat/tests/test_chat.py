@@ -18,7 +18,8 @@ import zmq.asyncio
 from hbserve_fake_scheduler import FakeServer
 from hbserve_served import served
 
-from hbserve.client.chat_client import ChatClient, why_not_connected
+from hbserve.client.chat_client import ChatClient
+from hbserve.client.http_stream import why_not_connected
 from hbserve.commands.chat import Conversation
 from hbserve.server.http.http_server import HttpServer
 from hbserve.text.tokenizer import load_tokenizer

@@ -1,16 +1,19 @@
 """`hbserve chat` with servers that break off or are something else, and with what people type or paste."""
 
 import asyncio
+import contextlib
 import io
 import os
 import pty
+import socket
 import sys
 import termios
 from collections.abc import AsyncIterator
 
 import pytest
 
-from hbserve.client.chat_client import ChatClient, why_not_connected
+from hbserve.client.chat_client import ChatClient
+from hbserve.client.http_stream import why_not_connected
 from hbserve.commands.chat import MOST_OF_LINE, Conversation
 from hbserve_rpc import PeerLost, RemoteError
 from hbserve_testing.waits import until
@@ -84,6 +87,24 @@ async def test_what_is_no_stream_of_events_is_not_an_empty_answer(content):
 )
 async def test_an_answer_ends_by_its_own_rules_though_the_connection_stays(answer, pieces):
     assert await asked(answer, stays_open=True) == pieces
+
+
+async def test_an_answer_without_a_length_ends_with_its_connection():
+    assert await asked(OK + b"\r\n" + EVENT + END) == [("half", None), ("", "length")]
+    with pytest.raises(RemoteError, match=r"answered 500: 'boom'$"):
+        await asked(b"HTTP/1.0 500 X\r\n\r\nboom")
+
+
+async def test_a_host_that_takes_no_connections_is_no_server_that_is_slow_to_answer(monkeypatch):
+    monkeypatch.setattr("hbserve.client.http_stream.CONNECT_TIMEOUT_S", 0.1)
+    monkeypatch.setattr("hbserve.client.chat_client.ANSWER_TIMEOUT_S", 0.1)
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as full, contextlib.ExitStack() as held:
+        for _ in range(4):  # more than its queue has room for
+            waiting = held.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(full.getsockname())
+        with pytest.raises(PeerLost, match=r"--url: no server at 127\.0\.0\.1:\d+: no answer$"):
+            await ChatClient(f"127.0.0.1:{full.getsockname()[1]}", None).require_server()
 
 
 @pytest.mark.parametrize(

@@ -1,1 +1,1 @@
-"""A client of any server that speaks OpenAI's API, with parsers of the server's URL and events."""
+"""A client of any server that speaks OpenAI's API: of its URL, its answers' HTTP and their events."""

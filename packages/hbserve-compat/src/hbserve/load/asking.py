@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from hbserve.client.event_data import EventData
-from hbserve.load.http_stream import HttpClient
+from hbserve.client.http_stream import HttpClient
 from hbserve_rpc import HBServeRpcError
 from hbserve_rpc.plain_values import shown
 
@@ -154,7 +154,7 @@ async def ask(client: HttpClient, path: str, body: dict[str, Any], outcome: Outc
     encoded = msgspec.json.encode(body)
     outcome.start_s = time.perf_counter()
     try:
-        status, text = await client.request("POST", path, encoded, reader.feed, request_id)
+        status, text, _ = await client.request("POST", path, encoded, reader.feed, request_id)
     except (HBServeRpcError, OSError, msgspec.DecodeError) as error:
         outcome.error = f"{type(error).__name__}: {error}"
     else:

@@ -14,12 +14,12 @@ from typing import Any
 
 import msgspec
 
+from hbserve.client.http_stream import HttpClient
 from hbserve.client.server_url import require_header, require_path
 from hbserve.load import arrivals, prompts
 from hbserve.load.args import BenchServeArgs, Dataset
 from hbserve.load.asking import Outcome, ask
 from hbserve.load.generator import Load, send_load
-from hbserve.load.http_stream import HttpClient
 from hbserve.load.prompts import Prompt, Vocabulary
 from hbserve.load.report import METRICS, Wanted, complaint, details, figures, goals_of, lines
 from hbserve.output_file import require_writable, write_results
@@ -271,7 +271,7 @@ async def _find_model(client: HttpClient, timeout_s: float) -> tuple[str, str]:
     deadline_s = time.monotonic() + timeout_s
     while True:
         try:
-            status, text = await client.request("GET", "/v1/models")
+            status, text, _ = await client.request("GET", "/v1/models")
         except PeerLost as error:
             if time.monotonic() > deadline_s:
                 raise RequestTimeout(

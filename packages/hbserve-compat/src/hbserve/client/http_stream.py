@@ -7,27 +7,50 @@ a body is passed on in the same iteration of the event loop, without waking a ta
 import asyncio
 import ssl
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import httptools
 
-from hbserve.client.chat_client import why_not_connected
 from hbserve.client.server_url import parse_url
-from hbserve_rpc import PeerLost
+from hbserve_rpc import PeerLost, RemoteError
 
 CONNECT_TIMEOUT_S = 30.0
+
+
+class HttpAnswer(NamedTuple):
+    """The answer to a request."""
+
+    status: int
+    body: bytes
+    location: str | None
+    """Address that a redirection points to."""
+
+
+def why_not_connected(address: str, error: Exception) -> str:
+    """Describe, in one line, why a connection failed. A certificate that is not trusted does not mean that there is no
+    server."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        cure = "SSL_CERT_FILE names a file of certificates that are"
+        return f"the certificate of {address} is not trusted: {error.verify_message}; {cure}"
+    if isinstance(error, ssl.SSLError):
+        return f"the server at {address} does not speak TLS as asked for ({error.reason}); is its URL http://?"
+    return f"no server at {address}: {str(error) or 'no answer'}"
 
 
 class HttpClient:
     """A pool of connections to one server, which has at most as many as there are requests at a time."""
 
-    def __init__(self, base_url: str, headers: dict[str, str], *, verify: bool = True) -> None:
-        """Connect to nothing yet. Raises InvalidAddress."""
-        url = parse_url("--base-url", base_url)
+    def __init__(
+        self, base_url: str, headers: dict[str, str], *, option: str = "--base-url", verify: bool = True
+    ) -> None:
+        """Connect to nothing yet. `option` has set `base_url`. Raises InvalidAddress."""
+        url = parse_url(option, base_url)
         self._ssl: ssl.SSLContext | None = None
         if url.is_secure:
             self._ssl = ssl.create_default_context() if verify else ssl._create_unverified_context()
         self._address = url.host, url.port
+        self.authority = url.authority
+        """Host and port, as errors name the server."""
         self.prefix = url.path
         """Path of the base URL, which is put before the path of every request."""
         lines = {"Host": url.authority, "Content-Type": "application/json", **headers}
@@ -41,14 +64,15 @@ class HttpClient:
         body: bytes = b"",
         on_data: Callable[[bytes], None] | None = None,
         request_id: str = "",
-    ) -> tuple[int, bytes]:
-        """Send a request. Returns the status and the body.
+    ) -> HttpAnswer:
+        """Send a request, and wait for the whole answer.
 
         `on_data` is called with each piece of the body as it comes, if the status is 200. The returned body is then
         empty.
 
         Raises:
             PeerLost: there is no connection, or it ended before the answer.
+            RemoteError: the server does not speak HTTP.
         """
         head = f"{method} {self.prefix}{path} HTTP/1.1\r\n{self._head}Content-Length: {len(body)}\r\n"
         head += f"X-Request-Id: {request_id}\r\n\r\n" if request_id else "\r\n"
@@ -67,14 +91,17 @@ class HttpClient:
             self._idle.append(connection)
         return answer
 
+    async def connect(self) -> None:
+        """Open a connection, which the next request uses. Raises PeerLost."""
+        self._idle.append(await self._connect())
+
     async def _connect(self) -> "_Connection":
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
                 _, connection = await loop.create_connection(_Connection, *self._address, ssl=self._ssl)
-        except (OSError, TimeoutError) as error:
-            host, port = self._address
-            raise PeerLost(why_not_connected(f"{host}:{port}", error)) from None
+        except OSError as error:
+            raise PeerLost(why_not_connected(self.authority, error)) from None
         return connection
 
     def close(self) -> None:
@@ -89,20 +116,21 @@ class _Connection(asyncio.Protocol):
     def __init__(self) -> None:
         self._transport: asyncio.Transport | None = None
         self._parser: Any = None
-        self._answer: asyncio.Future[tuple[int, bytes]] | None = None
+        self._answer: asyncio.Future[HttpAnswer] | None = None
         self._on_data: Callable[[bytes], None] | None = None
         self._body: list[bytes] = []
-        self._keep_alive = True
+        self._fields: dict[bytes, bytes] = {}
+        self._keep_alive, self._has_head = True, False
 
     @property
     def is_open(self) -> bool:
         return self._transport is not None and not self._transport.is_closing()
 
-    async def ask(self, request: bytes, on_data: Callable[[bytes], None] | None) -> tuple[int, bytes]:
+    async def ask(self, request: bytes, on_data: Callable[[bytes], None] | None) -> HttpAnswer:
         assert self._transport is not None
         assert self._answer is None, "one request at a time"
-        self._parser = httptools.HttpResponseParser(self)
-        self._on_data, self._body = on_data, []
+        self._parser, self._has_head = httptools.HttpResponseParser(self), False
+        self._on_data, self._body, self._fields = on_data, [], {}
         self._answer = asyncio.get_running_loop().create_future()
         self._transport.write(request)
         try:
@@ -126,24 +154,31 @@ class _Connection(asyncio.Protocol):
             return
         try:
             self._parser.feed_data(data)
-        except (httptools.HttpParserError, httptools.HttpParserCallbackError) as error:
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
             self._fail(error.__context__ or error)
 
     def connection_lost(self, error: Exception | None) -> None:
-        self._fail(PeerLost(f"the connection has ended before the answer: {error or 'closed by the server'}"))
+        is_framed = not self._fields.keys().isdisjoint((b"content-length", b"transfer-encoding"))
+        if error is None and self._has_head and not is_framed:  # then the end of the connection is that of the body
+            self._finish()
+        self._fail(PeerLost(f"the server has ended its answer too early: {error or 'it closed the connection'}"))
 
     def _fail(self, error: BaseException) -> None:
         if self._answer is not None and not self._answer.done():
             known = error if isinstance(error, Exception) else RuntimeError(repr(error))
-            if isinstance(known, httptools.HttpParserError):
-                known = PeerLost(f"the server there does not speak HTTP: {known}")
+            if isinstance(known, (httptools.HttpParserError, httptools.HttpParserUpgrade)):
+                known = RemoteError(f"the server there does not speak HTTP: {known}")
             self._answer.set_exception(known)
         self.close()
 
     # ---- called by the parser ----------------------------------------------------------------------------------------
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._fields[name.lower()] = value
+
     def on_headers_complete(self) -> None:
         self._keep_alive = self._parser.should_keep_alive()
+        self._has_head = self._parser.get_status_code() >= 200  # a lower one is interim (100 Continue)
 
     def on_body(self, body: bytes) -> None:
         if self._on_data is not None and self._parser.get_status_code() == 200:
@@ -152,7 +187,13 @@ class _Connection(asyncio.Protocol):
             self._body.append(body)
 
     def on_message_complete(self) -> None:
-        if not self._keep_alive and self._transport is not None:
-            self._transport.close()
+        if self._has_head:
+            if not self._keep_alive and self._transport is not None:
+                self._transport.close()
+            self._finish()
+
+    def _finish(self) -> None:
         if self._answer is not None and not self._answer.done():
-            self._answer.set_result((self._parser.get_status_code(), b"".join(self._body)))
+            status, place = self._parser.get_status_code(), self._fields.get(b"location")
+            location = None if place is None else place.decode("latin-1")
+            self._answer.set_result(HttpAnswer(status, b"".join(self._body), location))
