@@ -1,7 +1,8 @@
 """Reasoning and tool calls in an answer's text, in whatever pieces that comes."""
 
 import json
-import time
+import re
+import sys
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -12,6 +13,7 @@ from hbserve_fake_scheduler import FakeServer, chunks_of
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from hbserve.server.chat import call_parts, tool_calls
 from hbserve.server.chat.message_parts import MessageParts, PlainText, merged
 from hbserve.server.chat.reasoning import SEED_THINK, ReasoningSplit
 from hbserve.server.chat.tool_calls import (
@@ -266,16 +268,62 @@ def test_a_message_is_the_same_in_whatever_pieces_its_text_comes(case, places):
     assert read(make, text, list(range(len(text)))) == (message, reason)
 
 
-def test_a_long_argument_of_qwen3_coder_is_read_as_quickly_as_one_of_hermes():
-    def taken_s(reader: MessageParts, *pieces: str) -> float:
-        begun = time.process_time()
-        for piece in pieces:
-            reader.feed(piece, final=False)
-        return time.process_time() - begun
+class CountedPattern:
+    """A pattern that counts the characters that it is given to look at."""
 
-    value = ["words of a file\\n"] * 8000
-    as_json = taken_s(HermesCalls(), '<tool_call>{"name": "edit", "arguments": {"path": "', *value)
-    assert taken_s(coder_calls(), "<tool_call><function=edit><parameter=path>", *value) < 20 * as_json
+    def __init__(self, pattern: re.Pattern[str], counts: list[int]) -> None:
+        self._pattern = pattern
+        self._counts = counts
+
+    def __getattr__(self, method: str) -> Callable[..., Any]:
+        def look(text: str, begin: int = 0, end: int = sys.maxsize) -> Any:
+            self._counts.append(min(len(text), end) - begin)
+            return getattr(self._pattern, method)(text, begin, end)
+
+        return look
+
+
+PARAMETER = "<tool_call><function=edit><parameter=path>"
+
+
+@pytest.mark.parametrize(
+    ("make", "beginning", "piece"),
+    [
+        (coder_calls, PARAMETER, "words "),
+        (coder_calls, PARAMETER + "if a < b:\n", "words "),
+        (coder_calls, PARAMETER + "<parameter=", "word"),
+        (coder_calls, PARAMETER + "</parameter>", " \n"),
+        (coder_calls, "<tool_call><function=", "word"),
+        (HermesCalls, '<tool_call>{"name": "edit", "arguments": {"path": "', "words "),
+        (HermesCalls, '<tool_call>{"name": "', "word"),
+        (MistralCalls, "[TOOL_CALLS]", "word"),
+        (MistralCalls, "[TOOL_CALLS]", " "),
+        (PhiCalls, "functools", " "),
+    ],
+)
+def test_a_long_call_takes_work_that_grows_with_its_length(monkeypatch, make, beginning, piece):
+    counts: list[int] = []
+    for owner in (
+        call_parts,
+        tool_calls,
+        call_parts.XmlCall,
+        call_parts.NamedCall,
+        call_parts.JsonCall,
+        ListCalls,
+        PhiCalls,
+    ):
+        for name, value in list(vars(owner).items()):
+            if isinstance(value, re.Pattern):
+                monkeypatch.setattr(owner, name, CountedPattern(value, counts))
+
+    def looked_at(num_pieces: int) -> int:
+        counts.clear()
+        parts = make()
+        for text in [beginning, *[piece] * num_pieces]:
+            parts.feed(text, final=False)
+        return sum(counts)
+
+    assert looked_at(4000) < 2.5 * looked_at(2000)
 
 
 HEAD = '{"name": "f", "arguments": '

@@ -17,10 +17,15 @@ _FUNCTION = re.compile(r"\s*<function=([^>\n]+)>\s*(?=<)")
 """Beginning of a call as Qwen3-Coder writes it."""
 _PARAMETER = re.compile(r"\s*<parameter=([^>\n]+)>\n?")
 """Beginning of a parameter up to its value."""
-_VALUE_END = re.compile(r"</parameter>|(?=<(parameter|function)=([^<>\n]+)>)")
+_VALUE_END = re.compile(r"</parameter>|(?=<(parameter|function)=([^<>\n]{1,256})>)")
 """End of a value, or a tag that may end it if the model has left the end out. It has no `<` but its first character."""
+_VALUE_END_BEGUN = re.compile(r"<(?:/?[a-z]{0,9}|(?:parameter|function)=[^<>\n]{0,256})\Z")
+"""Text at the end that may become one of these."""
 _FUNCTION_END = re.compile(r"\s*(?:</parameter>\s*)?(?:</function>|(?=<function=))")
 """End of such a call, or the beginning of the next one, if the model has left the end out."""
+MOST_HEAD = 1000
+"""Number of characters that the beginning of a call may have, up to its arguments; so too that of a parameter, or their
+end. What is longer is none: else all text since then would be looked at with each piece that comes."""
 _WORDS = {"True": True, "False": False, "None": None}
 """Constants as Python writes them, and so does Qwen3-Coder."""
 
@@ -50,7 +55,7 @@ class Call:
         self._text += text
         if self.is_known:
             return self._arguments()
-        head = self.head.match(self._text)
+        head = self.head.match(self._text, 0, MOST_HEAD)
         if head is None:
             return [], None
         self._sent = head.end()
@@ -107,7 +112,7 @@ class XmlCall(Call):
 
     def _arguments(self) -> tuple[list[dict[str, Any]], str | None]:
         deltas: list[dict[str, Any]] = []
-        while parameter := _PARAMETER.match(self._text, self._sent):
+        while parameter := _PARAMETER.match(self._text, self._sent, self._sent + MOST_HEAD):
             value = self._value(parameter[1], parameter.end())
             if value is None:
                 return deltas, None
@@ -115,7 +120,7 @@ class XmlCall(Call):
             plain = msgspec.json.encode(_typed(value, self._properties.get(parameter[1]))).decode()
             deltas.append(self._delta(None, f"{', ' if self._given else '{'}{name}: {plain}"))
             self._given.add(parameter[1])
-        end = _FUNCTION_END.match(self._text, self._sent)
+        end = _FUNCTION_END.match(self._text, self._sent, self._sent + MOST_HEAD)
         if end is None:
             return deltas, None
         self._is_complete = True
@@ -123,15 +128,17 @@ class XmlCall(Call):
 
     def _value(self, name: str, begin: int) -> str | None:
         """Return the value of a parameter, and move `_sent` behind it; None if its end has not come yet."""
-        for end in _VALUE_END.finditer(self._text, max(begin, self._searched)):
+        searched = max(begin, self._searched)
+        for end in _VALUE_END.finditer(self._text, searched):
             if end[1] is None or self._may_follow(name, *end.groups()):
                 value = self._text[begin : end.start()]
                 if end[1] == "function":
                     value = value.rstrip().removesuffix("</function>")
                 self._sent = end.end() if end[1] is None else begin + len(value)
                 return value.removesuffix("\n")
-        last = self._text.rfind("<", max(begin, self._searched))
-        self._searched = last if last >= 0 else len(self._text)
+        last = self._text.rfind("<", searched)
+        is_begun = last >= 0 and _VALUE_END_BEGUN.match(self._text, last)
+        self._searched = last if is_begun else len(self._text)
         return None
 
     def _may_follow(self, name: str, kind: str, other: str) -> bool:
@@ -145,6 +152,7 @@ class XmlCall(Call):
         if is_cut or self._is_complete:
             return super().end(is_cut=is_cut)
         self._text = text.rstrip().removesuffix("</function>")  # what is open may be a parameter, too
+        self._searched = min(self._searched, len(self._text))
         deltas, _ = self.feed("</parameter></function>")
         return deltas, "" if self.is_known else text
 
@@ -197,7 +205,7 @@ class NamedCall(Call):
 
     def feed(self, text: str) -> tuple[list[dict[str, Any]], str | None]:
         deltas, rest = super().feed(text)
-        if not self.is_known and _NOT_NAMED.search(self._text):
+        if not self.is_known and (len(self._text) > MOST_HEAD or _NOT_NAMED.search(self._text)):
             self._text, rest = "", self._text
         return deltas, rest
 

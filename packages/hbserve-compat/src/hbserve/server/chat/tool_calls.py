@@ -14,12 +14,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from hbserve.server.chat.call_parts import Call, JsonCall, NamedCall, XmlCall
+from hbserve.server.chat.call_parts import MOST_HEAD, Call, JsonCall, NamedCall, XmlCall
 from hbserve.server.chat.message_parts import MessageParts, TagSearch
 
 BEGIN, END = "<tool_call>", "</tool_call>"
 SEED_BEGIN, SEED_END = "<seed:tool_call>", "</seed:tool_call>"
 MISTRAL_BEGIN, GRANITE_BEGIN, PHI_BEGIN = "[TOOL_CALLS]", "<|tool_call|>", "functools["
+_OPENING_BEGUN = re.compile(r"\s*(\[\s*)?")
+"""Text behind a tag that may become the opening of a list of calls."""
 Format = Literal["hermes", "llama3_json", "qwen3_coder", "seed_oss", "mistral", "mistral_json", "granite", "phi4_mini"]
 
 
@@ -187,12 +189,12 @@ class ListCalls(_CallsInText):
         """Decide from the text behind a tag whether a call or text begins. Return what is left to read, or None if
         neither is certain."""
         self._held = ""
-        if opening := self.opening.match(text):
+        if opening := self.opening.match(text, 0, MOST_HEAD):
             self._place = "text" if opening[1] is None else "list"
             self._unread += text[: opening.end()]
             self._call = self._begin()
             return text[opening.end() :]
-        if re.fullmatch(r"\s*(\[\s*)?", text):
+        if len(text) < MOST_HEAD and _OPENING_BEGUN.fullmatch(text):
             self._held = text
             return None
         return self._go_on(text)
