@@ -43,16 +43,6 @@ async def test_a_message_has_thinking_text_and_tool_use_as_blocks(server):
     }  # fmt: skip
 
 
-async def test_a_call_that_is_cut_has_the_text_of_its_arguments_as_input(server):
-    num_tokens = sum(len(step) for step in server.scheduler.steps) - len(": 1}}</tool_call>")
-    whole = (await ask(server, tools=[TOOL], max_tokens=num_tokens)).json()
-    assert (whole["stop_reason"], whole["content"][-1]["input"]) == ("max_tokens", {"arguments": '{"a"'})
-    events = named_events_of(await ask(server, tools=[TOOL], max_tokens=num_tokens, stream=True))
-    grown = [each["delta"].get("partial_json", "") for each in events if each["type"] == "content_block_delta"]
-    assert "".join(grown) == '{"a"'
-    assert events[-2]["delta"]["stop_reason"] == "max_tokens"
-
-
 async def test_events_come_in_their_order_and_make_the_same_message(server):
     whole = (await ask(server, tools=[TOOL])).json()
     events = named_events_of(await ask(server, tools=[TOOL], stream=True))

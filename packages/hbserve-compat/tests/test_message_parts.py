@@ -264,7 +264,7 @@ def test_a_message_is_the_same_in_whatever_pieces_its_text_comes(case, places):
     make, text, expected = CASES[case]
     message, reason = read(make, text, places)
     assert message == expected
-    assert reason == ("tool_calls" if "calls" in expected else "stop")
+    assert reason == ("tool_calls" if "calls" in expected and "call that is cut" not in case else "stop")
     assert read(make, text, list(range(len(text)))) == (message, reason)
 
 
@@ -589,28 +589,3 @@ async def test_an_effort_switches_thinking_on_or_off_unless_the_template_is_told
     for body, said in asked:
         assert (await server.chat(**body)).status_code == 200
         assert server.prompt.endswith(f"[{said}]")
-
-
-@pytest.mark.parametrize("template", [HERMES, HERMES + "{# <function=name> #}", "[ARGS][TOOL_CALLS]" + TEMPLATE])
-async def test_a_call_that_is_cut_by_length_has_the_same_beginning_of_arguments_whole_and_in_a_stream(
-    small_model, template
-):
-    # As OpenAI's API: the arguments are no whole JSON then, and the finish reason says why.
-    complete = '{"line": 5, "path": "a"}'
-    made = {"qwen3_coder": coder("edit", line="5", path="a"), "mistral": f"[TOOL_CALLS]edit[ARGS]{complete}"}
-    text = made.get(str(format_of(template)), hermes(f'{{"name": "edit", "arguments": {complete}}}'))
-    server = new_server(small_model, *text, template=template)
-    for num_tokens in range(len(text) // 2, len(text)):
-        body = {"tools": CODER_TOOLS, "max_tokens": num_tokens}
-        whole = (await server.chat(**body)).json()["choices"][0]
-        chunks = [chunk["choices"][0] for chunk in chunks_of(await server.chat(**body, stream=True))]
-        assert whole["finish_reason"] == chunks[-1]["finish_reason"] == "length"
-        assert all(chunk["finish_reason"] is None for chunk in chunks[:-1])
-        calls = [call for chunk in chunks for call in chunk["delta"].get("tool_calls", [])]
-        streamed = "".join(call["function"]["arguments"] for call in calls)
-        told = whole["message"].get("tool_calls", [{"function": {"name": None, "arguments": ""}}])
-        assert [each["function"]["arguments"] for each in told] == [streamed]
-        assert complete.startswith(streamed)
-        content = "".join(chunk["delta"].get("content") or "" for chunk in chunks)
-        assert (whole["message"]["content"] or "") == content
-    assert streamed in (complete, complete[:-1])

@@ -100,15 +100,6 @@ async def test_an_answer_that_is_cut_is_incomplete(server):
     assert named_events_of(await ask(server, max_output_tokens=45, stream=True))[-1]["type"] == "response.incomplete"
 
 
-async def test_a_call_that_is_cut_is_an_incomplete_item_with_the_beginning_of_its_arguments(server):
-    num_tokens = sum(len(step) for step in server.scheduler.steps) - len(": 1}}</tool_call>")
-    whole = (await ask(server, tools=[TOOL], max_output_tokens=num_tokens)).json()
-    events = named_events_of(await ask(server, tools=[TOOL], max_output_tokens=num_tokens, stream=True))
-    ended = next(each["item"] for each in reversed(events) if each["type"] == "response.output_item.done")
-    for call in (whole["output"][-1], ended, events[-1]["response"]["output"][-1]):
-        assert (call["type"], call["status"], call["arguments"]) == ("function_call", "incomplete", '{"a"')
-
-
 LOGPROBS = {"include": ["message.output_text.logprobs"], "top_logprobs": 2}
 
 

@@ -45,12 +45,12 @@ class Call:
         """Place in the text up to which arguments were returned; 0: not even the name was."""
         self.is_known = False
         """Whether the call's name was returned."""
-        self._is_complete = False
+        self.is_complete = False
         """Whether all of the call's arguments were returned."""
 
     def feed(self, text: str) -> tuple[list[dict[str, Any]], str | None]:
         """Add text. Return deltas of what is certain now, and the text after the arguments once these are complete."""
-        if self._is_complete:
+        if self.is_complete:
             return [], text
         self._text += text
         if self.is_known:
@@ -123,7 +123,7 @@ class XmlCall(Call):
         end = _FUNCTION_END.match(self._text, self._sent, self._sent + MOST_HEAD)
         if end is None:
             return deltas, None
-        self._is_complete = True
+        self.is_complete = True
         return [*deltas, self._delta(None, "}" if self._given else "{}")], self._text[end.end() :]
 
     def _value(self, name: str, begin: int) -> str | None:
@@ -149,7 +149,7 @@ class XmlCall(Call):
 
     def end(self, *, is_cut: bool) -> tuple[list[dict[str, Any]], str]:
         text = self._text
-        if is_cut or self._is_complete:
+        if is_cut or self.is_complete:
             return super().end(is_cut=is_cut)
         self._text = text.rstrip().removesuffix("</function>")  # what is open may be a parameter, too
         self._searched = min(self._searched, len(self._text))
@@ -214,7 +214,7 @@ class NamedCall(Call):
 
     def _arguments(self) -> tuple[list[dict[str, Any]], str | None]:
         end = self._nesting.end_in(self._text, self._sent)
-        self._is_complete = end is not None
+        self.is_complete = end is not None
         arguments = self._text[self._sent : end]
         self._sent = len(self._text)
         deltas = [self._delta(None, arguments)] if arguments else []
@@ -252,4 +252,5 @@ class JsonCall(NamedCall):
         if not isinstance(name, str):
             return [], self._text
         plain = arguments if isinstance(arguments, str) else msgspec.json.encode(arguments).decode()
+        self.is_complete = True
         return [self._delta(name, plain)], ""

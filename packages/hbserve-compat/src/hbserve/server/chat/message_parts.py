@@ -10,7 +10,8 @@ class MessageParts(Protocol):
         """Add text, and return what is certain now, each as the `delta` of a chunk."""
 
     def reason(self, reason: str | None) -> str | None:
-        """Return the finish reason that clients see, for the one that the answer has; None as long as it has none."""
+        """Return the finish reason that clients see, for the one that the answer has; None as long as it has none. All
+        text has been fed before."""
 
 
 class PlainText:

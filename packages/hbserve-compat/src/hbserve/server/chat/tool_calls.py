@@ -37,6 +37,8 @@ class _Calls:
         """Number of calls after which further calls are left out; None: no limit."""
         self._num_calls = 0
         self._call: Call | None = None
+        self._is_cut = False
+        """Whether the answer has ended within the arguments of its last call."""
         self._border = ""
         """Characters that are left out before the next call; after a call, those that may be between two calls."""
 
@@ -59,14 +61,21 @@ class _Calls:
                 deltas += self._end(is_cut=False)
         return deltas
 
+    @property
+    def _is_kept(self) -> bool:
+        """Whether the next call is not one too many."""
+        return self._most_calls is None or self._num_calls < self._most_calls
+
     def _keep(self, deltas: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        return deltas if self._most_calls is None or self._num_calls < self._most_calls else []
+        return deltas if self._is_kept else []
 
     def _end(self, *, is_cut: bool) -> list[dict[str, Any]]:
         if self._call is None:
             return []
         deltas, text = self._call.end(is_cut=is_cut)
-        deltas = self._keep(deltas) + (self._no_call(text) if text else [])
+        deltas = self._keep(deltas)
+        self._is_cut = is_cut and self._is_kept and self._call.is_known and not self._call.is_complete
+        deltas += self._no_call(text) if text else []
         self._border = "} \n\r\t,;" if self._call.is_known else ""
         self._num_calls += self._call.is_known
         self._call = None
@@ -77,7 +86,7 @@ class _Calls:
         return [{"content": text}] if text.strip() or not self._num_calls else []
 
     def reason(self, reason: str | None) -> str | None:
-        return "tool_calls" if reason == "stop" and self._num_calls else reason
+        return "tool_calls" if reason == "stop" and self._num_calls and not self._is_cut else reason
 
 
 class _CallsInText(_Calls):

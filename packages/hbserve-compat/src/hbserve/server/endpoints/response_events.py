@@ -110,7 +110,7 @@ class ResponseFormat(BlockFormat):
         return f"{PREFIXES[block.kind]}_{self._head['id'].removeprefix(self._body.id_prefix)}_{block.index}"
 
     def _item(self, block: Block, *, begins: bool = False) -> dict[str, Any]:
-        is_cut = self._reason == "length" and block is self._blocks[-1]
+        is_cut = block is self._blocks[-1] and self._reason in ("length", "stop" if block.kind == "call" else None)
         status = "in_progress" if begins else "incomplete" if is_cut else "completed"
         item = {"id": self._id(block), "status": status}
         content = [] if begins else [_part(block)]
