@@ -239,3 +239,16 @@ async def test_a_server_hears_that_nobody_reads_its_answer_any_more(server):
         break
     asked.release()
     await left.wait()
+
+
+async def test_what_a_client_that_left_has_not_read_is_never_taken_for_the_next_answer(server):
+    answers = iter([b"for the first", b"for another"])
+
+    async def answer(_, writer):
+        body = next(answers)
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+
+    connections, _ = await server(answer)
+    asked = await connections.ask("POST", "/")
+    asked.release()
+    assert await read(connections) == (200, b"for another")

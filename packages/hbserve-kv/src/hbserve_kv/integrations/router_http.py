@@ -140,10 +140,10 @@ class Answer(asyncio.Protocol):
         return b"".join([piece async for piece in self.pieces()])
 
     def release(self) -> None:
-        """Keep the connection for other requests if all of the answer has come. Otherwise close it, by which the server
-        hears that nobody reads."""
+        """Keep the connection for other requests if all of the answer has come and was read. Otherwise close it, by
+        which the server hears that nobody reads."""
         self._direct = None
-        if self.is_open and self._is_whole:
+        if self.is_open and self._is_whole and not self._waiting:
             self._keep(self)
         else:
             self.close()
