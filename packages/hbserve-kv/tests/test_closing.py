@@ -76,3 +76,17 @@ async def test_closing_ends_a_send_that_asks_whether_its_receiver_was_restarted_
         await rig.manager.close()
         with pytest.raises(TransferFailed, match="transfer u: the sender was closed"):
             await opening
+
+
+@pytest.mark.parametrize("state", ["before kv.keep", "before kv.fetch"])
+async def test_closing_a_receiver_waits_for_no_answer_of_a_frozen_sender_whose_offer_it_claims(rig, state):
+    victim = rig.start(state)
+    address = await victim.heard("address")
+    victim.tell("offer", "t", 60.0)
+    epoch = await victim.heard("offered")
+    posted = rig.manager.claim("t", address, epoch).fetch(rig.new_blocks())
+    await victim.heard("reached")
+    victim.signal(signal.SIGSTOP)
+    async with asyncio.timeout(DEADLINE_S):
+        await rig.manager.close()
+    assert (await posted.wait()).outcome is not Outcome.COMPLETED

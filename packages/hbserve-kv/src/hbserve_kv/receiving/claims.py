@@ -216,8 +216,10 @@ class Claim:
             self._kept.add_done_callback(lambda _: self.task.cancel())
 
     async def close(self) -> None:
-        self.task.cancel()
-        await asyncio.gather(self.task, *([self._fetching] if self._fetching else []), return_exceptions=True)
+        tasks = [self.task, *([self._fetching] if self._fetching else [])]
+        for each in tasks:
+            each.cancel()  # a frozen sender does not answer the fetch
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _named(heads: HeadRange) -> str:
