@@ -46,6 +46,18 @@ async def test_a_receiver_may_close_as_soon_as_it_has_all(managers):
         await closing
 
 
+@pytest.mark.parametrize("backend", ["nccl", "ipc"])
+async def test_a_receiver_that_is_closed_has_its_blocks_back_from_a_sender_that_is_there(managers, backend):
+    sender, receiver = await managers(0, backend), await managers(1, backend)
+    posted = receiver.post_receive("t", [1, 2])
+    transfer = await sender.open_send("t", posted.grant)
+    transfer.push([5], 0)
+    await receiver.close()
+    sent, received = await transfer.wait(), await posted.wait()
+    assert (received.outcome, received.error) == (Outcome.FAILED_DRAINED, "the receiver was closed")
+    assert (sent.outcome, sent.error) == (Outcome.FAILED_DRAINED, "cancelled by the receiver: the receiver was closed")
+
+
 async def test_a_commit_that_lacks_blocks_is_not_accepted_as_complete(managers):
     # Known elsewhere: vLLM #20263.
     sender, receiver = await managers(0, "nccl"), await managers(1, "nccl")

@@ -76,6 +76,11 @@ class Quarantine:
             await asyncio.sleep(GRACE_S)
         transfer.sender_drained(link.link.key)
 
+    async def until_empty(self, timeout_s: float) -> None:
+        """Wait until every failed transfer is drained, but for no longer than `timeout_s`."""
+        if self._watching:
+            await asyncio.wait(self._watching.values(), timeout=timeout_s)
+
     async def close(self) -> None:
         """Stop watching, and wake whoever waits for transfers that are not drained."""
         watched = list(self._watching)

@@ -98,8 +98,10 @@ class Receiver:
             transfer.fail(f"no sender{of_heads} began within {self._config.expiry_s} s")
 
     async def say_goodbye(self) -> None:
-        """End every transfer and every link, and tell the senders. Call this before the server stops."""
+        """End every transfer and every link, and tell the senders, which may say that they write no more. Call this
+        before the server stops."""
         self._fail_all()
+        await self.quarantine.until_empty(GOODBYE_TIMEOUT_S)
         links = list(self.links.values())
         for link in links:
             link.notices.put_nowait(None)
