@@ -14,6 +14,7 @@ from hbserve_kv_vllm import Engine
 from hbserve_kv import HeadRange, PoolLayout
 from hbserve_kv.memory.layout import CopyPlan, sides
 from hbserve_kv.memory.memory import copy_on_host
+from hbserve_kv.protocol.messages import MOST_CHARACTERS
 
 DEADLINE_S = 60.0
 PREFILL = {"do_remote_decode": True, "do_remote_prefill": False}
@@ -485,13 +486,25 @@ def test_a_prompt_that_is_preempted_while_it_is_computed_is_delivered_or_fails_a
     assert ("num_failed_transfers" in decode.figures) is (moment == "it is being fetched")
 
 
-def test_a_transfer_id_that_a_router_uses_twice_fails_the_second_request_and_nothing_else(engines):
+@pytest.mark.parametrize("transfer_id", ["t", "t" * MOST_CHARACTERS])
+def test_a_transfer_id_that_a_router_uses_twice_fails_the_second_request_and_nothing_else(engines, transfer_id):
     # Known elsewhere: vLLM #42839.
     prefill, decode = engines(), engines(policy="recompute")
     for name in ("a", "b"):
-        prefill.add(f"p{name}", PROMPT, PREFILL | {"transfer_id": "t"})
-        decode.add(f"d{name}", PROMPT, leg(prefill, "t"))
+        prefill.add(f"p{name}", PROMPT, PREFILL | {"transfer_id": transfer_id})
+        decode.add(f"d{name}", PROMPT, leg(prefill, transfer_id))
     until(lambda: len(decode.results) == 2, prefill, decode)
+    assert {result[0::2] for result in decode.results.values()} == {("FINISHED_LENGTH_CAPPED", True)}
+
+
+def test_a_transfer_id_of_two_prefill_servers_at_once_keeps_no_block_of_either(engines):
+    one, other, decode = engines(), engines(), engines(policy="recompute")
+    for prefill in (one, other):
+        decode.add(f"d{port(prefill)}", PROMPT, leg(prefill, "t"))
+    until(lambda: not decode.scheduler._scheduler._orders, decode)
+    for prefill in (one, other):
+        prefill.add("p", PROMPT, PREFILL | {"transfer_id": "t"})
+    until(lambda: len(decode.results) == 2, one, other, decode)
     assert {result[0::2] for result in decode.results.values()} == {("FINISHED_LENGTH_CAPPED", True)}
 
 

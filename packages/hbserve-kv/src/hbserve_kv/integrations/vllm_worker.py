@@ -5,6 +5,7 @@ that transfers, leases and heartbeats go on while the model computes and while t
 import asyncio
 import logging
 import threading
+import uuid
 from collections.abc import Coroutine, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -190,6 +191,7 @@ class WorkerSide:
             posted = claim.fetch(self._pool_blocks(wanted.block_ids), first=wanted.first * self._pieces)
             result = await posted.wait()
         except ValueError as refusal:  # a router has given the same transfer id to two requests
+            claim.release()
             result = TransferResult(Outcome.FAILED_DRAINED, error=str(refusal))
         error = result.error
         if result.outcome is Outcome.COMPLETED and result.payload != wanted.digest.encode():
@@ -230,7 +232,7 @@ class WorkerSide:
             try:
                 offer = self.manager.offer(transfer_id, lease_s=self._lease_s)
             except ValueError as error:  # a router has given the same transfer id to two requests
-                offer = self.manager.offer(f"{transfer_id} of {name}")
+                offer = self.manager.offer(uuid.uuid4().hex)
                 offer.withdraw(str(error))
             self._sending[name] = _Sending(offer)
             self._begin_task(self._wait(name, self._sending[name]))
