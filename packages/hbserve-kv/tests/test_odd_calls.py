@@ -6,16 +6,18 @@ import pytest
 import torch
 
 from hbserve_kv import KVTransferConfig, KVTransferManager, Outcome, TransferFailed
+from hbserve_kv.testing import LoopbackNetwork
+from hbserve_rpc import AddressInUse
 
 np = pytest.importorskip("numpy", reason="torch needs no numpy")
 
 pytestmark = pytest.mark.asyncio
 
 
-def manager(rank=0):
+def manager(rank=0, port=0, transport=None):
     pool = torch.full((8, 16), float(rank))
-    config = KVTransferConfig(backend="ipc", buffer_size=1 << 12, timeout_s=30)
-    return KVTransferManager(rank=rank, pool=pool, fingerprint={"model": "m"}, config=config)
+    config = KVTransferConfig(backend="ipc", buffer_size=1 << 12, timeout_s=30, port=port)
+    return KVTransferManager(rank=rank, pool=pool, fingerprint={"model": "m"}, config=config, transport=transport)
 
 
 async def move(sender, receiver, transfer_id="t"):
@@ -34,6 +36,19 @@ async def test_a_manager_that_is_started_again_goes_on_as_it_was():
         await move(sender, receiver)
     with pytest.raises(RuntimeError, match="this manager is closed"):
         await receiver.start()
+
+
+async def test_a_manager_that_cannot_start_leaves_nothing_and_starts_when_it_can():
+    network, before = LoopbackNetwork(), asyncio.all_tasks()
+    async with manager() as other:
+        port = int(other.address.rpartition(":")[2])
+        new = manager(rank=1, port=port, transport=network.transport())
+        with pytest.raises(AddressInUse):
+            await new.start()
+        assert not network.members
+    assert asyncio.all_tasks() == before
+    async with new:
+        assert len(network.members) == 1
 
 
 async def test_nothing_begins_once_a_manager_is_closed():

@@ -9,7 +9,8 @@ from hbserve_kv import Outcome, PoolLayout
 from hbserve_kv.memory.layout import HeadRange
 from hbserve_kv.protocol.messages import FETCH, KEEP, Fetch, Keep, Offered, join_grants
 from hbserve_kv.receiving.claims import SourceRank
-from hbserve_kv.testing import is_empty
+from hbserve_kv.testing import LoopbackNetwork, LoopbackTransport, is_empty
+from hbserve_kv.transports.base import DrainUnknown
 from hbserve_rpc import InvalidRequest, RpcClient, RpcServer
 from hbserve_testing.narrowing import present
 
@@ -33,6 +34,7 @@ async def test_an_offer_waits_for_its_receiver_and_gives_it_the_blocks_that_it_l
     assert (sent.outcome, received.outcome, received.payload) == (Outcome.COMPLETED, Outcome.COMPLETED, b"t")
     assert target[:4, 0].tolist() == [-1, 5, 6, -1]
     await claim.task
+    assert not receiver._claims
     assert sender.stats().dropped_messages == receiver.stats().dropped_messages == 0
 
 
@@ -213,6 +215,43 @@ async def test_a_grant_that_is_none_fails_the_transfer_on_both_sides(pair, grant
         assert why in (await offer.wait()).error
         with pytest.raises(InvalidRequest, match=why):
             await anext(stream)
+
+
+async def test_an_offer_to_a_receiver_of_another_model_fails_on_both_sides_and_says_so(managers):
+    sender, receiver = [await managers(i, "ipc", fingerprint={"model": f"m{i}"}) for i in range(2)]
+    offer = offered(sender)
+    posted = receiver.claim("t", sender.address, sender.epoch).fetch([1, 2, 3])
+    async with asyncio.timeout(20):
+        for result in (await offer.wait(), await posted.wait()):
+            assert result.outcome is Outcome.FAILED_DRAINED
+            assert "FingerprintMismatch: model is 'm0' on rank 0 and 'm1' on rank 1" in result.error
+
+
+async def test_blocks_of_an_offer_that_ends_unknown_are_read_until_it_is_drained(managers, monkeypatch):
+    monkeypatch.setattr("hbserve_kv.sending.link.DRAIN_PATIENCE_S", 0.05)
+    network, has_ended = LoopbackNetwork(), asyncio.Event()
+
+    class Lasting(LoopbackTransport):
+        async def push(self, link, part):
+            raise DrainUnknown("timed out")
+
+        async def disconnect(self, link):
+            await has_ended.wait()
+
+    sender = await managers(0, "loopback", transport=Lasting(network))
+    receiver = await managers(1, "loopback", transport=network.transport())
+    offer = offered(sender)
+    posted = receiver.claim("t", sender.address, sender.epoch).fetch([1, 2, 3])
+    async with asyncio.timeout(20):
+        assert (await offer.wait()).outcome is Outcome.UNKNOWN
+        draining = asyncio.create_task(offer.drained())
+        await asyncio.wait([draining], timeout=0.1)
+        was_early = draining.done()
+        has_ended.set()
+        assert not was_early
+        await draining
+        assert (await posted.wait()).outcome is not Outcome.COMPLETED
+        await posted.drained()
 
 
 async def test_what_an_earlier_life_offered_is_refused(managers, monkeypatch):

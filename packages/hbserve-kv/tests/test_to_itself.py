@@ -110,12 +110,13 @@ async def test_a_backend_that_does_not_move_a_block_is_named_with_the_reason(tra
     await manager.close()
 
 
-async def test_an_address_that_nobody_is_at_is_told(managers, monkeypatch):
-    """As where a firewall drops what comes to the address that peers are given."""
-    manager = await managers(0, "ipc", timeout_s=0.5)
+@pytest.mark.parametrize(("is_taken", "error"), [(False, r"no connection to 127\.0\.0\.1:9"), (True, "model is 'm'")])
+async def test_an_address_that_nobody_or_another_is_at_is_told(managers, monkeypatch, is_taken, error):
+    """As where a firewall drops what comes to the address that peers are given, or passes it to another host."""
+    manager, other = await managers(0, "ipc", timeout_s=0.5), await managers(1, "ipc", fingerprint={"model": "other"})
     with monkeypatch.context() as patched:
-        patched.setattr(type(manager), "address", "127.0.0.1:9")
-        with pytest.raises(BackendUnavailable, match=r"no connection to 127\.0\.0\.1:9"):
+        patched.setattr(type(manager), "address", other.address if is_taken else "127.0.0.1:9")
+        with pytest.raises(BackendUnavailable, match=f"a transfer to itself by ipc failed: .*{error}"):
             await manager.transfer_to_itself()
 
 
