@@ -7,9 +7,9 @@ import torch
 
 from hbserve_kv import Outcome, PoolLayout
 from hbserve_kv.memory.layout import HeadRange
-from hbserve_kv.protocol.messages import FETCH, KEEP, Fetch, Keep, Offered, join_grants
+from hbserve_kv.protocol.messages import COMMIT, FETCH, KEEP, Fetch, Keep, Offered, join_grants
 from hbserve_kv.receiving.claims import SourceRank
-from hbserve_kv.testing import LoopbackNetwork, LoopbackTransport, is_empty
+from hbserve_kv.testing import Faults, LoopbackNetwork, LoopbackTransport, is_empty
 from hbserve_kv.transports.base import DrainUnknown
 from hbserve_rpc import InvalidRequest, RpcClient, RpcServer
 from hbserve_testing.narrowing import present
@@ -142,6 +142,9 @@ async def test_what_is_withdrawn_ends_its_receiver_at_once_and_says_why(pair, mo
     if moment == "being fetched":
         while not receiver.stats().active_transfers or target[2, 0] != 5:
             await asyncio.sleep(0.001)
+        present(offer._transfer).result.add_done_callback(
+            lambda _: offer.push([6])
+        )  # its engine hears of the end later
     offer.withdraw("the client went away")
     assert (await offer.wait()).outcome is Outcome.FAILED_DRAINED
     if moment == "kept":
@@ -170,6 +173,38 @@ async def test_a_receiver_that_wants_it_no_more_frees_the_senders_blocks(pair, m
         offer.withdraw("test over")
     async with asyncio.timeout(20):
         assert (await offer.wait()).outcome is Outcome.FAILED_DRAINED
+
+
+async def test_who_leaves_before_it_is_offered_ends_the_offer_when_it_comes(pair):
+    sender, receiver, _, _ = pair
+    claim = receiver.claim("t", sender.address, sender.epoch)
+    async with asyncio.timeout(20):
+        while not sender._offers._awaited:
+            await asyncio.sleep(0.001)
+        claim.release()
+        await asyncio.wait([claim.task], timeout=0.1)
+        assert not claim.task.done(), "its sender would not hear of it"
+        assert (await offered(sender).wait()).error == "its receiver has left"
+
+
+async def test_an_offer_that_is_being_fetched_has_all_the_time_it_needs_and_its_receiver_stays_until_it_knows(
+    managers, monkeypatch
+):
+    network, call = LoopbackNetwork(Faults(delay=1.0, delay_s=1.0), seed=1), RpcClient.call
+
+    async def late(self, method, request, **keywords):
+        answer = await call(self, method, request, **keywords)
+        if method is COMMIT:
+            await asyncio.sleep(0.1)
+        return answer
+
+    monkeypatch.setattr(RpcClient, "call", late)
+    sender = await managers(0, "loopback", transport=network.transport(), expiry_s=0.05)
+    receiver = await managers(1, "loopback", transport=network.transport())
+    offer = offered(sender)
+    posted = receiver.claim("t", sender.address, sender.epoch).fetch([1, 2, 3])
+    assert (await posted.wait()).error == ""
+    assert (await offer.wait()).error == ""
 
 
 async def test_what_is_withdrawn_in_the_moment_in_which_it_is_fetched_ends_too(pair):
