@@ -6,6 +6,7 @@ import gzip
 import json
 import resource
 import socket
+import sys
 
 import msgspec
 import pytest
@@ -416,7 +417,72 @@ def test_what_is_no_utf_8_is_not_taken_for_one_sequence():
     assert not is_one_sequence({"n": msgspec.Raw(b'"\xff"')})
 
 
-@pytest.mark.parametrize("url", ["localhost:8000", "http://", "http://h:1,kv"])
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/embeddings"])
+async def test_a_compressed_body_that_cannot_be_read_is_refused(servers, route, path):
+    prefill, decode = await servers("p", "d")
+    client = await route([prefill], [decode])
+    headers = {"Content-Encoding": "gzip"}
+    async with client._session.post(client._url + path, data=b"no gzip", headers=headers, compress=False) as answer:
+        assert answer.status == 400
+        assert "cannot be read" in json.loads(await answer.text())["error"]["message"]
+
+
+async def test_a_server_that_has_never_been_there_is_told_once(servers, route, caplog):
+    (decode,) = await servers("d")
+    await decode.stop()
+    await route([], [decode], check_interval_s=0.01)
+    async with asyncio.timeout(DEADLINE_S):
+        while not caplog.records:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.1)
+    assert [each.getMessage().partition(" is not there")[0] for each in caplog.records] == [decode.url]
+
+
+async def test_the_log_does_not_say_that_a_server_has_answered_what_the_router_makes(servers, route, caplog):
+    (decode,) = await servers("d")
+    client = await route([], [decode])
+    decode.num_failing = 9
+    async with client.ask(stream=True) as answer:
+        assert answer.status == 502
+    told = [each.getMessage() for each in caplog.records]
+    assert all(each.startswith(f"an attempt has failed: {decode.url} ended") for each in told), told
+    assert told
+
+
+@pytest.mark.parametrize(("request_line", "header"), [(b"GET /\xff", b""), (b"POST /", b"Content-Encoding: gzip\r\n")])
+async def test_what_a_client_sends_that_cannot_be_read_is_one_line_of_the_log(request_line, header):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "hbserve_kv.integrations.router", "--port", str(port)]
+    command += ["--prefill", "http://127.0.0.1:1", "--decode", "http://127.0.0.1:1"]
+    process = await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.PIPE)
+    assert process.stderr is not None
+    try:
+        async with asyncio.timeout(DEADLINE_S):
+            while b"asks" not in await process.stderr.readline():
+                pass
+            reader, writer = await _connection(port)
+            writer.write(request_line + b" HTTP/1.1\r\nHost: h\r\nContent-Length: 7\r\n" + header + b"\r\nno gzip")
+            assert (await reader.readline()).endswith(b" 400 Bad Request\r\n")
+            writer.close()
+            process.terminate()
+            lines = (await process.stderr.read()).splitlines()
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+    assert lines
+    assert all(b"a client's request cannot be read: " in line for line in lines), lines
+
+
+async def _connection(port):
+    while True:
+        with contextlib.suppress(ConnectionError):
+            return await asyncio.open_connection("127.0.0.1", port)
+        await asyncio.sleep(0.05)
+
+
+@pytest.mark.parametrize("url", ["localhost:8000", "http://", "http://h:1,kv", "http://h:1,70000"])
 def test_an_url_that_is_none_is_refused_with_the_form_that_is_expected(url, capsys):
     with pytest.raises(SystemExit):
         main(["--prefill", "http://127.0.0.1:1", "--decode", url])
@@ -429,3 +495,10 @@ def test_a_port_that_is_taken_is_told_in_a_line(capsys):
         with pytest.raises(SystemExit):
             main(["--prefill", "http://127.0.0.1:1", "--decode", "http://127.0.0.1:1", "--port", port])
     assert "address already in use" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("port", ["-1", "65536"])
+def test_a_port_that_there_is_not_is_told_in_a_line(port, capsys):
+    with pytest.raises(SystemExit):
+        main(["--prefill", "http://127.0.0.1:1", "--decode", "http://127.0.0.1:1", "--port", port])
+    assert f"--port {port}: expected 0 to 65535" in capsys.readouterr().err

@@ -130,6 +130,12 @@ async def test_a_connection_that_the_server_closes_is_not_used_again(server, sai
         (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhello", "ended"),
         (b"HTTP/1.1 200 OK\r\nContent-", "ended"),
         (b"HTTP/1.1 200 OK\r\nX: " + b"x" * (1 << 17), "does not end"),
+        (b"HTTP/1.1 000 No\r\nContent-Length: 0\r\n\r\n", "no HTTP"),
+        (b"HTTP/1.1 200 OK\r\nno colon\r\n\r\n", "not a header"),
+        (b"HTTP/1.1 200 OK\r\nX: a\rb\r\n\r\n", "not a header"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n", "not known"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + b"1" * (1 << 17), "does not end"),
+        (b"HTTP/1.1 100 Continue\r\n\r\n" * 3000, "ended"),
     ],
 )
 async def test_what_is_no_whole_answer_is_an_error(server, given, why):
@@ -138,8 +144,9 @@ async def test_what_is_no_whole_answer_is_an_error(server, given, why):
         writer.close()
 
     connections, _ = await server(answer)
-    with pytest.raises(ConnectionError, match=why):
-        await read(connections)
+    async with asyncio.timeout(DEADLINE_S):
+        with pytest.raises(ConnectionError, match=why):
+            await read(connections)
 
 
 async def test_nobody_listening_is_told_from_a_connection_that_ends(server):

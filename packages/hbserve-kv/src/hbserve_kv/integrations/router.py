@@ -24,11 +24,12 @@ from hbserve_kv.errors import BackendUnavailable
 
 try:
     from aiohttp import web
+    from aiohttp.http import HttpProcessingError
 except ImportError as error:
     raise BackendUnavailable("the router needs aiohttp: pip install 'hbserve-kv[router]'") from error
 
 from hbserve_kv.integrations.router_http import MOST_HEAD_BYTES, Answer
-from hbserve_kv.integrations.router_servers import Server, ServerLost, least_busy
+from hbserve_kv.integrations.router_servers import MOST_PORT, Server, ServerLost, least_busy
 from hbserve_rpc.own_process import allow_many_files
 from hbserve_rpc.plain_values import one_line
 from hbserve_rpc.stderr_log import log_to_stderr
@@ -77,9 +78,11 @@ _read = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 class Refused(Exception):
     """An answer that is an error, with its headers, and the servers that may have caused it."""
 
-    def __init__(self, status: int, body: bytes, headers: Sequence[tuple[bytes, bytes]], *servers: Server) -> None:
-        who = " or ".join(each.url for each in servers) or "the router"
-        super().__init__(f"{who} says {status}: {body[:200]!r}")
+    def __init__(
+        self, status: int, body: bytes, headers: Sequence[tuple[bytes, bytes]], *servers: Server, why: str = ""
+    ) -> None:
+        who = " or ".join(each.url for each in servers)
+        super().__init__(why or f"{who} says {status}: {body[:200]!r}")
         self.status, self.body, self.headers, self.servers = status, body, headers, servers
 
     @classmethod
@@ -90,7 +93,8 @@ class Refused(Exception):
     def saying(cls, status: int, message: str, *servers: Server) -> "Refused":
         kind = "server_error" if status >= 500 else "invalid_request_error"
         error = {"message": message, "type": kind, "param": None, "code": status}
-        return cls(status, json.dumps({"error": error}).encode(), [(b"Content-Type", b"application/json")], *servers)
+        json_type = [(b"Content-Type", b"application/json")]
+        return cls(status, json.dumps({"error": error}).encode(), json_type, *servers, why=message)
 
 
 def prefill_body(body: Mapping[str, Any], transfer_id: str) -> dict[str, Any]:
@@ -228,9 +232,7 @@ class Router:
         app = web.Application(client_max_size=MOST_BODY_BYTES, handler_args=limits)
         app.cleanup_ctx.append(self._run)
         app.router.add_get("/health", self._health)
-        for path in GENERATING:
-            app.router.add_post(path, self._generate)
-        app.router.add_route("*", "/{path:.*}", self._pass_on)
+        app.router.add_route("*", "/{path:.*}", self._take)
         return app
 
     async def _run(self, _: web.Application) -> AsyncIterator[None]:
@@ -253,16 +255,18 @@ class Router:
         }
         return web.json_response(alive, status=200 if any(alive["decode"].values()) else 503)
 
-    async def _generate(self, request: web.Request) -> web.StreamResponse:
+    async def _take(self, request: web.Request) -> web.StreamResponse:
+        """Answer a request: one that generates with a prefill and a decode server, any other one with a decode
+        server."""
         try:
-            body = _read(await request.read())
+            content = await request.read()
+            generates = request.method == "POST" and request.path in GENERATING
+            body: Body = _read(content) if generates else content
+        except web.RequestPayloadError as error:
+            return _response(Refused.saying(400, f"the body cannot be read: {one_line(str(error))}"))
         except UNREADABLE as error:
             return _response(Refused.saying(400, f"the body is not a JSON object: {error}"))
         return await self._answer(request, body)
-
-    async def _pass_on(self, request: web.Request) -> web.StreamResponse:
-        """Pass any other request on to a decode server."""
-        return await self._answer(request, await request.read())
 
     async def _answer(self, request: web.Request, body: Body) -> web.StreamResponse:
         """Make attempts at a request, until one is answered or has begun to be."""
@@ -327,6 +331,15 @@ def _response(refused: Refused) -> web.Response:
     return response
 
 
+def _in_one_line(record: logging.LogRecord) -> bool:
+    """Make one line of what aiohttp logs, with a traceback, when a client's request cannot be read."""
+    error = record.exc_info[1] if record.exc_info else None
+    if isinstance(error, HttpProcessingError | web.RequestPayloadError):
+        record.msg, record.args = f"a client's request cannot be read: {one_line(str(error))}", ()
+        record.exc_info = None
+    return True
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m hbserve_kv.integrations.router", description=__doc__.splitlines()[0]
@@ -336,7 +349,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
     options = parser.parse_args(arguments)
+    if not 0 <= options.port <= MOST_PORT:
+        parser.error(f"--port {options.port}: expected 0 to {MOST_PORT}")
     log_to_stderr("INFO", "%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("aiohttp.server").addFilter(_in_one_line)
     allow_many_files()
     try:
         router = Router([Server(url) for url in options.prefill], [Server(url) for url in options.decode])

@@ -4,6 +4,7 @@ An event of a stream costs a router one system call to read and one to write it,
 """
 
 import asyncio
+import re
 import ssl
 from collections.abc import AsyncIterator, Callable, Iterable
 from urllib.parse import urlsplit
@@ -16,6 +17,8 @@ IDLE_S = 3.0
 MOST_WAITING = 16
 """How many pieces of an answer, each what a socket gives at a time, may wait before reading from the server pauses."""
 MOST_HEAD_BYTES = 1 << 16
+FIRST_LINE = re.compile(rb"(HTTP/1\.[0-9]) ([1-5][0-9]{2})( .*)?")
+HEADER_LINE = re.compile(rb"([!#-'*+.^_`|~0-9A-Za-z-]+):([\t\x20-\x7e\x80-\xff]*)")
 
 Header = tuple[bytes, bytes]
 
@@ -202,33 +205,35 @@ class Answer(asyncio.Protocol):
     # ---- what is answered ----------------------------------------------------------------------------------------
 
     def _read_head(self, data: bytes) -> bytes:
-        head, end, rest = data.partition(b"\r\n\r\n")
-        if not end:
-            if len(data) > MOST_HEAD_BYTES:
-                raise ValueError("its header does not end")
-            return data
-        first, *lines = head.split(b"\r\n")
-        version, _, rest_of_line = first.partition(b" ")
-        status = rest_of_line[:3]
-        if not version.startswith(b"HTTP/1.") or not status.isdigit():
-            raise ValueError(repr(first[:100]))
-        if status.startswith(b"1"):  # an interim answer, which another one follows
-            return self._read_head(rest)
-        self.headers = [(name.strip(), value.strip()) for name, _, value in (line.partition(b":") for line in lines)]
-        self.status = int(status)
+        status = 100
+        while status < 200:  # after an interim answer another one follows
+            head, end, rest = data.partition(b"\r\n\r\n")
+            if not end:
+                if len(data) > MOST_HEAD_BYTES:
+                    raise ValueError("its header does not end")
+                return data
+            first, *lines = head.split(b"\r\n")
+            begins = FIRST_LINE.fullmatch(first)
+            if begins is None:
+                raise ValueError(repr(first[:100]))
+            version, status, data = begins[1], int(begins[2]), rest
+        self.headers = [_header(line) for line in lines]
+        self.status = status
         self._keeps = version == b"HTTP/1.1" and self.header(b"connection").lower() != b"close"
         self._read = self._reader()
         if self._read is None:
             self._end()
         self._tell()
-        return rest
+        return data
 
     def _reader(self) -> Callable[[bytes], bytes] | None:
         """Return the function that reads the body; None if there is no body."""
         length = self.header(b"content-length")
         if not self._has_body or self.status in (204, 304) or length == b"0":
             return None
-        if self.header(b"transfer-encoding").lower() == b"chunked":
+        if coding := self.header(b"transfer-encoding"):
+            if coding.lower() != b"chunked":
+                raise ValueError(f"the transfer coding {coding[:20]!r} is not known")
             self._left, self._is_in_trailer = 0, False
             return self._read_chunks
         if length:
@@ -251,6 +256,8 @@ class Answer(asyncio.Protocol):
             else:
                 end = data.find(b"\r\n", at)
                 if end < 0:
+                    if len(data) - at > MOST_HEAD_BYTES:
+                        raise ValueError("a line between its chunks does not end")
                     break
                 line, at = data[at:end], end + 2
                 if self._is_in_trailer:
@@ -292,6 +299,13 @@ class Answer(asyncio.Protocol):
         if not self._keeps:
             self._transport.close()
         self._tell()
+
+
+def _header(line: bytes) -> Header:
+    found = HEADER_LINE.fullmatch(line)
+    if found is None:
+        raise ValueError(f"{line[:100]!r} is not a header")
+    return found[1], found[2].strip()
 
 
 def _number(digits: bytes, base: int) -> int:

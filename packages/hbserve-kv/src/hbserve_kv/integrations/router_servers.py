@@ -13,6 +13,9 @@ MISSES = 2
 """Number of missed checks after which a server is taken for dead. If it refuses connections, it is at once."""
 
 
+MOST_PORT = 65535
+
+
 class ServerLost(Exception):
     """Raised when a server went away, or froze, while it was asked."""
 
@@ -32,6 +35,8 @@ class Server:
         try:
             if len(numbers) > 2 or not all(number.isdecimal() and int(number) for number in numbers):
                 raise ValueError("its port or its number of ranks is not a number")
+            if numbers and int(numbers[0]) > MOST_PORT:
+                raise ValueError("there is no such port")
             self.connections = Connections(self.url)
         except ValueError:
             form = "http://HOST:PORT, with ,KV_PORT or ,KV_PORT,TP_SIZE behind it or not"
@@ -42,6 +47,7 @@ class Server:
         as many ranks as on the decode server."""
         self.num_requests = 0
         self.is_alive = False
+        self._is_told_lost = False
         self._num_missed = 0
         self._check_now = asyncio.Event()
         self._asking: set[asyncio.Timeout] = set()
@@ -74,9 +80,9 @@ class Server:
     def lost(self, why: str) -> None:
         """Note that the server is lost. Until it answers a check it is not asked any more, and requests that are under
         way there end."""
-        if self.is_alive:
-            logger.warning("%s is lost: %s", self.url, why)
-        self.is_alive = False
+        if not self._is_told_lost:
+            logger.warning("%s is %s: %s", self.url, "lost" if self.is_alive else "not there", why)
+        self.is_alive, self._is_told_lost = False, True
         now_s = asyncio.get_running_loop().time()
         for asking in self._asking:
             if not asking.expired():
@@ -85,7 +91,7 @@ class Server:
     def found(self) -> None:
         if not self.is_alive:
             logger.info("%s is there", self.url)
-        self.is_alive, self._num_missed = True, 0
+        self.is_alive, self._is_told_lost, self._num_missed = True, False, 0
 
     def missed(self, why: str) -> None:
         self._num_missed += 1
