@@ -101,6 +101,25 @@ def test_a_port_in_use_is_named_with_the_key_that_has_it(config, key):
     assert refused.exit_code == 1
 
 
+@pytest.mark.parametrize("key", ["--port", "kv_transfer.port", "engine.health_port"])
+def test_an_instance_names_the_key_of_its_port_in_use_before_it_loads_a_model(config, key):
+    """Also if it is not in the file: its KV port is then that of another instance, if both are on one host."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        command = ["instance", "--config", str(config(**USES.get(key, lambda _: {})(port))), "--instance-id", "new"]
+        command += ["--instance-type", "decode", *(["--port", str(port)] if key == "--port" else [])]
+        refused = CliRunner().invoke(app, command)
+    assert f"127.0.0.1:{port} is in use: give another {key}, or 0 to let the system choose" in refused.stderr
+    assert refused.exit_code == 1
+
+
+def test_an_instance_names_the_option_of_a_host_that_is_not_here(config):
+    command = ["instance", "--config", str(config()), "--instance-id", "decode-0", "--host", FOREIGN]
+    refused = CliRunner().invoke(app, command)
+    assert f"error: --host='{FOREIGN}': {FOREIGN}:0 cannot be bound: " in refused.stderr
+    assert refused.exit_code == 2
+
+
 async def test_python_hears_the_same_before_a_process_is_started(small_model):
     model: dict[str, Any] = {"model_path": small_model("qwen3")}
     with pytest.raises(BackendUnavailable, match=r"kv_transfer\.backend='ncl': there are"):

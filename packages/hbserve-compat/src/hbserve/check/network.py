@@ -5,20 +5,24 @@ import asyncio
 import errno
 import socket
 import struct
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+
+import msgspec
 
 from hbserve.check.finding import Finding
 from hbserve_rpc import AddressInUse
 from hbserve_rpc.address import format_address, is_here, is_wildcard, look_up, parse_address
-from hbserve_scheduler import ConfigError, DeploymentConfig
+from hbserve_scheduler import ConfigError, DeploymentConfig, InstanceSection
 from hbserve_scheduler.discovery import TIMEOUT_S as DISCOVERY_TIMEOUT_S
 from hbserve_scheduler.discovery import DnsName
 
 REACH_TIMEOUT_S = 3.0
 FIREWALL = "a firewall, or a host that is off"
-OPTIONS = {"server.port": ("--port",), "scheduler.port": ("--scheduler-port",)}
-"""Options of `hbserve serve` that set a key of the file, for users without a file."""
+OF_SERVE = {"server.port": "server.port or --port", "scheduler.port": "scheduler.port or --scheduler-port"}
+"""Names of keys of the file that options of `hbserve serve` set too, for users without a file."""
+OF_INSTANCE = {"gpu_instances[0].host": "--host", "gpu_instances[0].port": "--port"}
+"""Names of the keys of `hbserve instance`'s only instance, which need not be in the file."""
 
 
 @dataclass(frozen=True)
@@ -67,17 +71,27 @@ def require_places(config: DeploymentConfig, *, but: Collection[str]) -> None:
         ConfigError: this machine does not have an address of the file, or does not reach it.
         AddressInUse: another process listens at one of its ports.
     """
+    _require(config, but, OF_SERVE)
+
+
+def require_places_of(config: DeploymentConfig, instance: InstanceSection) -> None:
+    """Check the same for one instance."""
+    alone = msgspec.structs.replace(config, gpu_instances=[instance])
+    _require(alone, ["server", "scheduler", "scheduler health"], OF_INSTANCE)
+
+
+def _require(config: DeploymentConfig, but: Collection[str], names: Mapping[str, str]) -> None:
     of_all = [each for each in places(config) if each.subject not in but]
     if config.kv_transfer.ip is not None:
         of_all.append(Place("KV", "kv_transfer.ip", config.kv_transfer.ip, "kv_transfer.port", 0))
     for place in of_all:
         error = _why_not_served(place)
         if error is not None and error.errno == errno.EADDRINUSE:
-            key = " or ".join([place.port_key, *OPTIONS.get(place.port_key, ())])
-            cure = f"give another {key}, or 0 to let the system choose"
+            cure = f"give another {names.get(place.port_key, place.port_key)}, or 0 to let the system choose"
             raise AddressInUse(f"{place.subject}: {place.where} is in use: {cure}")
         if error is not None:
-            raise ConfigError(f"{place.host_key}={place.host!r}: {place.where} {error.strerror}")
+            key = names.get(place.host_key, place.host_key)
+            raise ConfigError(f"{key}={place.host!r}: {place.where} {error.strerror}")
 
 
 async def check_network(config: DeploymentConfig) -> list[Finding]:

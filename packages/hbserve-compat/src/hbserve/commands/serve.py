@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from hbserve.check.network import require_places
+from hbserve.check.network import require_places, require_places_of
 from hbserve.models import demo_model
 from hbserve.models.demo_model import find_model_folder
 from hbserve.models.servable import require_servable, require_settings
@@ -323,7 +323,7 @@ async def serve_instance(args: InstanceArgs) -> None:
     Raises:
         ConfigError: the file has no such instance, or is invalid.
         KeysError: the keys that the file names cannot be used.
-        AddressInUse: the instance's address is taken.
+        AddressInUse: an address of the instance is taken.
     """
     config, instance = args.deployment()
     require_keys(config, launched=False)
@@ -331,6 +331,7 @@ async def serve_instance(args: InstanceArgs) -> None:
     require_settings(config)
     folder = await find_model_folder(config.model.path)
     require_servable(folder, config.engine_settings(), {num_ranks(config, instance)}, 1)
+    await asyncio.to_thread(require_places_of, config, instance)
     os.environ.setdefault(*QUIET_TORCH)  # torch reads it when it is imported
     os.environ.setdefault(*WAIT_POLITELY)
     with own_process.ending_at_once():
