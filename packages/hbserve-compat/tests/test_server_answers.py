@@ -446,22 +446,51 @@ async def test_probes_answer_and_health_says_what_is_missing(server):
     assert starting.json()["error"]["message"] == "the model is being loaded"
 
 
-async def test_long_prompts_are_encoded_beside_the_event_loop(server):
-    text = "long " * 5000
-    longest = 0.0
+HI, LONG = [{"role": "user", "content": "hi"}], "long " * 1000
+CALL = {"id": "a", "type": "function", "function": {"name": "f", "arguments": json.dumps({"a": LONG})}}
 
-    async def beat() -> None:
-        nonlocal longest
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/tokenize", {"prompt": LONG}),
+        ("/v1/completions", {"prompt": [LONG[:50]] * 40}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": LONG}]}),
+        (
+            "/tokenize",
+            {"messages": HI, "tools": [{"type": "function", "function": {"name": "f", "description": LONG}}]},
+        ),
+        ("/tokenize", {"messages": [{"role": "assistant", "tool_calls": [CALL]}]}),
+    ],
+    ids=["a text", "many texts", "a message", "tools", "calls"],
+)
+async def test_long_prompts_are_encoded_beside_the_event_loop(server, path, body):
+    encoder = server.service.require_model().encoder
+    assert (await server.post("/tokenize", prompt="short")).status_code == 200
+    assert (await server.complete(prompt=["short", "too"])).status_code == 200
+    assert not encoder._thread._threads
+    await server.post(path, **body)
+    assert encoder._thread._threads, "it was encoded here"
+
+
+async def test_others_go_on_between_the_prompts_of_one_request(server, monkeypatch):
+    num_turns, seen = 0, list[int]()
+
+    async def turn() -> None:
+        nonlocal num_turns
         while True:
-            before = asyncio.get_running_loop().time()
-            await asyncio.sleep(0.001)
-            longest = max(longest, asyncio.get_running_loop().time() - before)
+            num_turns += 1
+            await asyncio.sleep(0)
 
-    beating = asyncio.create_task(beat())
-    counted = (await server.post("/tokenize", prompt=text)).json()
-    beating.cancel()
-    assert counted["count"] == len(text)
-    assert server.service.require_model().encoder._thread._threads, "it was encoded here"
+    def noted(request: GenerateRequest) -> Any:
+        seen.append(num_turns)
+        return FakeScheduler.submit(server.scheduler, request)
+
+    monkeypatch.setattr(server.scheduler, "submit", noted)
+    turning = asyncio.create_task(turn())
+    assert (await server.complete(prompt=[[7], [8], [9]])).status_code == 200
+    turning.cancel()
+    assert len(set(seen)) == 3
 
 
 GENERATION = {"temperature": 0.6, "top_k": 20, "max_new_tokens": 7, "do_sample": True, "eos_token_id": 2}

@@ -91,9 +91,9 @@ async def test_a_completion_s_prompt_has_special_tokens_unless_it_says_that_it_h
     seen = []
     encode = server.service.model.encoder.text
 
-    def noted(text, *, add_special_tokens):
+    def noted(text, *, add_special_tokens, **more):
         seen.append(add_special_tokens)
-        return encode(text, add_special_tokens=add_special_tokens)
+        return encode(text, add_special_tokens=add_special_tokens, **more)
 
     monkeypatch.setattr(server.service.model.encoder, "text", noted)
     for value in (None, True, False):

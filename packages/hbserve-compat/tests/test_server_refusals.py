@@ -144,6 +144,7 @@ async def test_a_wrong_message_is_a_400_that_names_its_place(server, case):
     ("prompt", "message"),
     [
         ([], "prompt=[]: expected at least one"),
+        (["a"] * 1025, "prompt: 1025 of them; expected at most 1024"),
         ([[]], "expected at least one token"),
         ([5, "a"], "prompt[1]='a'"),
         (["a", 5], "prompt[1]=5"),

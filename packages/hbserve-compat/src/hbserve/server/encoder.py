@@ -6,6 +6,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
+import msgspec
+
 from hbserve.text.tokenizer import encode, encode_messages
 from hbserve_rpc.prompt_shape import PromptShape, shape_of
 
@@ -26,15 +28,19 @@ class Encoder:
         self._of_thread = copy.deepcopy(tokenizer)
         self._thread = ThreadPoolExecutor(1, "hbserve-encoder")
 
-    async def text(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
-        """Encode a text as it is. Raises InvalidRequest."""
+    async def text(self, text: str, *, add_special_tokens: bool = True, length: int = 0) -> tuple[int, ...]:
+        """Encode a text as it is. Raises InvalidRequest. `length` is that of all texts of its request, which are long
+        together if not one by one."""
         return await self._call(
-            len(text), lambda tokenizer: tuple(encode(tokenizer, text, add_special_tokens=add_special_tokens))
+            max(len(text), length),
+            lambda tokenizer: tuple(encode(tokenizer, text, add_special_tokens=add_special_tokens)),
         )
 
     async def messages(self, messages: list[dict[str, Any]], **settings: Any) -> tuple[int, ...]:
         """Encode messages by the chat template. Raises InvalidRequest."""
         length = sum(len(message["content"]) for message in messages)
+        if length <= SHORT:  # tools and earlier calls may be long all the same
+            length = _length((messages, settings))
         return await self._call(
             length,
             lambda tokenizer: tuple(encode_messages(tokenizer, messages, chat_template=self.chat_template, **settings)),
@@ -52,3 +58,11 @@ class Encoder:
 
     def close(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)
+
+
+def _length(values: Any) -> int:
+    """Return about how many characters all texts in these values have."""
+    try:
+        return len(msgspec.json.encode(values, enc_hook=str))
+    except RecursionError:  # nested too deep to be short
+        return SHORT + 1

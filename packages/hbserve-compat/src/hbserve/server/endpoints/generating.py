@@ -28,12 +28,14 @@ from hbserve.server.http.api_error import ApiError, renamed
 from hbserve.server.http.direct_body import direct_body
 from hbserve.server.http.request_body import converted, ignored_fields, ignored_header, read_object
 from hbserve.server.service import ServedModel, Service
-from hbserve.text.prompts import read_prompts
+from hbserve.text.prompts import PlainPrompt, read_prompts
 from hbserve_rpc import SamplingParams
 
 B = TypeVar("B", bound=RequestBody)
 Answer = Callable[[Reply, Service, ServedModel, B, dict[str, Any]], Awaitable[None]]
 """Sends the answer to a body. The last argument has the answer's id, time and model."""
+OF_EACH_PROMPT = 100
+"""Number of characters whose encoding takes as long as what is done for each prompt besides, even for a short one."""
 
 
 async def completions(request: Request) -> CancellableResponse:
@@ -75,8 +77,7 @@ async def read_body(request: Request, kind: type[B]) -> tuple[ServedModel, dict[
 async def _complete(
     reply: Reply, service: Service, model: ServedModel, body: CompletionBody, head: dict[str, Any]
 ) -> None:
-    prompts, echoed = await _read_prompts(model, body)
-    n = num_choices(body, len(prompts))
+    prompts, echoed, n = await _read_prompts(model, body)
     names = grammar_names(body)
     with renamed(names):
         params = [sampling_params(body, COMPLETION_MAX_TOKENS, structured_outputs(body), model.defaults)] * len(prompts)
@@ -89,18 +90,23 @@ async def _complete(
     await _answer(reply, model, body, head, choices, prompts, params, names)
 
 
-async def _read_prompts(model: ServedModel, body: CompletionBody) -> tuple[list[tuple[int, ...]], list[str]]:
-    """Return the token ids of each prompt, and the text of it that is repeated before its answer ("" is none)."""
+async def _read_prompts(model: ServedModel, body: CompletionBody) -> tuple[list[tuple[int, ...]], list[str], int]:
+    """Return the token ids of each prompt, the text of it that is repeated before its answer ("" is none), and the
+    number of answers to each."""
     given = read_prompts(body.prompt)
+    n = num_choices(body, len(given))
     with_special = body.add_special_tokens is not False
+    length = sum(len(each) + OF_EACH_PROMPT for each in given)
     prompts = [
-        await model.encoder.text(each, add_special_tokens=with_special) if isinstance(each, str) else tuple(each)
+        await model.encoder.text(each, add_special_tokens=with_special, length=length)
+        if isinstance(each, str)
+        else tuple(each)
         for each in given
     ]
-    return prompts, [_text_of(model, each) if body.echo else "" for each in given]
+    return prompts, [_text_of(model, each) if body.echo else "" for each in given], n
 
 
-def _text_of(model: ServedModel, given: str | list[int]) -> str:
+def _text_of(model: ServedModel, given: PlainPrompt) -> str:
     if isinstance(given, str):
         return given
     return "" if model.encoder.tokenizer is None else str(model.encoder.tokenizer.decode(given))

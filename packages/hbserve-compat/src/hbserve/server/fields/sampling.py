@@ -37,6 +37,8 @@ def num_choices(body: SamplingFields, num_prompts: int) -> int:
     """
     if num_prompts == 0:
         raise ApiError(400, "prompt=[]: expected at least one", param="prompt")
+    if num_prompts > MOST_CHOICES:
+        raise ApiError(400, f"prompt: {num_prompts} of them; expected at most {MOST_CHOICES}", param="prompt")
     n = 1 if body.n is None else body.n
     if not 1 <= n * num_prompts <= MOST_CHOICES:
         expected = f"1 to {MOST_CHOICES // num_prompts}"
