@@ -169,6 +169,8 @@ async def test_a_field_that_is_not_served_may_have_its_neutral_values_only(serve
         ({"messages": [{"role": "tool", "content": ""}]}, "messages[0].role='tool'"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages[0].content[0].type='image'"),
         ({"messages": [{"role": "user", "content": [5]}]}, "messages[0].content[0]=5"),
+        ({"messages": [{"role": "user", "contnet": "a"}]}, "messages[0]: has no content, but 'contnet, role'"),
+        ({"messages": [{"role": "user", "content": []}, *QUESTION]}, "messages[0]: has no content"),
         ({"messages": [*QUESTION, {"role": "assistant", "content": [CALL]}]}, "messages[1].content"),
         ({"system": [{"type": "image"}]}, "system[0].type='image'"),
         (
@@ -180,6 +182,10 @@ async def test_a_field_that_is_not_served_may_have_its_neutral_values_only(serve
         ({"max_tokens": 0}, "max_tokens=0"),
         ({"stop_sequences": ["x"] * 17}, "stop_sequences="),
         ({"output_config": {"format": {"type": "odd"}}}, "output_config.format="),
+        (
+            {"output_config": {"format": {"type": "json_schema"}}},
+            'output_config.format={\'type\': \'json_schema\'}: expected {"type": "json_schema", "schema": {...}}',
+        ),
         ({"thinking": {"type": "odd"}}, "thinking.type"),
     ],
 )

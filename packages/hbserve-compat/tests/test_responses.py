@@ -254,11 +254,13 @@ async def test_a_field_that_is_not_served_may_have_its_neutral_values_only(serve
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content[0]"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0].type"),
         ({"input": [{"role": "user", "content": 5}]}, "input[0].content"),
+        ({"input": [{"role": "user", "contnet": "a"}]}, "input[0].content"),
         ({"tools": [{"type": "web_search"}]}, "tools[0]"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"max_output_tokens": 0}, "max_output_tokens"),
         ({"include": ["file_search_call.results"]}, "include"),
         ({"text": {"format": {"type": "odd"}}}, "text.format"),
+        ({"text": {"format": {"type": "json_schema", "name": "a", "json_schema": {}}}}, "text.format"),
         ({"temperature": -1}, "temperature"),
     ],
 )
@@ -268,7 +270,8 @@ async def test_what_is_wrong_is_named_as_its_client_knows_it(server, body, param
         assert response.status_code == 400, response.text
         error = response.json()["error"]
         assert (error["param"], error["type"]) == (param, "invalid_request_error")
-        assert error["message"].startswith(param)
+        assert error["message"].startswith(param.removesuffix(".content"))
+        assert '"json_schema": {' not in error["message"], "a schema is one object less deep than in a chat"
     assert not server.scheduler.asked
 
 

@@ -13,6 +13,7 @@ from hbserve.server.endpoints.generating import endpoint
 from hbserve.server.endpoints.translated_chat import (
     ChatHistory,
     TranslatedChat,
+    content_of,
     count_tokens,
     named_function,
     new_tool_call,
@@ -25,7 +26,7 @@ from hbserve.server.endpoints.translated_chat import (
 from hbserve.server.fields.request_fields import ChatBody
 from hbserve.server.http.api_error import ApiError
 from hbserve.server.service import ServedModel, Service
-from hbserve_rpc.plain_values import plain_text
+from hbserve_rpc.plain_values import plain_text, shown
 
 NAMES = {
     "stop": "stop_sequences",
@@ -108,10 +109,13 @@ def _choice(given: ToolChoice | None) -> str | dict[str, Any] | None:
 
 
 def _response_format(given: dict[str, Any]) -> dict[str, Any]:
-    """Translate `output_config.format` to a chat's `response_format`, in which schemas have names."""
+    """Translate `output_config.format` to a chat's `response_format`, in which schemas have names. Raises ApiError."""
     if given.get("type") != "json_schema":
         return given
-    return {"type": "json_schema", "json_schema": {"name": "output", "schema": given.get("schema")}}
+    if not isinstance(given.get("schema"), dict):
+        problem = f'output_config.format={shown(given)}: expected {{"type": "json_schema", "schema": {{...}}}}'
+        raise ApiError(400, problem, param="output_config.format")
+    return {"type": "json_schema", "json_schema": {"name": "output", "schema": given["schema"]}}
 
 
 class _History(ChatHistory):
@@ -119,7 +123,8 @@ class _History(ChatHistory):
     of a tool."""
 
     def add_message(self, path: str, message: dict[str, Any]) -> None:
-        role, content = plain_role(path, message, ROLES), message.get("content")
+        role = plain_role(path, message, ROLES)
+        content = message.get("content") if role == "assistant" else content_of(path, message)
         if not isinstance(content, list):
             self.add(path, role, content=text_of(f"{path}.content", content, TEXT))
         elif role == "assistant":

@@ -14,6 +14,7 @@ from hbserve.server.endpoints.responses_fields import AS_IN_A_CHAT, INCLUDED, LO
 from hbserve.server.endpoints.translated_chat import (
     ChatHistory,
     TranslatedChat,
+    content_of,
     count_tokens,
     named_function,
     new_tool_call,
@@ -84,10 +85,14 @@ def _as_chat(body: ResponsesBody) -> TranslatedChat:
 
 
 def _response_format(text: TextConfig | None) -> dict[str, Any] | None:
-    """Translate `text.format` to a chat's `response_format`, in which JSON schemas are one object deeper."""
+    """Translate `text.format` to a chat's `response_format`, in which JSON schemas are one object deeper. Raises
+    ApiError."""
     given = text.format if text is not None else None
     if given is None or given.get("type") != "json_schema":
         return given
+    if not isinstance(given.get("schema"), dict):
+        expected = '{"type": "json_schema", "name": ..., "schema": {...}}'
+        raise ApiError(400, f"text.format={shown(given)}: expected {expected}", param="text.format")
     return {"type": "json_schema", "json_schema": {name: given[name] for name in given if name != "type"}}
 
 
@@ -115,7 +120,8 @@ class _History(ChatHistory):
 
     def _add_message(self, path: str, item: dict[str, Any]) -> None:
         role = plain_role(path, item, ROLES)
-        text = text_of(f"{path}.content", item.get("content"), TEXT)
+        content = item.get("content") if role == "assistant" else content_of(path, item)
+        text = text_of(f"{path}.content", content, TEXT)
         if role == "assistant":
             self._answer(path)["content"] = text
         else:

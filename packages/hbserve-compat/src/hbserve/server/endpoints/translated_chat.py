@@ -108,6 +108,15 @@ def plain_role(path: str, message: dict[str, Any], roles: tuple[str, ...]) -> st
     return str(role)
 
 
+def content_of(path: str, message: dict[str, Any]) -> Any:
+    """Return the content of a message that must have one. Raises ApiError (400) if it has none."""
+    content = message.get("content")
+    if content is None or content == []:
+        names = ", ".join(sorted(message)[:16])
+        raise ApiError(400, f"{path}: has no content, but {shown(names)}; expected a text", param=f"{path}.content")
+    return content
+
+
 def parts_of(path: str, content: Any) -> list[tuple[str, dict[str, Any], Any]]:
     """Return path, part and type of each element of a list of parts. Raises ApiError if `content` is no such list."""
     if not isinstance(content, list):
