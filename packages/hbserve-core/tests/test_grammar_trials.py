@@ -1,22 +1,27 @@
 """Grammars that compile for minutes are ended where they are tried out, and everybody else is served meanwhile."""
 
+import asyncio
 import os
 import signal
 import subprocess
 import sys
 import threading
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hbserve_core_byte_tokenizer import EOS, VOCAB_SIZE, allowed_by, byte_tokenizer, ids
 
-from hbserve_core.grammars import trials
+from hbserve_core.grammars import compiler, trials
 from hbserve_core.grammars.compiler import GrammarCompiler
 from hbserve_core.grammars.matcher import Matcher
+from hbserve_core.grammars.workers import Workers
 from hbserve_rpc import InvalidRequest, Overloaded, SamplingParams, StructuredOutputsParams
+from hbserve_testing.forkserver import TITLE
 from hbserve_testing.narrowing import present
-from hbserve_testing.processes import freeze
+from hbserve_testing.processes import command_of, freeze
+from hbserve_testing.waits import until
 
 pytestmark = pytest.mark.warm
 ARRAYS = range(9973, 10673)
@@ -141,10 +146,73 @@ def test_no_grammar_is_compiled_that_could_not_be_tried_out(grammars, monkeypatc
     assert grammars.matcher(wanting({"regex": "a"})) is not None
 
 
+@pytest.fixture
+def gate(grammars, monkeypatch):
+    """Lets trials begin, one at a time, when it is set."""
+    gate, problem_of = threading.Event(), grammars._trials.problem_of
+    monkeypatch.setattr(grammars._trying, "_count", 1)
+    monkeypatch.setattr(grammars._trials, "problem_of", lambda wanted: gate.wait(60) and problem_of(wanted))
+    yield gate
+    gate.set()
+
+
+async def test_who_gives_up_takes_nothing_from_others_that_wait_for_the_same_grammar(grammars, gate):
+    first, one, other = (
+        asyncio.create_task(grammars.matcher_in_loop(wanting({"regex": text}), ())) for text in ("a", "b", "b")
+    )
+    await asyncio.sleep(0)
+    one.cancel()
+    await asyncio.gather(one, return_exceptions=True)
+    gate.set()
+    assert allowed_by(await other) == ids("b")
+    assert allowed_by(await first) == ids("a")
+
+
+async def test_nobody_waits_for_ever_for_the_grammars_of_others(grammars, gate, monkeypatch):
+    monkeypatch.setattr(compiler, "COMPILE_TIMEOUT_S", 0.01)
+    with pytest.raises(Overloaded, match="other grammars are being compiled"):
+        await grammars.matcher_in_loop(wanting({"regex": "a"}), ())
+    with pytest.raises(Overloaded, match="other grammars are being compiled"):
+        grammars.matcher(wanting({"regex": "a"}))
+
+
+def test_the_last_trials_are_remembered_and_those_that_run_or_wait_are_not_forgotten(grammars, gate, monkeypatch):
+    monkeypatch.setattr(compiler, "_MOST_TRIALS", 2)
+    tried = {text: grammars._trial(present(wanting({"regex": text}).structured_outputs)) for text in "ab"}
+    with pytest.raises(Overloaded):
+        grammars.matcher(wanting({"regex": "c"}))
+    gate.set()
+    for text in "abac":
+        assert grammars.matcher(wanting({"regex": text})) is not None
+    assert [each.regex for each in grammars._tried] == ["a", "c"]
+    assert grammars._trial(present(wanting({"regex": "a"}).structured_outputs)) is tried["a"]
+
+
+class Panic(BaseException):
+    """As the grammars' library raises it when it finds a fault of its own."""
+
+
+async def test_a_thread_outlives_jobs_that_panic_or_are_cancelled_but_not_its_pool():
+    def panic() -> None:
+        raise Panic
+
+    before, gate, pool = threading.stack_size(), threading.Event(), Workers(1, "of this test")
+    pool.submit(lambda: gate.wait(60))
+    panicking, cancelled, last = pool.submit(panic), pool.submit(panic), pool.submit(lambda: 5)
+    assert cancelled.cancel()
+    gate.set()
+    with pytest.raises(Panic):
+        panicking.result(60)
+    assert last.result(60) == 5
+    assert threading.stack_size() == before
+    del pool
+    await until(lambda: not any(each.name.startswith("of this test") for each in threading.enumerate()))
+
+
 PROGRAM = """
 import sys
 import threading
-from hbserve_core.grammars import trials
+from hbserve_core.grammars import compiler, trials
 from hbserve_core.grammars.compiler import GrammarCompiler
 from hbserve_rpc import SamplingParams
 
@@ -168,9 +236,12 @@ def test_trials_end_with_the_process_that_they_are_for_even_if_it_is_killed(fold
         assert process.communicate(timeout=60)[1] == b""
 
 
-def test_nothing_is_left_of_trials_that_nobody_refers_to(folder):
+async def test_nothing_is_left_of_trials_that_nobody_refers_to(folder):
     tried = trials.Trials(folder / "tokenizer.json", VOCAB_SIZE, [EOS])
     assert tried.problem_of(StructuredOutputsParams(regex="a")) == ""
     process = present(tried._process)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    # The trial itself, even as a zombie, whose command is empty; the first may be a forkserver.
+    await until(lambda: all(command_of(int(each)) == [TITLE] for each in children.read_text().split()))
     del tried
     assert process.returncode is not None

@@ -354,6 +354,30 @@ def test_an_answer_that_may_not_end_yet_goes_on_as_long_as_its_grammar_does(engi
     assert text_of(tokens["a"]) == "a" * (expected[0] - (expected[1] == "stop"))
 
 
+def test_the_fewest_tokens_of_an_answer_count_those_that_it_already_has(engine):
+    params = constrained(structured_outputs={"regex": "a*"}, min_tokens=2)
+    assert allowed_by(present(engine.grammars.matcher(params, ids("a")))) == ids("a")
+    assert allowed_by(present(engine.grammars.matcher(params, ids("aa")))) == sorted([EOS, *ids("a")])
+
+
+def test_a_mask_that_was_late_once_is_not_waited_for_again_but_the_next_one_is(engine, monkeypatch):
+    matcher, gate = present(engine.grammars.matcher(constrained())), threading.Event()
+    take = matcher._take
+    monkeypatch.setattr(matcher, "_take", lambda token: (gate.wait(20), take(token)))
+    first, second = ids("re")
+    matcher.advance(first)
+    assert not matcher.is_ready()
+    assert not matcher.is_ready(60), "it has waited"
+    gate.set()
+    while not matcher.is_ready():
+        pass
+    gate.clear()
+    matcher.advance(second)
+    threading.Timer(0.01, gate.set).start()
+    assert matcher.is_ready(60)
+    assert allowed_by(matcher) == ids("d")
+
+
 def test_an_answer_that_is_cut_short_says_so(engine, prompt):
     add(engine, "a", prompt(5), constrained(max_tokens=2))
     assert run_out(engine)[1] == {"a": "length"}
