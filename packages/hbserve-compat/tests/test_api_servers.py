@@ -247,6 +247,29 @@ async def test_when_the_first_process_serves_nobody_answers_503_in_its_place_whi
         await server.stop()
 
 
+async def test_one_that_dies_while_others_are_loading_is_started_again(monkeypatch, broken):
+    monkeypatch.setattr(child_process, "FIRST_RESTART_S", 0.0001)
+    slow = broken.with_name("slow")
+    slow.touch()
+    front_end = FrontEnds(ServerSection(port=0, api_servers=2), "INFO", lambda *_: None)
+    server = SchedulerServer(CpuScheduler(SchedulerConfig(port=0)))
+    await server.start()
+    beginning = asyncio.create_task(front_end.begin("small", Path("/models/small"), server))
+    try:
+        await _until(lambda: "api-server-0" in server.siblings._remotes)
+        first = present(front_end._processes).processes[0]
+        killed = present(first.pid)
+        os.kill(killed, signal.SIGKILL)
+        await _until(lambda: "api-server-0" not in server.siblings._remotes)
+        slow.unlink()
+        await beginning
+        await _until(lambda: first.pid != killed and "api-server-0" in server.siblings._remotes)
+    finally:
+        beginning.cancel()
+        await front_end.stop()
+        await server.stop()
+
+
 async def test_a_unix_socket_is_bound_once_and_given_to_every_process_again_after_a_restart(
     monkeypatch, broken, tmp_path
 ):

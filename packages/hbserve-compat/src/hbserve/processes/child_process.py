@@ -325,7 +325,7 @@ class ChildProcesses(Generic[P]):
         on_given_up: Callable[[str, str], None],
         on_restart: Callable[[P], Awaitable[None]] | None = None,
     ) -> None:
-        """Restart dead processes from now on. To be called once all have been ready: until then, a death is reported.
+        """Restart processes that die from now on, once they have served. Until then, a death is only reported.
 
         on_given_up: called, like `on_death`, when one dies again and again, and is not started any more.
         on_restart: called with one that was started again, perhaps at another address.

@@ -130,8 +130,9 @@ class FrontEnds(FrontEnd):
             task.add_done_callback(removing.discard)
 
         self._processes = ChildProcesses(make, forget)
-        await self._processes.start()
+        # First: one that has served may die while others are still loading.
         self._processes.restart_the_dead(self._on_given_up)
+        await self._processes.start()
 
     async def _hand_over(self) -> None:
         await self._http.drain()
