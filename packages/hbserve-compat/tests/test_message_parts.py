@@ -544,6 +544,17 @@ async def test_reasoning_is_a_field_of_its_own_by_both_of_its_names(small_model)
     assert hidden.json()["choices"][0]["message"] == {"role": "assistant", "content": "yes"}
 
 
+async def test_an_answer_that_follows_a_grammar_is_not_searched_for_reasoning_and_one_that_has_begun_is_ended(
+    small_model,
+):
+    server = new_server(small_model, "<think>{}", template=MESSAGES + "{{ end }}{# </think> #}")
+    for end, prompt_end in (("", "hi"), ("<think>\n", "<think>\n\n</think>\n\n")):
+        body = {"response_format": {"type": "json_object"}, "chat_template_kwargs": {"end": end}}
+        message = (await server.chat(**body)).json()["choices"][0]["message"]
+        assert message == {"role": "assistant", "content": "<think>{}"}
+        assert server.prompt.endswith(prompt_end)
+
+
 @pytest.mark.parametrize("body", [{}, {"stream": True, "stream_options": {"include_usage": True}}])
 @pytest.mark.parametrize(
     ("steps", "num_reasoning"),

@@ -116,6 +116,8 @@ def test_a_gap_within_the_window_ends_a_prefix():
     assert blocks.find_prefix(names) == [-1, -1, -1, held[3], held[4]]
     assert blocks.find_prefix(names[:4]) == held[:2], "the fourth without the third is not enough"
     assert blocks.find_part(names, 4) == [-1] * 4 + [held[4]]
+    assert blocks.find_part(names, 0) == held[:2], "what is behind a gap would take the gap's place"
+    assert blocks.num_free_besides([-1, *held]) == blocks.num_free == 2
 
 
 @pytest.mark.parametrize("n", [1, 3])
