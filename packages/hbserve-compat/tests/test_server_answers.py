@@ -39,7 +39,7 @@ def text_of(chunks: list[dict], index: int = 0) -> str:
 async def test_a_chat_is_answered_whole(server):
     answer = (await server.chat(model="small")).json()
     assert answer["id"].startswith("chatcmpl-")
-    assert (answer["object"], answer["model"]) == ("chat.completion", "small")
+    assert (answer["object"], answer["model"], type(answer["created"])) == ("chat.completion", "small", int)
     (choice,) = answer["choices"]
     assert choice["message"] == {"role": "assistant", "content": "Hello wörld"}
     assert (choice["index"], choice["finish_reason"], choice["logprobs"]) == (0, "stop", None)
@@ -344,6 +344,8 @@ async def test_echo_repeats_the_prompt_as_text(server):
     answer = (await server.complete(prompt=["hi ", server.tokenizer.encode("ho ")], echo=True)).json()
     assert [choice["text"] for choice in answer["choices"]] == ["hi Hello wörld", "ho Hello wörld"]
     assert text_of(chunks_of(await server.complete(prompt="hi ", echo=True, stream=True))) == "hi Hello wörld"
+    several = (await server.complete(prompt=["a", "b"], n=2, echo=True, max_tokens=1)).json()["choices"]
+    assert [(each["index"], each["text"]) for each in several] == [(0, "aH"), (1, "aH"), (2, "bH"), (3, "bH")]
 
 
 async def test_special_tokens_are_shown_only_if_they_are_asked_for(server):

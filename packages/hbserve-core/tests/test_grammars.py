@@ -397,7 +397,7 @@ SCHEMA = {
         ({"json": SCHEMA}, lambda text: isinstance(json.loads(text)["ok"], bool)),
         ({"json_object": True}, lambda text: isinstance(json.loads(text), dict)),
         ({"regex": r"\d{2}-[xy]"}, lambda text: text[2] == "-" and text[3] in "xy" and text[:2].isdecimal()),
-        ({"choice": ["ä\"\n", "日本"]}, lambda text: text in ("ä\"\n", "日本")),
+        ({"choice": ["ä\"\n", "日本\x7f"]}, lambda text: text in ("ä\"\n", "日本\x7f")),
         ({"choice": [""]}, lambda text: text == ""),
         ({"grammar": 'start: "<" /[ab]/ ">"'}, lambda text: text in ("<a>", "<b>")),
         ({"grammar": 'root ::= "a" [x-z] "b"'}, lambda text: text in ("axb", "ayb", "azb")),

@@ -75,6 +75,5 @@ def _source(wanted: StructuredOutputsParams) -> str:
     if wanted.grammar is not None:
         return grammar_from("grammar", wanted.grammar)
     assert wanted.choice is not None, "one of them is given"
-    return LLMatcher.grammar_from_lark(
-        "start: " + " | ".join(json.dumps(each, ensure_ascii=False) for each in wanted.choice)
-    )
+    choices = " | ".join(json.dumps(each, ensure_ascii=False) for each in wanted.choice)
+    return LLMatcher.grammar_from_lark("start: " + choices.replace("\x7f", "\\u007f"))  # JSON need not escape DEL
