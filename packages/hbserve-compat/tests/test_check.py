@@ -195,6 +195,19 @@ def test_keys_are_there_or_it_is_said_who_could_do_without(config, tmp_path, mon
     )
 
 
+def test_instances_that_are_found_by_a_name_are_reached_by_others_even_if_the_scheduler_is_not(config, monkeypatch):
+    async def nothing(_: Any) -> list[Any]:
+        return []
+
+    monkeypatch.setattr("hbserve.check.deployment.check_network", nothing)
+    for name, told in {
+        "pods.invalid": "whoever reaches the addresses of dns:pods.invalid:5",
+        "localhost": "none; this host alone",
+    }.items():
+        discovered = config(gpu_instances=[{"discover": f"dns:{name}:5", "instance_type": "hybrid"}])
+        assert any(told in line for line in check(discovered)[1])
+
+
 def test_a_deployment_that_will_work_is_status_0_and_one_that_will_not_names_what(config, monkeypatch):
     monkeypatch.setattr(this_host, "list_gpus", list)
     status, lines, error = check(config())

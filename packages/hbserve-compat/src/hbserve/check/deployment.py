@@ -15,6 +15,7 @@ from hbserve_rpc import KeysError, load_keys
 from hbserve_rpc.address import is_here, is_loopback
 from hbserve_rpc.keys import Party
 from hbserve_scheduler import DeploymentConfig, load_config
+from hbserve_scheduler.discovery import DnsName
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,9 @@ def _check_keys(config: DeploymentConfig) -> Finding:
             "ok", "keys", f"{config.security.keys}: of {' and '.join(parties) or 'none that is needed here'}"
         )
     reached = [place.subject for place in places(config) if place.subject != "server" and not is_loopback(place.host)]
+    reached += [
+        name for each in config.gpu_instances if (name := each.discover) and not is_loopback(DnsName.of(name).host)
+    ]
     if not reached:
         return Finding("ok", "keys", "none; this host alone reaches the deployment")
     text = f"none: whoever reaches the addresses of {', '.join(reached)} may use them; `hbserve keys FOLDER` makes keys"
