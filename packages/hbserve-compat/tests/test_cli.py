@@ -106,7 +106,7 @@ def test_a_wrong_configuration_is_one_line_that_names_the_key_before_anything_st
 def test_a_model_folder_that_is_not_there_is_one_line(tmp_path):
     done = hbserve("generate", "Hello", "--model", tmp_path / "nowhere")
     (line,) = done.stderr.strip().splitlines()
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "nowhere' does not exist" in line
 
 

@@ -61,7 +61,7 @@ def test_help_has_a_short_name_too(command):
 @pytest.mark.parametrize(("path", "why"), [("nothing", "No such file or directory"), ("", "Is a directory")])
 def test_a_file_that_cannot_be_read_is_named_first_without_the_number_of_the_system(tmp_path, path, why):
     asked = invoke("simulate", "--trace", str(tmp_path / path))
-    assert (asked.exit_code, asked.stderr) == (1, f"error: {tmp_path / path}: {why}\n")
+    assert (asked.exit_code, asked.stderr) == (2, f"error: --trace='{tmp_path / path}': {why}\n")
 
 
 def test_what_cannot_be_asked_is_refused_before_a_scheduler_is_waited_for(tmp_path, monkeypatch):
@@ -159,7 +159,8 @@ def test_what_is_no_model_folder_is_refused_with_what_to_do(command, folder_with
         refused = invoke(*command, given)
         (line,) = refused.stderr.splitlines()[-1:]
         assert refused.stderr.count("error") == 1
-        assert (refused.exit_code, message in line) == (1, True), line
+        status = 1 if given.endswith(".gguf") else 2  # a conversion has failed, or there is nothing to convert
+        assert (refused.exit_code, message in line) == (status, True), line
     (folder / "adapter_config.json").unlink()
     (folder / "y.gguf").touch()
     assert "has 2 GGUF files and no config.json: give the path of one of them" in invoke(*command, str(folder)).stderr

@@ -238,7 +238,7 @@ def test_whatever_bench_is_given_is_begun_or_refused_in_one_line(small_model, tm
 def test_a_folder_without_a_tokenizer_is_refused_before_anything_starts(small_model, tmp_path, nothing_starts, caplog):
     (tmp_path / "config.json").write_bytes((small_model("qwen3") / "config.json").read_bytes())
     result = invoke(["generate", "Hello", "--model", str(tmp_path)], caplog)
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert f"{tmp_path}: has no tokenizer, which text needs: none of tokenizer.json" in result.stderr
 
 

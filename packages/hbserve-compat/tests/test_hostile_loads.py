@@ -71,7 +71,7 @@ async def test_a_url_that_is_none_is_named(url):
         ({"self_timed": True}, "does not say when requests came"),
         ({"save_result": True, "result_filename": "/nowhere/x.json"}, "there is no folder /nowhere"),
         ({"save_result": True, "result_filename": ".."}, "is a folder"),
-        ({"save_result": True, "result_dir": Path("/etc/passwd")}, "File exists"),
+        ({"save_result": True, "result_dir": Path("/etc/passwd")}, "there is no folder /etc/passwd"),
     ],
 )  # fmt: skip
 async def test_what_cannot_be_is_told_before_any_request(scripted, options, problem):

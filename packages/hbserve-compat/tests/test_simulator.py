@@ -899,7 +899,7 @@ def test_requests_that_are_all_refused_at_once_are_figures_too():
 def test_profile_measures_an_instance_into_a_file_that_simulations_read(small_model, tmp_path, monkeypatch):
     monkeypatch.setattr("hbserve_core.bench.batch_sweep.measure_limits", lambda *_: DeviceLimits(1e9, 1e9, 1e9))
     monkeypatch.setattr("hbserve_core.bench.batch_sweep._NUM_STEPS", 4)
-    file = tmp_path / "new" / "small.json"
+    file = tmp_path / "small.json"
     sizes = ["--prompt-lens", "8,32", "--batch-sizes", "1,2", "--contexts", "16,100000", "--megabytes", "1"]
     result = invoke("profile", "--model", small_model("qwen3"), "-o", file, *sizes)
     assert result.exit_code == 0, result.output
@@ -929,8 +929,8 @@ def test_a_profile_with_a_backend_that_is_none_is_refused_before_anything_is_mea
     monkeypatch.setattr("hbserve.simulator.measuring._engine", lambda *_: pytest.fail("it has begun to measure"))
     model, file = small_model("qwen3"), tmp_path / "p.json"
     result = invoke("profile", "--model", model, "-o", file, "--kv-transfer-backend", "nccll")
-    assert result.exit_code == 1
-    assert "kv_transfer.backend='nccll': there are" in result.stderr
+    assert result.exit_code == 2
+    assert "--kv-transfer-backend: kv_transfer.backend='nccll': there are" in result.stderr
     assert not file.exists()
 
 

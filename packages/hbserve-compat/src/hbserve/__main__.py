@@ -25,6 +25,7 @@ from hbserve.commands.command import (
 from hbserve.commands.keys import Rotation, write_keys
 from hbserve.commands.planning import add_to
 from hbserve.commands.running import running
+from hbserve.options import file_option
 from hbserve_rpc import own_process
 from hbserve_rpc.plain_values import one_line, shown
 
@@ -69,7 +70,7 @@ ModelArgument = Annotated[
         help="A Hugging Face model folder, an id in the local cache, or a GGUF file; without it, the demo model.",
     ),
 ]
-ConfigOption = Annotated[Path, typer.Option("--config", help="YAML file of the deployment.")]
+ConfigOption = Annotated[Path, file_option("YAML file of the deployment.")]
 ModelOption = Annotated[
     Path | None,
     typer.Option(
@@ -96,7 +97,7 @@ def generate(
     more_prompts: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="The same, as an option.")] = None,
     system: SystemOption = None,
     model: ModelOption = None,
-    config: Annotated[Path | None, typer.Option(help="YAML file of a deployment on this host.")] = None,
+    config: Annotated[Path | None, file_option("YAML file of a deployment on this host.")] = None,
     max_tokens: MaxTokensOption = 128,
     temperature: TemperatureOption = 0.0,
     top_p: TopPOption = None,
@@ -212,7 +213,7 @@ RayOption = Annotated[
 def serve(
     context: typer.Context,
     named_model: ModelArgument = None,
-    config: Annotated[Path | None, typer.Option(help="YAML file of the deployment; without it, one pair.")] = None,
+    config: Annotated[Path | None, file_option("YAML file of the deployment; without it, one pair.")] = None,
     model: ModelOption = None,
     host: ServedHostOption = None,
     port: ServedPortOption = None,
@@ -254,7 +255,7 @@ def chat(
     api_key: Annotated[str | None, typer.Option(help="Its API key, with --url; or set HBSERVE_API_KEY.")] = None,
     system: SystemOption = None,
     model: ModelOption = None,
-    config: Annotated[Path | None, typer.Option(help="YAML file of a deployment on this host.")] = None,
+    config: Annotated[Path | None, file_option("YAML file of a deployment on this host.")] = None,
     max_tokens: MaxTokensOption = 512,
     temperature: TemperatureOption = 0.0,
     top_p: TopPOption = None,

@@ -13,9 +13,9 @@ from hbserve_rpc import InvalidRequest
 def require_writable(option: str, path: Path) -> None:
     """Check that the file that an option names can be written. Raises InvalidRequest or OSError: it is a folder, cannot
     be written, or cannot be made, because its folder does not exist or may not be written, or its disk is full."""
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{option}={path}: there is no folder {path.parent}")
-    if path.is_dir():
+    if not os.path.isdir(path.parent):
+        raise InvalidRequest(f"{option}={path}: there is no folder {path.parent}")
+    if os.path.isdir(path):
         raise InvalidRequest(f"{option}={path}: is a folder; expected the name of a file")
     try:
         is_there = path.is_file()

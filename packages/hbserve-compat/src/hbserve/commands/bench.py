@@ -1,7 +1,5 @@
 """The commands `hbserve bench …`: measurements of this machine, and of servers."""
 
-import math
-import re
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,16 +8,9 @@ import typer
 
 from hbserve.commands.command import LogLevel, LogLevelOption, explaining, run, taking
 from hbserve.load.args import BenchServeArgs, CompareArgs
-from hbserve_rpc.plain_values import shown
+from hbserve.options import Dtype, number_option, ranks_option
 
 bench = typer.Typer(help="Measure this machine, or a server.", no_args_is_help=True)
-
-
-class Dtype(StrEnum):
-    AUTO = "auto"
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
 
 
 class Workload(StrEnum):
@@ -36,7 +27,7 @@ def engine(
         list[Workload] | None, typer.Option(help="Workload to run; may be repeated. By default all four.")
     ] = None,
     scale: Annotated[
-        float | None, typer.Option(min=0, help="Size of the workloads; 1 on a GPU, and 1/32 elsewhere.")
+        float | None, number_option("Size of the workloads; 1 on a GPU, and 1/32 elsewhere.", least=0.001, most=1000)
     ] = None,
     sweep: Annotated[bool, typer.Option("--sweep", help="Measure a decode step's time by batch size instead.")] = False,
     batch_sizes: Annotated[
@@ -55,20 +46,17 @@ def engine(
     random_weights: Annotated[
         bool, typer.Option(help="Read config.json only, and make the weights up: times are the same.")
     ] = False,
-    tensor_parallel_size: Annotated[int, typer.Option(min=1, help="Number of GPUs that the model is split over.")] = 1,
+    tensor_parallel_size: Annotated[int, ranks_option("Number of GPUs that the model is split over.")] = 1,
     log_level: LogLevelOption = LogLevel.INFO,
 ) -> None:
     """One engine alone, on nano-vllm's workload, one stream, prompts only, and decodes only; or by batch size."""
     from hbserve.load.bench_engine import EngineUnderTest, bench_engine, sweep_engine
 
     _refuse_options_of_the_other_kind(sweep, [workload, scale], [batch_sizes, contexts, json])
-    sizes, lengths = _numbers("--batch-sizes", batch_sizes), _numbers("--contexts", contexts)
-    if scale is not None and not math.isfinite(scale):
-        raise typer.BadParameter(f"{scale}: expected a number from 0 on", param_hint="--scale")
     chosen = EngineUnderTest(model, device, dtype.value, random_weights, tensor_parallel_size)
     with explaining(log_level):
         if sweep:
-            sweep_engine(chosen, sizes, lengths, json)
+            sweep_engine(chosen, batch_sizes, contexts, json)
         else:
             bench_engine(chosen, [each.value for each in workload or Workload], scale)
 
@@ -78,17 +66,6 @@ def _refuse_options_of_the_other_kind(sweep: bool, of_workloads: list[Any], of_s
         raise typer.BadParameter("--workload and --scale are not for --sweep")
     if not sweep and any(given is not None for given in of_sweep):
         raise typer.BadParameter("--batch-sizes, --contexts and --json need --sweep")
-
-
-def _numbers(option: str, text: str | None) -> tuple[int, ...] | None:
-    """Parse numbers that are separated by commas. Returns them ascending and without repetitions."""
-    if text is None:
-        return None
-    parts = [part.strip() for part in text.split(",")]
-    if not all(re.fullmatch("[0-9]{1,9}", part) and int(part) >= 1 for part in parts):
-        problem = f"{shown(text)}: expected numbers from 1 to {10**9 - 1}, separated by commas"
-        raise typer.BadParameter(problem, param_hint=option)
-    return tuple(sorted({int(part) for part in parts}))
 
 
 def _serve(args: BenchServeArgs, log_level: LogLevel) -> None:

@@ -97,7 +97,7 @@ def explaining(log_level: LogLevel, *, is_service: bool = False) -> Iterator[Non
         if not _is_explained(error):
             logging.getLogger(__name__).exception("unexpected error; please report it")
         typer.echo(f"error: {one_line(own_process.with_file_limit(_in_words(error)))}", err=True)
-        raise typer.Exit(2 if isinstance(error, ValueError) else 1) from None
+        raise typer.Exit(2 if _is_about_input(error) else 1) from None
     finally:
         forget_what_nobody_takes()
 
@@ -123,6 +123,14 @@ def _in_words(error: Exception) -> str:
     if isinstance(error, OSError) and error.errno in own_process.NO_FILE_LEFT:
         return str(error.strerror)
     return str(error)
+
+
+def _is_about_input(error: Exception) -> bool:
+    """Whether an error is about what the command was given: a value, or a file that is missing or may not be used. Not
+    about what happened at its work, such as a port in use or a full disk."""
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP):
+        return error.filename is not None  # else it is not about a file
+    return isinstance(error, (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError))
 
 
 def _is_explained(error: Exception) -> bool:

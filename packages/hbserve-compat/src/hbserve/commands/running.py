@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from hbserve.commands.command import KeysOption, LogLevel, LogLevelOption, run
+from hbserve.options import number_option
 
 running = typer.Typer()
 ConnectOption = Annotated[str, typer.Option(metavar="HOST:PORT", help="Its scheduler's RPC address.")]
@@ -41,7 +42,7 @@ def drain(
     ] = False,
     within_s: Annotated[
         float | None,
-        typer.Option("--within", metavar="SECONDS", min=0.0, help="Then move its requests elsewhere and forget it."),
+        number_option("Then move its requests elsewhere and forget it.", "--within", least=0, metavar="SECONDS"),
     ] = None,
     log_level: LogLevelOption = LogLevel.WARNING,
 ) -> None:
@@ -127,9 +128,7 @@ def trace(
     request_id: Annotated[str, typer.Option("--request", metavar="ID", help="Only the request with this id.")] = "",
     last_s: Annotated[
         float,
-        typer.Option(
-            "--last", metavar="SECONDS", min=0.0, help="How far back it goes, in seconds. By default an hour."
-        ),
+        number_option("How far back it goes, in seconds. By default an hour.", "--last", least=0, metavar="SECONDS"),
     ] = 3600.0,
     log_level: LogLevelOption = LogLevel.WARNING,
 ) -> None:

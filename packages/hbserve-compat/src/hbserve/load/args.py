@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from typer import Argument, Option
 
 from hbserve.load.prompts import MOST_REQUESTS, MOST_TOKENS
+from hbserve.options import file_option, number_option
 
 
 class Backend(StrEnum):
@@ -32,9 +33,16 @@ class RampUp(StrEnum):
     EXPONENTIAL = "exponential"
 
 
-Rate = Annotated[float, Option(min=0, help="Mean number of requests sent per second; inf sends them all at once.")]
+LEAST_RATE = 0.001
+Rate = Annotated[
+    float,
+    number_option("Mean number of requests sent per second; inf sends them all at once.", least=LEAST_RATE, most=None),
+]
 Burstiness = Annotated[
-    float, Option(min=0.001, help="Regularity of arrivals: 1 is a Poisson process, less is burstier, more evener.")
+    float,
+    number_option(
+        "Regularity of arrivals: 1 is a Poisson process, less is burstier, more evener.", least=0.001, most=None
+    ),
 ]
 
 
@@ -77,7 +85,7 @@ class BenchServeArgs:
     dataset_name: Annotated[
         Dataset, Option(help="Where prompts come from; all but random and prefix_repetition need --dataset-path.")
     ] = Dataset.RANDOM
-    dataset_path: Annotated[Path | None, Option(help="File of the dataset; may be packed by gzip.")] = None
+    dataset_path: Annotated[Path | None, file_option("File of the dataset; may be packed by gzip.")] = None
     num_prompts: Annotated[
         int | None,
         Option(min=1, max=MOST_REQUESTS, help="Number of requests to send. By default 1000, or all of a trace."),
@@ -94,7 +102,9 @@ class BenchServeArgs:
     random_output_len: Annotated[int, tokens_option("random: most tokens of an answer.")] = 128
     random_range_ratio: Annotated[
         float,
-        Option(min=0, max=0.99, help="random: lengths vary by this share, up and down; 0: all have the same length."),
+        number_option(
+            "random: lengths vary by this share, up and down; 0: all have the same length.", least=0, most=0.99
+        ),
     ] = 0.0
     random_prefix_len: Annotated[
         int, tokens_option("random: length of a prefix that all prompts share, before --random-input-len.", least=0)
@@ -129,7 +139,8 @@ class BenchServeArgs:
         int | None, tokens_option("timed_trace: prompt tokens for each of hash_ids. By default 16; mooncake: 512.")
     ] = None
     timed_trace_sec_multiplier: Annotated[
-        float | None, Option(min=0, help="timed_trace: seconds in a unit of timestamp. By default 1; mooncake: 0.001.")
+        float | None,
+        number_option("timed_trace: seconds in a unit of timestamp. By default 1; mooncake: 0.001.", least=0),
     ] = None
     self_timed: Annotated[
         bool | None,
@@ -140,14 +151,23 @@ class BenchServeArgs:
     ramp_up_strategy: Annotated[
         RampUp | None, Option(help="Change the rate during the load, from --ramp-up-start-rps to --ramp-up-end-rps.")
     ] = None
-    ramp_up_start_rps: Annotated[float | None, Option(min=0, help="Requests per second when a ramp begins.")] = None
-    ramp_up_end_rps: Annotated[float | None, Option(min=0, help="Requests per second when a ramp ends.")] = None
-    max_concurrency: Annotated[
-        int | None, Option(min=1, help="Most requests in flight at a time; others wait here. By default no limit.")
+    ramp_up_start_rps: Annotated[
+        float | None, number_option("Requests per second when a ramp begins.", least=LEAST_RATE)
     ] = None
-    num_warmups: Annotated[int, Option(min=0, help="Requests to send, and not to measure, before the load.")] = 0
+    ramp_up_end_rps: Annotated[
+        float | None, number_option("Requests per second when a ramp ends.", least=LEAST_RATE)
+    ] = None
+    max_concurrency: Annotated[
+        int | None,
+        Option(
+            min=1, max=MOST_REQUESTS, help="Most requests in flight at a time; others wait here. By default no limit."
+        ),
+    ] = None
+    num_warmups: Annotated[
+        int, Option(min=0, max=MOST_REQUESTS, help="Requests to send, and not to measure, before the load.")
+    ] = 0
     ready_check_timeout_sec: Annotated[
-        float, Option(min=0, help="Seconds to wait for a server that is still starting; 0: it must be there.")
+        float, number_option("Seconds to wait for a server that is still starting; 0: it must be there.", least=0)
     ] = 0.0
     ignore_eos: Annotated[
         bool, Option("--ignore-eos", help="Make each answer as long as asked for: end-of-sequence does not end it.")
@@ -199,7 +219,9 @@ class BenchServeArgs:
     @property
     def url(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host
-        return (self.base_url or f"http://{host}:{self.port}").rstrip("/").removesuffix("/v1")
+        return (
+            (f"http://{host}:{self.port}" if self.base_url is None else self.base_url).rstrip("/").removesuffix("/v1")
+        )
 
     @property
     def is_chat(self) -> bool:
@@ -207,7 +229,8 @@ class BenchServeArgs:
 
     @property
     def path(self) -> str:
-        return self.endpoint or ("/v1/chat/completions" if self.is_chat else "/v1/completions")
+        usual = "/v1/chat/completions" if self.is_chat else "/v1/completions"
+        return usual if self.endpoint is None else self.endpoint
 
 
 @dataclass(frozen=True)
@@ -221,7 +244,7 @@ class CompareArgs:
     rates: Annotated[str, Option(metavar="1,2,4,…", help="Requests per second to try, one load each.")]
     config: Annotated[
         Path | None,
-        Option(help="YAML file of a deployment, for the settings of all layouts; its instances are not used."),
+        file_option("YAML file of a deployment, for the settings of all layouts; its instances are not used."),
     ] = None
     model: Annotated[Path | None, Option(help="Hugging Face model folder. By default the demo model.")] = None
     layouts: Annotated[
@@ -236,7 +259,8 @@ class CompareArgs:
     output_len: Annotated[int, tokens_option("Length of answers, in tokens.")] = 128
     num_prompts: Annotated[int, Option(min=1, max=MOST_REQUESTS, help="Number of requests of each load.")] = 200
     ready_timeout_s: Annotated[
-        float, Option("--ready-timeout", metavar="SECONDS", help="How long a layout may take until it serves.")
+        float,
+        number_option("How long a layout may take until it serves.", "--ready-timeout", least=1, metavar="SECONDS"),
     ] = 600.0
     plot: Annotated[Path | None, Option(help="Write a picture of goodput over rate to this file, .svg or .png.")] = None
     json: Annotated[Path | None, Option(help="Write all figures to this JSON file.")] = None

@@ -5,17 +5,20 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import typer
 
+from hbserve.load.prompts import MOST_TOKENS
 from hbserve.models.demo_model import model_folder
+from hbserve.options import numbers
 from hbserve.output_file import require_writable, writing
 from hbserve_core import InstanceConfig
 from hbserve_core.bench.batch_sweep import BATCH_SIZES, SweepPlan, SweepRow, run_sweep, sweep_config
 from hbserve_core.bench.workloads import Sizes, bench_config, run_bench
 from hbserve_core.model.loaded_model import choose_device
 
+MOST_BATCH = 65_536
 _ELSEWHERE = 1 / 32
 _ON_A_GPU = SweepPlan(BATCH_SIZES, (512,))
 _ON_A_CPU = SweepPlan(tuple(size for size in BATCH_SIZES if size <= 32), (64,))
@@ -59,27 +62,42 @@ def bench_engine(engine: EngineUnderTest, workloads: Sequence[str], scale: float
 
 def sweep_engine(
     engine: EngineUnderTest,
-    batch_sizes: tuple[int, ...] | None,
-    contexts: tuple[int, ...] | None,
+    batch_sizes: str | None,
+    contexts: str | None,
     rows_file: Path | None,
 ) -> None:
-    """Measure decode steps. Prints a line for each batch size and context, and writes it to `rows_file` as JSON.
+    """Measure decode steps. Prints a line for each batch size and context, and writes it to `rows_file` as JSON. The
+    sizes and contexts are numbers that commas separate.
 
-    Raises what `InstanceConfig` and `make_runner` raise, and OSError if the file cannot be written.
+    Raises InvalidRequest, what `InstanceConfig` and `make_runner` raise, and OSError if the file cannot be written.
     """
+    sizes, lengths = batch_numbers(batch_sizes), context_numbers(contexts)
     if rows_file is not None:
         require_writable("--json", rows_file)
     folder = model_folder(engine.model)
     usual = _ON_A_GPU if engine.is_on_a_gpu(folder) else _ON_A_CPU
-    plan = SweepPlan(batch_sizes or usual.batch_sizes, contexts or usual.contexts)
+    plan = SweepPlan(sizes or usual.batch_sizes, lengths or usual.contexts)
     config = sweep_config(str(folder), plan, **engine.settings())
     with ExitStack() as stack:
-        file = stack.enter_context(rows_file.open("w", encoding="utf-8", buffering=1)) if rows_file else None
+        file: TextIO | None = None
 
         def keep(row: SweepRow) -> None:
-            if file is not None and rows_file is not None:
+            nonlocal file
+            if rows_file is not None:
                 with writing(rows_file, in_parts=True):
+                    if file is None:  # not earlier: whatever fails before there is a row leaves no file
+                        file = stack.enter_context(rows_file.open("w", encoding="utf-8", buffering=1))
                     file.write(json.dumps({"model": folder.name, **row.record()}) + "\n")
 
         typer.echo(f"{folder.name}, decode steps by batch size")
         run_sweep(config, plan, typer.echo, keep)
+
+
+def batch_numbers(text: str | None) -> tuple[int, ...]:
+    """Parse `--batch-sizes`; empty if it was not given. Raises InvalidRequest."""
+    return () if text is None else numbers("--batch-sizes", text, int, least=1, most=MOST_BATCH)
+
+
+def context_numbers(text: str | None) -> tuple[int, ...]:
+    """Parse `--contexts`; empty if it was not given. Raises InvalidRequest."""
+    return () if text is None else numbers("--contexts", text, int, least=1, most=MOST_TOKENS)

@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,14 @@ from typing import Any
 import msgspec
 
 from hbserve.client.http_stream import HttpClient
-from hbserve.client.server_url import require_header, require_path
+from hbserve.client.server_url import parse_url, require_header, require_path
 from hbserve.load import arrivals, prompts
 from hbserve.load.args import BenchServeArgs, Dataset
 from hbserve.load.asking import Outcome, ask
 from hbserve.load.generator import Load, send_load
 from hbserve.load.prompts import Prompt, Vocabulary
 from hbserve.load.report import METRICS, Wanted, complaint, details, figures, goals_of, lines
+from hbserve.options import numbers
 from hbserve.output_file import require_writable, write_results
 from hbserve.plotting import require_plotting
 from hbserve.progress import progress_bar
@@ -97,6 +98,7 @@ async def measure(
 def _require_possible(args: BenchServeArgs) -> None:
     """Check what can be checked before the load begins, so that minutes of measuring are not lost. Raises
     InvalidRequest, OSError, and what `require_plotting` raises."""
+    parse_url("--host" if args.base_url is None else "--base-url", args.url)
     require_path("--endpoint", args.path)
     require_header("--request-id-prefix", "X-Request-Id", args.request_id_prefix)
     for name in (*SAMPLING, "timed_trace_sec_multiplier", "ramp_up_start_rps", "ramp_up_end_rps"):
@@ -116,39 +118,51 @@ def _require_possible(args: BenchServeArgs) -> None:
     if args.custom_output_len == 0:
         raise InvalidRequest("--custom-output-len=0: expected 1 or more, or -1 for output_tokens of each line")
     _pairs("--metadata", args.metadata, "=")
+    for name in ("model", "served_model_name"):
+        if getattr(args, name) == "":
+            raise InvalidRequest(f"--{name.replace('_', '-')}='': expected a name")
+    if args.tokenizer is not None and not os.path.isdir(os.path.expanduser(args.tokenizer)):
+        raise InvalidRequest(_no_tokenizer(args.tokenizer))
     if args.plot is not None:
         require_plotting(args.plot)
     _require_result_file(args)
 
 
 def _require_result_file(args: BenchServeArgs) -> None:
-    if args.save_result or args.append_result:
-        folder = args.result_dir or Path()
-        folder.mkdir(parents=True, exist_ok=True)
-        require_writable("--result-filename", folder / (args.result_filename or "x.json"))
+    if not (args.save_result or args.append_result):
+        return
+    folder = args.result_dir or Path()
+    if not os.path.isdir(folder):  # it is made together with the file, as by vLLM's command
+        above = next(each for each in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(each))
+        require_writable("--result-dir", above / "x.json")
+        if len(Path(args.result_filename or "x.json").parts) == 1:
+            return
+    require_writable("--result-filename", folder / (args.result_filename or "x.json"))
 
 
 # ---- what is asked -----------------------------------------------------------------------------------------------
 
 
 def _pairs(option: str, values: list[str] | None, between: str) -> dict[str, str]:
+    pairs: dict[str, str] = {}
     for each in values or []:
-        if between not in each:
-            raise InvalidRequest(f"{option}={each!r}: expected NAME{between}VALUE")
-    return dict(each.split(between, 1) for each in values or [])
+        name, found, value = each.partition(between)
+        if not found or not name:
+            raise InvalidRequest(f"{option}={shown(each)}: expected NAME{between}VALUE")
+        if name in pairs:
+            raise InvalidRequest(f"{option}={shown(each)}: {name} has a value already")
+        pairs[name] = value
+    return pairs
 
 
 def _wanted(args: BenchServeArgs) -> Wanted:
     goals_s = goals_of([*(args.goodput or []), *(args.more or [])])
-    try:
-        percentiles = [float(each) for each in args.metric_percentiles.split(",")]
-    except ValueError as error:
-        raise InvalidRequest(f"--metric-percentiles: expected numbers: {error}") from None
-    if not all(0 <= each <= 100 for each in percentiles):
-        raise InvalidRequest(f"--metric-percentiles={args.metric_percentiles!r}: expected numbers from 0 to 100")
-    metrics = [each.strip() for each in args.percentile_metrics.split(",") if each.strip()]
+    percentiles = numbers("--metric-percentiles", args.metric_percentiles, float, least=0, most=100)
+    metrics = [each.strip() for each in args.percentile_metrics.split(",")]
     if unknown := set(metrics) - METRICS.keys():
-        raise InvalidRequest(f"--percentile-metrics={min(unknown)!r}: expected some of {', '.join(METRICS)}")
+        raise InvalidRequest(f"--percentile-metrics={shown(min(unknown))}: expected some of {', '.join(METRICS)}")
+    if len({*metrics}) < len(metrics):
+        raise InvalidRequest(f"--percentile-metrics={args.percentile_metrics}: expected each of them once")
     return Wanted(metrics, percentiles, goals_s, args.max_concurrency is not None)
 
 
@@ -164,7 +178,7 @@ def _headers(args: BenchServeArgs) -> dict[str, str]:
 
 def _body(args: BenchServeArgs) -> dict[str, Any]:
     """Return the fields that are the same in every request."""
-    given = args.extra_body or "{}"
+    given = "{}" if args.extra_body is None else args.extra_body
     try:
         extra = msgspec.json.decode(given.encode(), type=dict[str, Any])
     except (msgspec.DecodeError, UnicodeEncodeError, RecursionError) as error:
@@ -174,12 +188,14 @@ def _body(args: BenchServeArgs) -> dict[str, Any]:
     return {"stream": True, "stream_options": {"include_usage": True}, **sampling, **ignoring, **extra}
 
 
+def _no_tokenizer(folder: Path) -> str:
+    return f"--tokenizer: prompts are made of tokens, and {shown(str(folder))} is not a folder with a tokenizer"
+
+
 def _prompts(args: BenchServeArgs, folder: Path) -> tuple[list[Prompt], Any]:
     tokenizer = load_tokenizer(folder) if folder.is_dir() else None
     if tokenizer is None:
-        raise InvalidRequest(
-            f"--tokenizer: prompts are made of tokens, and {str(folder)!r} is not a folder with a tokenizer"
-        )
+        raise InvalidRequest(_no_tokenizer(folder))
     vocabulary, count, seed = Vocabulary.of(tokenizer), args.num_prompts or USUAL_COUNT, args.seed
     match args.dataset_name:
         case Dataset.RANDOM:
@@ -357,6 +373,8 @@ def _write(args: BenchServeArgs, result: dict[str, Any], load: Load, wanted: Wan
         label = (args.label or args.backend.value).replace("/", "-")
         usual = f"{label}-{args.request_rate}qps{concurrency}-{model}-{result['date']}.json"
         path = (args.result_dir or Path()) / (args.result_filename or usual)
+        with suppress(OSError):  # the writing tells why there is no folder, and prints the results
+            path.parent.mkdir(parents=True, exist_ok=True)
         write_results(path, json.dumps(result) + "\n", append=args.append_result)
     if args.plot is not None:
         from hbserve.load.plots import plot_load

@@ -4,7 +4,7 @@ under equal loads."""
 import asyncio
 import contextlib
 import json
-import math
+import os
 import re
 import signal
 import socket
@@ -17,9 +17,12 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from hbserve.load.args import BenchServeArgs, CompareArgs
+from hbserve.check.this_host import list_gpus
+from hbserve.load.args import LEAST_RATE, BenchServeArgs, CompareArgs
 from hbserve.load.bench_serve import measure
 from hbserve.load.report import goals_of
+from hbserve.models.demo_model import find_model_folder
+from hbserve.options import MOST, numbers
 from hbserve.output_file import require_writable, write_results
 from hbserve.plotting import figure_of, require_plotting
 from hbserve_rpc import InvalidRequest
@@ -32,6 +35,8 @@ T = TypeVar("T")
 ROLES: dict[str, Role] = {"P": "prefill", "D": "decode", "H": "hybrid"}
 HYBRID = "H"
 STOP_TIMEOUT_S = 60.0
+MOST_ON_A_DEVICE = 4
+"""Most instances for each GPU or core. A comparison wants one; more than this the machine can hardly hold."""
 MUCH_MORE = 1.05
 """Smallest ratio of two goodputs that counts as a difference."""
 
@@ -55,14 +60,16 @@ async def compare(args: CompareArgs) -> None:
     Raises InvalidRequest, ConfigError, OSError, what `bench_serve` raises, and RuntimeError if a server ends by itself.
     """
     goals_of(args.goodput)
-    rates, layouts = _rates(args.rates), layouts_of(args.layouts)
+    rates = numbers("--rates", args.rates, float, least=LEAST_RATE, most=MOST)
+    layouts = layouts_of(args.layouts)
     if args.plot is not None:
         require_plotting(args.plot)
     if args.json is not None:
         require_writable("--json", args.json)
-    base = load_config(args.config) if args.config is not None else DeploymentConfig()
-    if args.model is not None:
-        base = msgspec.structs.replace(base, model=msgspec.structs.replace(base.model, path=str(args.model.absolute())))
+    base = _base(args)
+    if base.model.path is not None:
+        await find_model_folder(base.model.path)
+    _require_room(args.layouts, len(next(iter(layouts.values()))), base)
     found: list[Measured] = []
     for name, roles in layouts.items():
         async with serving(base, roles) as server:
@@ -76,30 +83,45 @@ async def compare(args: CompareArgs) -> None:
         _plot(args.plot, found)
 
 
-def _rates(text: str) -> list[float]:
-    try:
-        rates = sorted({float(each) for each in text.split(",")})
-    except ValueError:
-        rates = []
-    if not rates or not all(0 < each < math.inf for each in rates):  # also refuses nan
-        raise InvalidRequest(f"--rates={text!r}: expected numbers above 0, separated by commas")
-    return rates
-
-
 def layouts_of(text: str) -> dict[str, list[Role]]:
     """Return the roles of each layout's instances. All layouts must have equally many instances, because otherwise a
     comparison would be meaningless. Raises InvalidRequest."""
     layouts: dict[str, list[Role]] = {}
     for name in text.upper().split(","):
-        counts = {letter: int(count) for count, letter in re.findall(r"(\d+)([PDH])", name)}
+        counts = {letter: int(count) for count, letter in re.findall(r"([0-9]{1,4})([PDH])", name)}
         roles = [role for letter, role in ROLES.items() for _ in range(counts.get(letter, 0))]
         is_whole = "".join(f"{count}{letter}" for letter, count in counts.items()) == name
         if not is_whole or not roles or ("prefill" in roles) != ("decode" in roles):
             raise InvalidRequest(f"--layouts={shown(text)}: expected layouts such as 2H,1P1D; got {shown(name)}")
+        if name in layouts:
+            raise InvalidRequest(f"--layouts={shown(text)}: {name} is there twice")
         layouts[name] = roles
     if len({len(roles) for roles in layouts.values()}) != 1:
         raise InvalidRequest(f"--layouts={shown(text)}: expected layouts with the same number of instances")
     return layouts
+
+
+def _base(args: CompareArgs) -> DeploymentConfig:
+    """Return the settings of all layouts. Raises ConfigError."""
+    base = load_config(args.config) if args.config is not None else DeploymentConfig()
+    if args.model is None:
+        return base
+    given = Path(os.path.expanduser(args.model))
+    path = str(given.absolute() if given.exists() else args.model)  # else an id of the hub
+    return msgspec.structs.replace(base, model=msgspec.structs.replace(base.model, path=path))
+
+
+def _require_room(layouts: str, count: int, config: DeploymentConfig) -> None:
+    """Check that this machine can hold so many instances at a time. Raises InvalidRequest."""
+    settings = config.engine_settings()
+    gpus = [] if settings.device == "cpu" else list_gpus()
+    devices = len(gpus) // settings.tensor_parallel_size if gpus else len(os.sched_getaffinity(0))
+    if count > MOST_ON_A_DEVICE * max(1, devices):
+        there = f"{len(gpus)} GPUs" if gpus else f"{devices} cores"
+        problem = (
+            f"{count} instances at a time, and {there} here; expected at most {MOST_ON_A_DEVICE * max(1, devices)}"
+        )
+        raise InvalidRequest(f"--layouts={shown(layouts)}: {problem}")
 
 
 @contextlib.asynccontextmanager

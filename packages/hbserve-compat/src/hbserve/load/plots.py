@@ -1,4 +1,4 @@
-"""Plots of a load, by matplotlib: SVG, PNG or PDF, depending on the file's name."""
+"""Plots of a load, by matplotlib: SVG or PNG, depending on the file's name."""
 
 from collections import Counter
 from collections.abc import Mapping

@@ -237,7 +237,7 @@ class _Line(msgspec.Struct):
     """A line of a timed trace."""
 
     timestamp: _Time
-    input_length: _Tokens
+    input_length: Annotated[int, msgspec.Meta(ge=1, le=MOST_TOKENS)]
     output_length: _Tokens
     hash_ids: list[int] | None = None
 

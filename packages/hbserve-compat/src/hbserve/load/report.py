@@ -8,7 +8,9 @@ from typing import Any
 
 from hbserve.load.asking import Outcome
 from hbserve.load.generator import Load
+from hbserve.options import MOST
 from hbserve_rpc import InvalidRequest
+from hbserve_rpc.plain_values import shown
 
 METRICS = {
     "ttft": "TTFT",
@@ -49,17 +51,20 @@ class Wanted:
 
 def goals_of(texts: Iterable[str]) -> dict[str, float]:
     """Parse limits of the form `METRIC:MS`. Returns seconds by ttft, tpot and e2el. Raises InvalidRequest."""
-    goals_s = {}
+    goals_s: dict[str, float] = {}
     for text in texts:
         metric, _, milliseconds = text.partition(":")
         try:
-            goals_s[metric] = float(milliseconds) / 1e3
+            limit_ms = float(milliseconds)
         except ValueError:
-            raise InvalidRequest(f"--goodput={text!r}: expected METRIC:MS") from None
-        if not goals_s[metric] > 0:
-            raise InvalidRequest(f"--goodput={text!r}: expected milliseconds above 0")
+            raise InvalidRequest(f"--goodput={shown(text)}: expected METRIC:MS") from None
+        if not 0 < limit_ms <= MOST:
+            raise InvalidRequest(f"--goodput={shown(text)}: expected milliseconds above 0, and at most {MOST}")
         if metric not in ("ttft", "tpot", "e2el"):
-            raise InvalidRequest(f"--goodput={metric!r}: expected ttft, tpot or e2el")
+            raise InvalidRequest(f"--goodput={shown(metric)}: expected ttft, tpot or e2el")
+        if metric in goals_s:
+            raise InvalidRequest(f"--goodput={shown(text)}: there is a goal for {metric} already")
+        goals_s[metric] = limit_ms / 1e3
     return goals_s
 
 

@@ -12,9 +12,10 @@ from typing import Annotated, Any
 import msgspec
 from typer import Option
 
-from hbserve.load.args import Burstiness, tokens_option
+from hbserve.load.args import LEAST_RATE, Burstiness, tokens_option
 from hbserve.load.prompts import MOONCAKE_BLOCK, MOST_REQUESTS
 from hbserve.load.report import goals_of
+from hbserve.options import MOST, Dtype, file_option, number_option, ranks_option
 from hbserve.output_file import require_writable, write_results
 from hbserve.plotting import require_plotting
 from hbserve.simulator import plan_report, report, workload
@@ -24,11 +25,11 @@ from hbserve.simulator.profile import load_profile, own_profiles
 from hbserve.simulator.simulation import Deployment, Fault, roles_of, simulate
 from hbserve.simulator.workload import SimulatedRequest
 from hbserve_rpc import InvalidRequest
+from hbserve_rpc.plain_values import shown
 from hbserve_scheduler import SchedulerConfig, load_config
 
 POLLED_A_SECOND = 200
 """Most instances that are asked for their figures in a second. In a large deployment, each is asked less often."""
-MOST_MS = 1e9
 MOST_TURNS_A_SECOND = 1e6
 """Highest rate with `--conversations`. The number of concurrent conversations is that of the turns in a minute."""
 ProfileOption = Annotated[
@@ -40,10 +41,10 @@ ProfileOption = Annotated[
     ),
 ]
 MOST_INSTANCES, MOST_REPEATS = 100_000, 10_000
-SPREAD = Option(
-    min=0,
-    max=3,
-    help="How much the lengths of prompts and answers vary: standard deviation of their logarithm; 0: all are equal.",
+SPREAD = number_option(
+    "How much the lengths of prompts and answers vary: standard deviation of their logarithm; 0: all are equal.",
+    least=0,
+    most=3,
 )
 
 
@@ -63,13 +64,11 @@ class ProfileArgs:
     device: Annotated[str, Option(help="Device to measure: cpu or cuda:N; auto is the first GPU, or else the CPU.")] = (
         "auto"
     )
-    dtype: Annotated[str, Option(help="Number format to compute in, such as bfloat16; auto is the model's own.")] = (
-        "auto"
-    )
+    dtype: Annotated[Dtype, Option(help="Number format to compute in; auto is the model's own.")] = Dtype.AUTO
     random_weights: Annotated[
         bool, Option("--random-weights", help="Read config.json only, and make the weights up: times are the same.")
     ] = False
-    tensor_parallel_size: Annotated[int, Option(min=1, help="Number of GPUs that the instance is split over.")] = 1
+    tensor_parallel_size: Annotated[int, ranks_option("Number of GPUs that the instance is split over.")] = 1
     prompt_lens: Annotated[
         str | None,
         Option(metavar="16,64,…", help="Prompt lengths to measure. By default up to 16384 tokens on a GPU, else 256."),
@@ -114,12 +113,14 @@ class SimulateArgs:
     ] = 1
     config: Annotated[
         Path | None,
-        Option(help="YAML file of a deployment, for the settings of its scheduler and its chunk sizes."),
+        file_option("YAML file of a deployment, for the settings of its scheduler and its chunk sizes."),
     ] = None
     num_requests: Annotated[
         int, Option(min=1, max=MOST_REQUESTS, help="Number of requests; of a trace, all are sent.")
     ] = 1000
-    rate: Annotated[float, Option(min=0.001, help="Mean number of requests that arrive per second.")] = 4.0
+    rate: Annotated[
+        float, number_option("Mean number of requests that arrive per second.", least=LEAST_RATE, most=None)
+    ] = 4.0
     burstiness: Burstiness = 1.0
     input_len: Annotated[int, tokens_option("Length of prompts, in tokens.")] = 1024
     output_len: Annotated[int, tokens_option("Length of answers, in tokens.")] = 128
@@ -129,9 +130,11 @@ class SimulateArgs:
         Option("--conversations", help="Simulate conversations, whose prompts grow, of the shape of Mooncake's trace."),
     ] = False
     trace: Annotated[
-        Path | None, Option(help="Timed trace in Mooncake's format, whose requests are sent when it says.")
+        Path | None, file_option("Timed trace in Mooncake's format, whose requests are sent when it says.")
     ] = None
-    speed: Annotated[float, Option(min=0.001, help="How many times faster than its own times a trace is sent.")] = 1.0
+    speed: Annotated[float, number_option("How many times faster than its own times a trace is sent.", least=0.001)] = (
+        1.0
+    )
     repeat: Annotated[
         int, Option(min=1, max=MOST_REPEATS, help="How many times a trace is sent, with other prompts each time.")
     ] = 1
@@ -155,30 +158,26 @@ class SimulateArgs:
 class PlanArgs:
     """The command's arguments."""
 
-    input_len: Annotated[int, Option(min=1, metavar="TOKENS", help="Length of prompts, in tokens.")]
-    output_len: Annotated[int, Option(min=1, metavar="TOKENS", help="Length of answers, in tokens.")]
-    rate: Annotated[float, Option(min=0.001, help="Mean number of requests that arrive per second.")]
-    ttft_ms: Annotated[float, Option(min=0.1, max=MOST_MS, help="Goal for the time to the first token, in ms.")]
-    tpot_ms: Annotated[float, Option(min=0.1, max=MOST_MS, help="Goal for the mean time per further token, in ms.")]
+    input_len: Annotated[int, tokens_option("Length of prompts, in tokens.")]
+    output_len: Annotated[int, tokens_option("Length of answers, in tokens.")]
+    rate: Annotated[float, number_option("Mean number of requests that arrive per second.", least=LEAST_RATE)]
+    ttft_ms: Annotated[float, number_option("Goal for the time to the first token, in ms.", least=0.1)]
+    tpot_ms: Annotated[float, number_option("Goal for the mean time per further token, in ms.", least=0.1)]
     itl_ms: Annotated[
         float | None,
-        Option(
-            min=0.1,
-            max=MOST_MS,
-            help="Goal for the 99th percentile of the times between tokens, in milliseconds. By default none.",
+        number_option(
+            "Goal for the 99th percentile of the times between tokens, in milliseconds. By default none.", least=0.1
         ),
     ] = None
     profile: ProfileOption = "h100-qwen3-8b"
     attainment: Annotated[
-        float, Option(min=0.01, max=1, help="Share of requests that must meet both goals: 0.9 is 90 %.")
+        float, number_option("Share of requests that must meet both goals: 0.9 is 90 %.", least=0.01, most=1)
     ] = 0.9
     spread: Annotated[float, SPREAD] = 0.0
     chunk_size: Annotated[
         int | None,
-        Option(
-            min=1,
-            metavar="TOKENS",
-            help="Most prompt tokens in one step. By default as instances have it; for hybrids also one for the goal.",
+        tokens_option(
+            "Most prompt tokens in one step. By default as instances have it; for hybrids also one for the goal."
         ),
     ] = None
     most_instances: Annotated[int, Option(min=1, max=512, help="Most instances that an answer may have.")] = 64
@@ -222,22 +221,31 @@ def _deployment(args: SimulateArgs) -> Deployment:
     roles = roles_of(*counts)
     interval_s = max(scheduler.heartbeat_interval_s, len(roles) / args.cells / POLLED_A_SECOND)
     scheduler = msgspec.structs.replace(scheduler, heartbeat_interval_s=interval_s)
-    of_prefill = load_profile(args.prefill_profile) if args.prefill_profile is not None else None
+    of_prefill = None
+    if args.prefill_profile is not None:
+        of_prefill = load_profile(args.prefill_profile, "--prefill-profile")
     deployment = Deployment(load_profile(args.profile), roles, scheduler, limits, _faults(args), of_prefill)
     names = {name for name, _ in deployment.instances()}
     for fault in deployment.faults:
         if fault.instance_id not in names:
-            raise InvalidRequest(f"--fault={fault.instance_id!r}: expected one of {', '.join(sorted(names)[:8])} …")
+            raise InvalidRequest(
+                f"--fault={shown(fault.instance_id)}: expected one of {', '.join(sorted(names)[:8])} …"
+            )
     return deployment
 
 
 def _faults(args: SimulateArgs) -> tuple[Fault, ...]:
-    faults = []
+    faults: list[Fault] = []
     for each in args.fault or []:
         found = re.fullmatch(r"(.+)@(\d+\.?\d*)(?:\+(\d+\.?\d*))?", each)
         if found is None:
-            raise InvalidRequest(f"--fault={each!r}: expected INSTANCE@SECONDS or INSTANCE@SECONDS+DOWN")
-        faults.append(Fault(found[1], float(found[2]), float(found[3] or "inf")))
+            raise InvalidRequest(f"--fault={shown(each)}: expected INSTANCE@SECONDS or INSTANCE@SECONDS+DOWN")
+        fault = Fault(found[1], float(found[2]), float(found[3] or "inf"))
+        if fault.at_s > MOST:
+            raise InvalidRequest(f"--fault={shown(each)}: expected at most {MOST} seconds")
+        if any((fault.instance_id, fault.at_s) == (other.instance_id, other.at_s) for other in faults):
+            raise InvalidRequest(f"--fault={shown(each)}: this instance is killed at this time already")
+        faults.append(fault)
     return tuple(faults)
 
 

@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from hbserve.load.bench_engine import EngineUnderTest
+from hbserve.load.bench_engine import EngineUnderTest, batch_numbers, context_numbers
+from hbserve.load.prompts import MOST_TOKENS
 from hbserve.models.demo_model import model_folder
+from hbserve.options import numbers
 from hbserve.output_file import require_writable, write_results
 from hbserve.progress import progress_bar
 from hbserve.simulator.commands import ProfileArgs
@@ -19,12 +21,15 @@ from hbserve.simulator.profile import Profile
 from hbserve_core import InstanceConfig
 from hbserve_core.bench.batch_sweep import BatchSweep, SweepPlan, sweep_config
 from hbserve_core.ranks.make_runner import make_runner
+from hbserve_kv import BackendUnavailable
 from hbserve_kv import bench as kv_bench
 from hbserve_kv.transports.registry import require_backend
 from hbserve_rpc import InvalidRequest, RpcClient, RpcServer
 from hbserve_rpc.messages import DESCRIBE, Empty, InstanceInfo
+from hbserve_rpc.plain_values import plain_text
 
 BLOCK_BYTES = 1 << 20
+MOST_MEGABYTES = 16_384
 ROUNDS = 5
 NUM_CALLS = 200
 DECODES_AT_A_LAUNCH = 16
@@ -34,31 +39,37 @@ DEADLINE_S = 30.0
 class Usual(NamedTuple):
     """Sizes that are measured unless the command's options say otherwise."""
 
-    prompt_lens: str
-    batch_sizes: str
-    contexts: str
+    prompt_lens: tuple[int, ...]
+    batch_sizes: tuple[int, ...]
+    contexts: tuple[int, ...]
 
 
-ON_A_GPU = Usual("128,256,512,1024,2048,4096,8192,16384", "1,2,4,8,16,17,32,64,65,128,256", "512,8192")
-ON_A_CPU = Usual("16,64,256", "1,4,16", "64,256")
+ON_A_GPU = Usual(
+    (128, 256, 512, 1024, 2048, 4096, 8192, 16384), (1, 2, 4, 8, 16, 17, 32, 64, 65, 128, 256), (512, 8192)
+)
+ON_A_CPU = Usual((16, 64, 256), (1, 4, 16), (64, 256))
 
 
 def measure_profile(args: ProfileArgs) -> None:
     """Measure an instance, and write its profile.
 
-
     Raises InvalidRequest, BackendUnavailable, what `InstanceConfig` and `make_runner` raise, and OSError.
     """
-    folder = model_folder(args.model)
-    engine = EngineUnderTest(args.model, args.device, args.dtype, args.random_weights, args.tensor_parallel_size)
-    usual = ON_A_GPU if engine.is_on_a_gpu(folder) else ON_A_CPU
-    prompts = _numbers("--prompt-lens", args.prompt_lens or usual.prompt_lens)
-    batches = _numbers("--batch-sizes", args.batch_sizes or usual.batch_sizes)
-    contexts = _numbers("--contexts", args.contexts or usual.contexts)
-    sizes = _numbers("--megabytes", args.megabytes)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
+    prompts = (
+        () if args.prompt_lens is None else numbers("--prompt-lens", args.prompt_lens, int, least=1, most=MOST_TOKENS)
+    )
+    batches, contexts = batch_numbers(args.batch_sizes), context_numbers(args.contexts)
+    sizes = numbers("--megabytes", args.megabytes, int, least=1, most=MOST_MEGABYTES)
+    plain_text("--name", args.name or "")
     require_writable("--output", args.output)
-    require_backend(args.kv_transfer_backend)
+    try:
+        require_backend(args.kv_transfer_backend)
+    except BackendUnavailable as error:
+        raise InvalidRequest(f"--kv-transfer-backend: {error}") from None
+    folder = model_folder(args.model)
+    engine = EngineUnderTest(args.model, args.device, args.dtype.value, args.random_weights, args.tensor_parallel_size)
+    usual = ON_A_GPU if engine.is_on_a_gpu(folder) else ON_A_CPU
+    prompts, batches, contexts = prompts or usual.prompt_lens, batches or usual.batch_sizes, contexts or usual.contexts
     config = sweep_config(str(folder), SweepPlan(batches, tuple(sorted({*contexts, *prompts}))), **engine.settings())
     num_parts = len(prompts) + len(batches) * len(contexts) + len(sizes) + 2
     with progress_bar(num_parts, title="Loading the model") as bar:
@@ -103,17 +114,6 @@ def _engine(
         }, str(runner.dtype)
     finally:
         runner.close()
-
-
-def _numbers(option: str, text: str) -> tuple[int, ...]:
-    """Parse the option's numbers. Returns them ascending and without repetitions. Raises InvalidRequest."""
-    try:
-        found = tuple(sorted({int(each) for each in text.split(",")}))
-    except ValueError:
-        found = ()
-    if not found or found[0] < 1:
-        raise InvalidRequest(f"{option}={text!r}: expected numbers from 1 on, separated by commas")
-    return found
 
 
 def _steps(

@@ -9,6 +9,7 @@ their keys and values.
 `products` is a line through the measured points, from decode steps of few rows to prompts of thousands of tokens.
 """
 
+import os
 import statistics
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ import msgspec
 from msgspec import Meta
 
 from hbserve_rpc import InvalidRequest
+from hbserve_rpc.plain_values import shown
 
 OWN = resources.files("hbserve.simulator") / "profiles"
 """The profiles that come with this package."""
@@ -167,26 +169,25 @@ def own_profiles() -> list[str]:
     return sorted(each.name.removesuffix(".json") for each in OWN.iterdir() if each.name.endswith(".json"))
 
 
-def load_profile(name: str) -> Profile:
-    """Load a profile of this package by its name, or one from a file.
+def load_profile(name: str, option: str = "--profile") -> Profile:
+    """Load a profile of this package by its name, or one from a file, as `option` says.
 
     Raises:
         InvalidRequest: there is no such profile, or it cannot be read; the message says why.
     """
-    own = OWN / f"{name}.json"
-    file = Path(name)
-    if not own.is_file() and not file.is_file():
-        names = ", ".join(own_profiles())
-        raise InvalidRequest(f"--profile={name!r}: expected a file, or one of {names}")
+    given, names = f"{option}={shown(name)}", own_profiles()
+    file = OWN / f"{name}.json" if name in names else Path(os.path.expanduser(name))
     try:
-        profile = msgspec.json.decode(own.read_bytes() if own.is_file() else file.read_bytes(), type=Profile)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise InvalidRequest(f"--profile={name!r}: {error}") from None
+        profile = msgspec.json.decode(file.read_bytes(), type=Profile)
+    except OSError as error:
+        raise InvalidRequest(f"{given}: {error.strerror}; expected a file, or one of {', '.join(names)}") from None
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:  # a ValueError: no text, in the file or its name
+        raise InvalidRequest(f"{given}: {error}") from None
     for field in ("prefill", "decode", "transfer"):
         if not getattr(profile, field):
-            raise InvalidRequest(f"--profile={name!r}: {field} has no rows")
+            raise InvalidRequest(f"{given}: {field} has no rows")
     for field in ("prefill", "prefill_behind", "transfer", "decode"):
         places = [row[:-1] for row in getattr(profile, field)]
         if twice := next((each for each in places if places.count(each) > 1), None):
-            raise InvalidRequest(f"--profile={name!r}: {field} has several rows of {', '.join(map(str, twice))}")
+            raise InvalidRequest(f"{given}: {field} has several rows of {', '.join(map(str, twice))}")
     return profile

@@ -109,6 +109,6 @@ def trace(
             hash_ids = tuple(number << 40 | hash_id for hash_id in each.hash_ids[:full])
             session = hash_ids[0] if hash_ids else 0
             yield SimulatedRequest(
-                last_s, max(1, each.input_len), max(1, each.output_len), Shape(hash_ids, block_size), session
+                last_s, each.input_len, max(1, each.output_len), Shape(hash_ids, block_size), session
             )
         begin_s = last_s
