@@ -146,11 +146,11 @@ def measured_profile(arguments: argparse.Namespace, config: DeploymentConfig, fo
     """Measure the profile of one instance, with the threads that it has beside others."""
     settings, file = config.engine_settings(), arguments.save_profile or folder / "profile.json"
     half = max(1, arguments.input // 2)
-    lengths = ",".join(str(each) for each in (half, arguments.input, 2 * arguments.input))
+    lengths = ",".join(str(each) for each in sorted({16, half, arguments.input, 2 * arguments.input}))
     contexts = f"{arguments.input},{2 * arguments.input}"
     command = [
         sys.executable, "-m", "hbserve", "profile", "--model", str(config.model.path), "--device", str(settings.device),
-        "--prompt-lens", f"16,{lengths}", "--contexts", contexts, "--batch-sizes", "1,2,4,8,16", "-o", str(file),
+        "--prompt-lens", lengths, "--contexts", contexts, "--batch-sizes", "1,2,4,8,16", "-o", str(file),
         "--kv-transfer-backend", config.kv_transfer.backend,
     ]  # fmt: skip
     if settings.load_format == "dummy":
