@@ -36,6 +36,7 @@ from hbserve_scheduler import InstanceFailed, SchedulerServer
 from hbserve_testing.narrowing import present
 from hbserve_testing.processes import no_file_longer_than
 
+PLANNED = ["--input-len=9", "--output-len=9", "--rate=1", "--ttft-ms=100", "--tpot-ms=50"]
 WOULD_START = "error: would start\n"
 seconds = settings(
     derandomize=True, max_examples=70, deadline=None, database=None, suppress_health_check=list(HealthCheck)
@@ -414,3 +415,17 @@ def test_whoever_reads_an_answer_may_leave_and_nothing_is_said(address):
         client.stdout.close()
         assert present(client.stderr).read() == b""
     assert client.returncode == 141
+
+
+@pytest.mark.parametrize("words", [["simulate", "--num-requests=20", "--json=r"], ["plan", "--plot=r.svg", *PLANNED]])
+def test_results_are_written_although_nobody_reads_the_report(words, tmp_path):
+    if "plan" in words:
+        pytest.importorskip("matplotlib")
+    reader, writer = os.pipe()
+    os.close(reader)
+    arguments = [sys.executable, "-m", "hbserve", *words]
+    done = subprocess.run(arguments, stdout=writer, stderr=subprocess.PIPE, timeout=90, cwd=tmp_path)
+    os.close(writer)
+    assert done.returncode == 141, done.stderr
+    (file,) = tmp_path.iterdir()
+    assert file.read_text()

@@ -50,12 +50,14 @@ async def bench_serve(args: BenchServeArgs) -> dict[str, Any]:
     if load.was_cut:
         result["was_cut"] = True
         sys.stderr.write(f"cut short: of {result['num_prompts']} requests {len(load.outcomes)} have ended; of these:\n")
-    sys.stdout.writelines(f"{line}\n" for line in lines(result, wanted))
+    try:
+        sys.stdout.writelines(f"{line}\n" for line in lines(result, wanted))
+    finally:  # although nobody may read the report any more
+        _write(args, result, load, wanted)
     for each in list(dict.fromkeys(each.error for each in load.outcomes if each.error))[:MOST_ERRORS]:
         sys.stderr.write(f"error: {each}\n")
     if problem := complaint(load):
         sys.stderr.write(f"warning: {problem}: these figures are about it as much as about the server\n")
-    _write(args, result, load, wanted)
     if load.was_cut:
         raise asyncio.CancelledError
     if load.outcomes and not result["completed"]:

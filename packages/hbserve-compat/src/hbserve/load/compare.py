@@ -76,11 +76,13 @@ async def compare(args: CompareArgs) -> None:
             for seed, rate in enumerate(rates, args.seed):  # the previous rate's prompts are in the prefix caches
                 sys.stderr.write(f"{name}, {rate:g} requests a second\n")
                 found.append(Measured(name, rate, await server.during(_load(args, server.url, rate, seed))))
-    sys.stdout.writelines(f"{line}\n" for line in lines(found))
-    if args.json is not None:
-        write_results(args.json, json.dumps([{"layout": each.layout, **each.figures} for each in found]) + "\n")
-    if args.plot is not None:
-        _plot(args.plot, found)
+    try:
+        sys.stdout.writelines(f"{line}\n" for line in lines(found))
+    finally:  # although nobody may read the table any more
+        if args.json is not None:
+            write_results(args.json, json.dumps([{"layout": each.layout, **each.figures} for each in found]) + "\n")
+        if args.plot is not None:
+            _plot(args.plot, found)
 
 
 def layouts_of(text: str) -> dict[str, list[Role]]:

@@ -201,10 +201,13 @@ def run_simulation(args: SimulateArgs) -> None:
     began_s = time.process_time()
     results = simulate(deployment, _requests(args), cells=args.cells)
     found = report.figures(results, goals_s)
-    sys.stdout.writelines(f"{line}\n" for line in report.lines(found))
-    sys.stderr.write(f"simulated in {time.process_time() - began_s:.1f} s of processor time\n")
-    if args.json is not None:
-        write_results(args.json, json.dumps(found) + "\n")
+    took_s = time.process_time() - began_s
+    try:
+        sys.stdout.writelines(f"{line}\n" for line in report.lines(found))
+        sys.stderr.write(f"simulated in {took_s:.1f} s of processor time\n")
+    finally:  # although nobody may read the report any more
+        if args.json is not None:
+            write_results(args.json, json.dumps(found) + "\n")
 
 
 def _deployment(args: SimulateArgs) -> Deployment:
@@ -295,7 +298,10 @@ def run_plan(args: PlanArgs) -> None:
             args.seed,
         )
     )
-    sys.stdout.writelines(f"{line}\n" for line in plan_report.lines(plan))
+    try:
+        sys.stdout.writelines(f"{line}\n" for line in plan_report.lines(plan))
+    finally:  # although nobody may read the answer any more
+        if args.plot is not None:
+            plan_report.plot_plan(plan, args.plot)
     if args.plot is not None:
-        plan_report.plot_plan(plan, args.plot)
         sys.stdout.write(f"The picture is {args.plot}.\n")
