@@ -32,6 +32,8 @@ from hbserve.output_file import require_writable, write_results, writing
 from hbserve.pd_disagg import DisaggregatedLLM
 from hbserve.plotting import figure_of
 from hbserve_core import BrokenTokenizer
+from hbserve_core.bench.batch_sweep import SweepRow
+from hbserve_core.bench.model_work import NO_WORK
 from hbserve_scheduler import InstanceFailed, SchedulerServer
 from hbserve_testing.narrowing import present
 from hbserve_testing.processes import no_file_longer_than
@@ -344,6 +346,13 @@ def test_a_file_that_cannot_be_written_is_refused_before_the_work(command, tmp_p
         said = invoke([*command.replace("PATH", str(path)).split(), *question.split()], caplog).stderr
     assert said.splitlines()[-1].startswith(f"error: --{command.split('--')[1].split('=')[0]}={path}: File too large")
     assert not list(tmp_path.iterdir())
+
+
+def test_rows_of_a_sweep_that_their_disk_does_not_take_are_told_with_their_file(small_model, monkeypatch, caplog):
+    row = SweepRow(16, 1, 0.1, 0.1, NO_WORK)
+    monkeypatch.setattr("hbserve.load.bench_engine.run_sweep", lambda _, __, ___, keep: keep(row))
+    command = ["bench", "engine", "--sweep", "--json=/dev/full", "--model", str(small_model("qwen3"))]
+    assert invoke(command, caplog).stderr == "error: /dev/full: No space left on device\n"
 
 
 def test_a_file_that_is_there_is_kept_as_it_is_until_something_is_written(tmp_path):

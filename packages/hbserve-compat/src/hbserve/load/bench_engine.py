@@ -81,14 +81,20 @@ def sweep_engine(
     with ExitStack() as stack:
         file: TextIO | None = None
 
+        def close() -> None:
+            if rows_file is not None and file is not None:
+                with writing(rows_file, in_parts=True):  # what a full disk did not take is tried again here
+                    file.close()
+
         def keep(row: SweepRow) -> None:
             nonlocal file
             if rows_file is not None:
                 with writing(rows_file, in_parts=True):
                     if file is None:  # not earlier: whatever fails before there is a row leaves no file
-                        file = stack.enter_context(rows_file.open("w", encoding="utf-8", buffering=1))
+                        file = rows_file.open("w", encoding="utf-8", buffering=1)
                     file.write(json.dumps({"model": folder.name, **row.record()}) + "\n")
 
+        stack.callback(close)
         typer.echo(f"{folder.name}, decode steps by batch size")
         run_sweep(config, plan, typer.echo, keep)
 
