@@ -856,12 +856,14 @@ def test_simulate_prints_its_figures_and_writes_all_of_them(tmp_path):
         (["--fault", "decode-0@1.2.3"], "--fault='decode-0@1.2.3': expected INSTANCE@SECONDS"),
         (["--goodput", "ttft:nan"], "--goodput='ttft:nan': expected milliseconds above 0"),
         (["--json", "/nowhere/r.json"], "--json=/nowhere/r.json: there is no folder /nowhere"),
-        (["--trace", "/dev/null"], "/dev/null: a timed trace without lines"),
+        (["--trace", "/dev/null"], "--trace='/dev/null': is a device; expected a file"),
+        (["--trace", "EMPTY"], "/empty: a timed trace without lines"),
         (["--trace", "/nowhere"], "/nowhere"),
     ],
 )
-def test_simulations_that_cannot_be_are_refused_in_one_line(options, problem):
-    result = invoke("simulate", *options)
+def test_simulations_that_cannot_be_are_refused_in_one_line(options, problem, tmp_path):
+    (tmp_path / "empty").touch()
+    result = invoke("simulate", *(tmp_path / "empty" if each == "EMPTY" else each for each in options))
     assert result.exit_code in (1, 2)
     assert problem in result.stderr.splitlines()[-1]
 

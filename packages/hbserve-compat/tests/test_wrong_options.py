@@ -59,7 +59,7 @@ def test_a_number_that_cannot_be_is_refused_by_the_parser(command, name, option)
         f"plan {GOALS} --profile",
     ],
 )
-@pytest.mark.parametrize("path", ["nowhere", ".", "f/x", "n" * 300])
+@pytest.mark.parametrize("path", ["nowhere", ".", "f/x", "n" * 300, "/dev/zero"])
 def test_a_file_that_cannot_be_read_is_status_2_for_every_command(words, path, tmp_path, monkeypatch, caplog):
     (tmp_path / "f").touch()
     monkeypatch.chdir(tmp_path)

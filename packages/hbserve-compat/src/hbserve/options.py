@@ -58,6 +58,19 @@ def numbers(option: str, text: str, kind: type[N], *, least: float, most: float)
     return found
 
 
+def why_unreadable(path: Path) -> str | None:
+    """Return why a file cannot be read; None if it can, as a pipe can. A device may have no end."""
+    try:
+        kind = path.stat().st_mode
+    except (OSError, ValueError) as error:  # a ValueError: it has a null character
+        return getattr(error, "strerror", None) or str(error)
+    if stat.S_ISDIR(kind):
+        return os.strerror(errno.EISDIR)
+    if stat.S_ISCHR(kind) or stat.S_ISBLK(kind):
+        return "is a device; expected a file"
+    return None if os.access(path, os.R_OK) else os.strerror(errno.EACCES)
+
+
 def _no_nan(value: float | None) -> float | None:
     """Refuse nan, which is neither below nor above a limit."""
     if value is not None and math.isnan(value):
@@ -70,12 +83,7 @@ def _readable(param: typer.CallbackParam, value: Path | None) -> Path | None:
     if value is None:
         return None
     path = Path(os.path.expanduser(value))
-    try:
-        problem = errno.EISDIR if stat.S_ISDIR(path.stat().st_mode) else 0 if os.access(path, os.R_OK) else errno.EACCES
-        why = os.strerror(problem) if problem else None
-    except (OSError, ValueError) as error:  # a ValueError: it has a null character
-        why = getattr(error, "strerror", None) or str(error)
-    if why is not None:
+    if why := why_unreadable(path):
         typer.echo(f"error: {param.opts[-1]}={shown(str(value))}: {why}", err=True)
         raise typer.Exit(2)
     return path

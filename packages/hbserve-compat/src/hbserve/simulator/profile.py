@@ -21,6 +21,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
+from hbserve.options import why_unreadable
 from hbserve_rpc import InvalidRequest
 from hbserve_rpc.plain_values import shown
 
@@ -176,12 +177,13 @@ def load_profile(name: str, option: str = "--profile") -> Profile:
         InvalidRequest: there is no such profile, or it cannot be read; the message says why.
     """
     given, names = f"{option}={shown(name)}", own_profiles()
-    file = OWN / f"{name}.json" if name in names else Path(os.path.expanduser(name))
+    path = Path(os.path.expanduser(name))
+    if name not in names and (why := why_unreadable(path)):
+        raise InvalidRequest(f"{given}: {why}; expected a file, or one of {', '.join(names)}")
     try:
-        profile = msgspec.json.decode(file.read_bytes(), type=Profile)
-    except OSError as error:
-        raise InvalidRequest(f"{given}: {error.strerror}; expected a file, or one of {', '.join(names)}") from None
-    except (msgspec.DecodeError, ValueError, RecursionError) as error:  # a ValueError: no text, in the file or its name
+        content = (OWN / f"{name}.json" if name in names else path).read_bytes()
+        profile = msgspec.json.decode(content, type=Profile)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidRequest(f"{given}: {error}") from None
     for field in ("prefill", "decode", "transfer"):
         if not getattr(profile, field):
