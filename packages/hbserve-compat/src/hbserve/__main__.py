@@ -27,7 +27,7 @@ from hbserve.commands.planning import add_to
 from hbserve.commands.running import running
 from hbserve.options import file_option
 from hbserve_rpc import own_process
-from hbserve_rpc.plain_values import one_line, shown
+from hbserve_rpc.plain_values import shown
 
 
 def _say_version(wanted: bool) -> None:
@@ -336,7 +336,7 @@ def main() -> None:
     try:
         app()
     except OSError as error:  # output that is written before a command runs, such as --help, could not be written
-        typer.echo(f"error: {one_line(str(error))}", err=True)
+        typer.echo(f"error: {error.filename or 'stdout'}: {error.strerror}", err=True)
         raise SystemExit(1) from None
     finally:
         forget_what_nobody_takes()

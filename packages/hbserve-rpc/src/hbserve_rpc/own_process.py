@@ -57,6 +57,7 @@ def set_up() -> None:
     """Bring the process into the state that it would have in a terminal. Must be called first, in the main thread."""
     _open_standard_streams()
     _lose_what_stderr_does_not_take()
+    _name_stdout_in_errors()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [*_ENDING, signal.SIGCHLD])
     if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -230,6 +231,32 @@ def _lose_what_stderr_does_not_take() -> None:
     if isinstance(before, io.TextIOWrapper) and before is sys.__stderr__:  # else somebody has replaced it
         binary = io.BufferedWriter(_LosingFile(before.fileno(), "w", closefd=False))
         sys.stderr = io.TextIOWrapper(binary, before.encoding, before.errors, line_buffering=True, write_through=True)
+
+
+class _NamedStdout(io.FileIO):
+    """File whose errors name stdout."""
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            error.filename = "stdout"
+            raise
+
+
+def _name_stdout_in_errors() -> None:
+    """Make errors of writing to stdout, such as of a full disk, name it as they do any other file."""
+    before = sys.stdout
+    if isinstance(before, io.TextIOWrapper) and before is sys.__stdout__:  # else somebody has replaced it
+        raw = _NamedStdout(before.fileno(), "w", closefd=False)
+        binary = raw if before.write_through else io.BufferedWriter(raw)  # write_through: PYTHONUNBUFFERED
+        sys.stdout = io.TextIOWrapper(
+            binary,
+            before.encoding,
+            before.errors,
+            line_buffering=before.line_buffering,
+            write_through=before.write_through,
+        )
 
 
 def with_file_limit(text: str) -> str:
