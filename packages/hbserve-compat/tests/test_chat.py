@@ -23,7 +23,7 @@ from hbserve.client.http_stream import why_not_connected
 from hbserve.commands.chat import Conversation
 from hbserve.server.http.http_server import HttpServer
 from hbserve.text.tokenizer import load_tokenizer
-from hbserve_rpc import InvalidAddress, PeerLost, RemoteError
+from hbserve_rpc import InvalidAddress, InvalidRequest, PeerLost, RemoteError
 from hbserve_rpc.own_process import Signalled, until_signalled
 from hbserve_testing.waits import until
 
@@ -57,7 +57,7 @@ async def test_what_a_server_refuses_and_what_is_no_server_is_told_in_its_words(
         await texts(ChatClient(server.url, None))
     with pytest.raises(RemoteError, match="wrong API key"):
         await texts(ChatClient(server.url, "other"))
-    with pytest.raises(RemoteError, match="max_tokens=-1"):
+    with pytest.raises(InvalidRequest, match="max_tokens=-1"):
         await texts(ChatClient(server.url, "k", max_tokens=-1))
     server.scheduler.steps.append(RemoteError("d0 was lost"))
     with pytest.raises(RemoteError, match="d0 was lost"):

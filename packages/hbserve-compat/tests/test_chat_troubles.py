@@ -15,7 +15,7 @@ import pytest
 from hbserve.client.chat_client import ChatClient
 from hbserve.client.http_stream import why_not_connected
 from hbserve.commands.chat import MOST_OF_LINE, Conversation
-from hbserve_rpc import PeerLost, RemoteError
+from hbserve_rpc import InvalidRequest, PeerLost, RemoteError
 from hbserve_testing.waits import until
 
 OK = b"HTTP/1.1 200 OK\r\n"
@@ -154,6 +154,8 @@ class Terminal:
         yield "an", None
         if messages[-1]["content"].startswith("fail"):
             raise RemoteError("d0 was lost")
+        if sum(len(each["content"]) for each in messages) > 20:
+            raise InvalidRequest("prompt: 9 tokens; the instances take at most 8")
         yield "swer", "length" if messages[-1]["content"] == "long" else "stop"
 
     async def type(self, text: bytes) -> None:
@@ -179,6 +181,20 @@ async def test_at_a_terminal_a_question_that_fails_is_forgotten_and_the_talk_goe
     failed, cut = printed.err.splitlines()
     assert failed == "error: d0 was lost"
     assert cut.startswith("hbserve: the answer is cut here: --max-tokens")
+
+
+async def test_a_conversation_that_has_become_too_long_is_told_with_its_cure_and_can_begin_anew(monkeypatch, capsys):
+    terminal = Terminal(monkeypatch)
+    for number, line in enumerate((b"x" * 21 + b"\n", b"one\n", b"the second is long\n", b"/clear\nagain\n"), 1):
+        await terminal.type(line)
+        await until(lambda number=number: len(terminal.asked) == number)
+    await terminal.leave()
+    assert terminal.asked[-2:] == [["one", "answer", "the second is long"], ["again"]]
+    refused = "error: prompt: 9 tokens; the instances take at most 8"
+    assert capsys.readouterr().err.splitlines() == [
+        refused,
+        f"{refused}; /clear forgets what was said, and leaves more room",
+    ]
 
 
 async def test_lines_between_triple_quotes_are_one_question(monkeypatch):

@@ -263,7 +263,7 @@ def chat(
     stop: StopOption = None,
     log_level: LogLevelOption = LogLevel.WARNING,
 ) -> None:
-    """Chat with a model. Ctrl-C stops an answer, not the program."""
+    """Chat with a model. Ctrl-C stops an answer, not the program; /clear forgets what was said."""
     from hbserve.commands.chat import ChatArgs
     from hbserve.commands.chat import chat as talk
 

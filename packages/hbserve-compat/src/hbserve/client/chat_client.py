@@ -9,7 +9,7 @@ from typing import Any
 from hbserve.client.event_data import EventData
 from hbserve.client.http_stream import HttpAnswer, HttpClient
 from hbserve.client.server_url import require_header
-from hbserve_rpc import PeerLost, RemoteError
+from hbserve_rpc import InvalidRequest, PeerLost, RemoteError
 from hbserve_rpc.plain_values import shown
 
 ANSWER_TIMEOUT_S = 10.0
@@ -56,7 +56,8 @@ class ChatClient:
 
         Raises:
             PeerLost: there is no server at the address, or the connection or the answer has ended too early.
-            RemoteError: the server refused or failed, with its message; or it does not answer as OpenAI's API does.
+            InvalidRequest: the server refuses these messages or parameters, with its message.
+            RemoteError: the server failed, with its message; or it does not answer as OpenAI's API does.
         """
         body = json.dumps({"messages": messages, "stream": True, **self._parameters}).encode()
         pieces: asyncio.Queue[bytes | None] = asyncio.Queue()
@@ -75,7 +76,7 @@ class ChatClient:
             asking.cancel()
             await asyncio.gather(asking, return_exceptions=True)
         if answer.status != 200:
-            raise RemoteError(_message(answer))
+            raise (InvalidRequest if answer.status in (400, 413, 422) else RemoteError)(_message(answer))
         if not events.any:
             begins = f"its answer begins with {shown(beginning.decode(errors='replace'))}"
             raise RemoteError(f"--url: the server there answers without server-sent events: {begins}")

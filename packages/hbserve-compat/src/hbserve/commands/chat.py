@@ -16,7 +16,7 @@ from hbserve.models.demo_model import find_model_folder
 from hbserve.processes.start_notice import telling_at_terminal
 from hbserve.text.text_request import TextRequest
 from hbserve.text.tokenizer import encode_messages, require_tokenizer_of
-from hbserve_rpc import HBServeRpcError, SamplingParams, own_process
+from hbserve_rpc import HBServeRpcError, InvalidRequest, SamplingParams, own_process
 from hbserve_rpc.plain_values import one_line
 from hbserve_scheduler import ConfigError, load_config
 
@@ -24,7 +24,11 @@ Message = dict[str, str]
 Answer = Callable[[list[Message]], AsyncIterator[tuple[str, str | None]]]
 """Streams the text of an answer to a conversation; its last piece comes with the reason why it ended."""
 QUOTES = '"""'
-HELP = f"Ctrl-C stops an answer; Ctrl-D, or Ctrl-C where there is none, ends; {QUOTES} begins and ends several lines.\n"
+CLEAR = "/clear"
+HELP = (
+    f"Ctrl-C stops an answer; Ctrl-D, or Ctrl-C where there is none, ends; {QUOTES} begins and ends several lines; "
+    f"{CLEAR} forgets what was said.\n"
+)
 MOST_OF_LINE = 4095
 """Number of bytes that a terminal's driver keeps of one line. It loses the others, and tells nobody."""
 
@@ -102,6 +106,7 @@ class Conversation:
 
     def __init__(self, answer: Answer, system: str | None = None) -> None:
         self._answer = answer
+        self._system = system
         self._messages = _first(system)
         self._answering: asyncio.Task[str | None] | None = None
         self._is_shown = sys.stdin.isatty()
@@ -132,6 +137,9 @@ class Conversation:
         """Return a line, or what stands between triple quotes, or None at the end of the input."""
         if (text := await self._read("> ")) is None:
             return None
+        if text.strip() == CLEAR:
+            self._messages = _first(self._system)
+            return ""
         if text.lstrip().startswith(QUOTES):
             text = text.lstrip().removeprefix(QUOTES)
             while not text.rstrip().endswith(QUOTES) and (line := await self._read(". ")) is not None:
@@ -174,7 +182,10 @@ class Conversation:
             if not self._is_shown:
                 raise
             del self._messages[-1]
-            sys.stderr.write(f"error: {one_line(str(error))}\n")
+            # With what was said, it is probably too long; without, only another question helps.
+            is_long = isinstance(error, InvalidRequest) and self._messages != _first(self._system)
+            cure = f"; {CLEAR} forgets what was said, and leaves more room" if is_long else ""
+            sys.stderr.write(f"error: {one_line(str(error))}{cure}\n")
             return
         finally:
             self._answering = None
