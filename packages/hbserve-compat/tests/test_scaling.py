@@ -268,6 +268,36 @@ async def test_who_is_called_back_while_it_is_drained_stays(deployment):
     assert process.restarts.are_wanted
 
 
+@pytest.mark.parametrize("leaves", [False, True])
+async def test_a_drain_ends_with_an_error_when_its_instance_is_called_back(deployment, leaves, capsys):
+    process = deployment.find("decode-0")
+    process.server._inboxes["held"] = None  # it has something left
+    args = members.DrainArgs(deployment.server.address, None, "decode-0", leaves, None)
+    draining = asyncio.create_task(members.drain(args))
+    await until(lambda: "requests left" in capsys.readouterr().err)
+    await deployment.client.join(process.address)
+    async with asyncio.timeout(60):
+        with pytest.raises(InvalidRequest, match="decode-0 takes requests again"):
+            await draining
+    del process.server._inboxes["held"]
+
+
+async def test_a_drain_whose_instance_is_lost_does_not_say_that_it_has_left(deployment, capsys):
+    process = deployment.find("decode-0")
+    process.server._inboxes["held"] = None
+    draining = asyncio.create_task(
+        members.drain(members.DrainArgs(deployment.server.address, None, "decode-0", False, None))
+    )
+    await until(lambda: "requests left" in capsys.readouterr().err)
+    del process.server._inboxes["held"]
+    await process.stop()
+    async with asyncio.timeout(60):
+        await draining
+    assert capsys.readouterr().out == (
+        "decode-0 no longer answers, and its requests go on elsewhere: it may be stopped\n"
+    )
+
+
 async def test_who_was_drained_goes_first_and_the_number_is_of_those_that_take_requests(deployment):
     await deployment.scale(decode=2)
     await deployment.client.drain("decode-0")

@@ -241,6 +241,22 @@ async def test_what_a_sibling_has_given_to_one_that_leaves_is_finished_first(
     await until(lambda: list(child.scheduler.fleet.handles) == ["p0", "d1"])
 
 
+async def test_one_that_was_told_to_leave_while_its_network_was_lost_does_not_come_back_by_itself(serve, pair, until):
+    server, remote = await serve(pair[0])
+    await remote.join(pair[1].address, again=False)
+    handles = server.scheduler.fleet.handles
+    await until(lambda: handles["d0"].status == "ready")
+    await pair[1].server.stop()
+    await until(lambda: handles["d0"].status == "lost")
+    await remote.drain("d0", leaves=True)
+    await until(lambda: "d0" not in handles)
+    epoch = pair[1].server.epoch
+    await pair[1].restart()
+    pair[1].epoch = epoch  # it is the life of before
+    with pytest.raises(InvalidRequest, match=r"d0 at .* was told to leave"):
+        await remote.join(pair[1].address, again=False)
+
+
 async def test_who_has_joined_by_itself_and_is_gone_is_forgotten_after_a_while(serve, pair, until, monkeypatch):
     monkeypatch.setattr(membership, "FORGOTTEN_S", 0.05)
     server, remote = await serve(pair[0])
@@ -380,6 +396,35 @@ async def test_a_flip_that_is_left_or_fails_leaves_the_instance_what_it_was(
     with pytest.raises(RemoteError, match="no"):
         await flip(remote, "d1", "prefill")
     await until(lambda: roles(server) == before)
+
+
+async def test_one_that_is_told_to_drain_while_it_is_flipped_stays_drained(
+    serve, make_instance, pair, ask, collect, until
+):
+    other = await make_instance("decode", "d1")
+    server, remote = await serve(*pair, other)
+    handle = server.scheduler.fleet.handles["d1"]
+    pair[1].hold = other.hold = {"tokens"}
+    streams = [server.scheduler.submit(ask(f"{i}")) for i in range(2)]
+    await until(lambda: other.requests)
+    async with asyncio.timeout(30), remote.flip("d1", "prefill") as news:
+        await anext(news)
+        await remote.drain("d1")
+        with pytest.raises(InvalidRequest, match="d1 was told to drain, and stays a decode instance"):
+            await anext(news)
+    assert (handle.status, handle.role) == ("draining", "decode")
+    pair[1].release()
+    other.release()
+    for each in streams:
+        await collect(each)
+    await remote.join(other.address)
+    other.hold = {"flip"}
+    flipping = asyncio.create_task(flip(remote, "d1", "prefill"))
+    await until(lambda: other.num_held)
+    await remote.drain("d1")
+    other.release()
+    await flipping
+    await until(lambda: (handle.status, handle.role) == ("draining", "prefill"))
 
 
 async def test_what_cannot_be_flipped_is_told(serve, make_instance, pair, until):

@@ -34,6 +34,8 @@ class Membership:
         self._leaving: dict[str, asyncio.Task[None]] = {}
         self._sent_away: dict[str, None] = {}
         """Epochs of the last MOST_SENT_AWAY lives that were told to leave. They cannot come back by themselves."""
+        self._flipping: set[str] = set()
+        """Instances that are drained only for another role. One that is told to drain meanwhile is no longer here."""
         self._setting = asyncio.Lock()
         self._forgetting: dict[str, asyncio.TimerHandle] = {}
 
@@ -144,6 +146,7 @@ class Membership:
         handle = self._require(instance_id)
         if not handle.epoch:
             raise InvalidRequest(f"instance_id={instance_id!r}: {handle.describe_problem()}")
+        self._flipping.discard(instance_id)
         self._fleet.drain(instance_id, handle.epoch)
 
     def _require(self, instance_id: str) -> InstanceHandle:
@@ -164,10 +167,11 @@ class Membership:
             InvalidRequest: there is no such instance.
         """
         handle = self._require(instance_id)
+        self._flipping.discard(instance_id)
         if handle.epoch:
             self._fleet.drain(instance_id, handle.epoch)
-        if handle.epoch and for_good:
-            self._sent_away[handle.epoch] = None
+        if for_good and (epoch := handle.epoch or (handle.last_stats.epoch if handle.last_stats is not None else "")):
+            self._sent_away[epoch] = None  # also if it is not reached: only its network may be lost
             while len(self._sent_away) > MOST_SENT_AWAY:
                 del self._sent_away[next(iter(self._sent_away))]
         if (before := self._leaving.get(instance_id)) is not None:
@@ -191,8 +195,11 @@ class Membership:
         self._require_flippable(handle)
         epoch, last = handle.epoch, 0
         self.drain(name)
+        self._flipping.add(name)
         try:
             while handle.role != role:
+                if name not in self._flipping:
+                    raise InvalidRequest(f"{name} was told to drain, and stays a {handle.role} instance")
                 if num_left := await self._until_empty(handle):
                     if num_left != last:
                         yield f"{name} has {num_left} requests left"
@@ -204,7 +211,8 @@ class Membership:
                     handle.take_info(await handle.client.call(INSTANCE_FLIP, request, timeout_s=DESCRIBE_TIMEOUT_S))
         finally:
             if handle.health.drained == epoch and self._fleet.handles.get(name) is handle:
-                self._fleet.drain(name, "")
+                self._fleet.drain(name, "" if name in self._flipping else handle.epoch or epoch)
+            self._flipping.discard(name)
         yield f"{name} is a {role} instance"
 
     def _require_flippable(self, handle: InstanceHandle) -> None:

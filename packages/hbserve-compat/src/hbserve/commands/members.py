@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Literal, cast
 
 from hbserve.remote import remote_scheduler
+from hbserve_rpc import InvalidRequest
 from hbserve_rpc.address import parse_address
 from hbserve_rpc.members import ScaleNews
-from hbserve_rpc.messages import Role
+from hbserve_rpc.messages import InstanceStats, Role
 from hbserve_scheduler import ConfigError, RemoteScheduler
+from hbserve_scheduler.health import SERVING
 
 LOOK_S = 0.5
 
@@ -37,27 +39,31 @@ async def join(connect: str, keys: Path | None, address: str) -> None:
 
 
 async def drain(args: DrainArgs) -> None:
-    """Drain an instance, and wait until it has no requests left. Raises ConfigError, NotReady, and the scheduler's own
-    errors."""
+    """Drain an instance, and wait until it has no requests left. Raises ConfigError, NotReady, InvalidRequest if it is
+    called back meanwhile, and the scheduler's own errors."""
+    name = args.instance_id
     async with remote_scheduler(args.connect, args.keys) as (scheduler, _):
         leaves = args.leaves or args.within_s is not None
-        await scheduler.drain(args.instance_id, leaves=leaves, within_s=args.within_s)
+        await scheduler.drain(name, leaves=leaves, within_s=args.within_s)
         last = -1
-        while (num_left := await _requests_of(scheduler, args.instance_id)) is not None and (num_left or leaves):
-            if num_left != last:
-                last = num_left
-                sys.stderr.write(f"{args.instance_id} has {num_left} requests left\n")
+        while (found := await _stats_of(scheduler, name)) is not None:
+            if found.status in SERVING:
+                raise InvalidRequest(f"{name} takes requests again: it was called back, or is another process")
+            if not leaves and (found.status == "lost" or not found.active_requests):
+                break
+            if found.active_requests != last:
+                last = found.active_requests
+                sys.stderr.write(f"{name} has {last} requests left\n")
             await asyncio.sleep(LOOK_S)
-    how = "has left" if num_left is None else "is drained"
-    sys.stdout.write(f"{args.instance_id} {how}: it may be stopped\n")
+    lost = "no longer answers, and its requests go on elsewhere"
+    how = "has left" if found is None else lost if found.status == "lost" else "is drained"
+    sys.stdout.write(f"{name} {how}: it may be stopped\n")
 
 
-async def _requests_of(scheduler: RemoteScheduler, instance_id: str) -> int | None:
-    """Return how many requests of all schedulers an instance has. None: it is no member, or does not answer."""
-    for each in (await scheduler.fetch_stats()).instances:
-        if each.instance_id == instance_id and each.status != "lost":
-            return each.active_requests
-    return None
+async def _stats_of(scheduler: RemoteScheduler, instance_id: str) -> InstanceStats | None:
+    """Return what is known of an instance, with its requests of all schedulers. None: it is no member."""
+    instances = (await scheduler.fetch_stats()).instances
+    return next((each for each in instances if each.instance_id == instance_id), None)
 
 
 async def flip(connect: str, keys: Path | None, instance_id: str, role: str) -> None:
