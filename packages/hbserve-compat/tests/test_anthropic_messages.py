@@ -83,7 +83,8 @@ async def test_a_conversation_has_thinking_tool_use_and_results(server):
             {"type": "text", "text": "a", "cache_control": {}}, {"type": "text", "text": "b"}
         ]},
         {"role": "assistant", "content": [
-            {"type": "thinking", "thinking": "hm", "signature": ""}, {"type": "text", "text": "wait"},
+            {"type": "thinking", "thinking": "h", "signature": ""}, {"type": "thinking", "thinking": "m"},
+            {"type": "text", "text": "wait"},
             {"type": "tool_use", "id": "c1", "name": "f", "input": {"a": 1}},
             {"type": "tool_use", "id": "c2", "name": "g", "input": {"a": 2}},
         ]},
@@ -133,6 +134,9 @@ async def test_parameters_arrive_and_fields_without_effect_are_named(server):
     answer = (await ask(server, tools=[TOOL], tool_choice={"type": "auto", "disable_parallel_tool_use": True})).json()
     (call,) = answer["content"]
     assert call["input"] == {"arguments": "odd"}, "what is no JSON object is not lost"
+    server.answers(*(f'<tool_call>{{"name": "f", "arguments": {each}}}</tool_call>' for each in ("[1]", '{"a": 2}')))
+    answer = (await ask(server, tools=[TOOL])).json()
+    assert [each["input"] for each in answer["content"]] == [{"arguments": "[1]"}, {"a": 2}]
     assert (await ask(server, tools=[TOOL], tool_choice={"type": "none"})).json()["content"][0]["type"] == "text"
 
 
@@ -141,6 +145,7 @@ async def test_the_template_is_told_what_a_request_says_and_thinking_goes_before
         ({"chat_template_kwargs": {"enable_thinking": "maybe"}}, "maybe"),
         ({"chat_template_kwargs": {"enable_thinking": "maybe"}, "thinking": {"type": "disabled"}}, "False"),
         ({"output_config": {"effort": "high"}}, "True"),
+        ({"thinking": {"type": "adaptive"}}, "[hi]"),
         ({"output_config": {"effort": "high"}, "thinking": {"type": "disabled"}}, "False"),
     ):
         assert (await ask(server, **more)).status_code == 200
@@ -212,8 +217,10 @@ async def test_errors_have_the_shape_of_anthropic_s(server):
 
 async def test_a_failure_on_its_way_is_an_event(server):
     server.scheduler.steps[2:] = [RuntimeError("odd")]
-    last = named_events_of(await ask(server, stream=True))[-1]
+    response = await ask(server, stream=True)
+    last = named_events_of(response)[-1]
     assert (last["type"], last["error"]["type"]) == ("error", "api_error")
+    assert last["request_id"] == response.headers["x-request-id"]
 
 
 async def test_a_key_may_come_as_clients_of_anthropic_send_it(small_model):

@@ -393,6 +393,20 @@ async def test_what_speaks_no_http_and_an_answer_cut_off_are_errors():
         client.close()
 
 
+async def test_a_connection_that_its_server_has_closed_meanwhile_is_not_used_again():
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nab")
+        writer.close()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+        client = HttpClient(f"127.0.0.1:{server.sockets[0].getsockname()[1]}", {})
+        for _ in range(2):
+            assert await client.request("GET", "/") == (200, b"ab")
+            await until(lambda: not any(each.is_open for each in client._idle))
+        client.close()
+
+
 # ---- when ----------------------------------------------------------------------------------------------------------
 
 

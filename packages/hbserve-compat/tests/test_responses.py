@@ -24,6 +24,7 @@ async def test_a_response_has_reasoning_text_and_calls_as_items(server):
     answer = (await ask(server, tools=[TOOL], instructions="be brief", max_output_tokens=200)).json()
     assert server.prompt == "f<system>[be brief]<user>[hi]"
     assert (answer["object"], answer["status"], answer["model"]) == ("response", "completed", "small")
+    assert answer["completed_at"] >= answer["created_at"]
     reasoning, message, call = answer["output"]
     assert reasoning["content"] == [{"type": "reasoning_text", "text": "hm, f"}]
     assert message["content"] == [{"type": "output_text", "text": "So be it.", "annotations": [], "logprobs": []}]
@@ -154,6 +155,15 @@ async def test_log_probabilities_of_the_token_that_ends_an_answer_are_its_text_s
     assert [each["type"].removeprefix("response.") for each in events] == ["created", "in_progress", "completed"]
 
 
+async def test_each_of_several_calls_is_an_item_and_the_token_behind_them_adds_nothing(server):
+    server.answers(*(f'<tool_call>{{"name": "f", "arguments": {{"a": {each}}}}}</tool_call>' for each in (1, 2)))
+    server.scheduler.steps.append([server.tokenizer.eos_token_id])
+    events = named_events_of(await ask(server, tools=[TOOL], stream=True, **LOGPROBS))
+    for answer in ((await ask(server, tools=[TOOL], **LOGPROBS)).json(), events[-1]["response"]):
+        assert [each["arguments"] for each in answer["output"]] == ['{"a": 1}', '{"a": 2}']
+    assert all(each["delta"] for each in events if "delta" in each)
+
+
 async def test_either_field_asks_for_log_probabilities_and_each_says_what_is_wrong_with_it(server):
     ways: list[tuple[dict[str, Any], int]] = [({"include": LOGPROBS["include"]}, 0), ({"top_logprobs": 3}, 3)]
     for fields, num_top in ways:
@@ -168,7 +178,8 @@ async def test_a_conversation_is_items_of_which_several_are_one_message(server):
     items = [
         {"role": "developer", "content": [{"type": "input_text", "text": each} for each in ("be ", "brief")]},
         {"type": "message", "role": "user", "content": "hi"},
-        {"type": "reasoning", "id": "rs_1", "summary": [{"type": "summary_text", "text": "hm"}]},
+        {"type": "reasoning", "id": "rs_0", "summary": [], "content": [{"type": "reasoning_text", "text": "h"}]},
+        {"type": "reasoning", "id": "rs_1", "summary": [{"type": "summary_text", "text": "m"}]},
         {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "wait"}]},
         {"type": "function_call", "call_id": "c1", "name": "f", "arguments": '{"a": 1}'},
         {"type": "function_call", "call_id": "c2", "name": "g", "arguments": '{"a": 2}'},
@@ -177,7 +188,10 @@ async def test_a_conversation_is_items_of_which_several_are_one_message(server):
         {"type": "reasoning", "content": [{"type": "reasoning_text", "text": "so"}], "summary": []},
         {"type": "function_call", "call_id": "c3", "name": "f", "arguments": "no JSON"},
         {"role": "assistant", "content": "good"},
+        {"role": "assistant", "content": "luck"},
         {"role": "user", "content": "bye"},
+        {"type": "function_call", "call_id": "c4", "name": "g", "arguments": '{"a": 5}'},
+        {"type": "function_call_output", "call_id": "c4", "output": ""},
     ]  # fmt: skip
     response = await ask(
         server, input=items, reasoning={"effort": "low", "summary": "auto"}, include=["reasoning.encrypted_content"]
@@ -185,7 +199,7 @@ async def test_a_conversation_is_items_of_which_several_are_one_message(server):
     assert response.status_code == 200, response.text
     assert server.prompt == (
         "low<system>[be brief]<user>[hi]<assistant>hm[wait]f(1)g(2)<tool>[3]<tool>[4]<assistant>so[]f()"
-        "<assistant>[good]<user>[bye]True"
+        "<assistant>[good]<assistant>[luck]<user>[bye]<assistant>[]g(5)<tool>[]True"
     )
 
 

@@ -431,6 +431,8 @@ async def test_probes_answer_and_health_says_what_is_missing(server):
     for path in ("/health", "/ping", "/version", "/openapi.json", "/"):
         assert (await server.client.get(path)).status_code == 200, path
     assert (await server.client.get("/version")).json() == {"version": version("hbserve-compat")}
+    described = (await server.client.get("/openapi.json")).json()["components"]["schemas"]
+    assert described["ChatBody"]["properties"]["echo"]["description"] == "Not served; may be null or one of [False]."
     server.scheduler.role = "prefill"
     response = await server.client.get("/health")
     assert response.status_code == 503

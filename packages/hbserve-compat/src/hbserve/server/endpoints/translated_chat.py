@@ -13,7 +13,7 @@ from hbserve.server.answers.answers import Answers
 from hbserve.server.chat.message_parts import MessageParts
 from hbserve.server.endpoints.chat_prompt import ChatPrompt, chat_prompt
 from hbserve.server.endpoints.generating import read_body
-from hbserve.server.fields.request_fields import ChatBody, RequestBody, require_served
+from hbserve.server.fields.request_fields import ChatBody, RequestBody
 from hbserve.server.http.api_error import ApiError, renamed
 from hbserve.server.http.request_body import ignored_fields, ignored_header
 from hbserve.server.service import ServedModel, Service
@@ -35,7 +35,6 @@ class TranslatedChat:
     async def prompt(self, service: Service, model: ServedModel) -> ChatPrompt:
         """Make the prompt. Raises ApiError, which names what is wrong as the client does."""
         with renamed(self.names):
-            require_served(self.body)
             return await chat_prompt(service, model, self.body, self.paths)
 
     async def answer(
