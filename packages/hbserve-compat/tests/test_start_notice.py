@@ -18,13 +18,25 @@ async def test_a_start_says_what_it_waits_for_when_that_changes_and_now_and_then
     monkeypatch.setattr(start_notice, "FIRST_S", 0.01)
     monkeypatch.setattr(start_notice, "LOOK_S", 0.001)
     said: asyncio.Queue[str] = asyncio.Queue()
-    wanted = ["p0: its process starts", "d0: its process starts"]
-    async with asyncio.timeout(30), telling(lambda: wanted, said.put_nowait):
+    wanted, num_looks = ["p0: its process starts", "d0: its process starts"], 0
+
+    def look() -> list[str]:
+        nonlocal num_looks
+        num_looks += 1
+        return wanted
+
+    async with asyncio.timeout(30), telling(look, said.put_nowait):
         assert await said.get() == "waiting for p0: its process starts; d0: its process starts"
         wanted.pop()
         assert await said.get() == "waiting for p0: its process starts"
         monkeypatch.setattr(start_notice, "AGAIN_S", 0.0)
         assert await said.get() == "waiting for p0: its process starts"
+        wanted.pop()
+        num_looks = 0
+        while num_looks < 3:
+            await asyncio.sleep(0.001)
+        while not said.empty():
+            assert await said.get() == "waiting for p0: its process starts"
     assert asyncio.all_tasks() == {asyncio.current_task()}
 
 
