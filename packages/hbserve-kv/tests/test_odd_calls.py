@@ -111,6 +111,29 @@ async def test_a_manager_that_is_closed_while_it_starts_leaves_nothing():
     assert asyncio.all_tasks() == before
 
 
+async def test_closing_goes_on_when_it_is_cancelled_and_whoever_closes_again_waits_for_its_end(monkeypatch):
+    before = asyncio.all_tasks()
+    new = manager()
+    await new.start()
+    (transport,) = new._transports.values()
+    close, may_go_on = transport.close, asyncio.Event()
+
+    async def wait_and_close():
+        await may_go_on.wait()
+        await close()
+
+    monkeypatch.setattr(transport, "close", wait_and_close)
+    for _ in range(2):
+        closing = asyncio.create_task(new.close())
+        await asyncio.wait([closing], timeout=0.05)
+        assert closing.cancel(), "it has returned before anything was closed"
+        await asyncio.wait([closing])
+    may_go_on.set()
+    await new.close()
+    assert asyncio.all_tasks() == before
+    assert new._memory.arena.numel() == 0
+
+
 async def test_calls_from_many_threads_at_once_are_refused_and_move_nothing():
     async with manager() as receiver, manager(rank=1) as sender:
         calls = [

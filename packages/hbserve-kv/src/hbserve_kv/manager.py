@@ -92,9 +92,9 @@ class KVTransferManager(KVTransferBase):
         self._outgoing: set[SendTransfer] = set()
         """Transfers that this side sends, until their receivers know how they ended."""
         self._sent, self._received, self._failed, self._busy_time_s = 0, 0, 0, 0.0
-        self._is_started = self._closed = False
+        self._is_started = False
+        self._closing: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        """The loop that `start` ran in; None before."""
 
     def _make_peers(self, transports: Mapping[str, Transport]) -> Peers:
         """Make the set of peers to which this instance sends by these transports."""
@@ -107,8 +107,8 @@ class KVTransferManager(KVTransferBase):
             AddressInUse, AddressNotAvailable, BackendUnavailable.
             RuntimeError: the manager was started, or closed, before.
         """
-        if self._loop is not None or self._closed:
-            raise RuntimeError(f"this manager {'is closed' if self._closed else 'was started before'}")
+        if self._loop is not None or self._closing:
+            raise RuntimeError(f"this manager {'is closed' if self._closing else 'was started before'}")
         self._loop = asyncio.get_running_loop()
         started: list[Transport] = []
         try:
@@ -123,7 +123,7 @@ class KVTransferManager(KVTransferBase):
                     logger.info("kv_transfer.backend=%s: not %s: %s", self.config.backend, name, error)
                     del self._transports[name]
             await self._server.start()
-            if self._closed:
+            if self._closing:
                 raise RuntimeError("this manager was closed while it started")
             self._is_started = True
         except BaseException:
@@ -160,12 +160,14 @@ class KVTransferManager(KVTransferBase):
         """End every transfer and leave no thread, socket or task behind. May be called twice.
 
         Peers are told, and have a second or two to answer. If a part is moving to a frozen peer, this waits until the
-        transport ends it (mooncake: after `timeout_s`), because the part reads the pool.
+        transport ends it (mooncake: after `timeout_s`), because the part reads the pool. Cancelling does not stop it.
         """
-        if self._closed:
-            return
-        require_loop(self._loop)
-        self._closed = True
+        if self._closing is None:
+            require_loop(self._loop)
+            self._closing = asyncio.create_task(self._close())
+        await asyncio.shield(self._closing)
+
+    async def _close(self) -> None:
         self._offers.close()
         await asyncio.gather(*(claim.close() for claim in self._claims))
         await self._senders.close()
@@ -262,13 +264,12 @@ class KVTransferManager(KVTransferBase):
         return await self._open(Begin(transfer_id, link=""), [(each.address, each.epoch) for each in mine])
 
     def concerns(self, grant: bytes) -> bool:
-        """Whether this rank holds heads that the grant is for. Under tensor parallelism, not every pair of ranks has
-        heads in common."""
+        """Whether this rank holds heads that the grant is for; not every pair of ranks has heads in common."""
         return any(self.heads.common(each.heads) for each in read_grants(grant))
 
     def _require_open(self, transfer_id: str) -> None:
         require_loop(self._loop)
-        if self._closed:
+        if self._closing:
             raise TransferFailed(f"transfer {transfer_id}: this manager is closed")
         if not self._is_started:
             raise RuntimeError(f"transfer {transfer_id}: this manager is not started")
@@ -334,12 +335,11 @@ class KVTransferManager(KVTransferBase):
         import torch
 
         self._require_open(request_id)
-        flat, arena = kv_buffer.contiguous().view(-1).view(torch.uint8), None
+        flat = kv_buffer.contiguous().view(-1).view(torch.uint8)
         block_ids = await self._buffer.place(request_id, flat.numel())
         try:
-            for i, block_id in enumerate(block_ids):
-                arena = self._memory.arena if arena is None else arena
-                piece = flat[i * self._memory.block_bytes : (i + 1) * self._memory.block_bytes]
+            arena = self._memory.arena
+            for block_id, piece in zip(block_ids, torch.split(flat, self._memory.block_bytes), strict=False):
                 arena[block_id, : piece.numel()].copy_(piece)
             transfer = await self._open(Begin(request_id, "", flat.numel()), [(self._addresses[target_rank], "")])
             transfer.push(block_ids, 0)
