@@ -12,6 +12,7 @@ from hbserve_kv import (
     BufferTooSmall,
     KVTransferConfig,
     KVTransferManager,
+    Outcome,
     TransferFailed,
     TransferTimeout,
 )
@@ -188,6 +189,16 @@ async def test_an_id_that_is_sent_again_before_it_was_received_is_refused_and_ta
     assert receiver.stats().buffered_bytes == 0
     await sender.send_kv_cache("r", 3 * torch.ones(3), 1)
     assert torch.equal(await receiver.receive_kv_cache("r", 0), 3 * torch.ones(3)), "the id is free again"
+
+
+async def test_a_tensor_under_the_id_of_a_granted_transfer_is_refused_and_that_one_goes_on(pair):
+    sender, receiver = await pair()
+    posted = receiver.post_receive("t", [1])
+    with pytest.raises(TransferFailed, match="transfer t was granted blocks of the pool"):
+        await sender.send_kv_cache("t", torch.ones(3), 1)
+    transfer = await sender.open_send("t", posted.grant)
+    transfer.push([1], 0)
+    assert (await transfer.commit()).outcome is (await posted.wait()).outcome is Outcome.COMPLETED
 
 
 async def test_a_tensor_is_for_one_receive_and_another_hears_so_at_once(pair):

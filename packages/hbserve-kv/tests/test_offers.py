@@ -241,6 +241,21 @@ async def test_an_offer_is_for_one_receiver_and_is_fetched_once(pair):
     assert sender.stats().dropped_messages == 2
 
 
+async def test_a_receiver_that_fetches_twice_is_refused_the_second_time(pair):
+    sender, receiver, target, _ = pair
+    offer, posted = sender.offer("t"), receiver.post_receive("t", [1])
+    async with RpcClient(sender.address) as client:
+        stream = client.stream(KEEP, Keep("t"))
+        await anext(stream)
+        await client.call(FETCH, Fetch("t", posted.grant), timeout_s=10)
+        with pytest.raises(InvalidRequest, match="transfer t is being fetched already"):
+            await client.call(FETCH, Fetch("t", posted.grant), timeout_s=10)
+        offer.push([5])
+        offer.commit()
+        assert (await offer.wait()).outcome is (await posted.wait()).outcome is Outcome.COMPLETED
+    assert target[1, 0] == 5
+
+
 @pytest.mark.parametrize(
     ("grant", "why"),
     [(b"nonsense", "not a grant"), (join_grants([]), "transfer t: its grant names no receiver")],

@@ -244,6 +244,8 @@ class Receiver:
     async def _granted_or_buffered(self, begin: Begin, link: IncomingLink) -> IncomingTransfer:
         """Return the transfer that was granted, or a new one in the lookup buffer."""
         if transfer := self.transfers.get(begin.transfer_id):
+            if begin.num_bytes is not None and transfer.region == "pool":
+                self._drop_message(f"transfer {begin.transfer_id} was granted blocks of the pool, and is no tensor")
             return transfer
         if begin.num_bytes is None:
             self._drop_message(f"transfer {begin.transfer_id} is not expected: it was given up, or never granted")
