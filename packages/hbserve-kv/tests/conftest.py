@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from hbserve_kv import KVTransferConfig, KVTransferManager
-from hbserve_kv.testing import LoopbackNetwork, is_empty
+from hbserve_kv import KVTransferConfig, KVTransferManager, Link, Part
+from hbserve_kv.testing import LoopbackNetwork, LoopbackTransport, is_empty
+from hbserve_kv.transports.base import DrainUnknown
 
 BACKENDS = ["nccl", "mooncake", "ipc", "auto", "hbserve_kv_test_backend:QueueTransfer"]
 
@@ -74,6 +75,26 @@ async def pair(managers: Callable[..., Any]) -> tuple[Any, ...]:
     sender = await managers(0, "loopback", source, transport=network.transport())
     receiver = await managers(1, "loopback", target, transport=network.transport())
     return sender, receiver, target, network
+
+
+@pytest.fixture
+async def lasting_pair(managers: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[tuple[Any, ...]]:
+    """A sender whose writes fail and may go on until the event is set, which comes third, and a receiver."""
+    monkeypatch.setattr("hbserve_kv.sending.link.DRAIN_PATIENCE_S", 0.05)
+    network, has_ended = LoopbackNetwork(), asyncio.Event()
+
+    class Lasting(LoopbackTransport):
+        async def push(self, link: Link, part: Part) -> None:
+            raise DrainUnknown("timed out")
+
+        async def disconnect(self, link: Link) -> None:
+            await has_ended.wait()
+
+    sender = await managers(0, "loopback", transport=Lasting(network))
+    receiver = await managers(1, "loopback", transport=network.transport())
+    sender.add_peer(1, receiver.address)
+    yield sender, receiver, has_ended
+    has_ended.set()
 
 
 def pytest_configure() -> None:

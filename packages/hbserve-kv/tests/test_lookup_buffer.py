@@ -173,6 +173,24 @@ async def test_who_waits_for_a_tensor_hears_at_once_that_its_sender_has_failed_a
     await buffer.close()
 
 
+async def test_room_of_a_tensor_that_failed_is_given_back_when_nothing_reads_it_or_lands_there_any_more(
+    lasting_pair, monkeypatch
+):
+    sender, receiver, has_ended = lasting_pair
+    monkeypatch.setattr(receiver._receiver.quarantine, "_longest_s", 0.0)
+    sending = asyncio.create_task(sender.send_kv_cache("r", torch.ones(3), 1))
+    async with asyncio.timeout(20):
+        with pytest.raises(TransferFailed, match="timed out"):
+            await receiver.receive_kv_cache("r", 0)
+        await asyncio.wait([sending], timeout=0.1)
+        assert sender.stats().buffered_bytes == receiver.stats().buffered_bytes == 1536
+        has_ended.set()
+        with pytest.raises(TransferFailed, match="timed out"):
+            await sending
+        while receiver.stats().buffered_bytes:
+            await asyncio.sleep(0.01)
+
+
 async def test_a_manager_that_is_closed_has_given_the_buffers_memory_back(pair):
     sender, receiver = await pair()
     await sender.send_kv_cache("r", torch.ones(4), 1)

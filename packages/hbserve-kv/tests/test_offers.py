@@ -9,8 +9,7 @@ from hbserve_kv import Outcome, PoolLayout
 from hbserve_kv.memory.layout import HeadRange
 from hbserve_kv.protocol.messages import COMMIT, FETCH, KEEP, Fetch, Keep, Offered, join_grants
 from hbserve_kv.receiving.claims import SourceRank
-from hbserve_kv.testing import Faults, LoopbackNetwork, LoopbackTransport, is_empty
-from hbserve_kv.transports.base import DrainUnknown
+from hbserve_kv.testing import Faults, LoopbackNetwork, is_empty
 from hbserve_rpc import InvalidRequest, RpcClient, RpcServer
 from hbserve_testing.narrowing import present
 
@@ -282,19 +281,8 @@ async def test_an_offer_to_a_receiver_of_another_model_fails_on_both_sides_and_s
             assert "FingerprintMismatch: model is 'm0' on rank 0 and 'm1' on rank 1" in result.error
 
 
-async def test_blocks_of_an_offer_that_ends_unknown_are_read_until_it_is_drained(managers, monkeypatch):
-    monkeypatch.setattr("hbserve_kv.sending.link.DRAIN_PATIENCE_S", 0.05)
-    network, has_ended = LoopbackNetwork(), asyncio.Event()
-
-    class Lasting(LoopbackTransport):
-        async def push(self, link, part):
-            raise DrainUnknown("timed out")
-
-        async def disconnect(self, link):
-            await has_ended.wait()
-
-    sender = await managers(0, "loopback", transport=Lasting(network))
-    receiver = await managers(1, "loopback", transport=network.transport())
+async def test_blocks_of_an_offer_that_ends_unknown_are_read_until_it_is_drained(lasting_pair):
+    sender, receiver, has_ended = lasting_pair
     offer = offered(sender)
     posted = receiver.claim("t", sender.address, sender.epoch).fetch([1, 2, 3])
     async with asyncio.timeout(20):
