@@ -3,6 +3,7 @@
 import asyncio
 import re
 import socket
+import time
 
 import pytest
 from hbserve_kv_layouts import layout_of, whole_blocks
@@ -65,6 +66,22 @@ async def test_a_sender_that_is_there_but_does_not_end_its_write_in_time_makes_i
         await transfer.drained.wait()
         while len(quarantine):
             await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("says_so", [True, False])
+async def test_what_the_system_of_a_sender_had_taken_may_arrive_for_a_while_after_the_sender_has_ended(
+    monkeypatch, says_so
+):
+    monkeypatch.setattr("hbserve_kv.receiving.quarantine.GRACE_S", 0.5)
+    quarantine = Quarantine(longest_s=60.0, on_revoked=lambda *_: None)
+    began_s = time.monotonic()
+    transfer = fail_a_transfer("127.0.0.1:1", quarantine, is_connected=says_so)  # where nobody is
+    if says_so:
+        quarantine.drain_later(transfer, transfer.links["link"])
+    async with asyncio.timeout(20):
+        await transfer.drained.wait()
+    assert time.monotonic() - began_s > 0.4
+    await quarantine.close()
 
 
 async def test_a_receiver_that_is_closed_ends_what_is_not_drained_and_says_that_nobody_will_know():
