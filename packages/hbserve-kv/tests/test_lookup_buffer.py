@@ -191,6 +191,23 @@ async def test_room_of_a_tensor_that_failed_is_given_back_when_nothing_reads_it_
             await asyncio.sleep(0.01)
 
 
+async def test_a_sender_that_is_lost_while_it_waits_for_room_keeps_none(pair, monkeypatch):
+    sender, receiver = await pair()
+    place = receiver._buffer.place
+
+    async def place_and_lose(*arguments):
+        block_ids = await place(*arguments)
+        receiver._receiver.end_links(set(receiver._receiver.links), "the link broke")
+        return block_ids
+
+    monkeypatch.setattr(receiver._buffer, "place", place_and_lose)
+    with pytest.raises(TransferFailed):
+        await sender.send_kv_cache("r", torch.ones(3), 1)
+    async with asyncio.timeout(20):
+        while receiver.stats().active_transfers or receiver.stats().buffered_bytes:
+            await asyncio.sleep(0.01)
+
+
 async def test_a_manager_that_is_closed_has_given_the_buffers_memory_back(pair):
     sender, receiver = await pair()
     await sender.send_kv_cache("r", torch.ones(4), 1)

@@ -34,6 +34,7 @@ async def test_an_offer_waits_for_its_receiver_and_gives_it_the_blocks_that_it_l
     assert target[:4, 0].tolist() == [-1, 5, 6, -1]
     await claim.task
     assert not receiver._claims
+    assert not any(link.transfers for link in receiver._receiver.links.values())
     assert sender.stats().dropped_messages == receiver.stats().dropped_messages == 0
 
 
