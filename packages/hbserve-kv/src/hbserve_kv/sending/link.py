@@ -388,9 +388,8 @@ class OutgoingLink:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(2 * self.timeout_s):
                 await self._idle.wait()
-        if self._listening is not asyncio.current_task():
-            self._listening.cancel()
-            await asyncio.gather(self._listening, return_exceptions=True)
+        self._listening.cancel()
+        await asyncio.gather(self._listening, return_exceptions=True)
         await self.hang_up()
 
     async def hang_up(self) -> None:
