@@ -195,7 +195,7 @@ async def test_who_leaves_before_it_is_offered_ends_the_offer_when_it_comes(pair
 async def test_an_offer_that_is_being_fetched_has_all_the_time_it_needs_and_its_receiver_stays_until_it_knows(
     managers, monkeypatch
 ):
-    network, call = LoopbackNetwork(Faults(delay=1.0, delay_s=1.0), seed=1), RpcClient.call
+    network, call = LoopbackNetwork(Faults(delay=1.0, delay_s=1.8), seed=1), RpcClient.call
 
     async def late(self, method, request, **keywords):
         answer = await call(self, method, request, **keywords)
@@ -204,7 +204,7 @@ async def test_an_offer_that_is_being_fetched_has_all_the_time_it_needs_and_its_
         return answer
 
     monkeypatch.setattr(RpcClient, "call", late)
-    sender = await managers(0, "loopback", transport=network.transport(), expiry_s=0.05)
+    sender = await managers(0, "loopback", transport=network.transport(), expiry_s=1.0)
     receiver = await managers(1, "loopback", transport=network.transport())
     offer = offered(sender)
     posted = receiver.claim("t", sender.address, sender.epoch).fetch([1, 2, 3])

@@ -47,7 +47,10 @@ async def test_a_receiver_may_close_as_soon_as_it_has_all(managers):
 
 
 @pytest.mark.parametrize("backend", ["nccl", "ipc"])
-async def test_a_receiver_that_is_closed_has_its_blocks_back_from_a_sender_that_is_there(managers, backend):
+async def test_a_receiver_that_is_closed_has_its_blocks_back_from_a_sender_that_is_there(
+    managers, backend, monkeypatch
+):
+    monkeypatch.setattr("hbserve_kv.receiving.receiver.GOODBYE_TIMEOUT_S", 20.0)
     sender, receiver = await managers(0, backend), await managers(1, backend)
     posted = receiver.post_receive("t", [1, 2])
     transfer = await sender.open_send("t", posted.grant)
