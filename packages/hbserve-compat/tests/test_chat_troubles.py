@@ -15,6 +15,7 @@ import pytest
 from hbserve.client.chat_client import ChatClient
 from hbserve.client.http_stream import why_not_connected
 from hbserve.commands.chat import MOST_OF_LINE, Conversation
+from hbserve.commands.command import shown_at_terminal
 from hbserve_rpc import InvalidRequest, PeerLost, RemoteError
 from hbserve_testing.waits import until
 
@@ -214,6 +215,28 @@ async def test_a_line_that_the_terminal_has_cut_is_not_asked(monkeypatch, capsys
     await terminal.type(b"one\n")
     await until(lambda: terminal.asked == [["one"]])
     await terminal.leave()
+
+
+async def test_a_terminal_does_not_obey_what_an_answer_has_and_a_file_has_it_as_it_is(monkeypatch):
+    said = "\x1b]0;title\x07a\x9b2J é\u200d\t\r"
+
+    async def answer(messages: list[dict[str, str]]) -> AsyncIterator[tuple[str, str | None]]:
+        yield said, "stop"
+
+    end, its_end = pty.openpty()
+    with os.fdopen(its_end, "w") as terminal, monkeypatch.context() as patched:
+        patched.setattr(sys, "stdin", _piped(b"hi\n"))
+        patched.setattr(sys, "stdout", terminal)
+        await Conversation(answer).run()
+        sys.stdin.close()
+    found = b""
+    with contextlib.suppress(OSError):  # the other end is closed
+        while part := os.read(end, 1000):
+            found += part
+    os.close(end)
+    assert found.decode() == "\\x1b]0;title\\x07a\\x9b2J é\u200d\t\r\r\n\r\n"
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    assert shown_at_terminal(said) == said
 
 
 async def test_what_stdin_cannot_repeat_ends_with_the_error(monkeypatch, capsys):

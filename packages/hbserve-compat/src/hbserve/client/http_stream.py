@@ -5,6 +5,8 @@ a body is passed on in the same iteration of the event loop, without waking a ta
 """
 
 import asyncio
+import os
+import re
 import ssl
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -34,7 +36,10 @@ def why_not_connected(address: str, error: Exception) -> str:
         return f"the certificate of {address} is not trusted: {error.verify_message}; {cure}"
     if isinstance(error, ssl.SSLError):
         return f"the server at {address} does not speak TLS as asked for ({error.reason}); is its URL http://?"
-    return f"no server at {address}: {str(error) or 'no answer'}"
+    # asyncio repeats each address that it has tried, as a tuple.
+    numbers = dict.fromkeys(re.findall(r"\[Errno (\d+)\] Connect call failed", str(error)))
+    reason = ", ".join(os.strerror(int(number)) for number in numbers) or str(error) or "no answer"
+    return f"no server at {address}: {reason}"
 
 
 class HttpClient:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from hbserve.client.chat_client import ChatClient
+from hbserve.commands.command import shown_at_terminal
 from hbserve.models.demo_model import find_model_folder
 from hbserve.processes.start_notice import telling_at_terminal
 from hbserve.text.text_request import TextRequest
@@ -202,7 +203,7 @@ class Conversation:
         async with aclosing(answer):
             async for text, reason in answer:
                 parts.append(text)
-                sys.stdout.write(text)
+                sys.stdout.write(shown_at_terminal(text))
                 sys.stdout.flush()
                 end = reason or end
         return end

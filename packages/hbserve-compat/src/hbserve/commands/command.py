@@ -5,6 +5,7 @@ import errno
 import inspect
 import logging
 import os
+import re
 import resource
 import signal
 import sys
@@ -109,6 +110,14 @@ def forget_what_nobody_takes() -> None:
             sys.stdout.flush()
         except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def shown_at_terminal(text: str) -> str:
+    """Return a model's text for stdout. A terminal gets escapes for characters that it would obey, which may come from
+    somebody else's server; a file or pipe gets them as they are."""
+    if sys.stdout.isatty():
+        return re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", text)
+    return text
 
 
 def _in_words(error: Exception) -> str:

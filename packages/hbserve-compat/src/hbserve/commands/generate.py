@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hbserve.commands.command import shown_at_terminal
 from hbserve.models.demo_model import find_model_folder
 from hbserve.processes.start_notice import telling_at_terminal
 from hbserve.progress import progress_bar
@@ -57,7 +58,7 @@ async def generate_answers(args: GenerateArgs) -> None:
         else:
             results = await _together(scheduler, tokenizer, prompts, params)
             for text, result in zip(texts, results, strict=True):
-                sys.stdout.write(f"> {text}\n{result['text']}\n\n")
+                sys.stdout.write(shown_at_terminal(f"> {text}\n{result['text']}\n\n"))
             ends = [(result, result["finish_reason"]) for result in results]
             lengths = [len(result["token_ids"]) for result in results]
     reasons = [why_ended(reason, length, params.max_tokens) for (_, reason), length in zip(ends, lengths, strict=True)]
@@ -69,7 +70,7 @@ async def _stream(request: TextRequest) -> End:
     has_begun = False
     try:
         async for delta in request:
-            sys.stdout.write(delta["text"])
+            sys.stdout.write(shown_at_terminal(delta["text"]))
             sys.stdout.flush()
             has_begun = has_begun or bool(delta["text"])
             end = delta["timings"], delta["finish_reason"]
