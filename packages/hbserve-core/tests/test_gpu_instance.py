@@ -237,6 +237,29 @@ async def test_a_call_to_an_engine_that_has_failed_or_was_stopped_fails_at_once(
     await thread.stop()
 
 
+class PanicException(BaseException):
+    """What a library in Rust raises when it panics; it is no `Exception` there either."""
+
+
+async def test_a_panic_of_a_library_ends_the_call_and_in_a_step_the_engine(model_folder, prompt):
+    def panic(*_: Any) -> Any:
+        raise PanicException("index out of bounds")
+
+    made = EngineThread(panic, on_events=print, on_failure=print)
+    with pytest.raises(RuntimeError, match="PanicException: index out of bounds"):
+        await made.start()
+    await made.stop()
+    async with serving(config(model_folder("qwen3"))) as (instance, client):
+        await instance.wait_ready()
+        with pytest.raises(RuntimeError, match="PanicException: index out of bounds"):
+            await instance._thread.call(panic)
+        await generate(client, "before", prompt(5))
+        present(instance.runner).launch = panic  # type: ignore[assignment, method-assign]
+        with pytest.raises(RemoteError, match="PanicException: index out of bounds"):
+            await generate(client, "after", prompt(5))
+        assert instance.status == "failed"
+
+
 async def test_an_idle_engine_uses_no_processor_time(model_folder, prompt):
     # Known elsewhere: vLLM #41180.
     async with serving(config(model_folder("qwen3"))) as (instance, client):

@@ -87,8 +87,8 @@ class EngineThread:
         def run(engine: Engine) -> None:
             try:
                 result = command(engine)
-            except Exception as error:  # belongs to the caller
-                self._answers.append(partial(_fail, answer, error))
+            except BaseException as error:  # belongs to the caller
+                self._answers.append(partial(_fail, answer, _as_exception(error)))
             else:
                 self._answers.append(partial(_succeed, answer, result))
 
@@ -121,18 +121,18 @@ class EngineThread:
     def _run(self) -> None:
         try:
             engine = self._make_engine()
-        except Exception as error:  # belongs to `start`
-            self._tell(_fail, self._made, error)
+        except BaseException as error:  # belongs to `start`
+            self._tell(_fail, self._made, _as_exception(error))
             return
         engine.on_early_output = lambda output: self._tell(self._on_events, [output])
         self.stats = engine.stats()
         self._tell(_succeed, self._made, engine)
         try:
             self._serve(engine)
-        except Exception as error:
+        except BaseException as error:
             logger.exception("the engine failed")
             self._tell(self._end, EngineStopped(f"the engine failed: {type(error).__name__}: {error}"))
-            self._tell(self._on_failure, error)
+            self._tell(self._on_failure, _as_exception(error))
 
     def _serve(self, engine: Engine) -> None:
         while self._run_commands(engine):
@@ -191,3 +191,8 @@ def _succeed(answer: "asyncio.Future[T]", result: T) -> None:
 def _fail(answer: "asyncio.Future[T]", error: Exception) -> None:
     if not answer.done():
         answer.set_exception(error)
+
+
+def _as_exception(error: BaseException) -> Exception:
+    """Make an exception of what is none, such as a panic of a library in Rust."""
+    return error if isinstance(error, Exception) else RuntimeError(f"{type(error).__name__}: {error}")
