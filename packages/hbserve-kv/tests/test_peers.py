@@ -26,7 +26,7 @@ from hbserve_kv.protocol.checksum import checksums, link_checksums
 from hbserve_kv.protocol.messages import BEGIN, LINK, PROTOCOL_VERSION, Alive, Handshake, UnknownLink
 from hbserve_kv.receiving.quarantine import ask_sender
 from hbserve_kv.sending.peers import FIRST_PAUSE_S, LONGEST_PAUSE_S, Breaker
-from hbserve_kv.testing import Faults, LoopbackNetwork
+from hbserve_kv.testing import Faults, LoopbackNetwork, LoopbackTransport
 from hbserve_rpc import RpcClient
 
 NUM_PEERS = int(os.environ.get("HBSERVE_NUM_PEERS", "150"))
@@ -469,6 +469,26 @@ async def test_heads_that_nobody_has_in_common_are_refused_with_both_ranges(mana
     assert not sender.concerns(posted.grant)
     with pytest.raises(ValueError, match=r"heads is \[0, 1\] on rank 0 and \[2, 3\] on rank 1"):
         await sender.open_send("t", posted.grant)
+    await posted.cancel("test over")
+
+
+@pytest.mark.parametrize("fails", [True, False])
+async def test_a_link_that_cannot_be_made_is_forgotten_by_its_transport(managers, fails):
+    class Unreached(LoopbackTransport):
+        async def connect(self, link):
+            await super().connect(link)
+            if fails:
+                raise ConnectionError("no way there")
+            await asyncio.Event().wait()
+
+    network = LoopbackNetwork()
+    transport = Unreached(network)
+    sender = await managers(0, "loopback", transport=transport, timeout_s=1.0)
+    receiver = await managers(1, "loopback", transport=network.transport())
+    posted = receiver.post_receive("t", [1])
+    with pytest.raises(TransferFailed):
+        await sender.open_send("t", posted.grant)
+    assert not transport._targets
     await posted.cancel("test over")
 
 
