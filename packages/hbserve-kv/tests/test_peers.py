@@ -492,6 +492,17 @@ async def test_a_link_that_cannot_be_made_is_forgotten_by_its_transport(managers
     await posted.cancel("test over")
 
 
+async def test_a_receiver_that_refuses_the_link_leaves_no_task_at_its_sender(managers):
+    sender, receiver = [await managers(i, "ipc", fingerprint={"model": f"m{i}"}) for i in range(2)]
+    posted, before = receiver.post_receive("t", [1]), asyncio.all_tasks()
+    with pytest.raises(FingerprintMismatch):
+        await sender.open_send("t", posted.grant)
+    async with asyncio.timeout(20):
+        while asyncio.all_tasks() - before:
+            await asyncio.sleep(0.01)
+    await posted.cancel("test over")
+
+
 async def test_auto_falls_back_when_the_better_transport_fails_in_practice(managers, monkeypatch, caplog):
     sender, receiver = await managers(0, "auto"), await managers(1, "auto")
     monkeypatch.setattr("hbserve_kv.transports.ipc.Mapping", lambda *_: (_ for _ in ()).throw(OSError("denied")))
