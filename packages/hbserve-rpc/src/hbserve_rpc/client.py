@@ -107,7 +107,7 @@ class RpcClient:
         uses_ipv6 = await self._uses_ipv6()
         if self._closed:  # closed meanwhile
             return
-        self._connection.open(uses_ipv6=uses_ipv6)
+        self._connection.open(self._timeout_s, uses_ipv6=uses_ipv6)
         self._hello()
         self._heart = asyncio.create_task(self._heartbeat())
 

@@ -7,11 +7,14 @@ from collections.abc import Callable, Sequence
 
 import zmq
 
+from hbserve_rpc import wire
 from hbserve_rpc.keys import Keys, Party
 from hbserve_rpc.message_socket import CLIENTS, MessageSocket
 
 AGAIN_S = 0.2
 """Pause before another key is tried, or before a server that has refused this side is tried again."""
+CONNECT_TIMEOUT_S = 2.0
+"""How long one attempt to connect may take. The kernel's own goes on for minutes, and tries less and less often."""
 MOST_HUNG_UP = 3
 """Number of handshakes in a row that count as a refusal if the server breaks them off, per key that it may have."""
 
@@ -41,6 +44,7 @@ class ServerConnection:
         options: dict[int, int | bytes] = {
             zmq.RECONNECT_IVL: 50,
             zmq.RECONNECT_IVL_MAX: 500,
+            zmq.CONNECT_TIMEOUT: int(CONNECT_TIMEOUT_S * 1000),
             zmq.IDENTITY: uuid.uuid4().bytes,  # the same after a reconnect by ZeroMQ
         }
         self.socket = MessageSocket(zmq.DEALER, options, on_message, CLIENTS)
@@ -53,8 +57,11 @@ class ServerConnection:
         """Number of handshakes in a row that the server has broken off."""
         self._again: asyncio.TimerHandle | None = None
 
-    def open(self, *, uses_ipv6: bool) -> None:
-        options = {zmq.IPV6: int(uses_ipv6)} | self._key_options()
+    def open(self, timeout_s: float, *, uses_ipv6: bool) -> None:
+        """Open the connection. timeout_s: how long the server's host may acknowledge nothing before another one is
+        made: over the old one a network that is back would be tried again only after as long as it was lost."""
+        most_ms = max(1, int(min(timeout_s, wire.LONGEST_SILENCE_S) * 1000))
+        options = {zmq.IPV6: int(uses_ipv6), zmq.TCP_MAXRT: most_ms} | self._key_options()
         self.socket.open(lambda socket: socket.connect(self._endpoint), options, self._happened)
 
     def send(self, frames: Sequence[bytes]) -> None:
