@@ -4,6 +4,7 @@ import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import typer
 
@@ -22,7 +23,11 @@ def parsed(arguments: Sequence[str]) -> dict[str, Any]:
         context = command.make_context(command.name, rest, parent=context)
         name, command, rest = command.resolve_command(context, [*context._protected_args, *context.args])
         context.invoked_subcommand = name
-    with command.make_context(command.name, rest, parent=context) as own:
+    # The files of a document are not on this machine.
+    with (
+        patch("hbserve.options.why_unreadable", return_value=None),
+        command.make_context(command.name, rest, parent=context) as own,
+    ):
         return dict(own.params)
 
 
