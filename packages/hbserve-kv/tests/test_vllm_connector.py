@@ -1,10 +1,13 @@
 """The vLLM connector, by an imitation of vLLM's schedulers and workers of both versions: see hbserve_kv_vllm.py."""
 
+import asyncio
 import inspect
 import random
+import threading
 import time
 from collections import deque
 from types import SimpleNamespace
+from typing import ClassVar
 
 import hbserve_kv_vllm as imitation
 import pytest
@@ -15,6 +18,8 @@ from hbserve_kv import HeadRange, PoolLayout
 from hbserve_kv.memory.layout import CopyPlan, sides
 from hbserve_kv.memory.memory import copy_on_host
 from hbserve_kv.protocol.messages import MOST_CHARACTERS
+from hbserve_kv.transports.base import DrainUnknown
+from hbserve_kv.transports.ipc import IpcTransport
 
 DEADLINE_S = 60.0
 PREFILL = {"do_remote_decode": True, "do_remote_prefill": False}
@@ -484,6 +489,64 @@ def test_a_prompt_that_is_preempted_while_it_is_computed_is_delivered_or_fails_a
     until(lambda: "d" in decode.results, prefill, decode)
     assert decode.results["d"][0::2] == ("FINISHED_LENGTH_CAPPED", True)
     assert ("num_failed_transfers" in decode.figures) is (moment == "it is being fetched")
+
+
+class Lasting(IpcTransport):
+    """Whose writes fail, and may go on until the event is set."""
+
+    has_ended: ClassVar[threading.Event]
+
+    async def push(self, link, part):
+        raise DrainUnknown("timed out")
+
+    async def disconnect(self, link):
+        await asyncio.to_thread(self.has_ended.wait)
+        await super().disconnect(link)
+
+
+@pytest.fixture
+def lasting(engines, monkeypatch):
+    """An engine that prefills and whose blocks may be read until the event is set, which comes second."""
+    monkeypatch.setattr("hbserve_kv.sending.link.DRAIN_PATIENCE_S", 0.05)
+    monkeypatch.setattr(Lasting, "has_ended", threading.Event(), raising=False)
+    yield engines(extra={"backend": f"{__name__}:Lasting"}), Lasting.has_ended
+    Lasting.has_ended.set()
+
+
+def until_it_ends_unknown(prefill, *engines):
+    sending = prefill.ranks[0].connector._worker._sending
+    until(lambda: "p" in sending, *engines)
+    offer = sending["p"].offer
+    until(offer.result.done, *engines)
+
+
+def test_blocks_whose_write_may_go_on_are_given_back_when_it_has_ended(engines, lasting):
+    (prefill, has_ended), decode = lasting, engines(policy="recompute")
+    decode.add("d", PROMPT, prefilled(prefill))
+    until_it_ends_unknown(prefill, prefill, decode)
+    prefill.add("other", PROMPT)
+    until(lambda: "other" in prefill.results, prefill, decode)
+    assert "p" in prefill.requests, "its blocks may still be read"
+    has_ended.set()
+    until(lambda: prefill.is_empty and "d" in decode.results, prefill, decode)
+    assert decode.results["d"][0::2] == ("FINISHED_LENGTH_CAPPED", True)
+
+
+def test_a_preemption_waits_until_no_write_reads_its_blocks(engines, lasting):
+    (prefill, has_ended), decode = lasting, engines(policy="recompute")
+    prefill.add("p", PROMPT, PREFILL | {"transfer_id": "t"})
+    prefill.step()  # a chunk
+    decode.add("d", PROMPT, leg(prefill, "t"))
+    until_it_ends_unknown(prefill, decode)
+    worker = prefill.ranks[0].connector._worker
+    patience_s, worker._patience_s = worker._patience_s, 0.1
+    with pytest.raises(TimeoutError):
+        worker.preempt({"p"})
+    worker._patience_s = patience_s
+    has_ended.set()
+    prefill.preempt("p")
+    until(lambda: "d" in decode.results, prefill, decode)
+    assert decode.results["d"][0::2] == ("FINISHED_LENGTH_CAPPED", True)
 
 
 @pytest.mark.parametrize("transfer_id", ["t", "t" * MOST_CHARACTERS])
