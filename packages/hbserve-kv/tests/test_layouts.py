@@ -1,6 +1,7 @@
 """Layouts of pools: every block arrives as it was, whatever lies where on both sides."""
 
 import mmap
+import os
 import random
 from itertools import product
 
@@ -9,7 +10,9 @@ import torch
 
 from hbserve_kv import BackendUnavailable, FingerprintMismatch, HeadRange, Outcome, PoolLayout
 from hbserve_kv.memory.layout import CopyPlan, Layout, Plane, sides
+from hbserve_kv.memory.memory import Memory
 from hbserve_kv.memory.shared_memory import copy
+from hbserve_kv.transports.ipc import IpcTransport
 
 SIZES = {"blocks": 5, "layers": 3, "kv": 2, "tokens": 4, "heads": 4, "dim": 2}
 
@@ -219,6 +222,19 @@ async def test_memory_that_has_no_name_is_refused_by_ipc_and_served_by_the_next_
     assert (await transfer.commit()).outcome is (await posted.wait()).outcome is Outcome.COMPLETED
     assert held[1][:10] == b"\0\0\0\0\0\0\0b\0d"
     assert sender.links()[0].transport == "nccl"
+
+
+async def test_memory_of_which_ipc_could_move_only_some_is_found_by_the_next_backend(monkeypatch):
+    """A container's /dev/shm is small, and an engine on the CPU has a tensor for each layer."""
+    room = os.statvfs("/dev/shm")
+    left = [room, os.statvfs_result((*room[:4], 0, *room[5:]))]
+    monkeypatch.setattr(os, "statvfs", lambda _: left.pop(0))
+    layers = [torch.zeros(4, 2, 8, 16) for _ in range(2)]
+    memory = Memory(PoolLayout(layers, "blocks tokens heads dim"), 0)
+    before = memory.addresses["pool"]
+    with pytest.raises(BackendUnavailable, match="/dev/shm has no room for a pool of 4096 bytes"):
+        await IpcTransport().start(memory)
+    assert sorted(memory.addresses["pool"]) == sorted(layer.data_ptr() for layer in layers) != sorted(before)
 
 
 def test_a_peer_whose_planes_are_outside_its_memory_is_refused():

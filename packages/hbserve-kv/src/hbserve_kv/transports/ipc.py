@@ -113,7 +113,8 @@ class IpcTransport(Transport):
                 }
         except OSError as error:
             raise BackendUnavailable(f"kv_transfer.backend='ipc': {error}") from error
-        memory.locate()
+        finally:
+            memory.locate()  # some may have moved before one could not
         self._mine = _Description(_host(), os.getpid(), gpu, host_regions, device_regions)
 
     def describe(self) -> bytes:
