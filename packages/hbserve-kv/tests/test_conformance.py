@@ -2,12 +2,14 @@
 
 import asyncio
 import itertools
+import os
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
-from hbserve_kv.testing import CHECKS, LAYOUTS, Check, LoopbackNetwork, conformance, run_check
+from hbserve_kv.memory.memory import Memory
+from hbserve_kv.testing import CHECKS, LAYOUTS, Check, LoopbackNetwork, LoopbackTransport, conformance, run_check
 from hbserve_kv.testing.rig import BLOCK_MAJOR
 
 MOVING = [
@@ -61,6 +63,31 @@ async def test_backends_conform_between_layouts_on_a_gpu(backend: str, check: Ch
 @pytest.mark.parametrize("backend", ["nccl", "ipc"])
 async def test_backends_conform_on_a_gpu(backend: str, check: Check) -> None:
     await run_check(check, backend=backend, device="cuda")
+
+
+class Leaves(LoopbackTransport):
+    """Whose start leaves a file open when it is cancelled."""
+
+    left: ClassVar[list[int]] = []
+
+    async def start(self, memory: Memory) -> None:
+        self.left.append(os.open("/dev/null", os.O_RDONLY))
+        await asyncio.sleep(0.01)
+        os.close(self.left.pop())
+        await super().start(memory)
+
+
+async def test_a_transport_whose_start_leaves_a_file_open_when_it_is_cancelled_does_not_conform(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(conformance, "CHECK_TIMEOUT_S", 2.0)
+    network = LoopbackNetwork()
+    with pytest.raises(TimeoutError):
+        await run_check(
+            conformance.a_start_that_is_cancelled_leaves_no_file_and_no_thread, transport=lambda: Leaves(network)
+        )
+    while Leaves.left:
+        os.close(Leaves.left.pop())
 
 
 def test_without_assertions_nothing_conforms():

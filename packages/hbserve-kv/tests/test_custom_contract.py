@@ -1,6 +1,8 @@
 """Backends of somebody else that do not do what KVTransferBase asks for: told which method, and what it must return."""
 
 import asyncio
+import socket
+from typing import ClassVar
 
 import pytest
 import torch
@@ -42,6 +44,14 @@ class AList(Passes):
 
 
 class DescribesByText(Passes):
+    opened: ClassVar[list[socket.socket]] = []
+
+    async def start(self):
+        self.opened.append(socket.create_server(("127.0.0.1", 0)))
+
+    async def close(self):
+        self.opened[-1].close()
+
     def describe(self):
         return "10.0.0.1"
 
@@ -84,3 +94,4 @@ async def test_a_transfer_by_a_backend_that_breaks_the_contract_fails_with_what_
 async def test_a_backend_that_describes_itself_by_no_bytes_is_refused_at_start(managers):
     with pytest.raises(BackendUnavailable, match=r"describe\(\) returned '10\.0\.0\.1'; it must return bytes"):
         await managers(0, f"{__name__}:DescribesByText")
+    assert DescribesByText.opened.pop().fileno() == -1, "what it had opened is closed"

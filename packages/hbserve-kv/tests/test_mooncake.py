@@ -16,7 +16,7 @@ import pytest
 import torch
 from hbserve_kv_layouts import whole_blocks
 
-from hbserve_kv import Outcome
+from hbserve_kv import BackendUnavailable, Outcome
 from hbserve_kv.memory.memory import Memory
 from hbserve_kv.transports.base import DrainUnknown, Link, Part
 
@@ -333,6 +333,22 @@ async def test_what_it_listens_at_hears_nothing_that_is_sent_to_another_address(
         for own in ("127.0.0.3", "127.0.0.1"):
             socket.create_connection((own, port), 20).close()
     await transport.close()
+
+
+@pytest.mark.parametrize("reason", ["contradicts MC_FORCE_TCP", "cannot register memory"])
+async def test_a_start_that_fails_leaves_nothing_that_listens(reason, monkeypatch, tmp_path):
+    memory = Memory(torch.zeros(NUM_BLOCKS, BLOCK_BYTES, dtype=torch.uint8), 1 << 24)
+    if reason == "cannot register memory":
+        memory.extents["arena"] = memory.extents["pool"]  # Mooncake refuses memory that overlaps
+    else:
+        (tmp_path / "mooncake.json").write_text('{"protocol": "efa"}')
+        monkeypatch.setenv("MOONCAKE_CONFIG_PATH", str(tmp_path / "mooncake.json"))
+        monkeypatch.setenv("MC_FORCE_TCP", "1")
+    before = listening_everywhere()
+    transport = MooncakeTransport("127.0.0.1", 5)
+    with pytest.raises(BackendUnavailable, match=reason) as told:
+        await transport.start(memory)
+    assert listening_everywhere() <= before, told.value
 
 
 async def test_where_the_kernel_lets_it_filter_nothing_it_works_and_warns_once(caplog, monkeypatch):

@@ -24,7 +24,8 @@ class KVTransferBase(ABC):
         self.options = options
 
     async def start(self) -> None:  # noqa: B027  optional
-        """Prepare the backend. Called once, before anything else."""
+        """Prepare the backend. Called once, before anything else. If it raises or is cancelled, it must leave nothing
+        behind, because `close` is not called then."""
 
     async def close(self) -> None:  # noqa: B027  optional
         """Release everything. Called once, after everything else; must end what `send_kv_cache` and `receive_kv_cache`

@@ -332,7 +332,29 @@ async def what_comes_and_goes_leaves_no_file_and_no_thread(rig: Rig) -> None:
             await asyncio.sleep(0.01)
         if life == 2:  # the first lives open what the process keeps, such as an event loop's pipes
             baseline = _held()
-    while any(now > before for now, before in zip(_held(), baseline, strict=True)):  # noqa: ASYNC110  no event
+    await _until_held(baseline)
+
+
+async def a_start_that_is_cancelled_leaves_no_file_and_no_thread(rig: Rig) -> None:
+    """Check `start`, each time a little later, until it is over before it is cancelled."""
+    for _ in range(2):  # the first life opens what the process keeps
+        await rig.stop(await rig.start(0, rig.pool()))
+    baseline, num_turns, is_over = _held(), 1, False
+    while not is_over:
+        starting = asyncio.create_task(rig.start(0, rig.pool()))
+        for _ in range(num_turns):
+            await asyncio.sleep(0)
+        num_turns, is_over = 2 * num_turns, starting.done()
+        starting.cancel()
+        await asyncio.wait([starting])
+        if not starting.cancelled():
+            await rig.stop(starting.result())
+    del starting
+    await _until_held(baseline)
+
+
+async def _until_held(most: tuple[int, int]) -> None:
+    while any(now > before for now, before in zip(_held(), most, strict=True)):  # noqa: ASYNC110  no event
         await asyncio.sleep(0.05)  # a thread that was told to end takes a moment
 
 
@@ -359,4 +381,5 @@ CHECKS: list[Check] = [
     blocks_of_other_sizes_are_filled_token_by_token,
     a_layer_moves_as_soon_as_it_is_computed,
     what_comes_and_goes_leaves_no_file_and_no_thread,
+    a_start_that_is_cancelled_leaves_no_file_and_no_thread,
 ]

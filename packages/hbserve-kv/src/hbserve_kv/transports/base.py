@@ -290,7 +290,7 @@ class Transport(ABC):
 
     @abstractmethod
     async def start(self, memory: Memory) -> None:
-        """Prepare to send from and receive into `memory`.
+        """Prepare to send from and receive into `memory`. If it fails or is cancelled, nothing of it may be left.
 
         Raises:
             BackendUnavailable: a library or device is missing.
@@ -349,7 +349,7 @@ class Transport(ABC):
 
     @abstractmethod
     async def close(self) -> None:
-        """End what is left of the transport, so that nothing stays behind."""
+        """End what is left of the transport, so that nothing stays behind. Not called if `start` has failed."""
 
 
 class DrainUnknown(Exception):

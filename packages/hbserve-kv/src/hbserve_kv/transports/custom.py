@@ -22,7 +22,11 @@ class CustomTransport(Transport):
         """Start the backend. Raises BackendUnavailable if its description is not bytes."""
         self._memory = memory
         await self._call("start")
-        self.describe()
+        try:
+            self.describe()
+        except BaseException:
+            await self.close()
+            raise
 
     def describe(self) -> bytes:
         description = self._backend.describe()

@@ -107,10 +107,14 @@ class MooncakeTransport(Transport):
             # Mooncake itself would use TCP without saying so.
             raise BackendUnavailable(f'{CONFIG_VARIABLE}: protocol "rdma", but {reason}')
         self._probe_engine = self._make_engine(())
-        self._detail = self._verified_transport(self._probe_engine.native)
-        if self._carrier == "TCP":
-            self._receiving.most, self._receiving.keeps_unused = MOST_RECEIVING_ON_TCP, False
-        self._receiving.prepare()
+        try:
+            self._detail = self._verified_transport(self._probe_engine)
+            if self._carrier == "TCP":
+                self._receiving.most, self._receiving.keeps_unused = MOST_RECEIVING_ON_TCP, False
+            self._receiving.prepare()
+        except BaseException:
+            await self.close()
+            raise
         logger.info("mooncake: %s on %s", self._detail, self._host)
 
     def _make_engine(self, regions: Sequence[Region] = REGIONS) -> Engine:
@@ -123,9 +127,11 @@ class MooncakeTransport(Transport):
         scratch = shared_buffer(4096)
         places = [*extents_of(scratch), *(each for region in regions for each in self._memory.extents[region])]
         sizes = [each.num_bytes for each in places]
+        made = Engine(native, scratch, places[0].address, loopback)
         if rc := native.batch_register_memory([each.address for each in places], sizes):
+            del native, made.native  # ends it now, and not when the error is forgotten
             raise BackendUnavailable(f"Mooncake cannot register memory of {sizes} bytes: code {rc}")
-        return Engine(native, scratch, places[0].address, loopback)
+        return made
 
     def _listen_only_at(self, addresses: list[str], inodes: set[str]) -> None:
         try:
@@ -140,7 +146,7 @@ class MooncakeTransport(Transport):
                 )
             self._is_open_said = True
 
-    def _verified_transport(self, engine: Any) -> str:
+    def _verified_transport(self, engine: Engine) -> str:
         """Return what this engine really uses, judged by what it found, not by what was asked for.
 
         Raises:
@@ -150,7 +156,7 @@ class MooncakeTransport(Transport):
             if self._config.protocol != "tcp":
                 raise BackendUnavailable(f"protocol {self._config.protocol!r} contradicts MC_FORCE_TCP=1; unset one")
             return "TCP"
-        topology: dict[str, list[list[str]]] = json.loads(engine.get_local_topology() or "{}")
+        topology: dict[str, list[list[str]]] = json.loads(engine.native.get_local_topology() or "{}")
         cards = {card for place in topology.values() for choices in place for card in choices}
         if not cards:
             if self._config.protocol == "rdma":
