@@ -160,6 +160,7 @@ def test_a_sender_that_could_not_be_asked_what_it_writes_is_refused(address):
         ("fingerprint", {"m": "other"}, "m is 'other' on rank 1 and 'm' on rank 0"),
         ("fingerprint", {"m": "m", "more": 1}, "more is 1 on rank 1 and None on rank 0"),
         ("heads", HeadRange(1, 1, 2), "num_kv_heads is 2 on rank 1 and 1 on rank 0"),
+        ("layout", layout_of(num_heads=2), "heads of its pool is 2 on rank 1 and 1 on rank 1"),
     ],
 )
 def test_a_sender_whose_kv_means_something_else_is_refused_by_what_differs_first(field, value, named):

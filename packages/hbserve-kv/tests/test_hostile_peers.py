@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 from collections.abc import AsyncIterator
 from typing import Any
@@ -209,6 +210,38 @@ def test_blocks_that_a_receiver_cannot_have_granted_are_told(num_bytes, region, 
     problem = messages.misfit(accepted, begin, both["mine"], both["peer"])
     assert problem.startswith(says)
     assert bool(problem) == bool(says)
+
+
+def test_blocks_that_are_larger_than_the_senders_are_counted_in_units():
+    mine = whole_blocks()["mine"]
+    accepted = Accepted("pool", [0] * (MOST_UNITS // 4 + 1), checksum=False)
+    problem = messages.misfit(accepted, Begin("t", "l"), mine, dataclasses.replace(mine, ratio=4))
+    assert problem.startswith("1048577 block_ids of 4 units each")
+
+
+COMMIT_OF_NOTHING = messages.Commit("t", "l", 0, 0, 0.0, b"")
+PART = messages.AnnouncedPart(0, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("message", "field", "values"),
+    [
+        (COMMIT_OF_NOTHING, "num_parts", [-1]),
+        (COMMIT_OF_NOTHING, "num_bytes", [-1]),
+        (COMMIT_OF_NOTHING, "time_s", [-1.0, 1e10, float("inf"), float("nan")]),
+        (COMMIT_OF_NOTHING, "payload", [bytes((1 << 20) + 1)]),
+        (Begin("t", "l"), "num_bytes", [-1]),
+        (PartsAnnounced("t", "l", []), "parts", [[PART] * 1025, [msgspec.structs.replace(PART, layers=(-1, 1))]]),
+        (messages.Keep("t"), "num_receivers", [-1]),
+        (messages.Fetch("t", b""), "first", [-1]),
+    ],
+)
+def test_a_value_that_cannot_be_is_not_read(message, field, values):
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(message), type=type(message)) == message
+    for value in values:
+        wrong = msgspec.msgpack.encode(msgspec.structs.replace(message, **{field: value}))
+        with pytest.raises(msgspec.ValidationError, match=rf"at `\$\.{field}"):
+            msgspec.msgpack.decode(wrong, type=type(message))
 
 
 def test_what_is_no_grant_is_told_as_that():

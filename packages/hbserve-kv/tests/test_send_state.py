@@ -167,6 +167,16 @@ def test_one_leg_that_fails_fails_the_transfer_although_another_is_acknowledged(
     assert (state.outcome, state.cause) == (Outcome.FAILED_DRAINED, "lost, too")
 
 
+def test_an_abort_ends_the_leg_that_is_not_acknowledged_although_another_is():
+    state = opened(2)
+    state.push(1)
+    state.commit()
+    assert state.acknowledge(0)
+    assert state.fail("the client went away")
+    assert not state.begin_parts(1, 1)
+    assert (state.outcome, state.cause) == (Outcome.FAILED_DRAINED, "the client went away")
+
+
 # ---- random events ---------------------------------------------------------------------------------------------------
 
 FOLLOWS = {

@@ -2,7 +2,14 @@
 
 import pytest
 
-from hbserve_kv.protocol.transfer_state import Coverage, IncomingState, Outcome, Phase
+from hbserve_kv.protocol.transfer_state import (
+    Coverage,
+    IncomingState,
+    Outcome,
+    Phase,
+    TransferResult,
+    joint_result,
+)
 
 
 def begun(one_sided: bool = False) -> IncomingState:
@@ -116,6 +123,16 @@ def test_a_transfer_that_never_began_is_drained_at_once():
     state = IncomingState()
     state.fail("cancelled")
     assert state.outcome is Outcome.FAILED_DRAINED
+
+
+def test_a_joint_result_is_as_bad_as_the_worst_of_its_parts():
+    good = TransferResult(Outcome.COMPLETED, b"first", 8, 2, 0.5)
+    bad = TransferResult(Outcome.COMPLETED, b"second", 16, 3, 0.25, is_partial=True, is_trusted=False)
+    assert joint_result([good, good]) == TransferResult(Outcome.COMPLETED, b"first", 16, 4, 0.5)
+    for both, payload in (([good, bad], b"first"), ([bad, good], b"second")):
+        assert joint_result(both) == TransferResult(
+            Outcome.COMPLETED, payload, 24, 5, 0.5, is_partial=True, is_trusted=False
+        )
 
 
 def test_a_block_is_covered_once_it_is_in_each_layer():
