@@ -175,6 +175,57 @@ async def test_an_instance_whose_blocks_wait_for_a_lost_sender_ends_without_an_e
     assert [record for record in caplog.records if record.name == "asyncio"] == []
 
 
+class LostPeer(LostSender):
+    """A send of the last block, or a receive, that had to be given up while its peer was frozen."""
+
+    num_blocks = 1
+
+    def push(self, block_ids: Any, first: int, ready: Any) -> None:
+        pass
+
+    async def commit(self, payload: bytes) -> TransferResult:
+        return TransferResult(Outcome.UNKNOWN, error="the peer is frozen")
+
+    async def wait(self) -> TransferResult:
+        return TransferResult(Outcome.UNKNOWN, error="the peer is frozen")
+
+    async def drained(self) -> None:
+        await self._closed.wait()
+
+
+@pytest.mark.parametrize(("role", "num_quarantined"), [("prefill", 1), ("decode", 2)])
+async def test_blocks_that_a_frozen_peer_may_touch_come_back_once_it_has_ended_and_the_others_at_once(
+    model_folder, prompt, monkeypatch, role, num_quarantined
+):
+    async with serving(config(model_folder("qwen3"), role=role)) as (instance, client):
+        await instance.wait_ready()
+        has_ended = asyncio.Event()
+
+        async def begin(*_: Any) -> LostPeer:
+            return LostPeer(has_ended)
+
+        monkeypatch.setattr(instance.transfers, "open_send" if role == "prefill" else "post_receive", begin)
+        what: Any = (DECODE, DecodeRequest("r", "t", prompt(20), SamplingParams(0, 4)))
+        if role == "prefill":
+            what = (PREFILL, PrefillRequest("r", "t", prompt(20), SamplingParams(0, 4), b"grant"))
+        async with client.stream(*what, timeout_s=DEADLINE_S) as events:
+            await anext(events)
+
+        async def counts() -> tuple[int, int, int]:
+            stats = await client.call(STATS, Empty(), timeout_s=DEADLINE_S)
+            return stats.active_requests, stats.quarantined_blocks, stats.free_blocks
+
+        async with asyncio.timeout(DEADLINE_S):
+            while (await counts())[:2] == (1, 0):
+                await asyncio.sleep(0.01)
+        assert await counts() == (1, num_quarantined, 50 - num_quarantined)
+        await generate(client, "other", prompt(40))
+        assert (await counts())[1] == num_quarantined
+        has_ended.set()
+        await _until_empty(client)
+        assert (await counts())[1] == 0
+
+
 async def test_a_model_that_is_not_there_is_told_by_describe_and_to_every_request(tmp_path, prompt):
     async with serving(config(tmp_path / "nothing")) as (instance, client):
         with pytest.raises(InstanceFailed, match=r"ModelFilesMissing: .*nothing"):
