@@ -14,6 +14,7 @@ from hbserve_core import GpuInstance, InstanceConfig
 from hbserve_core.instance.handover import FirstToken, Handover, Inbox, PrefillSend, wait_for_kv
 from hbserve_kv import KVTransferConfig, Outcome, TransferResult
 from hbserve_rpc import KVTransferFailed, LogitsNotFinite, RequestTimeout, SamplingParams
+from hbserve_rpc.connected_client import Peer
 from hbserve_rpc.messages import (
     CACHED_PREFIXES,
     DECODE,
@@ -234,6 +235,15 @@ async def test_a_backend_of_ones_own_carries_the_tokens_of_a_hybrid(start, gate,
     results = await asyncio.gather(*(apart(p, d, str(i), ids, params) for i, ids in enumerate(many)))
     assert [tokens for tokens, _ in results] == [greedy_tokens("qwen3", ids, 6) for ids in many]
     assert len(gate.ids) == len(set(gate.ids)) == sum(done.num_parts for _, done in results)
+
+
+@pytest.mark.parametrize("is_trusted", [True, False])
+async def test_others_find_what_was_received_only_where_it_is_known_who_sent_it(start, prompt, monkeypatch, is_trusted):
+    monkeypatch.setattr(Peer, "is_trusted", property(lambda self: is_trusted))
+    p, d = await start("prefill"), await start("decode")
+    await apart(p, d, "r", prompt(40), SHORT)
+    await until(d.is_empty)
+    assert (await d.stats()).cached_blocks == (2 if is_trusted else 0)
 
 
 # ---- by logits that are no numbers -------------------------------------------------------------------------------
