@@ -12,7 +12,7 @@ import pytest
 
 from hbserve_core import GpuInstance, InstanceConfig
 from hbserve_core.instance.handover import FirstToken, Handover, Inbox, PrefillSend, wait_for_kv
-from hbserve_kv import KVTransferConfig, Outcome, TransferResult
+from hbserve_kv import KVTransferConfig, Outcome, SendTransfer, TransferResult
 from hbserve_rpc import KVTransferFailed, LogitsNotFinite, RequestTimeout, SamplingParams
 from hbserve_rpc.connected_client import Peer
 from hbserve_rpc.messages import (
@@ -382,6 +382,27 @@ async def test_who_leaves_in_mid_transfer_gets_no_block_back_before_nobody_reads
         if leaves == "prefill":
             with pytest.raises(KVTransferFailed, match="KV transfer failed: the request has ended"):
                 await anext(decoding)
+
+
+async def test_a_prefill_client_that_leaves_after_the_first_token_does_not_keep_the_kv_from_the_decode_side(
+    start, gate, prompt, greedy_tokens, monkeypatch
+):
+    p, d = await start("prefill", kv=gate.settings), await start("decode", kv=gate.settings)
+    committing, commit = asyncio.Event(), SendTransfer.commit
+
+    async def tell(self: SendTransfer, payload: bytes) -> TransferResult:
+        committing.set()
+        return await commit(self, payload)
+
+    monkeypatch.setattr(SendTransfer, "commit", tell)
+    async with d.decode("r", prompt(40), SHORT) as decoding, asyncio.timeout(DEADLINE_S):
+        granted = await anext(decoding)
+        async with p.prefill("r", prompt(40), granted.grant, SHORT) as prefilling:
+            first = await anext(prefilling)
+            await committing.wait()
+        await until(p.has_heard)
+        gate.is_open.set()
+        assert [*first.token_ids, *await tokens_of(decoding)] == greedy_tokens("qwen3", prompt(40), 3)
 
 
 async def test_a_client_that_leaves_before_the_prefill_begins_leaves_nothing_and_the_grant_is_worth_nothing(
