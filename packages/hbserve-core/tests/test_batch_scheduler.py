@@ -194,6 +194,20 @@ def test_a_preempted_sequence_comes_before_those_that_wait_and_before_reservatio
     assert steps.scheduler.grant() is None
 
 
+def test_choices_that_find_no_room_come_in_their_order_and_before_those_that_wait():
+    steps = Steps(100, max_num_seqs=2)
+    parent = Sequence("r", [1] * 5, 5, SamplingParams(0, 1000, n=4))
+    steps.scheduler.move(parent, Phase.WAITING)
+    assert steps.step() == {"r": 5}
+    steps.scheduler.move(parent, Phase.ENDING)
+    steps.add("waits", [2] * 3)
+    for choice in parent.choices:
+        choice.token_ids = [*parent.token_ids]
+    steps.scheduler.fork(parent, parent.choices)
+    assert [each.choice for each in steps.scheduler.running] == [0, 1]
+    assert [(each.request_id, each.choice) for each in steps.scheduler.waiting] == [("r", 2), ("r", 3), ("waits", 0)]
+
+
 def test_a_reservation_waits_for_a_place_among_max_num_seqs():
     steps = Steps(100, max_num_seqs=1)
     running = steps.add("running", [1])
