@@ -294,7 +294,7 @@ class BatchScheduler:
         """Give back the blocks that no step launched from now on will see."""
         table = sequence.block_table
         # The blocks of a step in flight are kept: others are to find them when its token has been read.
-        last = self._blocks.first_seen(min(sequence.num_computed_tokens, sequence.num_findable_tokens))
+        last = self._blocks.first_seen(sequence.num_findable_tokens)
         first = last
         while first and table[first - 1] != NO_BLOCK:
             first -= 1
@@ -303,10 +303,9 @@ class BatchScheduler:
             table[first:last] = array("i", [NO_BLOCK]) * (last - first)
 
     def make_digests(self, sequence: Sequence, end: int) -> None:
-        """Compute the digests of the blocks that tokens [0, end) fill, as far as these tokens are known. `cache` needs
-        them, and it is better to compute them during a step than after it."""
-        known = min(end, sequence.num_read_tokens)
-        self._blocks.extend_digests(sequence.block_digests, sequence.token_ids, known)
+        """Compute the digests of the blocks that tokens [0, end) fill, all of which have been read. `cache` needs them,
+        and it is better to compute them during a step than after it."""
+        self._blocks.extend_digests(sequence.block_digests, sequence.token_ids, end)
 
     def fork(self, parent: Sequence, choices: Ids[Sequence]) -> None:
         """Let the choices continue, each with one token more than the parent has computed.

@@ -171,11 +171,6 @@ class Sequence:
         return len(self.token_ids)
 
     @property
-    def num_read_tokens(self) -> int:
-        """Number of tokens whose values are known here."""
-        return len(self.token_ids) - (self.token_ids[-1] == UNREAD)
-
-    @property
     def is_scored(self) -> bool:
         """Whether no log-probability of its prompt is wanted any more."""
         return self.num_scored_tokens >= self.num_prompt_tokens
