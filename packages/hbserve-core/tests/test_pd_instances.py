@@ -487,6 +487,27 @@ async def test_a_token_that_is_the_last_one_waits_for_no_grant(start, prompt):
         assert (await anext(prefilling)).finish_reason == "length"
 
 
+async def test_a_prompt_of_which_one_choice_goes_on_waits_for_its_grant_without_blocks(start, set_patience, prompt):
+    set_patience(0.05)
+    p, ids = await start("prefill"), prompt(20)
+    params = SamplingParams(3.0, 9, ignore_eos=True, seed=11, n=2)
+    drawn = await tokens_of(p.prefill("before", ids, b"", params))
+    assert len(set(drawn)) == 2
+    params.stop_token_ids = drawn[:1]
+    async with p.prefill_before_grant("r", ids, params) as prefilling:
+        first = asyncio.ensure_future(anext(prefilling))
+
+        async def was_told_or_gave_its_blocks_back() -> bool:
+            stats = await p.stats()
+            return first.done() or (stats.prefill_tokens, stats.free_blocks) == (20 + 4, 200)
+
+        await until(was_told_or_gave_its_blocks_back)
+        assert not first.done()
+        p.grant("r", b"")
+        events = [await first, *[event async for event in prefilling]]
+        assert [event.finish_reason for event in events] == ["stop", None]
+
+
 async def test_prompts_without_a_grant_do_not_keep_those_with_one_from_being_computed(
     start, set_patience, prompt, greedy_tokens
 ):
