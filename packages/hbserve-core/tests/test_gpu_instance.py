@@ -193,13 +193,17 @@ class LostPeer(LostSender):
         await self._closed.wait()
 
 
-@pytest.mark.parametrize(("role", "num_quarantined"), [("prefill", 1), ("decode", 2)])
-async def test_blocks_that_a_frozen_peer_may_touch_come_back_once_it_has_ended_and_the_others_at_once(
-    model_folder, prompt, monkeypatch, role, num_quarantined
-):
-    async with serving(config(model_folder("qwen3"), role=role)) as (instance, client):
-        await instance.wait_ready()
-        has_ended = asyncio.Event()
+async def counts(client: RpcClient) -> tuple[int, int, int]:
+    stats = await client.call(STATS, Empty(), timeout_s=DEADLINE_S)
+    return stats.active_requests, stats.quarantined_blocks, stats.free_blocks
+
+
+@pytest.fixture
+def leave_frozen_peer(prompt, monkeypatch):
+    """Begins a request whose peer is frozen until the event that is returned, and leaves."""
+
+    async def leave(instance: GpuInstance, client: RpcClient) -> asyncio.Event:
+        role, has_ended = instance.config.role, asyncio.Event()
 
         async def begin(*_: Any) -> LostPeer:
             return LostPeer(has_ended)
@@ -210,20 +214,39 @@ async def test_blocks_that_a_frozen_peer_may_touch_come_back_once_it_has_ended_a
             what = (PREFILL, PrefillRequest("r", "t", prompt(20), SamplingParams(0, 4), b"grant"))
         async with client.stream(*what, timeout_s=DEADLINE_S) as events:
             await anext(events)
-
-        async def counts() -> tuple[int, int, int]:
-            stats = await client.call(STATS, Empty(), timeout_s=DEADLINE_S)
-            return stats.active_requests, stats.quarantined_blocks, stats.free_blocks
-
         async with asyncio.timeout(DEADLINE_S):
-            while (await counts())[:2] == (1, 0):
+            while (await counts(client))[:2] == (1, 0):
                 await asyncio.sleep(0.01)
-        assert await counts() == (1, num_quarantined, 50 - num_quarantined)
+        return has_ended
+
+    return leave
+
+
+@pytest.mark.parametrize(("role", "num_quarantined"), [("prefill", 1), ("decode", 2)])
+async def test_blocks_that_a_frozen_peer_may_touch_come_back_once_it_has_ended_and_the_others_at_once(
+    model_folder, prompt, leave_frozen_peer, role, num_quarantined
+):
+    async with serving(config(model_folder("qwen3"), role=role)) as (instance, client):
+        await instance.wait_ready()
+        has_ended = await leave_frozen_peer(instance, client)
+        assert await counts(client) == (1, num_quarantined, 50 - num_quarantined)
         await generate(client, "other", prompt(40))
-        assert (await counts())[1] == num_quarantined
+        assert (await counts(client))[1] == num_quarantined
         has_ended.set()
         await _until_empty(client)
-        assert (await counts())[1] == 0
+        assert (await counts(client))[1] == 0
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+async def test_an_instance_does_not_wait_for_a_frozen_peer_when_it_is_stopped(
+    model_folder, leave_frozen_peer, monkeypatch, role
+):
+    monkeypatch.setattr("hbserve_core.instance.gpu_instance.END_TIMEOUT_S", 0.01)
+    async with serving(config(model_folder("qwen3"), role=role)) as (instance, client):
+        await instance.wait_ready()
+        await leave_frozen_peer(instance, client)
+        async with asyncio.timeout(DEADLINE_S / 2):
+            await instance.stop()
 
 
 async def test_a_model_that_is_not_there_is_told_by_describe_and_to_every_request(tmp_path, prompt):

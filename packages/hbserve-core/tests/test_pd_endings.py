@@ -375,6 +375,8 @@ async def test_who_leaves_in_mid_transfer_gets_no_block_back_before_nobody_reads
         for instance in (p, d):
             stats = await instance.stats()
             assert (stats.active_requests, stats.free_blocks) == (1, 100 - 9), "a part is under way between these"
+        if leaves != "decode":
+            assert (await p.stats()).prefill_tokens <= 2 * CHUNK, "what nobody wants is not computed"
         gate.is_open.set()
         if leaves == "decode":
             with pytest.raises(KVTransferFailed, match="KV transfer t-r failed: cancelled by the receiver"):
@@ -403,6 +405,34 @@ async def test_a_prefill_client_that_leaves_after_the_first_token_does_not_keep_
         await until(p.has_heard)
         gate.is_open.set()
         assert [*first.token_ids, *await tokens_of(decoding)] == greedy_tokens("qwen3", prompt(40), 3)
+
+
+async def test_a_prefill_client_that_leaves_while_the_transfer_is_opened_ends_it_for_the_decode_side(
+    start, prompt, monkeypatch
+):
+    p, d = await start("prefill"), await start("decode")
+    finishing, may_open = asyncio.Event(), asyncio.Event()
+    finish, open_send = PrefillSend.finish, p.server.transfers.open_send
+
+    async def tell(self: PrefillSend, outputs: Any) -> Any:
+        finishing.set()
+        return await finish(self, outputs)
+
+    async def open_late(*given: Any) -> Any:
+        await may_open.wait()
+        return await open_send(*given)
+
+    monkeypatch.setattr(PrefillSend, "finish", tell)
+    monkeypatch.setattr(p.server.transfers, "open_send", open_late)
+    async with d.decode("r", prompt(40)) as decoding, asyncio.timeout(DEADLINE_S / 2):
+        granted = await anext(decoding)
+        async with p.prefill("r", prompt(40), granted.grant) as prefilling:
+            await anext(prefilling)
+            await finishing.wait()
+        await until(p.has_heard)
+        may_open.set()
+        with pytest.raises(KVTransferFailed, match="KV transfer failed: the request has ended"):
+            await anext(decoding)
 
 
 async def test_a_client_that_leaves_before_the_prefill_begins_leaves_nothing_and_the_grant_is_worth_nothing(
