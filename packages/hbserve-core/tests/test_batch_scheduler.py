@@ -228,6 +228,13 @@ def test_admission_leaves_a_block_for_those_who_grow():
     assert steps.step() == {"a": 8}, "two blocks are free, which b would take both"
 
 
+def test_admission_leaves_a_block_for_those_whose_kv_is_still_to_come():
+    steps = Steps(4)
+    steps.reserved("parked", [1] * 5)
+    steps.add("a", [2] * 7)
+    assert steps.step() == {}
+
+
 def test_blocks_that_are_being_sent_are_not_taken_by_a_preemption():
     # Known elsewhere: vLLM #52234.
     steps = Steps(5)

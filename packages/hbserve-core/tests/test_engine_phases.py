@@ -232,6 +232,13 @@ def test_an_engine_that_has_only_preempted_is_not_stalled():
     run(engine)
 
 
+def test_an_attempt_that_goes_on_finds_its_prompt_whose_logprobs_were_told_before(engine):
+    engine.add("before", [1] * 9, SamplingParams(0, 1))
+    run(engine)
+    engine.add("r", [1] * 9, SamplingParams(0, 3, prompt_logprobs=1), [5])
+    assert run(engine)[0].num_cached_tokens == 8
+
+
 def test_a_step_in_flight_computes_nothing_of_a_request_that_the_token_before_it_has_ended(engine):
     engine.add("r", [1] * 9, SamplingParams(0, 2, stop_token_ids=[5]))
     assert [(output.index, output.finish_reason) for output in run(engine)] == [(0, "stop")]

@@ -452,6 +452,16 @@ async def test_an_instance_says_unasked_what_has_changed_and_to_each_client_what
         await reported(foreign, 0, (0, 0))
 
 
+async def test_an_instance_that_fails_says_so_at_once(model_folder):
+    async with serving(config(model_folder("qwen3"))) as (instance, client):
+        await instance.wait_ready()
+        async with client.stream(REPORTS, ReportsRequest(3600), timeout_s=DEADLINE_S / 2) as reports:
+            await anext(reports)
+            await anext(reports)
+            instance._thread.fail(ArithmeticError("the card fell out"))
+            assert of_type(InstanceInfo, await anext(reports)).status == "failed"
+
+
 async def test_an_instance_of_which_nothing_changes_says_nothing(model_folder, monkeypatch):
     async with serving(config(model_folder("qwen3"))) as (instance, client):
         await instance.wait_ready()

@@ -11,9 +11,10 @@ import msgspec
 import pytest
 
 from hbserve_core import GpuInstance, InstanceConfig
-from hbserve_core.instance.handover import FirstToken, Handover, Inbox, PrefillSend, wait_for_kv
+from hbserve_core.engine.step import StepOutput
+from hbserve_core.instance.handover import FirstToken, Handover, Inbox, PrefillSend, event_of, wait_for_kv
 from hbserve_kv import KVTransferConfig, Outcome, SendTransfer, TransferResult
-from hbserve_rpc import KVTransferFailed, LogitsNotFinite, RequestTimeout, SamplingParams
+from hbserve_rpc import InvalidRequest, KVTransferFailed, LogitsNotFinite, RequestTimeout, SamplingParams
 from hbserve_rpc.connected_client import Peer
 from hbserve_rpc.messages import (
     CACHED_PREFIXES,
@@ -463,6 +464,23 @@ async def test_a_client_that_leaves_while_its_prompt_is_computed_leaves_nothing(
     await until(p.is_empty)
     await until(d.is_empty)
     assert (await p.stats()).prefill_tokens <= 2 * CHUNK, "what nobody wants is not computed"
+
+
+async def test_an_id_is_in_use_until_the_engine_has_forgotten_its_request(start, halt, prompt):
+    h = await start("hybrid")
+    halted = halt(h, after=1)
+    request = GenerateRequest("r", prompt(140), LONG)
+    async with reading(h.client.stream(GENERATE, request, timeout_s=DEADLINE_S)):
+        await until(halted.is_reached)
+    await until(h.has_heard)
+    with pytest.raises(InvalidRequest, match="'r' is in use"):
+        await h.hybrid("r", prompt(3), SHORT)
+    halted.resume()
+
+
+def test_an_event_of_several_steps_has_the_prompts_logprobs_of_the_first():
+    event = event_of([StepOutput("r", 5, 0, prompt_logprobs=[{3: -1.0}]), StepOutput("r", 6, 1)])
+    assert (event.token_ids, event.prompt_logprobs) == ([5, 6], [{3: -1.0}])
 
 
 async def test_an_instance_ends_a_request_at_its_deadline_by_itself_in_whatever_it_waits_for(start, prompt):
