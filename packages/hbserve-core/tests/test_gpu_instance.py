@@ -305,6 +305,8 @@ async def test_a_call_to_an_engine_that_has_failed_or_was_stopped_fails_at_once(
     thread = EngineThread(broken, on_events=print, on_failure=failures.append)
     with pytest.raises(ValueError, match="no such model"):
         await thread.start()
+    with pytest.raises(EngineStopped, match="no such model"):
+        await thread.call(lambda engine: engine.stats())
     await thread.stop()
     with pytest.raises(EngineStopped):
         await thread.call(lambda engine: engine.stats())

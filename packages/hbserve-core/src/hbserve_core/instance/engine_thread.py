@@ -123,6 +123,7 @@ class EngineThread:
             engine = self._make_engine()
         except BaseException as error:  # belongs to `start`
             self._tell(_fail, self._made, _as_exception(error))
+            self._tell(self._end, EngineStopped(f"there is no engine: {type(error).__name__}: {error}"))
             return
         engine.on_early_output = lambda output: self._tell(self._on_events, [output])
         self.stats = engine.stats()
