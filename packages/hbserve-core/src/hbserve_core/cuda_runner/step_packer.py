@@ -118,8 +118,8 @@ class SplitKV:
     def _wanted(self, rows: int) -> tuple[int, float]:
         """Return how many pieces are wanted, and by which part of one a row may be longer; see `_PIECES`."""
         load = rows * self._rows_per_processor
-        _, per_processor, rest = next(each for each in _PIECES if load <= each[0])
-        return max(1, int(per_processor / self._rows_per_processor)), rest
+        _, per_processor, slack = next(each for each in _PIECES if load <= each[0])
+        return max(1, int(per_processor / self._rows_per_processor)), slack
 
     def most(self, rows: int) -> int:
         """Return the largest number of pieces that this many rows, or fewer, may have."""
@@ -139,9 +139,9 @@ class SplitKV:
             first       0  192  384  576  768  960   0    0
             last      192  384  576  768  960  999 129   39
         """
-        wanted, rest = self._wanted(len(contexts))
+        wanted, slack = self._wanted(len(contexts))
         length = max(TILE, _ceil_div(int(contexts.sum()), wanted), _ceil_div(int(contexts.max()), _MOST_PARTS))
-        counts = np.maximum(1, _ceil_div(contexts - int(rest * length), length))
+        counts = np.maximum(1, _ceil_div(contexts - int(slack * length), length))
         is_similar = int(contexts.max()) * len(contexts) <= _SIMILAR * int(contexts.sum())
         if is_similar and counts.sum() > _AT_ONCE / self._rows_per_processor:
             counts[:] = 1

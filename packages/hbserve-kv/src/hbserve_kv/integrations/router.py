@@ -29,7 +29,8 @@ except ImportError as error:
     raise BackendUnavailable("the router needs aiohttp: pip install 'hbserve-kv[router]'") from error
 
 from hbserve_kv.integrations.router_http import MOST_HEAD_BYTES, Answer
-from hbserve_kv.integrations.router_servers import MOST_PORT, Server, ServerLost, least_busy
+from hbserve_kv.integrations.router_servers import Server, ServerLost, least_busy
+from hbserve_rpc.address import MAX_PORT
 from hbserve_rpc.own_process import allow_many_files
 from hbserve_rpc.plain_values import one_line
 from hbserve_rpc.stderr_log import log_to_stderr
@@ -349,8 +350,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
     options = parser.parse_args(arguments)
-    if not 0 <= options.port <= MOST_PORT:
-        parser.error(f"--port {options.port}: expected 0 to {MOST_PORT}")
+    if not 0 <= options.port <= MAX_PORT:
+        parser.error(f"--port {options.port}: expected 0 to {MAX_PORT}")
     log_to_stderr("INFO", "%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("aiohttp.server").addFilter(_in_one_line)
     allow_many_files()

@@ -6,14 +6,12 @@ import logging
 from collections.abc import AsyncIterator, Collection, Sequence
 
 from hbserve_kv.integrations.router_http import CannotConnect, Connections
+from hbserve_rpc.address import MAX_PORT
 
 logger = logging.getLogger(__name__)
 
 MISSES = 2
 """Number of missed checks after which a server is taken for dead. If it refuses connections, it is at once."""
-
-
-MOST_PORT = 65535
 
 
 class ServerLost(Exception):
@@ -35,7 +33,7 @@ class Server:
         try:
             if len(numbers) > 2 or not all(number.isdecimal() and int(number) for number in numbers):
                 raise ValueError("its port or its number of ranks is not a number")
-            if numbers and int(numbers[0]) > MOST_PORT:
+            if numbers and int(numbers[0]) > MAX_PORT:
                 raise ValueError("there is no such port")
             self.connections = Connections(self.url)
         except ValueError:

@@ -18,7 +18,7 @@ import msgspec
 
 from hbserve_kv.integrations.vllm_orders import Computed, Orders, Params, Source, Wanted
 from hbserve_kv.protocol.messages import MOST_RANKS, Name
-from hbserve_rpc.address import format_address
+from hbserve_rpc.address import MAX_PORT, format_address
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class _Given(msgspec.Struct):
     remote_ranks: Annotated[list[tuple[Name, Name]], msgspec.Meta(max_length=MOST_RANKS)] | None = None
     """Address and epoch of each rank there."""
     remote_host: Name | None = None
-    remote_port: Annotated[int, msgspec.Meta(ge=0, le=65535)] | None = None
+    remote_port: Annotated[int, msgspec.Meta(ge=0, le=MAX_PORT)] | None = None
     """Port of rank 0's control server; the others follow."""
 
 

@@ -110,7 +110,9 @@ class ResponseFormat(BlockFormat):
         return f"{PREFIXES[block.kind]}_{self._head['id'].removeprefix(self._body.id_prefix)}_{block.index}"
 
     def _item(self, block: Block, *, begins: bool = False) -> dict[str, Any]:
-        is_cut = block is self._blocks[-1] and self._reason in ("length", "stop" if block.kind == "call" else None)
+        # A call that is whole has the reason `tool_calls`.
+        ends_early = self._reason == "length" or (self._reason == "stop" and block.kind == "call")
+        is_cut = ends_early and block is self._blocks[-1]
         status = "in_progress" if begins else "incomplete" if is_cut else "completed"
         item = {"id": self._id(block), "status": status}
         content = [] if begins else [_part(block)]
